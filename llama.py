@@ -1,0 +1,2327 @@
+"""Llama in one file: run Llama-family models with Apple's MLX.
+
+    python llama.py info 8b                     what a model is, and whether it fits here
+    python llama.py inspect MODEL               what is in a model folder, and what is wrong
+    python llama.py chat MODEL                  talk to it; --help lists the options
+
+MODEL is a folder in Hugging Face's layout, or org/name in the local Hugging Face cache.
+Metal on a Mac, MLX's CPU or CUDA build on Linux; nothing is ever fetched or executed.
+
+How to read it. The file is a stack of numbered sections; each uses only sections above
+it, never below. Read down for the parts, or start at 6 (Transformer) and look up what
+it uses.
+
+How to lift a piece. Copy the imports, the section, and the sections on its "uses:"
+line; nothing else is needed, and "uses: none" means imports only. Importing runs no
+code. test_llama.py keeps this true: it executes every section alone with just those.
+
+Symbols (shapes are written like (B, H, L, Dh))
+    B    batch size                      D    size of the residual stream, hidden_size
+    L    tokens in this call             F    size of the MLP, intermediate_size
+    S    tokens attended to, offset + L  V    size of the vocabulary, vocab_size
+    H    query heads                     Hkv  key/value heads, num_key_value_heads
+    Dh   size of a head, head_dim        G    weights that share a scale, group_size
+
+Sections                                 uses
+    1  Configuration                     none
+    2  Safetensors                       1
+    3  Quantized layers                  none
+    4  Rotary embedding                  none
+    5  KV cache                          none
+    6  Transformer                       1, 4, 5
+    7  Tokenizer                         1
+    8  Loading                           1, 2, 3, 4, 5, 6, 7
+    9  Samplers                          none
+    10 Generation                        none
+    11 Streaming                         1, 2, 3, 4, 5, 6, 7, 8, 9, 10
+    12 Command line                      1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11
+
+References
+    [1] Llama 3, arXiv:2407.21783        [5] SwiGLU, arXiv:2002.05202
+    [2] RoPE, arXiv:2104.09864           [6] top-p, arXiv:1904.09751
+    [3] GQA, arXiv:2305.13245            [7] YaRN, arXiv:2309.00071
+    [4] RMSNorm, arXiv:1910.07467        [8] SentencePiece, arXiv:1808.06226
+
+MIT License; see LICENSE. A copied section needs only this line and a link.
+"""
+
+# /// script
+# requires-python = ">=3.10"
+# dependencies = [
+#     "mlx[cpu]>=0.32.4; sys_platform == 'linux'",
+#     "mlx>=0.32.4; sys_platform != 'linux'",
+#     "safetensors>=0.8.0",
+#     "tiktoken>=0.14.0",
+# ]
+# ///
+
+import argparse
+import base64
+import codecs
+import collections
+import contextlib
+import datetime
+import functools
+import itertools
+import json
+import math
+import mmap
+import os
+import queue
+import re
+import sys
+import threading
+import time
+import unicodedata
+import weakref
+from collections.abc import (
+    Callable,
+    Container,
+    Generator,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import mlx.core as mx
+import safetensors
+import tiktoken
+from mlx import nn
+from mlx.utils import tree_flatten, tree_unflatten
+
+# -----------------------------------------------------------------------------
+# 1. Configuration
+# The numbers that define a model, under the names of Hugging Face's config.json, so
+# that loading needs no translation table. What cannot be honoured is refused here.
+# uses: none
+# -----------------------------------------------------------------------------
+
+
+def read_json(path: Path) -> dict:
+    """Return the JSON object in a file.
+
+    Raises FileNotFoundError if it is absent, ValueError if it holds anything else.
+    """
+    try:
+        value = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: wanted a JSON object, got {type(value).__name__}")
+    return value
+
+
+@dataclass(frozen=True)
+class ModelArgs:
+    """The shape of a Llama. Fields are config.json's keys; sizes count elements."""
+
+    hidden_size: int  # D, width of the residual stream
+    intermediate_size: int  # F, width of the MLP's inner layer
+    num_hidden_layers: int
+    num_attention_heads: int  # H, query heads
+    vocab_size: int  # V, rows of the embedding; may exceed the tokenizer's ids
+    num_key_value_heads: int | None = None  # Hkv; None means H, no grouping
+    head_dim: int | None = None  # Dh; None means D / H
+    rms_norm_eps: float = 1e-6
+    max_position_embeddings: int = 2048  # longest context of the training, tokens
+    rope_theta: float = 10000.0  # base of the rotary wavelengths
+    rope_scaling: dict | None = None  # how they are stretched; see RoPE
+    rope_traditional: bool = False  # rotate adjacent pairs instead of halves
+    attention_bias: bool = False  # biases on q, k, v and o
+    mlp_bias: bool = False  # biases on gate, up and down
+    tie_word_embeddings: bool = False  # the head is the embedding, transposed
+    quantization: dict | None = None  # group_size, bits, mode and per-layer entries
+
+    def __post_init__(self):
+        kinds = {int: "a positive integer", float: "a positive number"}
+        for entry in fields(self):
+            value, wanted = getattr(self, entry.name), entry.type
+            if wanted == int | None and value is not None:
+                wanted = int
+            if wanted is float and type(value) is int:
+                value = float(value) if abs(value) < 2**53 else math.inf
+            if wanted in (bool, int, float) and type(value) is not wanted:
+                kind = kinds.get(wanted, "true or false")
+                raise ValueError(f"{entry.name} must be {kind}, got {value!r:.80}")
+            if wanted in kinds and not 0 < value < 2**31:
+                raise ValueError(f"{entry.name} must be {kinds[wanted]}, got {value}")
+        derive = functools.partial(object.__setattr__, self)  # the class is frozen
+        if self.num_key_value_heads is None:
+            derive("num_key_value_heads", self.num_attention_heads)
+        if self.head_dim is None:
+            derive("head_dim", self.hidden_size // self.num_attention_heads)
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads must be a multiple of num_key_value_heads, "
+                f"got {self.num_attention_heads} and {self.num_key_value_heads}"
+            )
+        if self.head_dim % 2:  # rotary embedding turns pairs
+            raise ValueError(f"head_dim must be even, got {self.head_dim}")
+
+    @classmethod
+    def from_dict(cls, config: dict) -> "ModelArgs":
+        """Return the arguments that a config.json describes.
+
+        Both layouts of the rotary settings are read: rope_theta beside rope_scaling,
+        and the rope_parameters of transformers 5, which holds the two in one.
+        Raises ValueError naming the key and value that this file cannot honour.
+        """
+        refuse_unsupported(config)
+        known = {entry.name for entry in fields(cls)} - {"rope_theta", "rope_scaling"}
+        values = {k: v for k, v in config.items() if k in known and v is not None}
+        for entry in fields(cls):
+            if entry.default is MISSING and entry.name not in values:
+                raise ValueError(f"{entry.name} is missing")
+        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        if not isinstance(rope, dict):
+            raise ValueError(f"rope_scaling must be an object, got {rope!r:.80}")
+        theta = rope.get("rope_theta", config.get("rope_theta"))
+        if theta is not None:
+            values["rope_theta"] = theta
+        elif type(values["vocab_size"]) is int and values["vocab_size"] >= 128_000:
+            # Llama 1 and 2 leave the key out and mean 10000; a Llama 3 that does has
+            # lost its setting, and would read well for a page before falling apart.
+            raise ValueError("rope_theta is missing; a Llama 3 vocabulary needs it")
+        # "type" is the older spelling of "rope_type".
+        rope = {k: v for k, v in rope.items() if k not in ("rope_theta", "type")} | {
+            "rope_type": rope.get("rope_type", rope.get("type", "default"))
+        }
+        if rope["rope_type"] != "default":
+            values["rope_scaling"] = rope
+        quantization = config.get("quantization", config.get("quantization_config"))
+        if quantization is not None:
+            values["quantization"] = quantization
+        return cls(**values)
+
+
+def refuse_unsupported(config: dict) -> None:
+    """Raise ValueError for a config.json that asks for what this file does not do."""
+    model_type = config.get("model_type")
+    if model_type not in ("llama", "mistral"):
+        raise ValueError(f"model_type must be llama or mistral, got {model_type!r:.80}")
+    for key, supported in {
+        "hidden_act": ("silu", "swish", None),
+        "sliding_window": (None,),
+        "pretraining_tp": (1, None),
+        "partial_rotary_factor": (1, None),
+    }.items():
+        if config.get(key) not in supported:
+            got = f"{config[key]!r:.80}"
+            raise ValueError(f"{key} must be {json.dumps(supported[0])}, got {got}")
+    if "sliding_attention" in (config.get("layer_types") or ()):
+        raise ValueError("layer_types must be full_attention, got sliding_attention")
+
+
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+def llama3_args(D: int, F: int, layers: int, H: int, **other) -> ModelArgs:
+    """Return the arguments of a Llama 3.x: what all its sizes share, and these."""
+    shared = dict(
+        vocab_size=128_256,
+        num_key_value_heads=8,
+        head_dim=128,
+        rms_norm_eps=1e-5,
+        max_position_embeddings=131_072,
+        rope_theta=500_000.0,
+        rope_scaling=LLAMA3_ROPE,
+    )
+    return ModelArgs(D, F, layers, H, **(shared | other))
+
+
+# The published shapes: 8b, 70b and 405b of Llama 3.1 [1, table 3], 1b and 3b of 3.2.
+LLAMA32 = {"rope_scaling": LLAMA3_ROPE | {"factor": 32.0}, "tie_word_embeddings": True}
+PRESETS = {
+    "1b": llama3_args(2048, 8192, 16, 32, head_dim=64, **LLAMA32),
+    "3b": llama3_args(3072, 8192, 28, 24, **LLAMA32),
+    "8b": llama3_args(4096, 14336, 32, 32),
+    "70b": llama3_args(8192, 28672, 80, 64),
+    "405b": llama3_args(16384, 53248, 126, 128),
+}
+
+
+# -----------------------------------------------------------------------------
+# 2. Safetensors
+# Weights are memory-mapped and handed to MLX in place: on Metal, where CPU and GPU
+# share memory, an aligned tensor is used where the file lies, without a copy. The
+# format: 8 bytes of header length, a JSON header, then the tensors end to end.
+# uses: 1
+# -----------------------------------------------------------------------------
+
+# safetensors' names of the dtypes that MLX has
+DTYPES = {
+    "BOOL": mx.bool_,
+    "U8": mx.uint8,
+    "I8": mx.int8,
+    "U16": mx.uint16,
+    "I16": mx.int16,
+    "U32": mx.uint32,
+    "I32": mx.int32,
+    "U64": mx.uint64,
+    "I64": mx.int64,
+    "F16": mx.float16,
+    "BF16": mx.bfloat16,
+    "F32": mx.float32,
+    "F64": mx.float64,
+}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies: `nbytes` bytes from byte `start` of `file`."""
+
+    name: str
+    dtype: str  # safetensors' name, "BF16"
+    shape: tuple[int, ...]
+    file: Path
+    start: int
+    nbytes: int
+
+    @property
+    def adoptable(self) -> bool:
+        """Whether MLX can view it in place: it must start at a multiple of its item
+        size, which the format does not promise and MLX's own writer does not keep."""
+        return self.start % DTYPES[self.dtype].size == 0
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the files that hold a folder's weights, in order of their names.
+
+    Those that model.safetensors.index.json names, else model.safetensors; stray files
+    beside them are not read. Raises FileNotFoundError if one is missing, ValueError
+    for a name that is not a plain file name: an index must not point elsewhere.
+    """
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        if not (folder / "model.safetensors").exists():
+            raise FileNotFoundError(f"{folder}: no model.safetensors, and no index")
+        return [folder / "model.safetensors"]
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{index}: weight_map must be an object that names files")
+    for name in weight_map.values():
+        if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+\.safetensors", name):
+            raise ValueError(f"{index}: wanted plain *.safetensors names, got {name!r}")
+    files = [folder / name for name in sorted(set(weight_map.values()))]
+    missing = [file.name for file in files if not file.exists()]
+    if missing:
+        names = ", ".join(missing)
+        raise FileNotFoundError(f"{folder}: download incomplete? missing {names}")
+    return files
+
+
+def read_header(file: Path) -> list[TensorInfo]:
+    """Return what a safetensors file holds, in order of offset, without its data.
+
+    The safetensors package judges the header: its parser is fuzzed, but its reader
+    needs NumPy. So it is given the header alone, and the one complaint expected of a
+    sound one is that the data is absent; the file's size is then checked here.
+    Raises ValueError if the file is not sound, naming it.
+    """
+    size = file.stat().st_size
+    with open(file, "rb") as stream:
+        prefix = stream.read(8)
+        if prefix == b"version ":  # of https://git-lfs.github.com/spec/v1
+            raise ValueError(
+                f"{file}: a git-lfs pointer, not weights; run git lfs pull"
+            )
+        length = int.from_bytes(prefix, "little")
+        header = stream.read(min(length, size))
+    try:
+        safetensors.deserialize(prefix + header)
+    except safetensors.SafetensorError as error:
+        reason = str(error).removeprefix("Error while deserializing: ")
+        if "not fully covered" not in reason:
+            raise ValueError(f"{file}: not a safetensors file: {reason}") from None
+    tensors, end = [], 8 + length
+    entries = json.loads(header)
+    entries.pop("__metadata__", None)
+    for name, entry in sorted(entries.items(), key=lambda e: e[1]["data_offsets"]):
+        if entry["dtype"] not in DTYPES:
+            wanted = ", ".join(DTYPES)
+            got = f"{name} of dtype {entry['dtype']}"
+            raise ValueError(f"{file}: wanted dtypes {wanted}; got {got}")
+        start, stop = (8 + length + offset for offset in entry["data_offsets"])
+        shape = tuple(entry["shape"])
+        tensors.append(
+            TensorInfo(name, entry["dtype"], shape, file, start, stop - start)
+        )
+        end = max(end, stop)
+    if end != size:
+        raise ValueError(f"{file}: truncated or edited? {size} bytes, wanted {end}")
+    return tensors
+
+
+def list_tensors(folder: Path) -> dict[str, TensorInfo]:
+    """Return every tensor of a folder by name, in the order in which they lie.
+
+    Raises ValueError for an unsound file, and for a name that stands in two files.
+    """
+    tensors = {}
+    for info in (info for file in weight_files(folder) for info in read_header(file)):
+        if info.name in tensors:
+            files = f"{tensors[info.name].file.name} and {info.file.name}"
+            raise ValueError(f"{folder}: tensor {info.name} is in both {files}")
+        tensors[info.name] = info
+    return tensors
+
+
+def map_file(file: Path) -> memoryview:
+    """Return a read-only view of a whole file; its pages are read when first used."""
+    with open(file, "rb") as stream:
+        return memoryview(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ))
+
+
+def map_tensor(info: TensorInfo, view: memoryview) -> mx.array:
+    """Return a tensor as an array over `view`, the mapping of its file.
+
+    On Metal the array is the mapped memory itself; elsewhere MLX makes one copy.
+    subtle: adopted pages are read-only, and MLX may put the result of an operation
+    into the buffer of an input that nothing else refers to. Keep a reference to the
+    array for as long as anything computes from it.
+    """
+    dtype = DTYPES[info.dtype]
+    stop = info.start + info.nbytes
+    if not info.adoptable:
+        return mx.array(view[info.start : stop]).view(dtype).reshape(info.shape)
+    # Only whole pages can be adopted, so start at the page and skip what precedes.
+    page = info.start - info.start % mmap.PAGESIZE
+    array = mx.asarray(view[page:stop])[info.start - page :]
+    return array.view(dtype).reshape(info.shape)
+
+
+# -----------------------------------------------------------------------------
+# 3. Quantized layers
+# Linear and embedding whose weights are stored in a few bits each. Groups of G
+# neighbours in a row share a scale and, in affine mode, a bias: w = scale * q + bias.
+# Decoding reads every weight once per token, so a quarter of the bytes is up to four
+# times the speed.
+# uses: none
+# -----------------------------------------------------------------------------
+
+# mode: (group sizes, bits) that mx.quantized_matmul offers and converters write
+QUANTIZATION_MODES = {
+    "affine": ((32, 64, 128), (2, 3, 4, 5, 6, 8)),
+    "mxfp4": ((32,), (4,)),
+    "mxfp8": ((32,), (8,)),
+    "nvfp4": ((16,), (4,)),
+}
+
+
+class QuantizedMatrix(nn.Module):
+    """A packed matrix (rows, columns), as zeros to be filled; base of the two layers.
+
+    weight: (rows, columns * bits / 32) uint32, `bits` per element, the first element
+    in the lowest bits. scales, and biases in affine mode: (rows, columns / G).
+    Raises ValueError if MLX has no kernel for the settings, or G does not divide.
+    """
+
+    def __init__(
+        self, rows: int, columns: int, group_size: int, bits: int, mode: str = "affine"
+    ):
+        super().__init__()
+        sizes, widths = QUANTIZATION_MODES.get(mode, ((), ()))
+        if group_size not in sizes or bits not in widths or columns % group_size:
+            raise ValueError(
+                f"cannot quantize {columns} columns as {mode} with group_size "
+                f"{group_size} and bits {bits}; known: {QUANTIZATION_MODES}"
+            )
+        self.group_size, self.bits, self.mode = group_size, bits, mode
+        groups = (rows, columns // group_size)
+        self.weight = mx.zeros((rows, columns * bits // 32), mx.uint32)
+        self.scales = mx.zeros(groups, mx.float32 if mode == "affine" else mx.uint8)
+        if mode == "affine":
+            self.biases = mx.zeros(groups)
+
+    def matmul(self, x: mx.array) -> mx.array:
+        """Return x @ W.T for x (..., columns), unpacking W on the fly."""
+        return mx.quantized_matmul(
+            x,
+            self.weight,
+            self.scales,
+            self.get("biases"),
+            transpose=True,
+            group_size=self.group_size,
+            bits=self.bits,
+            mode=self.mode,
+        )
+
+
+class QuantizedLinear(QuantizedMatrix):
+    """nn.Linear over a packed matrix: (..., columns) -> (..., rows)."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        x = self.matmul(x)
+        return x + self.bias if "bias" in self else x
+
+
+class QuantizedEmbedding(QuantizedMatrix):
+    """nn.Embedding over a packed matrix; `as_linear` is the tied head."""
+
+    def __call__(self, tokens: mx.array) -> mx.array:
+        biases = self.get("biases")
+        return mx.dequantize(
+            self.weight[tokens],
+            self.scales[tokens],
+            None if biases is None else biases[tokens],
+            group_size=self.group_size,
+            bits=self.bits,
+            mode=self.mode,
+            dtype=self.dtype,
+        )
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        return self.matmul(x)
+
+
+def quantized_like(
+    layer: nn.Module, group_size: int, bits: int, mode: str = "affine"
+) -> QuantizedMatrix:
+    """Return the empty quantized counterpart of a Linear or Embedding.
+
+    Raises ValueError as QuantizedMatrix does.
+    """
+    linear = isinstance(layer, nn.Linear)
+    new = (QuantizedLinear if linear else QuantizedEmbedding)(
+        *layer.weight.shape, group_size, bits, mode
+    )
+    if "bias" in layer:
+        new.bias = layer.bias
+    return new
+
+
+def quantize(
+    model: nn.Module, *, group_size: int = 64, bits: int = 4, mode: str = "affine"
+) -> None:
+    """Replace in place every Linear and Embedding whose rows G divides.
+
+    The others stay as they are, which is also what MLX's converter does.
+    Raises ValueError if MLX has no kernel for the settings.
+    """
+    swaps = []
+    for path, layer in dense_layers(model):
+        if layer.weight.shape[1] % group_size == 0:
+            new = quantized_like(layer, group_size, bits, mode)
+            packed = mx.quantize(layer.weight, group_size, bits, mode)
+            new.update(dict(zip(("weight", "scales", "biases"), packed)))
+            mx.eval(new.parameters())  # now, so that no more than one layer is double
+            swaps.append((path, new))
+    model.update_modules(tree_unflatten(swaps))
+
+
+def dense_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Return (path, layer) of every Linear and Embedding."""
+    kinds = (nn.Linear, nn.Embedding)
+    return [(path, m) for path, m in model.named_modules() if isinstance(m, kinds)]
+
+
+# -----------------------------------------------------------------------------
+# 4. Rotary embedding
+# Position enters attention as a rotation [2]: pair i of a head turns by
+# position * theta**(-2i / Dh), so a dot product of two heads sees only the distance
+# between them. Long-context models slow the slow pairs down ("scaling").
+# uses: none
+# -----------------------------------------------------------------------------
+
+
+def scaling_number(scaling: dict, key: str, default: float | None = None) -> float:
+    """Return a number of rope_scaling. Raises ValueError if it is not positive."""
+    value = scaling.get(key)
+    value = default if value is None else value
+    if type(value) not in (int, float) or not 0 < value < math.inf:
+        raise ValueError(f"rope_scaling: {key} must be positive, got {value!r:.80}")
+    return value
+
+
+def llama3_frequencies(frequencies: list[float], scaling: dict) -> list[float]:
+    """Return frequencies with the slow pairs slowed down by `factor`.
+
+    Pairs that turn more than high_freq_factor times within the original context keep
+    their pace, those that turn less than low_freq_factor times are slowed down, and
+    between the two the pace is interpolated.  Source: [1], Meta's apply_scaling.
+    """
+    factor = scaling_number(scaling, "factor")
+    low = scaling_number(scaling, "low_freq_factor")
+    high = scaling_number(scaling, "high_freq_factor")
+    context = scaling_number(scaling, "original_max_position_embeddings")
+    if low >= high:
+        raise ValueError(f"rope_scaling: low_freq_factor {low} must be below {high}")
+    turns = [context * frequency / (2 * math.pi) for frequency in frequencies]
+    keep = [min(max((t - low) / (high - low), 0.0), 1.0) for t in turns]
+    return [f * (k + (1 - k) / factor) for f, k in zip(frequencies, keep)]
+
+
+def yarn_frequencies(
+    frequencies: list[float], theta: float, max_position: int, scaling: dict
+) -> tuple[list[float], float]:
+    """Return frequencies slowed down as YaRN does, and the factor on attention.
+
+    As llama3, but the ramp is linear in the index of the pair, between the pairs that
+    turn beta_fast and beta_slow times; and queries and keys are scaled.
+    Source: [7] section 3, as Hugging Face's modeling_rope_utils has it.
+    """
+    half = len(frequencies)
+    factor = scaling_number(scaling, "factor")
+    context = scaling_number(scaling, "original_max_position_embeddings", max_position)
+    # The index (of 2 * half) whose pair turns `beta` times within the context.
+    low, high = (
+        half * math.log(context / (beta * 2 * math.pi)) / math.log(theta)
+        for beta in (
+            scaling_number(scaling, "beta_fast", 32),
+            scaling_number(scaling, "beta_slow", 1),
+        )
+    )
+    if scaling.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, 2 * half - 1)
+    width = high - low or 0.001
+    slow = [min(max((i - low) / width, 0.0), 1.0) for i in range(half)]
+    slowed = [f * (1 - s + s / factor) for f, s in zip(frequencies, slow)]
+    if scaling.get("attention_factor") is not None:
+        return slowed, scaling_number(scaling, "attention_factor")
+    log = math.log(max(factor, 1.0))
+    if scaling.get("mscale") and scaling.get("mscale_all_dim"):
+        over = 0.1 * scaling_number(scaling, "mscale") * log + 1
+        return slowed, over / (
+            0.1 * scaling_number(scaling, "mscale_all_dim") * log + 1
+        )
+    return slowed, 0.1 * log + 1
+
+
+def rope_frequencies(
+    head_dim: int, theta: float, max_position: int, scaling: dict | None = None
+) -> tuple[list[float], float]:
+    """Return the radians per position of each of the Dh / 2 pairs, and a factor.
+
+    The factor multiplies queries and keys alike; only YaRN has one other than 1.
+    scaling: config.json's rope_scaling, with rope_type linear, llama3 or yarn.
+    Raises ValueError for another type, or a number that is missing.  Source: [2] eq. 15
+    """
+    frequencies = [theta ** (-i / head_dim) for i in range(0, head_dim, 2)]
+    kind = "default" if scaling is None else scaling.get("rope_type")
+    if kind == "default":
+        return frequencies, 1.0
+    if kind == "linear":
+        factor = scaling_number(scaling, "factor")
+        return [frequency / factor for frequency in frequencies], 1.0
+    if kind == "llama3":
+        return llama3_frequencies(frequencies, scaling), 1.0
+    if kind == "yarn":
+        return yarn_frequencies(frequencies, theta, max_position, scaling)
+    raise ValueError(
+        f"rope_type must be default, linear, llama3 or yarn, got {kind!r:.80}"
+    )
+
+
+class RoPE:
+    """Rotate queries or keys (B, heads, L, Dh) by the positions offset .. offset + L-1.
+
+    traditional: pairs are neighbours (0, 1), (2, 3), as in [2]; otherwise halves,
+    (0, Dh/2), (1, Dh/2 + 1), which is how Hugging Face stores Llama's q and k.
+    Angles are float32, so at position 131071 they are good to 0.01 radians.
+    """
+
+    def __init__(
+        self,
+        head_dim: int,
+        theta: float = 10000.0,
+        max_position: int = 2048,
+        scaling: dict | None = None,
+        traditional: bool = False,
+    ):
+        frequencies, factor = rope_frequencies(head_dim, theta, max_position, scaling)
+        # Dot products of queries and keys carry the factor twice.
+        self.score_factor = factor**2
+        self.dims, self.traditional = head_dim, traditional
+        # mx.fast.rope divides positions by its table. The table is evaluated here: a
+        # lazy array belongs to the thread that made it, and no other could use it.
+        self.periods = mx.array([1 / f for f in frequencies], mx.float32)
+        mx.eval(self.periods)
+
+    def __call__(self, x: mx.array, offset: int = 0) -> mx.array:
+        return mx.fast.rope(
+            x,
+            self.dims,
+            traditional=self.traditional,
+            base=None,
+            scale=1.0,
+            offset=offset,
+            freqs=self.periods,
+        )
+
+
+# -----------------------------------------------------------------------------
+# 5. KV cache
+# Keys and values of past tokens, in buffers allocated once: decoding then writes one
+# slot per layer instead of recomputing, or re-allocating, the whole past.
+# uses: none
+# -----------------------------------------------------------------------------
+
+
+class KVCache:
+    """The past of one attention layer, at most `capacity` tokens.
+
+    Has mlx-lm's contract (`offset`, `update_and_fetch`, `trim`), so it can be used
+    there too. The buffers, (B, Hkv, capacity, Dh), appear with the first tokens,
+    whose shape and dtype they take; their length is a multiple of 256, as MLX's fused
+    attention on CUDA wants it.
+    """
+
+    def __init__(self, capacity: int):
+        if capacity < 1:
+            raise ValueError(f"capacity must be at least 1 token, got {capacity}")
+        self.capacity = capacity
+        self.offset = 0  # tokens held
+        self.keys = self.values = None
+
+    def update_and_fetch(
+        self, keys: mx.array, values: mx.array
+    ) -> tuple[mx.array, mx.array]:
+        """Append L tokens; return all keys and values so far.
+
+        keys, values: (B, Hkv, L, Dh) -> (B, Hkv, offset + L, Dh), views of the buffers.
+        Raises ValueError if they do not fit: a cache never drops what it holds.
+        """
+        end = self.offset + keys.shape[2]
+        if end > self.capacity:
+            raise ValueError(
+                f"the context is full: {end} tokens, capacity {self.capacity}"
+            )
+        if self.keys is None:
+            B, Hkv, _, Dh = keys.shape
+            shape = (B, Hkv, -(-self.capacity // 256) * 256, Dh)
+            self.keys = mx.zeros(shape, keys.dtype)
+            self.values = mx.zeros(shape, values.dtype)
+        # MLX arrays are values, but an update of one that nothing else will read is
+        # done in its memory. Nothing here may keep the old array alive.
+        self.keys[..., self.offset : end, :] = keys
+        self.values[..., self.offset : end, :] = values
+        self.offset = end
+        return self.keys[..., :end, :], self.values[..., :end, :]
+
+    def trim(self, n: int) -> int:
+        """Forget the last n tokens; return n. Their slots are written over later."""
+        if not 0 <= n <= self.offset:
+            raise ValueError(f"n must be in [0, {self.offset}], got {n}")
+        self.offset -= n
+        return n
+
+    @property
+    def state(self) -> list[mx.array]:
+        """The buffers, to be evaluated; empty before the first tokens."""
+        return [] if self.keys is None else [self.keys, self.values]
+
+
+# -----------------------------------------------------------------------------
+# 6. Transformer
+# Llama 3 [1]: blocks of attention and MLP, each reading the residual stream x through
+# a norm [4] and adding to it. Attributes carry the checkpoint's names.
+# uses: 1, 4, 5
+# -----------------------------------------------------------------------------
+
+
+class Attention(nn.Module):
+    """Grouped-query attention [3]: H / Hkv query heads share a key/value head.
+
+    softmax(Q K^T / sqrt(Dh)) V over the past and this call's tokens.
+    """
+
+    def __init__(self, args: ModelArgs, rope: RoPE):
+        super().__init__()
+        D, H, Hkv = args.hidden_size, args.num_attention_heads, args.num_key_value_heads
+        self.n_heads, self.n_kv_heads = H, Hkv
+        self.scale = args.head_dim**-0.5 * rope.score_factor
+        self.rope = rope
+        bias = args.attention_bias
+        self.q_proj = nn.Linear(D, H * args.head_dim, bias=bias)
+        self.k_proj = nn.Linear(D, Hkv * args.head_dim, bias=bias)
+        self.v_proj = nn.Linear(D, Hkv * args.head_dim, bias=bias)
+        self.o_proj = nn.Linear(H * args.head_dim, D, bias=bias)
+
+    def __call__(self, x: mx.array, cache: KVCache | None = None) -> mx.array:
+        B, L, _ = x.shape
+        queries, keys, values = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        # (B, L, heads * Dh) -> (B, heads, L, Dh)
+        queries = queries.reshape(B, L, self.n_heads, -1).swapaxes(1, 2)
+        keys = keys.reshape(B, L, self.n_kv_heads, -1).swapaxes(1, 2)
+        values = values.reshape(B, L, self.n_kv_heads, -1).swapaxes(1, 2)
+
+        offset = 0 if cache is None else cache.offset
+        queries, keys = self.rope(queries, offset), self.rope(keys, offset)
+        if cache is not None:
+            keys, values = cache.update_and_fetch(keys, values)
+        # "causal" lines the last query up with the last key: query i of L sees the
+        # offset tokens before this call and 0 .. i of its own. One query sees all.
+        x = mx.fast.scaled_dot_product_attention(
+            queries, keys, values, scale=self.scale, mask="causal" if L > 1 else None
+        )
+        return self.o_proj(x.swapaxes(1, 2).reshape(B, L, -1))
+
+
+class MLP(nn.Module):
+    """SwiGLU [5]: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, args: ModelArgs):
+        super().__init__()
+        D, F, bias = args.hidden_size, args.intermediate_size, args.mlp_bias
+        self.gate_proj = nn.Linear(D, F, bias=bias)
+        self.up_proj = nn.Linear(D, F, bias=bias)
+        self.down_proj = nn.Linear(F, D, bias=bias)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        gate = self.gate_proj(x)
+        return self.down_proj(gate * mx.sigmoid(gate) * self.up_proj(x))
+
+
+class TransformerBlock(nn.Module):
+    def __init__(self, args: ModelArgs, rope: RoPE):
+        super().__init__()
+        D, eps = args.hidden_size, args.rms_norm_eps
+        self.self_attn = Attention(args, rope)
+        self.mlp = MLP(args)
+        self.input_layernorm = nn.RMSNorm(D, eps)
+        self.post_attention_layernorm = nn.RMSNorm(D, eps)
+
+    def __call__(self, x: mx.array, cache: KVCache | None = None) -> mx.array:
+        x = x + self.self_attn(self.input_layernorm(x), cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class LlamaModel(nn.Module):
+    """The stack without its head: tokens (B, L) -> residual stream (B, L, D), normed."""
+
+    def __init__(self, args: ModelArgs):
+        super().__init__()
+        # One table of frequencies serves all layers.
+        rope = RoPE(
+            args.head_dim,
+            args.rope_theta,
+            args.max_position_embeddings,
+            args.rope_scaling,
+            args.rope_traditional,
+        )
+        self.embed_tokens = nn.Embedding(args.vocab_size, args.hidden_size)
+        self.layers = [
+            TransformerBlock(args, rope) for _ in range(args.num_hidden_layers)
+        ]
+        self.norm = nn.RMSNorm(args.hidden_size, args.rms_norm_eps)
+
+    def __call__(
+        self, tokens: mx.array, cache: list[KVCache] | None = None
+    ) -> mx.array:
+        # An embedding in mxfp4 has no dtype of its own: the norms set the stream's.
+        x = self.embed_tokens(tokens).astype(self.norm.weight.dtype)
+        for layer, layer_cache in zip(self.layers, cache or [None] * len(self.layers)):
+            x = layer(x, layer_cache)
+        return self.norm(x)
+
+
+class Llama(nn.Module):
+    """A Llama: token ids in, logits out.
+
+    New weights are random and lazy: no memory is used until they are evaluated.
+    """
+
+    def __init__(self, args: ModelArgs):
+        super().__init__()
+        self.args = args
+        self.model = LlamaModel(args)
+        if not args.tie_word_embeddings:
+            self.lm_head = nn.Linear(args.hidden_size, args.vocab_size, bias=False)
+
+    def __call__(
+        self,
+        tokens: mx.array,
+        cache: list[KVCache] | None = None,
+        *,
+        logits_to_keep: int | None = None,
+    ) -> mx.array:
+        """Return the logits that follow each token, unnormalised.
+
+        tokens: (B, L) int32. cache: one KVCache per layer, continued in place; None
+        starts from nothing. logits_to_keep: only the last n positions, since the head
+        is the largest matrix and prefill needs its last row alone; None keeps all.
+        Returns (B, L or n, V) in the dtype of the weights.
+        """
+        x = self.model(tokens, cache)
+        if logits_to_keep is not None:
+            x = x[:, -logits_to_keep:]
+        if "lm_head" in self:
+            return self.lm_head(x)
+        return self.model.embed_tokens.as_linear(x)
+
+    def make_cache(self, capacity: int) -> list[KVCache]:
+        """Return an empty cache for `capacity` tokens, one per layer."""
+        return [KVCache(capacity) for _ in self.model.layers]
+
+
+# -----------------------------------------------------------------------------
+# 7. Tokenizer
+# Text to ids and back. Byte-pair encoding is tiktoken's; what is written here turns
+# the three kinds of vocabulary into its ranks, streams text out of ids, and writes
+# conversations down. Control tokens enter by id alone: no text can become one.
+# uses: 1
+# -----------------------------------------------------------------------------
+
+# How byte-level vocabularies split text before merging. GPT-2's pattern, and Llama 3's.
+GPT2_PATTERN = (
+    r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+)
+LLAMA3_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+# Names that end a reply wherever a vocabulary has them as control tokens: folders
+# often name only one of the ids that their model was trained to stop with.
+STOP_NAMES = (
+    "<|eot_id|>",
+    "<|eom_id|>",
+    "<|end_of_text|>",
+    "<|im_end|>",
+    "<|endoftext|>",
+    "</s>",
+)
+
+# tiktoken's regular expressions overflow their stack on runs of some 500,000 spaces,
+# so longer runs than this are cut. Twice this length still encodes in one piece.
+LONGEST_RUN = 65_536
+
+
+def byte_alphabet() -> dict[int, str]:
+    """Return the character that stands for each byte in byte-level vocabularies.
+
+    Printable bytes stand for themselves, the others for U+0100 and up: 32 -> "Ġ".
+    Source: GPT-2's bytes_to_unicode.
+    """
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = (b for b in range(256) if b not in printable)
+    return {b: chr(b) for b in printable} | {
+        b: chr(256 + n) for n, b in enumerate(others)
+    }
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What tiktoken needs, and how its ranks become ids.
+
+    ids: for each rank, the ids it stands for (several for part of a character whose
+    bytes are tokens). text: the bytes of each id. space: what a space is written as.
+    prefix: where a space is put in front: "always", "start" of a text, "missing" (only
+    where there is none), or None.
+    """
+
+    ranks: dict[bytes, int]
+    pattern: str
+    ids: list[tuple[int, ...]]
+    text: dict[int, bytes]
+    space: str = " "
+    prefix: str | None = None
+    normal_form: str | None = None
+
+
+def byte_level_vocabulary(spec: dict, vocab: dict, merges: list) -> Vocabulary:
+    """Return the vocabulary of a byte-level tokenizer.json (Llama 3, GPT-2, SmolLM2).
+
+    The ids need not be ranks: special tokens may come first. So ranks are made anew,
+    256 bytes and then the merges in order, and mapped to ids by a table.
+    """
+    alphabet = byte_alphabet()
+    to_latin1 = {ord(char): byte for byte, char in alphabet.items()}
+    pieces = [*alphabet.values(), *(left + right for left, right in merges)]
+    if spec["model"].get("ignore_merges"):
+        pieces += sorted(vocab, key=vocab.get)  # whole words that no merge makes
+    pieces = list(dict.fromkeys(pieces))
+    for piece in pieces[:256]:
+        if piece not in vocab:
+            raise ValueError(f"the vocabulary lacks byte {to_latin1[ord(piece)]}")
+    ranks = {p.translate(to_latin1).encode("latin-1"): n for n, p in enumerate(pieces)}
+    return Vocabulary(
+        ranks,
+        split_pattern(spec.get("pre_tokenizer")),
+        [(vocab[piece],) for piece in pieces],
+        dict(zip((vocab[piece] for piece in pieces), ranks)),
+        normal_form=normal_form(spec.get("normalizer")),
+    )
+
+
+def normal_form(normalizer: dict | None) -> str | None:
+    """Return the Unicode normal form that a byte-level tokenizer asks for, if any."""
+    kind = None if normalizer is None else normalizer.get("type")
+    if kind not in (None, "NFC", "NFD", "NFKC", "NFKD"):
+        raise ValueError(f"unknown normalizer {kind!r:.80}")
+    return kind
+
+
+def split_pattern(pre_tokenizer: dict | None) -> str:
+    """Return one regular expression that splits as a byte-level pre_tokenizer does.
+
+    Raises ValueError for a sequence it cannot express: a wrong split would only show
+    as slightly worse text.
+    """
+    steps = (pre_tokenizer or {}).get("pretokenizers", [pre_tokenizer])
+    names = [step.get("type") for step in steps if step]
+    if names[-1:] == ["ByteLevel"] and not steps[-1].get("add_prefix_space"):
+        own_pattern = steps[-1].get("use_regex", True)
+        if names == ["ByteLevel"] and own_pattern:
+            return GPT2_PATTERN
+        if names == ["Digits", "ByteLevel"] and own_pattern:
+            # Digits are cut out first, one by one or in runs; so a space never joins
+            # one, and the text before one ends there.
+            digits = r"\p{N}" if steps[0].get("individual_digits") else r"\p{N}+"
+            other = GPT2_PATTERN.replace(r"| ?\p{N}+", "")
+            return digits + "|" + other.replace(r"(?!\S)", r"(?![^\s\p{N}])")
+        if names == ["Split", "ByteLevel"] and not own_pattern:
+            return isolated_pattern(steps[0])
+    raise ValueError(f"unknown pre_tokenizer {json.dumps(pre_tokenizer)[:200]}")
+
+
+def isolated_pattern(split: dict) -> str:
+    """Return the pattern of a Split step that keeps matches, and the text between."""
+    pattern = split.get("pattern") or {}
+    behaviour = split.get("behavior"), split.get("invert", False)
+    if "String" in pattern:
+        pattern = {"Regex": re.escape(pattern["String"])}
+    if behaviour not in (("Isolated", False), ("Removed", True)) or not isinstance(
+        pattern.get("Regex"), str
+    ):
+        raise ValueError(f"unknown pre_tokenizer {json.dumps(split)[:200]}")
+    # tiktoken drops what no alternative matches; a run of it has to be a piece.
+    return f"{pattern['Regex']}|(?:(?!{pattern['Regex']})(?s:.))+"
+
+
+def byte_fallback_vocabulary(spec: dict, vocab: dict, merges: list) -> Vocabulary:
+    """Return the vocabulary of a SentencePiece-style tokenizer.json [8] (Llama 2).
+
+    Characters, not bytes, are merged, and a character outside the vocabulary becomes
+    its bytes' tokens <0xNN>. In ranks: bytes, then the beginnings of every multi-byte
+    character, so that a character's bytes join before anything else, then characters,
+    then the merges in order.
+    """
+    space = "\N{LOWER ONE EIGHTH BLOCK}"  # SentencePiece's visible space
+    characters = sorted((piece for piece in vocab if len(piece) == 1), key=vocab.get)
+    ranks = {bytes([b]): b for b in range(256)}
+    for encoded in (c.encode() for c in characters):
+        for end in range(2, len(encoded)):
+            ranks.setdefault(encoded[:end], len(ranks))
+    for piece in [*characters, *(left + right for left, right in merges)]:
+        ranks.setdefault(piece.encode(), len(ranks))
+    byte_ids = [vocab.get(f"<0x{b:02X}>") for b in range(256)]
+    if None in byte_ids:
+        raise ValueError(f"the vocabulary lacks <0x{byte_ids.index(None):02X}>")
+    known = {piece.encode(): (i,) for piece, i in vocab.items()}
+    ids = [known.get(token) or tuple(byte_ids[b] for b in token) for token in ranks]
+    text = {i: piece.replace(space, " ").encode() for piece, i in vocab.items()}
+    text |= {i: bytes([b]) for b, i in enumerate(byte_ids)}
+    pattern, prefix = spaces(spec, space)
+    return Vocabulary(ranks, pattern, ids, text, space, prefix)
+
+
+def spaces(spec: dict, space: str) -> tuple[str, str | None]:
+    """Return the split pattern and the prefix rule of a SentencePiece-style tokenizer.
+
+    Converters have written the same rules as a normalizer and as a pre_tokenizer.
+    """
+    normalizer, split = spec.get("normalizer"), spec.get("pre_tokenizer")
+    replace = {"type": "Replace", "pattern": {"String": " "}, "content": space}
+    prepend = {"type": "Prepend", "prepend": space}
+    steps = (normalizer or {}).get("normalizers", [normalizer])
+    if split is None and steps in ([prepend, replace], [replace]):
+        return r"(?s:.+)", "always" if prepend in steps else None
+    if normalizer is None and (split or {}).get("type") == "Metaspace":
+        scheme = split.get("prepend_scheme", "always")
+        rules = {"always": "missing", "first": "start", "never": None}
+        if split.get("replacement") == space and scheme in rules:
+            words = f"{space}[^{space}]*|[^{space}]+"
+            return words if split.get("split", True) else r"(?s:.+)", rules[scheme]
+    raise ValueError(
+        f"unknown normalizer {json.dumps(normalizer)[:200]} "
+        f"with pre_tokenizer {json.dumps(split)[:200]}"
+    )
+
+
+def rank_vocabulary(file: Path) -> Vocabulary:
+    """Return the vocabulary of Meta's tokenizer.model: lines of base64 and rank."""
+    lines = file.read_bytes().splitlines()
+    try:
+        pairs = [line.split() for line in lines if line]
+        ranks = {base64.b64decode(token, validate=True): int(n) for token, n in pairs}
+    except ValueError:
+        wanted = "lines of base64 and rank; a SentencePiece model needs tokenizer.json"
+        raise ValueError(f"{file}: wanted {wanted}") from None
+    if sorted(ranks.values()) != list(range(len(lines))):
+        raise ValueError(f"{file}: wanted the ranks 0 to {len(lines) - 1}, each once")
+    text = {rank: token for token, rank in ranks.items()}
+    return Vocabulary(ranks, LLAMA3_PATTERN, [(n,) for n in range(len(ranks))], text)
+
+
+def read_vocabulary(file: Path) -> tuple[Vocabulary, list[dict], dict]:
+    """Return a tokenizer.json's vocabulary, its added tokens and its post_processor.
+
+    Raises ValueError, naming the file, for what is not laid out as Hugging Face's
+    tokenizers does it, and for what this file does not know: never a guess.
+    """
+    spec = read_json(file)
+    try:
+        model, added = spec["model"], spec.get("added_tokens") or []
+        vocab = model["vocab"]
+        # "a b" before tokenizers 0.20, ["a", "b"] since
+        merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
+        unknown = {k: model.get(k) for k in ("dropout", "end_of_word_suffix")}
+        unknown["continuing_subword_prefix"] = model.get("continuing_subword_prefix")
+        if model.get("type") != "BPE" or any(unknown.values()):
+            raise ValueError(f"wanted plain BPE, got {model.get('type')!r}, {unknown}")
+        if any(type(i) is not int or i < 0 for i in vocab.values()):
+            raise ValueError("every id of the vocabulary must be a whole number")
+        if len(set(vocab.values())) != len(vocab):
+            raise ValueError("two tokens of the vocabulary have the same id")
+        for left, right in merges:
+            if not (left in vocab and right in vocab and left + right in vocab):
+                raise ValueError(f"merge {left!r} {right!r}: not in the vocabulary")
+        if not merges:
+            raise ValueError("no merges")
+        kind = byte_level_vocabulary
+        if model.get("byte_fallback"):
+            kind = byte_fallback_vocabulary
+        for token in added:
+            if type(token["id"]) is not int or not token["content"]:
+                raise ValueError(f"added token {token} needs a whole id and a text")
+        return kind(spec, vocab, merges), added, spec.get("post_processor") or {}
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{file}: not laid out as a tokenizer.json: {error}") from None
+
+
+@dataclass(frozen=True)
+class ChatFormat:
+    """How a family of models writes a conversation down.
+
+    {} is a message's content. Names of control tokens, {bos} and {eos} become ids,
+    and everything else is text. Source: the families' published Jinja templates.
+    """
+
+    user: str
+    assistant: str  # after `reply`
+    reply: str = ""  # what asks for one
+    system: str = "{}"
+    system_in: str | None = None  # the "first" or "last" user message; None: its own
+    default_system: str | None = None  # where the conversation has none
+    date: str | None = None  # for {date}; None means today
+    bos: bool = False  # one at the very start
+    strip: bool = False  # white space around contents
+
+
+CHAT_FORMATS = {
+    "llama3": ChatFormat(
+        system="<|start_header_id|>system<|end_header_id|>\n\n{}<|eot_id|>",
+        user="<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|>",
+        reply="<|start_header_id|>assistant<|end_header_id|>\n\n",
+        assistant="{}<|eot_id|>",
+        bos=True,
+        strip=True,
+    ),
+    "llama2": ChatFormat(
+        # Here every exchange opens with a BOS: the format is that of a document each.
+        system="<<SYS>>\n{}\n<</SYS>>\n\n",
+        system_in="first",
+        user="{bos}[INST] {} [/INST]",
+        assistant=" {} {eos}",
+        strip=True,
+    ),
+    "chatml": ChatFormat(
+        system="<|im_start|>system\n{}<|im_end|>\n",
+        user="<|im_start|>user\n{}<|im_end|>\n",
+        reply="<|im_start|>assistant\n",
+        assistant="{}<|im_end|>\n",
+    ),
+    "zephyr": ChatFormat(
+        system="<|system|>\n{}{eos}\n",
+        user="<|user|>\n{}{eos}\n",
+        reply="<|assistant|>\n",
+        assistant="{}{eos}\n",
+    ),
+    "mistral": ChatFormat(
+        system="{}\n\n",
+        system_in="first",
+        user="[INST] {} [/INST]",
+        assistant="{}{eos}",
+        bos=True,
+    ),
+    "mistral-v3": ChatFormat(
+        system="{}\n\n",
+        system_in="last",
+        user="[INST] {}[/INST]",
+        assistant=" {}{eos}",
+        bos=True,
+    ),
+}
+CHAT_FORMATS["llama3.1"] = replace(
+    CHAT_FORMATS["llama3"],
+    system="<|start_header_id|>system<|end_header_id|>\n\n"
+    "Cutting Knowledge Date: December 2023\nToday Date: {date}\n\n{}<|eot_id|>",
+    default_system="",
+)
+
+CONTROL = re.compile(
+    r"(<\|(?:start_header_id|end_header_id|eot_id|im_start|im_end)\|>"
+    r"|\[/?INST\]|\{bos\}|\{eos\})"
+)
+
+
+def recognise_format(template: str) -> str | ChatFormat | None:
+    """Return (name, format) of a Jinja chat template, or None if it is not known.
+
+    Templates are never run: what tells the families apart is looked for in their text.
+    """
+    template = template.replace('"', "'").replace("\\n", "\n")
+    name, changes = None, {"bos": "bos_token" in template}
+    if "<|start_header_id|>" in template:
+        name = "llama3"
+        if "Cutting Knowledge Date" in template:
+            name = "llama3.1"
+            fixed = re.search(r"date_string = '(\d\d? \w{3} \d{4})'", template)
+            if fixed and "strftime_now" not in template:
+                changes["date"] = fixed[1]
+    elif "<|im_start|>" in template:
+        name = "chatml"
+        default = re.search(r"<\|im_start\|>system\n([^'{}]+)<\|im_end\|>", template)
+        changes["default_system"] = default and default[1]
+    elif "<|assistant|>" in template and "eos_token" in template:
+        name = "zephyr"
+    elif "<<SYS>>" in template:
+        name, changes = "llama2", {}
+    elif "'[INST] ' + message['content'] + ' [/INST]'" in template:
+        name = "mistral"
+        if "eos_token + ' '" in template:  # 7B-Instruct-v0.1
+            changes["assistant"] = "{}{eos} "
+    elif "'[INST] ' + message['content'] + '[/INST]'" in template:
+        name = "mistral-v3"
+    return name and (name, replace(CHAT_FORMATS[name], **changes))
+
+
+# The control tokens that follow the ranks of Meta's tokenizer.model, in order. Source:
+# [1], Meta's llama-models; Llama 3.0 has reserved tokens for some of the names.
+LLAMA3_TOKENS = [
+    "<|begin_of_text|>",
+    "<|end_of_text|>",
+    "<|reserved_special_token_0|>",
+    "<|reserved_special_token_1|>",
+    "<|finetune_right_pad_id|>",
+    "<|reserved_special_token_2|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eom_id|>",
+    "<|eot_id|>",
+    "<|python_tag|>",
+    *(f"<|reserved_special_token_{n}|>" for n in range(3, 248)),
+]
+
+
+def named_id(token: str | dict | None, added: dict, default: int | None = None):
+    """Return the id of a token that tokenizer_config.json names, else the default."""
+    name = token.get("content") if isinstance(token, dict) else token
+    return added[name][0] if name in added else default
+
+
+def arrange(messages: list[dict], chat: ChatFormat) -> list[tuple[str, str]]:
+    """Return the conversation as (role, content), with the system text in its place.
+
+    Raises ValueError unless it is: system or none, then what a reply can follow.
+    """
+    turns = [(message.get("role"), message.get("content")) for message in messages]
+    roles = [role for role, _ in turns]
+    for n, (role, content) in enumerate(turns):
+        if role not in ("system", "user", "assistant") or (role == "system" and n):
+            wanted = "system (first only), user or assistant"
+            raise ValueError(f"message {n}: role must be {wanted}, got {role!r}")
+        if not isinstance(content, str):
+            kind = type(content).__name__
+            raise ValueError(f"message {n}: content must be a string, got {kind}")
+    if roles[-1:] != ["user"]:
+        raise ValueError(f"the last message must be the user's, got roles {roles}")
+    system = turns.pop(0)[1] if roles[0] == "system" else chat.default_system
+    if chat.system_in is None:
+        return turns if system is None else [("system", system), *turns]
+    if [role for role, _ in turns[::2]] != ["user"] * (len(turns) // 2 + 1):
+        raise ValueError(f"user and assistant must alternate, got roles {roles}")
+    if system is not None:
+        n = 0 if chat.system_in == "first" else -1
+        turns[n] = ("user", chat.system.replace("{}", system) + turns[n][1])
+    return turns
+
+
+class TextStream:
+    """Turn ids into text as they come: whole characters only, each exactly once.
+
+    A character split over tokens appears with its last byte; bytes that never become
+    one appear as U+FFFD. Special ids, and ids that no token has, are no text.
+    """
+
+    def __init__(self, text: dict[int, bytes], drop_space: bool = False):
+        self._text, self._drop_space = text, drop_space
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def add(self, token: int) -> str:
+        encoded = self._text.get(token, b"")
+        if self._drop_space and encoded:
+            self._drop_space = False
+            encoded = encoded.removeprefix(b" ")
+        return self._decoder.decode(encoded)
+
+    def close(self) -> str:
+        """Return what is left of an unfinished character."""
+        return self._decoder.decode(b"", True)
+
+
+def read_tokenizer(folder: Path) -> tuple[Vocabulary, dict, str | None]:
+    """Return a folder's vocabulary, {text: (id, is it special)} of its added tokens,
+    and the added token that is put before a text on its own, if any."""
+    if (folder / "tokenizer.json").exists():
+        vocabulary, added, post_processor = read_vocabulary(folder / "tokenizer.json")
+        tokens = {t["content"]: (t["id"], t.get("special", False)) for t in added}
+        for step in post_processor.get("processors", [post_processor]):
+            first = (step.get("single") or [{}])[0]
+            if "SpecialToken" in first:
+                return vocabulary, tokens, first["SpecialToken"]["id"]
+        return vocabulary, tokens, None
+    if not (folder / "tokenizer.model").exists():
+        raise FileNotFoundError(f"{folder}: no tokenizer.json and no tokenizer.model")
+    vocabulary = rank_vocabulary(folder / "tokenizer.model")
+    ids = itertools.count(len(vocabulary.ranks))
+    return vocabulary, {t: (next(ids), True) for t in LLAMA3_TOKENS}, LLAMA3_TOKENS[0]
+
+
+def find_format(folder: Path, settings: dict) -> tuple[str | None, ChatFormat | None]:
+    """Return the name and format of a folder's chat template.
+
+    (None, None) if it has none: a base model; ("unknown", None) if it is not known.
+    """
+    template = settings.get("chat_template")
+    if (folder / "chat_template.jinja").exists():
+        template = (folder / "chat_template.jinja").read_text("utf-8")
+    if isinstance(template, list):  # several, by name
+        template = {t["name"]: t["template"] for t in template}.get("default")
+    if template is None:
+        return None, None
+    return recognise_format(template) or ("unknown", None)
+
+
+class Tokenizer:
+    """Text to ids and back, and conversations to ids.
+
+    special_tokens: {text: id} of the control tokens. bos, eos: ids, or None.
+    stop_tokens: the ids that end a reply. bos_prefix: the ids that go before a text on
+    its own, [bos] or none. template: the name of the chat format, None for a base
+    model. size: one more than the largest id of ordinary text.
+    """
+
+    def __init__(
+        self,
+        vocabulary: Vocabulary,
+        added_tokens: dict[str, tuple[int, bool]],
+        *,
+        bos: int | None = None,
+        eos: int | None = None,
+        stop_tokens: Iterable[int] = (),
+        adds_bos: bool = False,
+        template: str | None = None,
+        chat_format: ChatFormat | None = None,
+    ):
+        self.vocabulary = vocabulary
+        self.special_tokens = {text: i for text, (i, _) in added_tokens.items()}
+        self.bos, self.eos = bos, eos
+        self.bos_prefix = [bos] if adds_bos and bos is not None else []
+        self.template, self.chat_format = template, chat_format
+        names = [name for name in STOP_NAMES if name in self.special_tokens]
+        self.stop_tokens = {*stop_tokens, *(self.special_tokens[n] for n in names)}
+        self.size = max(max(ids) for ids in vocabulary.ids) + 1
+        # Added tokens that are not special, "<think>" say, are there to be read.
+        self._text = vocabulary.text | {
+            i: b"" if special else text.encode()
+            for text, (i, special) in added_tokens.items()
+        }
+        self._encoding = tiktoken.Encoding(
+            "llama.py",
+            pat_str=vocabulary.pattern,
+            mergeable_ranks=vocabulary.ranks,
+            special_tokens={},
+        )
+
+    @classmethod
+    def from_folder(cls, folder: str | Path, *, template: str | None = None):
+        """Return the tokenizer of a model folder, without touching its weights.
+
+        template: a name in CHAT_FORMATS, used whatever the folder says.
+        Raises FileNotFoundError or ValueError naming the file at fault.
+        """
+        folder = Path(folder)
+        if template not in (None, *CHAT_FORMATS):
+            names = ", ".join(CHAT_FORMATS)
+            raise ValueError(f"template must be one of {names}, got {template!r}")
+        try:
+            config, generation, settings = (
+                read_json(folder / name) if (folder / name).exists() else {}
+                for name in (
+                    "config.json",
+                    "generation_config.json",
+                    "tokenizer_config.json",
+                )
+            )
+            vocabulary, added, first = read_tokenizer(folder)
+            bos = named_id(settings.get("bos_token"), added, config.get("bos_token_id"))
+            eos = named_id(settings.get("eos_token"), added)
+            stops = [eos]
+            for ids in (config.get("eos_token_id"), generation.get("eos_token_id")):
+                stops += ids if isinstance(ids, list) else [ids]
+            name, chat_format = template, CHAT_FORMATS.get(template)
+            if template is None:
+                name, chat_format = find_format(folder, settings)
+            adds_bos = settings.get("add_bos_token")
+            return cls(
+                vocabulary,
+                added,
+                bos=bos,
+                eos=next((i for i in stops if i is not None), None),
+                stop_tokens={i for i in stops if i is not None},
+                adds_bos=first is not None if adds_bos is None else adds_bos,
+                template=name,
+                chat_format=chat_format,
+            )
+        except (AttributeError, IndexError, KeyError, TypeError) as error:
+            raise ValueError(f"{folder}: unusable tokenizer files: {error}") from error
+
+    def encode(self, text: str, *, first: bool = True) -> list[int]:
+        """Return the ids of ordinary text: never a special id, and no BOS.
+
+        first: whether the text begins a document; SentencePiece-style vocabularies
+        put a space before it then, so that its first word is a word like any other.
+        """
+        vocabulary = self.vocabulary
+        if vocabulary.normal_form:
+            text = unicodedata.normalize(vocabulary.normal_form, text)
+        text = text.replace(" ", vocabulary.space)
+        if first and text and vocabulary.prefix:
+            if vocabulary.prefix == "always" or not text.startswith(vocabulary.space):
+                text = vocabulary.space + text
+        cuts = []
+        if vocabulary.space == " " and len(text) > LONGEST_RUN:
+            for run in re.finditer(r"\s+", text):
+                cuts += range(run.start() + LONGEST_RUN, run.end(), LONGEST_RUN)
+        pieces = (text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)]))
+        ids = vocabulary.ids
+        encoded = map(self._encoding.encode_ordinary, pieces)
+        return [i for ranks in encoded for rank in ranks for i in ids[rank]]
+
+    def encode_chat(
+        self,
+        messages: list[dict[str, str]],
+        *,
+        replies: Mapping[str, list[int]] | None = None,
+    ) -> list[int]:
+        """Return the ids of a whole conversation, up to where the reply begins.
+
+        messages: [{"role": "system" | "user" | "assistant", "content": text}, ...], a
+        system message only first, the last from the user. replies: for contents of
+        the assistant, the ids that the model wrote, used instead of encoding the text
+        anew: another spelling of the same text would not match what the cache holds.
+        Raises ValueError for messages out of order, or a folder without a known format.
+        """
+        chat = self.require_format()
+        # Parts: text, or ids. None: the reply begins here, so what precedes it is
+        # encoded on its own, exactly as when the reply had not been written yet.
+        parts = [[self.bos]] if chat.bos and self.bos is not None else []
+        for role, content in arrange(messages, chat):
+            before, after = getattr(chat, role).split("{}")
+            if role == "assistant":
+                parts += [*self._control(chat.reply), None]
+                if content in (replies or {}):
+                    parts += [replies[content], *self._control(after.lstrip(" "))]
+                    continue
+            if role == "system" and "{date}" in before:
+                today = datetime.date.today().strftime("%d %b %Y")
+                before = before.replace("{date}", chat.date or today)
+            content = content.strip() if chat.strip else content
+            parts += [*self._control(before), content, *self._control(after)]
+        return self._join([*parts, *self._control(chat.reply)])
+
+    def require_format(self) -> ChatFormat:
+        """Return the chat format. Raises ValueError if there is none."""
+        if self.chat_format is None:
+            found = "chat template is not a known one"
+            if self.template is None:
+                found = "base model, it has no chat template"
+            names = ", ".join(CHAT_FORMATS)
+            raise ValueError(f"{found}: use --raw, or --template with one of {names}")
+        return self.chat_format
+
+    def _control(self, template: str) -> list[str | list[int]]:
+        """Return a piece of a format as parts, its control tokens as ids."""
+        ids = {"{bos}": self.bos, "{eos}": self.eos} | self.special_tokens
+        parts = CONTROL.split(template)
+        for n, name in enumerate(parts):
+            # Mistral's [INST] became a control token with its third vocabulary.
+            if n % 2 and (name in ids or not name.startswith("[")):
+                if ids.get(name) is None:
+                    raise ValueError(f"the chat format needs {name}: not in vocabulary")
+                parts[n] = [ids[name]]
+        return parts
+
+    def _join(self, parts: list[str | list[int] | None]) -> list[int]:
+        """Return the ids of parts: text between two ids is encoded as one."""
+        ids, text, follows_reply = [], "", False
+        for part in [*parts, []]:
+            if isinstance(part, str):
+                text += part
+                continue
+            first = not follows_reply
+            if self.vocabulary.prefix == "start":
+                first = not ids
+            ids += self.encode(text, first=first)
+            ids += part or []
+            text, follows_reply = "", part is None
+        return ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Return the text of ids; special ids, and ids of no token, are no text."""
+        stream = self.stream(drop_space=True)
+        return "".join(map(stream.add, ids)) + stream.close()
+
+    def stream(self, *, drop_space: bool) -> TextStream:
+        """Return a decoder for ids as they come.
+
+        drop_space: take away the space that SentencePiece-style vocabularies put
+        before a text; not wanted where the ids continue one.
+        """
+        return TextStream(self._text, drop_space and self.vocabulary.prefix is not None)
+
+
+# -----------------------------------------------------------------------------
+# 8. Loading
+# From a folder to a model ready to run: find it, build the modules that its files
+# describe, check every tensor before reading any, then map them in.
+# uses: 1, 2, 3, 4, 5, 6, 7
+# -----------------------------------------------------------------------------
+
+
+def find_folder(model: str | Path) -> Path:
+    """Return the folder of a model: a path, or org/name in the Hugging Face cache.
+
+    The cache is where huggingface_hub puts it: HF_HUB_CACHE, else hub/ in HF_HOME,
+    else huggingface/hub in XDG_CACHE_HOME or ~/.cache. Nothing is fetched.
+    Raises FileNotFoundError that says how to get it.
+    """
+    if Path(model).is_dir():
+        return Path(model)
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(model)):
+        raise FileNotFoundError(
+            f"{model}: no such folder, and not of the form org/name"
+        )
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    home = os.environ.get("HF_HOME") or Path(home, "huggingface")
+    hub = Path(os.environ.get("HF_HUB_CACHE") or Path(home, "hub"))
+    repo = hub / f"models--{str(model).replace('/', '--')}"
+    main = repo / "refs" / "main"
+    if main.is_file():
+        snapshot = repo / "snapshots" / main.read_text().strip()
+        if snapshot.is_dir():
+            return snapshot
+    raise FileNotFoundError(
+        f"{model}: no such folder, and not in {hub}; to download it: hf download {model}"
+    )
+
+
+def build_model(args: ModelArgs, names: Container[str]) -> Llama:
+    """Return the modules for the tensors of these names, without their weights.
+
+    The files decide: a head among them is used, else the embedding serves; a layer is
+    quantized if it has scales, as config.json's quantization says, which may hold an
+    entry of its own for it. Raises ValueError naming the layer that cannot be built.
+    """
+    model = Llama(replace(args, tie_word_embeddings="lm_head.weight" not in names))
+    settings = args.quantization or {}
+    swaps = []
+    for path, layer in dense_layers(model):
+        if f"{path}.scales" in names:
+            own = settings.get(path)
+            own = own if isinstance(own, dict) else settings
+            if not own:
+                raise ValueError(f"{path} has scales, but config.json no quantization")
+            try:
+                numbers = own.get("group_size", 64), own.get("bits", 4)
+                layer = quantized_like(layer, *numbers, own.get("mode", "affine"))
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"{path}: {error}") from None
+            swaps.append((path, layer))
+    model.update_modules(tree_unflatten(swaps))
+    return model
+
+
+def compare(model: Llama, tensors: Mapping[str, TensorInfo]) -> list[str]:
+    """Return what is wrong with the tensors of a folder, one line for each kind."""
+    wanted = dict(tree_flatten(model.parameters()))
+    # Old checkpoints carry the rotary frequencies, which are computed here.
+    found = {n for n in tensors if not n.endswith("rotary_emb.inv_freq")}
+    floats = ("F32", "F16", "BF16")
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    shapes = []
+    for name in sorted(found & wanted.keys()):
+        info, array = tensors[name], wanted[name]
+        dtypes = floats if array.dtype == mx.float32 else (names[array.dtype],)
+        if info.shape != array.shape or info.dtype not in dtypes:
+            got = f"{info.dtype} {list(info.shape)}"
+            shapes.append(f"{name} is {got}, wanted {dtypes[-1]} {list(array.shape)}")
+    groups = {
+        "missing": sorted(wanted.keys() - found),
+        "unexpected": sorted(found - wanted.keys()),
+        "of another shape than config.json says": shapes,
+    }
+    return [
+        f"{len(names)} tensors {kind}: {', '.join(names[:4])}{', …' * (len(names) > 4)}"
+        for kind, names in groups.items()
+        if names
+    ]
+
+
+def examine(
+    folder: Path,
+) -> tuple[Llama | None, dict[str, TensorInfo], list[Exception]]:
+    """Return a folder's model without its weights, its tensors, and all that is wrong.
+
+    No weight is read. The model is None where config.json cannot be honoured.
+    """
+    model, args, tensors, problems = None, None, {}, []
+    config = folder / "config.json"
+    try:
+        args = ModelArgs.from_dict(read_json(config))
+    except FileNotFoundError:
+        problems.append(FileNotFoundError(f"{folder}: no config.json"))
+    except ValueError as error:
+        prefix = "" if str(error).startswith(str(folder)) else f"{config}: "
+        problems.append(ValueError(f"{prefix}{error}"))
+    try:
+        tensors = list_tensors(folder)
+    except (OSError, ValueError) as error:
+        problems.append(error)
+    try:
+        if args and tensors and args.num_hidden_layers > len(tensors):
+            found = f"{args.num_hidden_layers} layers, but {len(tensors)} tensors"
+            raise ValueError(f"{config}: num_hidden_layers promises {found} are there")
+        if args:
+            model = build_model(args, tensors)
+        if model and tensors and (wrong := compare(model, tensors)):
+            raise ValueError(f"{folder}: {'; '.join(wrong)}")
+    except ValueError as error:
+        problems.append(error)
+    return model, tensors, problems
+
+
+def load_model(
+    folder: str | Path,
+    *,
+    dtype: mx.Dtype | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Llama:
+    """Return a folder's model, its weights mapped in and evaluated.
+
+    dtype: of activations, and of weights that are not packed. None keeps what the
+    files hold on a GPU; MLX's CPU backend is many times slower in 16 bits than in
+    float32, so there None means float32. progress: called with bytes done and in all.
+    Raises FileNotFoundError or ValueError that names the file at fault.
+    """
+    model, tensors, problems = examine(Path(folder))
+    if problems:
+        raise problems[0]
+    if dtype is None and mx.default_device() == mx.cpu:
+        dtype = mx.float32
+    wanted = {name for name, _ in tree_flatten(model.parameters())}
+    done, total = 0, sum(tensors[name].nbytes for name in wanted)
+    view, file, weights = None, None, []
+    for info in (info for info in tensors.values() if info.name in wanted):
+        if info.file != file:
+            view, file = map_file(info.file), info.file
+        mapped = map_tensor(info, view)
+        packed = info.dtype in ("U32", "U8")
+        array = mapped if packed or dtype is None else mapped.astype(dtype)
+        # Evaluated one by one, or a cast would hold both copies of all weights; while
+        # `mapped` is still referred to, or the cast could be written into the file's
+        # pages; and in the end all of them, since lazy arrays are bound to a thread.
+        mx.eval(array)
+        weights.append((info.name, array))
+        done += info.nbytes
+        if progress is not None:
+            progress(done, total)
+    model.load_weights(weights)
+    return model
+
+
+def load(
+    folder: str | Path, *, dtype: mx.Dtype | None = None
+) -> tuple[Llama, Tokenizer]:
+    """Return the model and the tokenizer of a folder, or of org/name.
+
+    They may be used in another thread than this one, but in one at a time.
+    Raises FileNotFoundError or ValueError that names the file at fault.
+    """
+    folder = find_folder(folder)
+    return load_model(folder, dtype=dtype), Tokenizer.from_folder(folder)
+
+
+def recommended_memory() -> int | None:
+    """Return the bytes that Metal lets one process keep on the GPU, None elsewhere."""
+    if not mx.metal.is_available():
+        return None
+    return mx.device_info()["max_recommended_working_set_size"]
+
+
+@contextlib.contextmanager
+def wired_memory(nbytes: int) -> Iterator[None]:
+    """Keep a model of `nbytes`, weights and cache, in wired memory within the block.
+
+    macOS may otherwise page a large model out between tokens, which makes it many
+    times slower; wiring more than needed takes memory from everything else. So: what
+    is needed and 2 GB, at most what Metal recommends. Does nothing elsewhere.
+    """
+    limit = recommended_memory()
+    if limit is None:
+        yield
+        return
+    before = mx.set_wired_limit(min(limit, nbytes + 2_000_000_000))
+    try:
+        yield
+    finally:
+        mx.synchronize()  # nothing may be running that counts on it
+        mx.set_wired_limit(before)
+
+
+# -----------------------------------------------------------------------------
+# 9. Samplers
+# From logits to a token. Each filter maps logprobs to logprobs, -inf where a token is
+# ruled out; make_sampler composes them in the order that Hugging Face's generate
+# has: repetition penalty, temperature, top-k, top-p, min-p.
+# uses: none
+# -----------------------------------------------------------------------------
+
+
+def apply_repetition_penalty(
+    logits: mx.array, seen: mx.array, penalty: float
+) -> mx.array:
+    """Return logits (B, V) with those of seen tokens (B, V) moved down.
+
+    Divided by the penalty where positive, multiplied where negative.
+    Source: CTRL, arXiv:1909.05858, section 4.1.
+    """
+    moved = mx.where(logits > 0, logits / penalty, logits * penalty)
+    return mx.where(seen, moved, logits)
+
+
+def apply_top_k(logprobs: mx.array, k: int) -> mx.array:
+    """Return logprobs (B, V) of the k likeliest tokens; ties with the last stay."""
+    if k >= logprobs.shape[-1]:
+        return logprobs
+    at = mx.argpartition(-logprobs, k - 1, axis=-1)[:, k - 1 : k]
+    return mx.where(
+        logprobs < mx.take_along_axis(logprobs, at, axis=-1), -mx.inf, logprobs
+    )
+
+
+def apply_top_p(logprobs: mx.array, p: float) -> mx.array:
+    """Return logprobs (B, V) of the fewest likeliest tokens that hold p together [6].
+
+    A token stays while those before it hold less than p, so the likeliest always does.
+    """
+    descending = -mx.sort(-logprobs, axis=-1)
+    probs = mx.softmax(descending, axis=-1)
+    before = mx.cumsum(probs, axis=-1) - probs
+    last = mx.where(before < p, descending, mx.inf).min(axis=-1, keepdims=True)
+    return mx.where(logprobs < last, -mx.inf, logprobs)
+
+
+def apply_min_p(logprobs: mx.array, p: float) -> mx.array:
+    """Return logprobs (B, V) of the tokens with p times the likeliest's probability.
+
+    Source: arXiv:2407.01082.
+    """
+    least = logprobs.max(axis=-1, keepdims=True) + math.log(p)
+    return mx.where(logprobs < least, -mx.inf, logprobs)
+
+
+def make_sampler(
+    *,
+    temperature: float = 0.6,
+    top_k: int | None = None,
+    top_p: float | None = 0.9,
+    min_p: float | None = None,
+    repetition_penalty: float | None = None,
+    seed: int | None = None,
+    prompt: Sequence[int] = (),
+) -> Callable[[mx.array], mx.array]:
+    """Return a function from logits (B, V) to tokens (B,), lazy like any MLX code.
+
+    temperature: 0 is greedy, the likeliest token. top_k: at least 1. top_p, min_p: in
+    (0, 1]. repetition_penalty: positive, above 1 discourages; it counts the tokens
+    sampled so far and those of `prompt`. seed: the same seed draws the same tokens;
+    None draws anew each time. None turns a filter off.
+    Raises ValueError with the interval and the value for an option outside it.
+    """
+    for name, value, interval, inside in (
+        ("temperature", temperature, "[0, inf)", lambda t: 0 <= t < math.inf),
+        ("top_k", top_k, "[1, inf), a whole number", lambda k: k >= 1 and k == int(k)),
+        ("top_p", top_p, "(0, 1]", lambda p: 0 < p <= 1),
+        ("min_p", min_p, "(0, 1]", lambda p: 0 < p <= 1),
+        (
+            "repetition_penalty",
+            repetition_penalty,
+            "(0, inf)",
+            lambda r: 0 < r < math.inf,
+        ),
+    ):
+        if value is not None and not inside(value):
+            raise ValueError(f"{name} must be in {interval}, got {value}")
+    # The state: a key that is split per token, and which tokens were seen. Both are
+    # made on first use, in the thread that samples.
+    key, seen = None, None
+
+    def sampler(logits: mx.array) -> mx.array:
+        nonlocal key, seen
+        # 16-bit cumulative sums would misjudge the tail, so float32 from here on.
+        logits = logits.astype(mx.float32)
+        if repetition_penalty not in (None, 1):
+            if seen is None:
+                seen = mx.zeros(logits.shape, mx.bool_)
+                if len(prompt):
+                    seen[:, mx.array(prompt)] = True
+            logits = apply_repetition_penalty(logits, seen, repetition_penalty)
+        if temperature == 0:
+            token = mx.argmax(logits, axis=-1)
+        else:
+            logprobs = logits / temperature
+            logprobs = logprobs - mx.logsumexp(logprobs, axis=-1, keepdims=True)
+            if top_k is not None:
+                logprobs = apply_top_k(logprobs, top_k)
+            if top_p is not None and top_p < 1:
+                logprobs = apply_top_p(logprobs, top_p)
+            if min_p is not None:
+                logprobs = apply_min_p(logprobs, min_p)
+            if key is None:
+                key = mx.random.key(new_seed() if seed is None else seed)
+            key, now = mx.random.split(key)
+            token = mx.random.categorical(logprobs, key=now)
+        if seen is not None:
+            seen = seen | (mx.arange(seen.shape[-1]) == token[:, None])
+        return token
+
+    return sampler
+
+
+def new_seed() -> int:
+    """Return a seed that no other call returns, short enough to be typed again."""
+    return int.from_bytes(os.urandom(4), "little")
+
+
+# -----------------------------------------------------------------------------
+# 10. Generation
+# Two phases: prefill reads the prompt, many tokens at a time, and decode writes one
+# token after another. Works with any model that has the call and the cache of 6.
+# uses: none
+# -----------------------------------------------------------------------------
+
+
+def prefill(
+    model: Callable,
+    prompt: Sequence[int],
+    cache: list,
+    *,
+    step: int = 512,
+    progress: Callable[[int, int], None] | None = None,
+    cancelled: Callable[[], bool] | None = None,
+) -> mx.array | None:
+    """Return the logits (1, V) that follow a prompt, read into the cache.
+
+    step: tokens read at a time; memory grows with it, speed hardly. progress: called
+    with the tokens read, and in all. cancelled: asked before each step; returns None
+    then, and the cache holds the steps that were done.
+    """
+    for at in range(0, len(prompt), step):
+        if cancelled is not None and cancelled():
+            return None
+        tokens = mx.array(prompt[at : at + step])[None]
+        logits = model(tokens, cache, logits_to_keep=1)[:, -1]
+        # MLX computes what is asked for: the cache, so not the head of every step.
+        mx.eval([layer.state for layer in cache])
+        mx.clear_cache()
+        if progress is not None:
+            progress(min(at + step, len(prompt)), len(prompt))
+    return logits
+
+
+def generate(
+    model: Callable,
+    prompt: Sequence[int],
+    *,
+    max_tokens: int | None = None,
+    sampler: Callable[[mx.array], mx.array] | None = None,
+    cache: list | None = None,
+    stop_tokens: Container[int] = (),
+    prefill_step: int = 512,
+    progress: Callable[[int, int], None] | None = None,
+    cancelled: Callable[[], bool] | None = None,
+) -> Generator[int, None, str]:
+    """Yield the ids that continue a prompt, each as soon as it is known.
+
+    prompt: at least one id. max_tokens: None goes on until something else ends it.
+    sampler: logits (1, V) -> (1,); None is greedy. cache: what precedes the prompt, is
+    continued in place; None makes one. stop_tokens: ids that end the text, not yielded.
+    prefill_step, progress, cancelled: see prefill.
+    Returns, as a generator does, why it ended: "stop", "length" (max_tokens),
+    "context" (the cache is full) or "cancelled". However it ends, the cache then holds
+    the prompt and what was yielded, except perhaps the last token: its offset tells.
+    Raises ValueError if the prompt is empty or does not fit the cache.
+    """
+    for name, value, least in (
+        ("max_tokens", max_tokens, 0),
+        ("prefill_step", prefill_step, 1),
+    ):
+        if value is not None and value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
+    if cache is None:
+        longest = model.args.max_position_embeddings
+        longest = longest if max_tokens is None else len(prompt) + max_tokens
+        cache = model.make_cache(max(longest, 1))
+    end, capacity = cache[0].offset + len(prompt), cache[0].capacity
+    if not len(prompt) or end > capacity:
+        wanted = f"1 to {capacity - cache[0].offset} tokens, what the context has left"
+        raise ValueError(f"the prompt must have {wanted}, got {len(prompt)}")
+    sampler = sampler or functools.partial(mx.argmax, axis=-1)
+    logits = prefill(
+        model, prompt, cache, step=prefill_step, progress=progress, cancelled=cancelled
+    )
+    if logits is None:
+        return "cancelled"
+    if max_tokens == 0:
+        return "length"
+    token = sampler(logits)
+    mx.async_eval(token)
+    try:
+        for count in itertools.count(1):
+            # Build and launch the step that reads this token before waiting for the
+            # token itself: Python then works while the device does.
+            following = None
+            if count != max_tokens and cache[0].offset < capacity:
+                logits = model(token[:, None], cache, logits_to_keep=1)[:, -1]
+                following = sampler(logits)
+                mx.async_eval(following)
+            value = token.item()
+            if value in stop_tokens:
+                return "stop"
+            end += 1
+            yield value
+            if count == max_tokens:
+                return "length"
+            if following is None:
+                return "context"
+            if cancelled is not None and cancelled():
+                return "cancelled"
+            token = following
+            if count % 256 == 0:
+                mx.clear_cache()  # buffers of past sizes would pile up
+    finally:
+        for layer in cache:  # the step that was launched ahead is not wanted
+            layer.trim(max(layer.offset - end, 0))
+
+
+# -----------------------------------------------------------------------------
+# 11. Streaming
+# An actor: one thread owns everything of MLX, whose arrays and streams belong to the
+# thread that made them, and the outside exchanges ids and strings with it through
+# queues. So an interface never blocks, and any thread may ask.
+# uses: 1, 2, 3, 4, 5, 6, 7, 8, 9, 10
+# -----------------------------------------------------------------------------
+
+
+@dataclass
+class Stats:
+    """What a reply took. Speeds in tokens/s, memory in bytes."""
+
+    prompt_tokens: int = 0  # of the whole conversation
+    reused_tokens: int = 0  # of these, already in the cache
+    generation_tokens: int = 0
+    time_to_first_token_s: float = 0.0  # from the request on
+    prefill_tps: float = 0.0
+    decode_tps: float = 0.0
+    context_used: int = 0  # tokens in the cache
+    context: int = 0  # tokens it can hold
+    peak_memory: int = 0
+    finish_reason: str = ""  # stop, length, context, cancelled or error
+
+
+class Progress(NamedTuple):
+    """How far the worker is: bytes of weights, or tokens of a prompt."""
+
+    done: int
+    total: int
+
+
+@dataclass
+class Piece:
+    """Text, and the ids that it is made of."""
+
+    text: str = ""
+    ids: list[int] = field(default_factory=list)
+
+
+class Reply:
+    """The pieces of a reply, as an iterator of str; Engine makes it.
+
+    taken: the Piece of all that was taken so far. stats: a Stats once the iterator has
+    ended. An error in the worker is raised here. A reply that is dropped is cancelled.
+    """
+
+    def __init__(self, progress: Callable[[int, int], None] | None = None):
+        self.taken, self.stats = Piece(), None
+        self.events = queue.SimpleQueue()  # from the worker: Progress, Piece, Stats
+        self.stopped = threading.Event()
+        self._progress = progress
+        weakref.finalize(self, self.stopped.set)
+
+    @property
+    def text(self) -> str:
+        return self.taken.text
+
+    def cancel(self) -> None:
+        """Stop the reply. Iterating on yields no more text, and ends when it has."""
+        self.stopped.set()
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        while self.stats is None:
+            event = self.events.get()
+            if isinstance(event, Exception):
+                self.stats = Stats(finish_reason="error")
+                raise event
+            if isinstance(event, Stats):
+                self.stats = event
+            elif isinstance(event, Progress):
+                if self._progress is not None:
+                    self._progress(*event)
+            elif not self.stopped.is_set():
+                # Only what was taken counts: the worker may be ahead, and the next
+                # turn must go on from what the reader of this one has seen.
+                self.taken.text += event.text
+                self.taken.ids += event.ids
+                if event.text:
+                    return event.text
+        raise StopIteration
+
+
+@dataclass
+class Request:
+    """What the worker is to do: options are generate's, the rest belongs to Reply."""
+
+    ids: list[int]
+    options: dict
+    stream: TextStream
+    events: queue.SimpleQueue
+    stopped: threading.Event
+    submitted: float = field(default_factory=time.perf_counter)
+
+
+class Worker(threading.Thread):
+    """The thread that loads a model and serves requests, one after another."""
+
+    def __init__(self, folder: Path, context: int | None, dtype: mx.Dtype | None):
+        super().__init__(name="llama worker", daemon=True)
+        self.folder, self.context, self.dtype = folder, context, dtype
+        self.events = queue.SimpleQueue()  # of the load: Progress, then Llama or error
+        self.requests = queue.SimpleQueue()  # Request; None to end
+        self.closing = threading.Event()
+
+    def run(self) -> None:
+        try:
+            self.load()
+            with wired_memory(self.nbytes):
+                while (request := self.requests.get()) is not None:
+                    try:
+                        self.serve(request)
+                    except Exception as error:  # its asker's; the next may do better
+                        self.forget()
+                        request.events.put(error)
+        except Exception as error:
+            self.events.put(error)
+        finally:
+            # What a thread leaves running when it ends can abort the process.
+            self.model = self.cache = None
+            mx.clear_streams()
+
+    def load(self) -> None:
+        def report(done: int, total: int) -> None:
+            self.events.put(Progress(done, total))
+            if self.closing.is_set():
+                raise RuntimeError("the engine was closed while loading")
+
+        self.model = load_model(self.folder, dtype=self.dtype, progress=report)
+        args = self.model.args
+        if self.context is None:
+            self.context = min(args.max_position_embeddings, 8192)
+        if not 1 <= self.context <= args.max_position_embeddings:
+            wanted = f"[1, {args.max_position_embeddings}], what the model was made for"
+            raise ValueError(f"the context must be in {wanted}, got {self.context}")
+        self.forget()
+        weights = sum(
+            array.nbytes for _, array in tree_flatten(self.model.parameters())
+        )
+        item = self.model.model.norm.weight.dtype.size
+        self.nbytes = weights + self.context * kv_bytes_per_token(args, item)
+        self.events.put(args)
+
+    def forget(self) -> None:
+        self.cache, self.cached = self.model.make_cache(self.context), []
+
+    def serve(self, request: Request) -> None:
+        """Answer a request: Pieces as they come, then Stats."""
+        started = time.perf_counter()
+        mx.reset_peak_memory()
+        ids, cached = request.ids, self.cached
+        # The cache is good up to the first id that differs; one id must be left to
+        # be read, for its logits.
+        same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(cached, ids))
+        reused = min(sum(1 for _ in same), len(ids) - 1)
+        for layer in self.cache:
+            layer.trim(layer.offset - reused)
+        generation = generate(
+            self.model,
+            ids[reused:],
+            cache=self.cache,
+            progress=lambda *step: request.events.put(Progress(*step)),
+            cancelled=lambda: request.stopped.is_set() or self.closing.is_set(),
+            **request.options,
+        )
+        stats = Stats(len(ids), reused, context=self.context)
+        tokens, piece, first = [], Piece(), None
+        while not stats.finish_reason:
+            try:
+                token = next(generation)
+            except StopIteration as end:
+                stats.finish_reason = end.value
+                break
+            now = time.perf_counter()
+            first = first or now
+            tokens.append(token)
+            piece.ids.append(token)
+            piece.text += request.stream.add(token)
+            if piece.text:
+                request.events.put(piece)
+                piece = Piece()
+        self.cached = (ids + tokens)[: self.cache[0].offset]
+        piece.text += request.stream.close()
+        request.events.put(piece)
+        stats.generation_tokens = len(tokens)
+        if tokens:
+            stats.time_to_first_token_s = first - request.submitted
+            stats.prefill_tps = (len(ids) - reused) / (first - started)
+        if len(tokens) > 1:
+            stats.decode_tps = (len(tokens) - 1) / (now - first)
+        stats.context_used = self.cache[0].offset
+        stats.peak_memory = mx.get_peak_memory()
+        request.events.put(stats)
+
+
+def kv_bytes_per_token(args: ModelArgs, item_size: int) -> int:
+    """Return the bytes that one token takes in the cache: a key and a value a layer."""
+    heads = args.num_hidden_layers * args.num_key_value_heads
+    return 2 * heads * args.head_dim * item_size
+
+
+def default_sampling(folder: Path) -> dict[str, float]:
+    """Return make_sampler's options as generation_config.json has them.
+
+    Where it is silent: temperature 0.6 and top_p 0.9, as Meta's Llama 3 has it.
+    Raises ValueError naming the file if it has one out of range.
+    """
+    file = folder / "generation_config.json"
+    config = read_json(file) if file.exists() else {}
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+    # 0 is how that file spells a filter turned off.
+    options = {
+        n: config[n]
+        for n in names
+        if config.get(n) or n == "temperature" and n in config
+    }
+    if config.get("do_sample") is False:
+        options["temperature"] = 0.0
+    options = {"temperature": 0.6, "top_p": 0.9} | options
+    try:
+        make_sampler(**options)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{file}: {error}") from None
+    return options
+
+
+def shut_down(worker: Worker) -> None:
+    """End a worker: cancel what it does and wait until it is gone."""
+    worker.closing.set()
+    worker.requests.put(None)
+    if worker is not threading.current_thread():  # where garbage may be collected
+        worker.join()
+
+
+class Engine:
+    """A model and a worker thread that answers with it; a context manager.
+
+    model: a folder or org/name. context: tokens of cache, allocated once; None is the
+    model's longest, at most 8192. template: a name in CHAT_FORMATS. dtype: see
+    load_model. prefill_step: see prefill. progress: called with the bytes loaded, and
+    in all. Returns when the model is loaded; raises what load_model raises.
+
+    Attributes: tokenizer, args (a ModelArgs), context, defaults (make_sampler's
+    options where a request gives none).
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        context: int | None = None,
+        template: str | None = None,
+        dtype: mx.Dtype | None = None,
+        prefill_step: int = 512,
+        progress: Callable[[int, int], None] | None = None,
+    ):
+        folder = find_folder(model)
+        self.tokenizer = Tokenizer.from_folder(folder, template=template)
+        self.defaults = default_sampling(folder)
+        self._prefill_step = prefill_step
+        self._taken = collections.deque(maxlen=256)  # the Piece of each past reply
+        self._lock = threading.Lock()
+        self._worker = Worker(folder, context, dtype)
+        # Also when the engine is dropped, and at exit: a thread that is still in MLX
+        # when the interpreter goes makes the process abort.
+        self._shut_down = weakref.finalize(self, shut_down, self._worker)
+        self._worker.start()
+        try:
+            while isinstance(event := self._worker.events.get(), Progress):
+                if progress is not None:
+                    progress(*event)
+            if isinstance(event, Exception):
+                raise event
+        except BaseException:
+            self.close()
+            raise
+        self.args, self.context = event, self._worker.context
+
+    def chat(
+        self,
+        messages: list[dict[str, str]],
+        *,
+        max_tokens: int | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
+        seed: int | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Reply:
+        """Return at once with the reply to a conversation, to be iterated over.
+
+        messages: see Tokenizer.encode_chat. An assistant's message that is the text of
+        an earlier Reply stands for the very ids, so the cache is reused up to there.
+        max_tokens: None goes on to the end of the turn, or of the context. Sampling:
+        see make_sampler; None is the folder's default. progress: called, by whoever
+        iterates, with the tokens of the prompt read, and in all.
+        Raises ValueError for options out of range, or a prompt that does not fit;
+        RuntimeError if the engine is closed.
+        """
+        replies = {piece.text: piece.ids for piece in list(self._taken) if piece.text}
+        ids = self.tokenizer.encode_chat(messages, replies=replies)
+        sampling = dict(
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+        )
+        return self._submit(ids, True, max_tokens, sampling, progress)
+
+    def complete(
+        self,
+        text: str,
+        *,
+        max_tokens: int | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
+        seed: int | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Reply:
+        """Return at once with what continues a text, with no chat format; as `chat`."""
+        ids = self.tokenizer.bos_prefix + self.tokenizer.encode(text)
+        sampling = dict(
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+        )
+        return self._submit(ids, False, max_tokens, sampling, progress)
+
+    def _submit(
+        self,
+        ids: list[int],
+        drop_space: bool,
+        max_tokens: int | None,
+        sampling: dict,
+        progress: Callable[[int, int], None] | None,
+    ) -> Reply:
+        if len(ids) > self.context:
+            raise ValueError(
+                f"the prompt is {len(ids)} tokens, the context {self.context}; "
+                f"--ctx sets it, up to {self.args.max_position_embeddings}"
+            )
+        if max(ids, default=0) >= self.args.vocab_size:
+            size = self.args.vocab_size
+            raise ValueError(f"the prompt has id {max(ids)}, the model {size} ids")
+        given = {name: value for name, value in sampling.items() if value is not None}
+        options = dict(
+            max_tokens=max_tokens,
+            sampler=make_sampler(prompt=ids, **(self.defaults | given)),
+            stop_tokens=frozenset(self.tokenizer.stop_tokens),
+            prefill_step=self._prefill_step,
+        )
+        reply = Reply(progress)
+        stream = self.tokenizer.stream(drop_space=drop_space)
+        with self._lock:  # so that nothing is asked after the worker's last request
+            if not self._shut_down.alive:
+                raise RuntimeError("the engine is closed")
+            self._taken.append(reply.taken)
+            self._worker.requests.put(
+                Request(ids, options, stream, reply.events, reply.stopped)
+            )
+        return reply
+
+    def close(self) -> None:
+        """End the worker, cancelling what it does, and wait for it. Idempotent."""
+        with self._lock:
+            self._shut_down()
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, *_exception) -> None:
+        self.close()
