@@ -1,11 +1,11 @@
 """Llama in one file: run Llama-family models with Apple's MLX.
 
-    python llama.py info 8b                     what a model is, and whether it fits here
-    python llama.py inspect MODEL               what is in a model folder, and what is wrong
-    python llama.py chat MODEL                  talk to it; --help lists the options
+    python llama.py info 8b             what a model is, and whether it fits here
+    python llama.py inspect MODEL       what a model folder holds, and what is wrong
+    python llama.py chat MODEL          talk to it; --help lists the options
 
 MODEL is a folder in Hugging Face's layout, or org/name in the local Hugging Face cache.
-Metal on a Mac, MLX's CPU or CUDA build on Linux; nothing is ever fetched or executed.
+Runs on Metal, and on MLX's CPU and CUDA builds. Nothing is ever fetched or executed.
 
 How to read it. The file is a stack of numbered sections; each uses only sections above
 it, never below. Read down for the parts, or start at 6 (Transformer) and look up what
@@ -16,25 +16,19 @@ line; nothing else is needed, and "uses: none" means imports only. Importing run
 code. test_llama.py keeps this true: it executes every section alone with just those.
 
 Symbols (shapes are written like (B, H, L, Dh))
-    B    batch size                      D    size of the residual stream, hidden_size
-    L    tokens in this call             F    size of the MLP, intermediate_size
+    B    batch size                      D    width of the residual stream, hidden_size
+    L    tokens in this call             F    width of the MLP, intermediate_size
     S    tokens attended to, offset + L  V    size of the vocabulary, vocab_size
     H    query heads                     Hkv  key/value heads, num_key_value_heads
-    Dh   size of a head, head_dim        G    weights that share a scale, group_size
+    Dh   width of a head, head_dim       G    weights that share a scale, group_size
 
-Sections                                 uses
-    1  Configuration                     none
-    2  Safetensors                       1
-    3  Quantized layers                  none
-    4  Rotary embedding                  none
-    5  KV cache                          none
-    6  Transformer                       1, 4, 5
-    7  Tokenizer                         1
-    8  Loading                           1, 2, 3, 4, 5, 6, 7
-    9  Samplers                          none
-    10 Generation                        none
-    11 Streaming                         1, 2, 3, 4, 5, 6, 7, 8, 9, 10
-    12 Command line                      1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11
+Sections                 uses            Sections                 uses
+    1  Configuration     none                7  Tokenizer         1
+    2  Safetensors       1                   8  Loading           1-7
+    3  Quantized layers  none                9  Samplers          none
+    4  Rotary embedding  none                10 Generation        none
+    5  KV cache          none                11 Streaming         1-10
+    6  Transformer       1, 4, 5             12 Command line      1-11
 
 References
     [1] Llama 3, arXiv:2407.21783        [5] SwiGLU, arXiv:2002.05202
@@ -74,18 +68,10 @@ import threading
 import time
 import unicodedata
 import weakref
-from collections.abc import (
-    Callable,
-    Container,
-    Generator,
-    Iterable,
-    Iterator,
-    Mapping,
-    Sequence,
-)
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TextIO
 
 import mlx.core as mx
 import safetensors
@@ -102,10 +88,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 
 def read_json(path: Path) -> dict:
-    """Return the JSON object in a file.
-
-    Raises FileNotFoundError if it is absent, ValueError if it holds anything else.
-    """
+    """Return the JSON object in a file. Raises ValueError if it holds none."""
     try:
         value = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
@@ -129,37 +112,33 @@ class ModelArgs:
     rms_norm_eps: float = 1e-6
     max_position_embeddings: int = 2048  # longest context of the training, tokens
     rope_theta: float = 10000.0  # base of the rotary wavelengths
-    rope_scaling: dict | None = None  # how they are stretched; see RoPE
-    rope_traditional: bool = False  # rotate adjacent pairs instead of halves
+    rope_scaling: dict | None = None  # how they are stretched; see section 4
+    rope_traditional: bool = False  # rotate neighbours instead of halves
     attention_bias: bool = False  # biases on q, k, v and o
     mlp_bias: bool = False  # biases on gate, up and down
     tie_word_embeddings: bool = False  # the head is the embedding, transposed
-    quantization: dict | None = None  # group_size, bits, mode and per-layer entries
+    quantization: dict | None = None  # group_size, bits, mode, and layers' own entries
 
     def __post_init__(self):
-        kinds = {int: "a positive integer", float: "a positive number"}
         for entry in fields(self):
-            value, wanted = getattr(self, entry.name), entry.type
-            if wanted == int | None and value is not None:
-                wanted = int
-            if wanted is float and type(value) is int:
-                value = float(value) if abs(value) < 2**53 else math.inf
-            if wanted in (bool, int, float) and type(value) is not wanted:
-                kind = kinds.get(wanted, "true or false")
-                raise ValueError(f"{entry.name} must be {kind}, got {value!r:.80}")
-            if wanted in kinds and not 0 < value < 2**31:
-                raise ValueError(f"{entry.name} must be {kinds[wanted]}, got {value}")
-        derive = functools.partial(object.__setattr__, self)  # the class is frozen
-        if self.num_key_value_heads is None:
-            derive("num_key_value_heads", self.num_attention_heads)
-        if self.head_dim is None:
-            derive("head_dim", self.hidden_size // self.num_attention_heads)
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
-                f"num_attention_heads must be a multiple of num_key_value_heads, "
-                f"got {self.num_attention_heads} and {self.num_key_value_heads}"
-            )
-        if self.head_dim % 2:  # rotary embedding turns pairs
+            value, kind = getattr(self, entry.name), entry.type
+            if kind is bool:
+                wanted, fits = "true or false", isinstance(value, bool)
+            elif kind == dict | None:
+                wanted, fits = "an object", value is None or isinstance(value, dict)
+            else:
+                wanted = "a positive number" if kind is float else "a positive integer"
+                fits = type(value) in ((int, float) if kind is float else (int,))
+                fits = (fits and 0 < value < 2**31) or value is entry.default is None
+            if not fits:
+                raise ValueError(f"{entry.name} must be {wanted}, got {value!r:.80}")
+        D, H, derive = self.hidden_size, self.num_attention_heads, object.__setattr__
+        derive(self, "num_key_value_heads", self.num_key_value_heads or H)
+        derive(self, "head_dim", self.head_dim or D // H)
+        if H % self.num_key_value_heads:
+            got = f"got {self.num_key_value_heads}"
+            raise ValueError(f"num_key_value_heads must divide the {H} heads, {got}")
+        if self.head_dim % 2 or not self.head_dim:  # rotary embedding turns pairs
             raise ValueError(f"head_dim must be even, got {self.head_dim}")
 
     @classmethod
@@ -168,53 +147,42 @@ class ModelArgs:
 
         Both layouts of the rotary settings are read: rope_theta beside rope_scaling,
         and the rope_parameters of transformers 5, which holds the two in one.
-        Raises ValueError naming the key and value that this file cannot honour.
+        Raises ValueError naming the key and the value that this file cannot honour.
         """
-        refuse_unsupported(config)
-        known = {entry.name for entry in fields(cls)} - {"rope_theta", "rope_scaling"}
-        values = {k: v for k, v in config.items() if k in known and v is not None}
+        for key, supported in SUPPORTED.items():
+            if config.get(key) not in supported:
+                got = f"got {config.get(key)!r:.80}"
+                raise ValueError(f"{key} must be {json.dumps(supported[0])}, {got}")
+        names = {entry.name for entry in fields(cls)}
+        values = {k: v for k, v in config.items() if k in names and v is not None}
         for entry in fields(cls):
             if entry.default is MISSING and entry.name not in values:
                 raise ValueError(f"{entry.name} is missing")
         rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
         if not isinstance(rope, dict):
             raise ValueError(f"rope_scaling must be an object, got {rope!r:.80}")
-        theta = rope.get("rope_theta", config.get("rope_theta"))
-        if theta is not None:
-            values["rope_theta"] = theta
-        elif type(values["vocab_size"]) is int and values["vocab_size"] >= 128_000:
-            # Llama 1 and 2 leave the key out and mean 10000; a Llama 3 that does has
-            # lost its setting, and would read well for a page before falling apart.
-            raise ValueError("rope_theta is missing; a Llama 3 vocabulary needs it")
-        # "type" is the older spelling of "rope_type".
-        rope = {k: v for k, v in rope.items() if k not in ("rope_theta", "type")} | {
-            "rope_type": rope.get("rope_type", rope.get("type", "default"))
-        }
-        if rope["rope_type"] != "default":
-            values["rope_scaling"] = rope
+        # Llama 1 and 2 leave rope_theta out and mean 10000. A Llama 3 without it has
+        # lost it, and would read well for a page before falling apart.
+        values["rope_theta"] = rope.get("rope_theta", config.get("rope_theta"))
+        if values["rope_theta"] is None:
+            if type(values["vocab_size"]) is int and values["vocab_size"] >= 128_000:
+                raise ValueError("rope_theta is missing; a Llama 3 vocabulary needs it")
+            del values["rope_theta"]
+        kind = rope.get("rope_type", rope.get("type", "default"))  # new, old spelling
+        values["rope_scaling"] = rope | {"rope_type": kind}
+        if kind == "default":
+            values["rope_scaling"] = None
         quantization = config.get("quantization", config.get("quantization_config"))
-        if quantization is not None:
-            values["quantization"] = quantization
-        return cls(**values)
+        return cls(**(values | {"quantization": quantization}))
 
 
-def refuse_unsupported(config: dict) -> None:
-    """Raise ValueError for a config.json that asks for what this file does not do."""
-    model_type = config.get("model_type")
-    if model_type not in ("llama", "mistral"):
-        raise ValueError(f"model_type must be llama or mistral, got {model_type!r:.80}")
-    for key, supported in {
-        "hidden_act": ("silu", "swish", None),
-        "sliding_window": (None,),
-        "pretraining_tp": (1, None),
-        "partial_rotary_factor": (1, None),
-    }.items():
-        if config.get(key) not in supported:
-            got = f"{config[key]!r:.80}"
-            raise ValueError(f"{key} must be {json.dumps(supported[0])}, got {got}")
-    if "sliding_attention" in (config.get("layer_types") or ()):
-        raise ValueError("layer_types must be full_attention, got sliding_attention")
-
+# What config.json may say where it is not a matter of size; the first is the usual.
+SUPPORTED = {
+    "model_type": ("llama", "mistral"),
+    "hidden_act": ("silu", "swish", None),
+    "sliding_window": (None,),
+    "partial_rotary_factor": (1, None),
+}
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -227,23 +195,17 @@ LLAMA3_ROPE = {
 
 def llama3_args(D: int, F: int, layers: int, H: int, **other) -> ModelArgs:
     """Return the arguments of a Llama 3.x: what all its sizes share, and these."""
-    shared = dict(
-        vocab_size=128_256,
-        num_key_value_heads=8,
-        head_dim=128,
-        rms_norm_eps=1e-5,
-        max_position_embeddings=131_072,
-        rope_theta=500_000.0,
-        rope_scaling=LLAMA3_ROPE,
-    )
+    shared = {"vocab_size": 128_256, "num_key_value_heads": 8, "head_dim": 128}
+    shared |= {"rms_norm_eps": 1e-5, "max_position_embeddings": 131_072}
+    shared |= {"rope_theta": 500_000.0, "rope_scaling": LLAMA3_ROPE}
     return ModelArgs(D, F, layers, H, **(shared | other))
 
 
 # The published shapes: 8b, 70b and 405b of Llama 3.1 [1, table 3], 1b and 3b of 3.2.
-LLAMA32 = {"rope_scaling": LLAMA3_ROPE | {"factor": 32.0}, "tie_word_embeddings": True}
+SMALL = {"rope_scaling": LLAMA3_ROPE | {"factor": 32.0}, "tie_word_embeddings": True}
 PRESETS = {
-    "1b": llama3_args(2048, 8192, 16, 32, head_dim=64, **LLAMA32),
-    "3b": llama3_args(3072, 8192, 28, 24, **LLAMA32),
+    "1b": llama3_args(2048, 8192, 16, 32, head_dim=64, **SMALL),
+    "3b": llama3_args(3072, 8192, 28, 24, **SMALL),
     "8b": llama3_args(4096, 14336, 32, 32),
     "70b": llama3_args(8192, 28672, 80, 64),
     "405b": llama3_args(16384, 53248, 126, 128),
@@ -258,22 +220,9 @@ PRESETS = {
 # uses: 1
 # -----------------------------------------------------------------------------
 
-# safetensors' names of the dtypes that MLX has
-DTYPES = {
-    "BOOL": mx.bool_,
-    "U8": mx.uint8,
-    "I8": mx.int8,
-    "U16": mx.uint16,
-    "I16": mx.int16,
-    "U32": mx.uint32,
-    "I32": mx.int32,
-    "U64": mx.uint64,
-    "I64": mx.int64,
-    "F16": mx.float16,
-    "BF16": mx.bfloat16,
-    "F32": mx.float32,
-    "F64": mx.float64,
-}
+# What checkpoints and MLX's converter write, by safetensors' names.
+DTYPES = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
+DTYPES |= {"U32": mx.uint32, "U8": mx.uint8, "I32": mx.int32, "I64": mx.int64}
 
 
 @dataclass(frozen=True)
@@ -281,7 +230,7 @@ class TensorInfo:
     """Where a tensor lies: `nbytes` bytes from byte `start` of `file`."""
 
     name: str
-    dtype: str  # safetensors' name, "BF16"
+    dtype: str  # safetensors' name, a key of DTYPES
     shape: tuple[int, ...]
     file: Path
     start: int
@@ -311,30 +260,27 @@ def weight_files(folder: Path) -> list[Path]:
         raise ValueError(f"{index}: weight_map must be an object that names files")
     for name in weight_map.values():
         if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+\.safetensors", name):
-            raise ValueError(f"{index}: wanted plain *.safetensors names, got {name!r}")
+            wanted = "wanted plain names that end in .safetensors"
+            raise ValueError(f"{index}: {wanted}, got {name!r:.80}")
     files = [folder / name for name in sorted(set(weight_map.values()))]
-    missing = [file.name for file in files if not file.exists()]
-    if missing:
-        names = ", ".join(missing)
-        raise FileNotFoundError(f"{folder}: download incomplete? missing {names}")
+    if missing := ", ".join(file.name for file in files if not file.exists()):
+        raise FileNotFoundError(f"{folder}: download incomplete? missing {missing}")
     return files
 
 
 def read_header(file: Path) -> list[TensorInfo]:
     """Return what a safetensors file holds, in order of offset, without its data.
 
-    The safetensors package judges the header: its parser is fuzzed, but its reader
-    needs NumPy. So it is given the header alone, and the one complaint expected of a
-    sound one is that the data is absent; the file's size is then checked here.
-    Raises ValueError if the file is not sound, naming it.
+    The safetensors package judges the header. Its parser is fuzzed, but its readers
+    need NumPy; so it is given the header alone, where the one complaint about a sound
+    one is that the data is absent, and the file's size is checked here.
+    Raises ValueError naming the file if it is not sound.
     """
     size = file.stat().st_size
     with open(file, "rb") as stream:
         prefix = stream.read(8)
-        if prefix == b"version ":  # of https://git-lfs.github.com/spec/v1
-            raise ValueError(
-                f"{file}: a git-lfs pointer, not weights; run git lfs pull"
-            )
+        if prefix == b"version ":  # https://git-lfs.github.com/spec/v1
+            raise ValueError(f"{file}: a git-lfs pointer, no weights; run git lfs pull")
         length = int.from_bytes(prefix, "little")
         header = stream.read(min(length, size))
     try:
@@ -347,16 +293,12 @@ def read_header(file: Path) -> list[TensorInfo]:
     entries = json.loads(header)
     entries.pop("__metadata__", None)
     for name, entry in sorted(entries.items(), key=lambda e: e[1]["data_offsets"]):
-        if entry["dtype"] not in DTYPES:
-            wanted = ", ".join(DTYPES)
-            got = f"{name} of dtype {entry['dtype']}"
-            raise ValueError(f"{file}: wanted dtypes {wanted}; got {got}")
-        start, stop = (8 + length + offset for offset in entry["data_offsets"])
-        shape = tuple(entry["shape"])
-        tensors.append(
-            TensorInfo(name, entry["dtype"], shape, file, start, stop - start)
-        )
-        end = max(end, stop)
+        dtype, shape = entry["dtype"], tuple(entry["shape"])
+        if dtype not in DTYPES:
+            wanted = f"wanted {', '.join(DTYPES)}"
+            raise ValueError(f"{file}: {name} has dtype {dtype}, {wanted}")
+        start, end = (8 + length + offset for offset in entry["data_offsets"])
+        tensors.append(TensorInfo(name, dtype, shape, file, start, end - start))
     if end != size:
         raise ValueError(f"{file}: truncated or edited? {size} bytes, wanted {end}")
     return tensors
@@ -368,7 +310,7 @@ def list_tensors(folder: Path) -> dict[str, TensorInfo]:
     Raises ValueError for an unsound file, and for a name that stands in two files.
     """
     tensors = {}
-    for info in (info for file in weight_files(folder) for info in read_header(file)):
+    for info in itertools.chain(*map(read_header, weight_files(folder))):
         if info.name in tensors:
             files = f"{tensors[info.name].file.name} and {info.file.name}"
             raise ValueError(f"{folder}: tensor {info.name} is in both {files}")
@@ -376,40 +318,41 @@ def list_tensors(folder: Path) -> dict[str, TensorInfo]:
     return tensors
 
 
-def map_file(file: Path) -> memoryview:
-    """Return a read-only view of a whole file; its pages are read when first used."""
-    with open(file, "rb") as stream:
-        return memoryview(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ))
-
-
-def map_tensor(info: TensorInfo, view: memoryview) -> mx.array:
-    """Return a tensor as an array over `view`, the mapping of its file.
+def map_tensors(tensors: Iterable[TensorInfo]) -> Iterator[tuple[TensorInfo, mx.array]]:
+    """Yield each tensor as an array over the mapping of its file.
 
     On Metal the array is the mapped memory itself; elsewhere MLX makes one copy.
     subtle: adopted pages are read-only, and MLX may put the result of an operation
     into the buffer of an input that nothing else refers to. Keep a reference to the
     array for as long as anything computes from it.
     """
-    dtype = DTYPES[info.dtype]
-    stop = info.start + info.nbytes
-    if not info.adoptable:
-        return mx.array(view[info.start : stop]).view(dtype).reshape(info.shape)
-    # Only whole pages can be adopted, so start at the page and skip what precedes.
-    page = info.start - info.start % mmap.PAGESIZE
-    array = mx.asarray(view[page:stop])[info.start - page :]
-    return array.view(dtype).reshape(info.shape)
+    file = None
+    for info in tensors:
+        if info.file != file:
+            file = info.file
+            with open(file, "rb") as stream:
+                view = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+            view = memoryview(view)
+        stop = info.start + info.nbytes
+        if info.adoptable:
+            # Only whole pages can be adopted: start at the page, skip what precedes.
+            page = info.start - info.start % mmap.PAGESIZE
+            array = mx.asarray(view[page:stop])[info.start - page :]
+        else:
+            array = mx.asarray(view[info.start : stop], copy=True)
+        yield info, array.view(DTYPES[info.dtype]).reshape(info.shape)
 
 
 # -----------------------------------------------------------------------------
 # 3. Quantized layers
 # Linear and embedding whose weights are stored in a few bits each. Groups of G
 # neighbours in a row share a scale and, in affine mode, a bias: w = scale * q + bias.
-# Decoding reads every weight once per token, so a quarter of the bytes is up to four
+# Decoding reads every weight once per token, so a quarter of the bytes can mean four
 # times the speed.
 # uses: none
 # -----------------------------------------------------------------------------
 
-# mode: (group sizes, bits) that mx.quantized_matmul offers and converters write
+# mode: (group sizes, bits), of what mx.quantized_matmul offers
 QUANTIZATION_MODES = {
     "affine": ((32, 64, 128), (2, 3, 4, 5, 6, 8)),
     "mxfp4": ((32,), (4,)),
@@ -419,21 +362,19 @@ QUANTIZATION_MODES = {
 
 
 class QuantizedMatrix(nn.Module):
-    """A packed matrix (rows, columns), as zeros to be filled; base of the two layers.
+    """A packed matrix (rows, columns) of zeros, to be filled; base of the two layers.
 
-    weight: (rows, columns * bits / 32) uint32, `bits` per element, the first element
-    in the lowest bits. scales, and biases in affine mode: (rows, columns / G).
+    weight: (rows, columns * bits / 32) uint32, the first element in the lowest bits.
+    scales, and biases in affine mode: (rows, columns / G).
     Raises ValueError if MLX has no kernel for the settings, or G does not divide.
     """
 
-    def __init__(
-        self, rows: int, columns: int, group_size: int, bits: int, mode: str = "affine"
-    ):
+    def __init__(self, rows: int, columns: int, group_size: int, bits: int, mode: str):
         super().__init__()
         sizes, widths = QUANTIZATION_MODES.get(mode, ((), ()))
         if group_size not in sizes or bits not in widths or columns % group_size:
             raise ValueError(
-                f"cannot quantize {columns} columns as {mode} with group_size "
+                f"cannot quantize {columns} columns to {mode} with group_size "
                 f"{group_size} and bits {bits}; known: {QUANTIZATION_MODES}"
             )
         self.group_size, self.bits, self.mode = group_size, bits, mode
@@ -443,86 +384,65 @@ class QuantizedMatrix(nn.Module):
         if mode == "affine":
             self.biases = mx.zeros(groups)
 
-    def matmul(self, x: mx.array) -> mx.array:
-        """Return x @ W.T for x (..., columns), unpacking W on the fly."""
-        return mx.quantized_matmul(
-            x,
-            self.weight,
-            self.scales,
-            self.get("biases"),
-            transpose=True,
-            group_size=self.group_size,
-            bits=self.bits,
-            mode=self.mode,
-        )
+    def as_linear(self, x: mx.array) -> mx.array:
+        """Return x W^T for x (..., columns), unpacking W on the fly."""
+        packed = self.weight, self.scales, self.get("biases")
+        settings = {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
+        return mx.quantized_matmul(x, *packed, transpose=True, **settings)
 
 
 class QuantizedLinear(QuantizedMatrix):
     """nn.Linear over a packed matrix: (..., columns) -> (..., rows)."""
 
     def __call__(self, x: mx.array) -> mx.array:
-        x = self.matmul(x)
+        x = self.as_linear(x)
         return x + self.bias if "bias" in self else x
 
 
 class QuantizedEmbedding(QuantizedMatrix):
-    """nn.Embedding over a packed matrix; `as_linear` is the tied head."""
+    """nn.Embedding over a packed matrix: ids (...) -> (..., columns)."""
 
     def __call__(self, tokens: mx.array) -> mx.array:
-        biases = self.get("biases")
-        return mx.dequantize(
-            self.weight[tokens],
-            self.scales[tokens],
-            None if biases is None else biases[tokens],
-            group_size=self.group_size,
-            bits=self.bits,
-            mode=self.mode,
-            dtype=self.dtype,
-        )
+        packed = (self.weight, self.scales, self.get("biases"))
+        rows = (part if part is None else part[tokens] for part in packed)
+        return mx.dequantize(*rows, self.group_size, self.bits, self.mode)
 
-    def as_linear(self, x: mx.array) -> mx.array:
-        return self.matmul(x)
+
+def dense_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Return (path, layer) of every Linear and Embedding of a model."""
+    kinds = (nn.Linear, nn.Embedding)
+    return [(path, m) for path, m in model.named_modules() if isinstance(m, kinds)]
 
 
 def quantized_like(
-    layer: nn.Module, group_size: int, bits: int, mode: str = "affine"
+    layer: nn.Module, group_size: int, bits: int, mode: str
 ) -> QuantizedMatrix:
     """Return the empty quantized counterpart of a Linear or Embedding.
 
     Raises ValueError as QuantizedMatrix does.
     """
-    linear = isinstance(layer, nn.Linear)
-    new = (QuantizedLinear if linear else QuantizedEmbedding)(
-        *layer.weight.shape, group_size, bits, mode
-    )
+    kind = QuantizedLinear if isinstance(layer, nn.Linear) else QuantizedEmbedding
+    quantized = kind(*layer.weight.shape, group_size, bits, mode)
     if "bias" in layer:
-        new.bias = layer.bias
-    return new
+        quantized.bias = layer.bias
+    return quantized
 
 
 def quantize(
     model: nn.Module, *, group_size: int = 64, bits: int = 4, mode: str = "affine"
 ) -> None:
-    """Replace in place every Linear and Embedding whose rows G divides.
+    """Replace in place every Linear and Embedding whose columns G divides.
 
     The others stay as they are, which is also what MLX's converter does.
     Raises ValueError if MLX has no kernel for the settings.
     """
-    swaps = []
     for path, layer in dense_layers(model):
         if layer.weight.shape[1] % group_size == 0:
-            new = quantized_like(layer, group_size, bits, mode)
+            quantized = quantized_like(layer, group_size, bits, mode)
             packed = mx.quantize(layer.weight, group_size, bits, mode)
-            new.update(dict(zip(("weight", "scales", "biases"), packed)))
-            mx.eval(new.parameters())  # now, so that no more than one layer is double
-            swaps.append((path, new))
-    model.update_modules(tree_unflatten(swaps))
-
-
-def dense_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Return (path, layer) of every Linear and Embedding."""
-    kinds = (nn.Linear, nn.Embedding)
-    return [(path, m) for path, m in model.named_modules() if isinstance(m, kinds)]
+            quantized.update(dict(zip(("weight", "scales", "biases"), packed)))
+            mx.eval(quantized.parameters())  # one by one: never two copies of all
+            model.update_modules(tree_unflatten([(path, quantized)]))
 
 
 # -----------------------------------------------------------------------------
@@ -873,234 +793,167 @@ class Llama(nn.Module):
 # uses: 1
 # -----------------------------------------------------------------------------
 
-# How byte-level vocabularies split text before merging. GPT-2's pattern, and Llama 3's.
-GPT2_PATTERN = (
-    r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-)
-LLAMA3_PATTERN = (
+# How byte-level vocabularies split text before they merge: GPT-2's way, and Llama 3's.
+GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
-# Names that end a reply wherever a vocabulary has them as control tokens: folders
-# often name only one of the ids that their model was trained to stop with.
-STOP_NAMES = (
-    "<|eot_id|>",
-    "<|eom_id|>",
-    "<|end_of_text|>",
-    "<|im_end|>",
-    "<|endoftext|>",
-    "</s>",
-)
-
-# tiktoken's regular expressions overflow their stack on runs of some 500,000 spaces,
-# so longer runs than this are cut. Twice this length still encodes in one piece.
+# tiktoken's regular expressions overflow their stack on a run of some 500,000 spaces,
+# so longer runs than this are cut.
 LONGEST_RUN = 65_536
 
-
-def byte_alphabet() -> dict[int, str]:
-    """Return the character that stands for each byte in byte-level vocabularies.
-
-    Printable bytes stand for themselves, the others for U+0100 and up: 32 -> "Ġ".
-    Source: GPT-2's bytes_to_unicode.
-    """
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = (b for b in range(256) if b not in printable)
-    return {b: chr(b) for b in printable} | {
-        b: chr(256 + n) for n, b in enumerate(others)
-    }
+SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # how SentencePiece writes a space
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What tiktoken needs, and how its ranks become ids.
+    """What tiktoken needs, and what its ranks mean.
 
-    ids: for each rank, the ids it stands for (several for part of a character whose
-    bytes are tokens). text: the bytes of each id. space: what a space is written as.
-    prefix: where a space is put in front: "always", "start" of a text, "missing" (only
-    where there is none), or None.
+    ids: the ids of each rank; several for a part of a character whose bytes are tokens.
+    text: the bytes of each id. space: what a space is written as. prefix: where one is
+    put before a text: "always", where it is "missing", the same at the "start" only,
+    or None. form: a Unicode normal form, or None.
     """
 
     ranks: dict[bytes, int]
-    pattern: str
+    split: str
     ids: list[tuple[int, ...]]
     text: dict[int, bytes]
     space: str = " "
     prefix: str | None = None
-    normal_form: str | None = None
+    form: str | None = None
 
 
-def byte_level_vocabulary(spec: dict, vocab: dict, merges: list) -> Vocabulary:
+def byte_level(spec: dict, vocab: dict[str, int], merges: list) -> Vocabulary:
     """Return the vocabulary of a byte-level tokenizer.json (Llama 3, GPT-2, SmolLM2).
 
-    The ids need not be ranks: special tokens may come first. So ranks are made anew,
-    256 bytes and then the merges in order, and mapped to ids by a table.
+    Ids need not be ranks: special tokens may come first. So ranks are made anew, 256
+    bytes and then what the merges make, in order.
     """
-    alphabet = byte_alphabet()
-    to_latin1 = {ord(char): byte for byte, char in alphabet.items()}
-    pieces = [*alphabet.values(), *(left + right for left, right in merges)]
+    # Printable bytes are written as themselves, the others as U+0100 and up.
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in printable]
+    byte_of = {b: b for b in printable} | {256 + n: b for n, b in enumerate(others)}
+    pieces = [chr(c) for c in byte_of] + [left + right for left, right in merges]
     if spec["model"].get("ignore_merges"):
-        pieces += sorted(vocab, key=vocab.get)  # whole words that no merge makes
+        pieces += sorted(vocab, key=vocab.get)  # also whole words that no merge makes
     pieces = list(dict.fromkeys(pieces))
-    for piece in pieces[:256]:
-        if piece not in vocab:
-            raise ValueError(f"the vocabulary lacks byte {to_latin1[ord(piece)]}")
-    ranks = {p.translate(to_latin1).encode("latin-1"): n for n, p in enumerate(pieces)}
+    if missing := [piece for piece in pieces[:256] if piece not in vocab]:
+        raise ValueError(f"the vocabulary lacks the bytes {missing}")
+    ranks = {p.translate(byte_of).encode("latin-1"): n for n, p in enumerate(pieces)}
+    ids = [vocab[piece] for piece in pieces]
+    form = (spec.get("normalizer") or {}).get("type")
+    if form not in (None, "NFC", "NFD", "NFKC", "NFKD"):
+        raise ValueError(f"unknown normalizer {form!r:.80}")
+    split = split_pattern(spec.get("pre_tokenizer") or {})
     return Vocabulary(
-        ranks,
-        split_pattern(spec.get("pre_tokenizer")),
-        [(vocab[piece],) for piece in pieces],
-        dict(zip((vocab[piece] for piece in pieces), ranks)),
-        normal_form=normal_form(spec.get("normalizer")),
+        ranks, split, [(i,) for i in ids], dict(zip(ids, ranks)), form=form
     )
 
 
-def normal_form(normalizer: dict | None) -> str | None:
-    """Return the Unicode normal form that a byte-level tokenizer asks for, if any."""
-    kind = None if normalizer is None else normalizer.get("type")
-    if kind not in (None, "NFC", "NFD", "NFKC", "NFKD"):
-        raise ValueError(f"unknown normalizer {kind!r:.80}")
-    return kind
-
-
-def split_pattern(pre_tokenizer: dict | None) -> str:
+def split_pattern(pre_tokenizer: dict) -> str:
     """Return one regular expression that splits as a byte-level pre_tokenizer does.
 
-    Raises ValueError for a sequence it cannot express: a wrong split would only show
-    as slightly worse text.
+    Raises ValueError for what it cannot express, rather than guess: a wrong split would
+    only show as slightly worse text.
     """
-    steps = (pre_tokenizer or {}).get("pretokenizers", [pre_tokenizer])
-    names = [step.get("type") for step in steps if step]
-    if names[-1:] == ["ByteLevel"] and not steps[-1].get("add_prefix_space"):
-        own_pattern = steps[-1].get("use_regex", True)
-        if names == ["ByteLevel"] and own_pattern:
-            return GPT2_PATTERN
-        if names == ["Digits", "ByteLevel"] and own_pattern:
-            # Digits are cut out first, one by one or in runs; so a space never joins
-            # one, and the text before one ends there.
-            digits = r"\p{N}" if steps[0].get("individual_digits") else r"\p{N}+"
-            other = GPT2_PATTERN.replace(r"| ?\p{N}+", "")
-            return digits + "|" + other.replace(r"(?!\S)", r"(?![^\s\p{N}])")
-        if names == ["Split", "ByteLevel"] and not own_pattern:
-            return isolated_pattern(steps[0])
-    raise ValueError(f"unknown pre_tokenizer {json.dumps(pre_tokenizer)[:200]}")
+    steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
+    first, last = steps[0], steps[-1]
+    kinds = [step.get("type") for step in steps]
+    if kinds[-1] == "ByteLevel" and not last.get("add_prefix_space"):
+        if last.get("use_regex", True):
+            if kinds == ["ByteLevel"]:
+                return GPT2_SPLIT
+            if kinds == ["Digits", "ByteLevel"]:
+                # Digits are cut out first, so text ends before one as at its end.
+                digits = r"\p{N}" if first.get("individual_digits") else r"\p{N}+"
+                rest = GPT2_SPLIT.replace(r"| ?\p{N}+", "")
+                return digits + "|" + rest.replace(r"(?!\S)", r"(?![^\s\p{N}])")
+        elif kinds == ["Split", "ByteLevel"]:
+            pattern, behavior = first["pattern"], first.get("behavior")
+            regex = pattern.get("Regex") or re.escape(pattern["String"])
+            # Matches are pieces, and so is the text between them, which tiktoken
+            # would drop: a run of what does not begin a match.
+            if (behavior, first.get("invert")) in (
+                ("Isolated", False),
+                ("Removed", True),
+            ):
+                return f"{regex}|(?:(?!{regex})(?s:.))+"
+    raise ValueError(f"unknown pre_tokenizer {json.dumps(pre_tokenizer):.200}")
 
 
-def isolated_pattern(split: dict) -> str:
-    """Return the pattern of a Split step that keeps matches, and the text between."""
-    pattern = split.get("pattern") or {}
-    behaviour = split.get("behavior"), split.get("invert", False)
-    if "String" in pattern:
-        pattern = {"Regex": re.escape(pattern["String"])}
-    if behaviour not in (("Isolated", False), ("Removed", True)) or not isinstance(
-        pattern.get("Regex"), str
-    ):
-        raise ValueError(f"unknown pre_tokenizer {json.dumps(split)[:200]}")
-    # tiktoken drops what no alternative matches; a run of it has to be a piece.
-    return f"{pattern['Regex']}|(?:(?!{pattern['Regex']})(?s:.))+"
-
-
-def byte_fallback_vocabulary(spec: dict, vocab: dict, merges: list) -> Vocabulary:
+def byte_fallback(spec: dict, vocab: dict[str, int], merges: list) -> Vocabulary:
     """Return the vocabulary of a SentencePiece-style tokenizer.json [8] (Llama 2).
 
-    Characters, not bytes, are merged, and a character outside the vocabulary becomes
-    its bytes' tokens <0xNN>. In ranks: bytes, then the beginnings of every multi-byte
-    character, so that a character's bytes join before anything else, then characters,
-    then the merges in order.
+    Characters are merged, not bytes, and one that is not in the vocabulary becomes its
+    bytes' tokens <0xNN>. As ranks: the bytes; the beginnings of multi-byte characters,
+    so that a character's bytes join before all else; the characters; the merges.
     """
-    space = "\N{LOWER ONE EIGHTH BLOCK}"  # SentencePiece's visible space
-    characters = sorted((piece for piece in vocab if len(piece) == 1), key=vocab.get)
-    ranks = {bytes([b]): b for b in range(256)}
-    for encoded in (c.encode() for c in characters):
-        for end in range(2, len(encoded)):
-            ranks.setdefault(encoded[:end], len(ranks))
-    for piece in [*characters, *(left + right for left, right in merges)]:
-        ranks.setdefault(piece.encode(), len(ranks))
     byte_ids = [vocab.get(f"<0x{b:02X}>") for b in range(256)]
     if None in byte_ids:
         raise ValueError(f"the vocabulary lacks <0x{byte_ids.index(None):02X}>")
+    pieces = [bytes([b]) for b in range(256)]
+    characters = [piece.encode() for piece in vocab if len(piece) == 1]
+    pieces += [c[:end] for c in characters for end in range(2, len(c))]
+    pieces += characters + [(left + right).encode() for left, right in merges]
+    ranks = {piece: n for n, piece in enumerate(dict.fromkeys(pieces))}
     known = {piece.encode(): (i,) for piece, i in vocab.items()}
-    ids = [known.get(token) or tuple(byte_ids[b] for b in token) for token in ranks]
-    text = {i: piece.replace(space, " ").encode() for piece, i in vocab.items()}
+    ids = [known.get(piece) or tuple(byte_ids[b] for b in piece) for piece in ranks]
+    text = {i: piece.replace(SPACE, " ").encode() for piece, i in vocab.items()}
     text |= {i: bytes([b]) for b, i in enumerate(byte_ids)}
-    pattern, prefix = spaces(spec, space)
-    return Vocabulary(ranks, pattern, ids, text, space, prefix)
-
-
-def spaces(spec: dict, space: str) -> tuple[str, str | None]:
-    """Return the split pattern and the prefix rule of a SentencePiece-style tokenizer.
-
-    Converters have written the same rules as a normalizer and as a pre_tokenizer.
-    """
-    normalizer, split = spec.get("normalizer"), spec.get("pre_tokenizer")
-    replace = {"type": "Replace", "pattern": {"String": " "}, "content": space}
-    prepend = {"type": "Prepend", "prepend": space}
-    steps = (normalizer or {}).get("normalizers", [normalizer])
-    if split is None and steps in ([prepend, replace], [replace]):
-        return r"(?s:.+)", "always" if prepend in steps else None
-    if normalizer is None and (split or {}).get("type") == "Metaspace":
-        scheme = split.get("prepend_scheme", "always")
+    # Spaces are replaced by a normalizer, or since tokenizers 0.15 by Metaspace.
+    normalizer, split = spec.get("normalizer") or {}, spec.get("pre_tokenizer") or {}
+    steps = normalizer.get("normalizers", [normalizer])
+    prepend = {"type": "Prepend", "prepend": SPACE}
+    replace = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+    if not split and steps in ([prepend, replace], [replace]):
+        prefix, words = "always" if prepend in steps else None, False
+    elif not normalizer and split.get("replacement") == SPACE:
         rules = {"always": "missing", "first": "start", "never": None}
-        if split.get("replacement") == space and scheme in rules:
-            words = f"{space}[^{space}]*|[^{space}]+"
-            return words if split.get("split", True) else r"(?s:.+)", rules[scheme]
-    raise ValueError(
-        f"unknown normalizer {json.dumps(normalizer)[:200]} "
-        f"with pre_tokenizer {json.dumps(split)[:200]}"
-    )
+        prefix, words = rules[split["prepend_scheme"]], split.get("split", True)
+    else:
+        raise ValueError(f"unknown normalizer {normalizer} and pre_tokenizer {split}")
+    pattern = f"{SPACE}[^{SPACE}]*|[^{SPACE}]+" if words else r"(?s:.+)"
+    return Vocabulary(ranks, pattern, ids, text, SPACE, prefix)
 
 
-def rank_vocabulary(file: Path) -> Vocabulary:
+def rank_file(file: Path) -> Vocabulary:
     """Return the vocabulary of Meta's tokenizer.model: lines of base64 and rank."""
-    lines = file.read_bytes().splitlines()
     try:
-        pairs = [line.split() for line in lines if line]
-        ranks = {base64.b64decode(token, validate=True): int(n) for token, n in pairs}
+        pairs = [line.split() for line in file.read_bytes().splitlines()]
+        ranks = {base64.b64decode(token): int(rank) for token, rank in pairs}
     except ValueError:
-        wanted = "lines of base64 and rank; a SentencePiece model needs tokenizer.json"
-        raise ValueError(f"{file}: wanted {wanted}") from None
-    if sorted(ranks.values()) != list(range(len(lines))):
-        raise ValueError(f"{file}: wanted the ranks 0 to {len(lines) - 1}, each once")
+        wanted = "wanted lines of base64 and rank; a SentencePiece model is not read"
+        raise ValueError(f"{file}: {wanted}, it needs its tokenizer.json") from None
+    if sorted(ranks.values()) != list(range(len(pairs))):
+        raise ValueError(f"{file}: wanted the ranks 0 to {len(pairs) - 1}, each once")
     text = {rank: token for token, rank in ranks.items()}
-    return Vocabulary(ranks, LLAMA3_PATTERN, [(n,) for n in range(len(ranks))], text)
+    return Vocabulary(ranks, LLAMA3_SPLIT, [(n,) for n in range(len(text))], text)
 
 
-def read_vocabulary(file: Path) -> tuple[Vocabulary, list[dict], dict]:
-    """Return a tokenizer.json's vocabulary, its added tokens and its post_processor.
+def read_vocabulary(spec: dict) -> Vocabulary:
+    """Return the vocabulary that a tokenizer.json describes.
 
-    Raises ValueError, naming the file, for what is not laid out as Hugging Face's
-    tokenizers does it, and for what this file does not know: never a guess.
+    Raises ValueError for what is inconsistent or unknown.
     """
-    spec = read_json(file)
-    try:
-        model, added = spec["model"], spec.get("added_tokens") or []
-        vocab = model["vocab"]
-        # "a b" before tokenizers 0.20, ["a", "b"] since
-        merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
-        unknown = {k: model.get(k) for k in ("dropout", "end_of_word_suffix")}
-        unknown["continuing_subword_prefix"] = model.get("continuing_subword_prefix")
-        if model.get("type") != "BPE" or any(unknown.values()):
-            raise ValueError(f"wanted plain BPE, got {model.get('type')!r}, {unknown}")
-        if any(type(i) is not int or i < 0 for i in vocab.values()):
-            raise ValueError("every id of the vocabulary must be a whole number")
-        if len(set(vocab.values())) != len(vocab):
-            raise ValueError("two tokens of the vocabulary have the same id")
-        for left, right in merges:
-            if not (left in vocab and right in vocab and left + right in vocab):
-                raise ValueError(f"merge {left!r} {right!r}: not in the vocabulary")
-        if not merges:
-            raise ValueError("no merges")
-        kind = byte_level_vocabulary
-        if model.get("byte_fallback"):
-            kind = byte_fallback_vocabulary
-        for token in added:
-            if type(token["id"]) is not int or not token["content"]:
-                raise ValueError(f"added token {token} needs a whole id and a text")
-        return kind(spec, vocab, merges), added, spec.get("post_processor") or {}
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from None
-    except (AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"{file}: not laid out as a tokenizer.json: {error}") from None
+    model, vocab = spec["model"], spec["model"]["vocab"]
+    # "a b" before tokenizers 0.20, ["a", "b"] since
+    merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
+    extras = ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
+    if model.get("type") != "BPE" or any(model.get(key) for key in extras):
+        raise ValueError(f"wanted plain BPE, got type {model.get('type')!r:.80}")
+    if not merges:
+        raise ValueError("no merges")
+    for left, right in merges:
+        if not (left in vocab and right in vocab and left + right in vocab):
+            raise ValueError(f"merge {left!r:.80} {right!r:.80}: not in the vocabulary")
+    ids = set(vocab.values())
+    if len(ids) < len(vocab) or not all(type(i) is int and i >= 0 for i in ids):
+        raise ValueError("the ids of the vocabulary must be whole numbers, each once")
+    kind = byte_fallback if model.get("byte_fallback") else byte_level
+    return kind(spec, vocab, merges)
 
 
 @dataclass(frozen=True)
@@ -1108,7 +961,7 @@ class ChatFormat:
     """How a family of models writes a conversation down.
 
     {} is a message's content. Names of control tokens, {bos} and {eos} become ids,
-    and everything else is text. Source: the families' published Jinja templates.
+    everything else is text. Source: the families' published Jinja templates.
     """
 
     user: str
@@ -1117,22 +970,30 @@ class ChatFormat:
     system: str = "{}"
     system_in: str | None = None  # the "first" or "last" user message; None: its own
     default_system: str | None = None  # where the conversation has none
-    date: str | None = None  # for {date}; None means today
+    date: str | None = None  # what {date} becomes; None means today
     bos: bool = False  # one at the very start
     strip: bool = False  # white space around contents
 
 
+def header(role: str) -> str:
+    return f"<|start_header_id|>{role}<|end_header_id|>\n\n"
+
+
+LLAMA3 = ChatFormat(
+    system=header("system") + "{}<|eot_id|>",
+    user=header("user") + "{}<|eot_id|>",
+    reply=header("assistant"),
+    assistant="{}<|eot_id|>",
+    bos=True,
+    strip=True,
+)
+DATES = "Cutting Knowledge Date: December 2023\nToday Date: {date}\n\n"
+LLAMA31 = {"system": header("system") + DATES + "{}<|eot_id|>", "default_system": ""}
 CHAT_FORMATS = {
-    "llama3": ChatFormat(
-        system="<|start_header_id|>system<|end_header_id|>\n\n{}<|eot_id|>",
-        user="<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|>",
-        reply="<|start_header_id|>assistant<|end_header_id|>\n\n",
-        assistant="{}<|eot_id|>",
-        bos=True,
-        strip=True,
-    ),
+    "llama3": LLAMA3,
+    "llama3.1": replace(LLAMA3, **LLAMA31),
+    # Every exchange of Llama 2 opens with a BOS, as a document of its own.
     "llama2": ChatFormat(
-        # Here every exchange opens with a BOS: the format is that of a document each.
         system="<<SYS>>\n{}\n<</SYS>>\n\n",
         system_in="first",
         user="{bos}[INST] {} [/INST]",
@@ -1166,33 +1027,20 @@ CHAT_FORMATS = {
         bos=True,
     ),
 }
-CHAT_FORMATS["llama3.1"] = replace(
-    CHAT_FORMATS["llama3"],
-    system="<|start_header_id|>system<|end_header_id|>\n\n"
-    "Cutting Knowledge Date: December 2023\nToday Date: {date}\n\n{}<|eot_id|>",
-    default_system="",
-)
-
-CONTROL = re.compile(
-    r"(<\|(?:start_header_id|end_header_id|eot_id|im_start|im_end)\|>"
-    r"|\[/?INST\]|\{bos\}|\{eos\})"
-)
 
 
-def recognise_format(template: str) -> str | ChatFormat | None:
-    """Return (name, format) of a Jinja chat template, or None if it is not known.
+def recognise_format(template: str) -> tuple[str | None, ChatFormat | None]:
+    """Return the name and the format of a Jinja chat template, (None, None) if unknown.
 
     Templates are never run: what tells the families apart is looked for in their text.
     """
     template = template.replace('"', "'").replace("\\n", "\n")
     name, changes = None, {"bos": "bos_token" in template}
     if "<|start_header_id|>" in template:
-        name = "llama3"
-        if "Cutting Knowledge Date" in template:
-            name = "llama3.1"
-            fixed = re.search(r"date_string = '(\d\d? \w{3} \d{4})'", template)
-            if fixed and "strftime_now" not in template:
-                changes["date"] = fixed[1]
+        name = "llama3.1" if "Cutting Knowledge Date" in template else "llama3"
+        fixed = re.search(r"date_string = '(\d\d? \w{3} \d{4})'", template)
+        if fixed and "strftime_now" not in template:
+            changes["date"] = fixed[1]
     elif "<|im_start|>" in template:
         name = "chatml"
         default = re.search(r"<\|im_start\|>system\n([^'{}]+)<\|im_end\|>", template)
@@ -1207,57 +1055,32 @@ def recognise_format(template: str) -> str | ChatFormat | None:
             changes["assistant"] = "{}{eos} "
     elif "'[INST] ' + message['content'] + '[/INST]'" in template:
         name = "mistral-v3"
-    return name and (name, replace(CHAT_FORMATS[name], **changes))
-
-
-# The control tokens that follow the ranks of Meta's tokenizer.model, in order. Source:
-# [1], Meta's llama-models; Llama 3.0 has reserved tokens for some of the names.
-LLAMA3_TOKENS = [
-    "<|begin_of_text|>",
-    "<|end_of_text|>",
-    "<|reserved_special_token_0|>",
-    "<|reserved_special_token_1|>",
-    "<|finetune_right_pad_id|>",
-    "<|reserved_special_token_2|>",
-    "<|start_header_id|>",
-    "<|end_header_id|>",
-    "<|eom_id|>",
-    "<|eot_id|>",
-    "<|python_tag|>",
-    *(f"<|reserved_special_token_{n}|>" for n in range(3, 248)),
-]
-
-
-def named_id(token: str | dict | None, added: dict, default: int | None = None):
-    """Return the id of a token that tokenizer_config.json names, else the default."""
-    name = token.get("content") if isinstance(token, dict) else token
-    return added[name][0] if name in added else default
+    return name, name and replace(CHAT_FORMATS[name], **changes)
 
 
 def arrange(messages: list[dict], chat: ChatFormat) -> list[tuple[str, str]]:
-    """Return the conversation as (role, content), with the system text in its place.
+    """Return a conversation as (role, content), with the system text in its place.
 
-    Raises ValueError unless it is: system or none, then what a reply can follow.
+    Raises ValueError unless it is one: a system message at most first, the user last.
     """
     turns = [(message.get("role"), message.get("content")) for message in messages]
     roles = [role for role, _ in turns]
     for n, (role, content) in enumerate(turns):
         if role not in ("system", "user", "assistant") or (role == "system" and n):
             wanted = "system (first only), user or assistant"
-            raise ValueError(f"message {n}: role must be {wanted}, got {role!r}")
+            raise ValueError(f"message {n}: role must be {wanted}, got {role!r:.80}")
         if not isinstance(content, str):
-            kind = type(content).__name__
-            raise ValueError(f"message {n}: content must be a string, got {kind}")
+            raise ValueError(f"message {n}: content must be text, got {content!r:.80}")
     if roles[-1:] != ["user"]:
         raise ValueError(f"the last message must be the user's, got roles {roles}")
     system = turns.pop(0)[1] if roles[0] == "system" else chat.default_system
     if chat.system_in is None:
         return turns if system is None else [("system", system), *turns]
-    if [role for role, _ in turns[::2]] != ["user"] * (len(turns) // 2 + 1):
+    if any(role != ("user", "assistant")[n % 2] for n, (role, _) in enumerate(turns)):
         raise ValueError(f"user and assistant must alternate, got roles {roles}")
     if system is not None:
         n = 0 if chat.system_in == "first" else -1
-        turns[n] = ("user", chat.system.replace("{}", system) + turns[n][1])
+        turns[n] = ("user", chat.system.replace("{}", system, 1) + turns[n][1])
     return turns
 
 
@@ -1268,15 +1091,14 @@ class TextStream:
     one appear as U+FFFD. Special ids, and ids that no token has, are no text.
     """
 
-    def __init__(self, text: dict[int, bytes], drop_space: bool = False):
+    def __init__(self, text: Mapping[int, bytes], drop_space: bool):
         self._text, self._drop_space = text, drop_space
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def add(self, token: int) -> str:
         encoded = self._text.get(token, b"")
         if self._drop_space and encoded:
-            self._drop_space = False
-            encoded = encoded.removeprefix(b" ")
+            encoded, self._drop_space = encoded.removeprefix(b" "), False
         return self._decoder.decode(encoded)
 
     def close(self) -> str:
@@ -1284,82 +1106,128 @@ class TextStream:
         return self._decoder.decode(b"", True)
 
 
-def read_tokenizer(folder: Path) -> tuple[Vocabulary, dict, str | None]:
-    """Return a folder's vocabulary, {text: (id, is it special)} of its added tokens,
-    and the added token that is put before a text on its own, if any."""
-    if (folder / "tokenizer.json").exists():
-        vocabulary, added, post_processor = read_vocabulary(folder / "tokenizer.json")
-        tokens = {t["content"]: (t["id"], t.get("special", False)) for t in added}
-        for step in post_processor.get("processors", [post_processor]):
-            first = (step.get("single") or [{}])[0]
-            if "SpecialToken" in first:
-                return vocabulary, tokens, first["SpecialToken"]["id"]
-        return vocabulary, tokens, None
-    if not (folder / "tokenizer.model").exists():
+# Names that end a reply wherever they are control tokens: folders often name only one
+# of the ids that their model was trained to stop with.
+STOP_NAMES = ("<|eot_id|>", "<|eom_id|>", "<|end_of_text|>")
+STOP_NAMES += ("<|im_end|>", "<|endoftext|>", "</s>")
+
+# The control tokens behind the ranks of Meta's tokenizer.model: their places among 256.
+LLAMA3_TOKENS = {"<|begin_of_text|>": 0, "<|end_of_text|>": 1, "<|eom_id|>": 8}
+LLAMA3_TOKENS |= {"<|start_header_id|>": 6, "<|end_header_id|>": 7, "<|eot_id|>": 9}
+
+# What, in a chat format, is a control token. Mistral's [INST] is one since version 3.
+CONTROL = re.compile(
+    r"(<\|(?:start_header_id|end_header_id|eot_id|im_start|im_end)\|>"
+    r"|\[/?INST\]|\{bos\}|\{eos\})"
+)
+
+
+def tokenizer_settings(folder: Path, template: str | None) -> dict:
+    """Return Tokenizer's arguments, gathered from the files of a folder."""
+    names = ("config", "generation_config", "tokenizer_config")
+    paths = [folder / f"{name}.json" for name in names]
+    config, generation, settings = (
+        read_json(path) if path.exists() else {} for path in paths
+    )
+    file, ranks = folder / "tokenizer.json", folder / "tokenizer.model"
+    if file.exists():
+        spec = read_json(file)
+        try:
+            vocabulary = read_vocabulary(spec)
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from None
+        added = spec.get("added_tokens") or []
+        special = {token["content"]: token["id"] for token in added}
+        visible = [t["content"] for t in added if not t.get("special")]
+        # Whether the post-processor puts a token before every text.
+        steps = spec.get("post_processor") or {}
+        steps = [step.get("single") for step in steps.get("processors", [steps])]
+        adds_bos = any("SpecialToken" in step[0] for step in steps if step)
+    elif ranks.exists():
+        vocabulary, visible, adds_bos = rank_file(ranks), [], True
+        size = len(vocabulary.ranks)
+        special = {name: size + n for name, n in LLAMA3_TOKENS.items()}
+        settings = {"bos_token": "<|begin_of_text|>"} | settings
+    else:
         raise FileNotFoundError(f"{folder}: no tokenizer.json and no tokenizer.model")
-    vocabulary = rank_vocabulary(folder / "tokenizer.model")
-    ids = itertools.count(len(vocabulary.ranks))
-    return vocabulary, {t: (next(ids), True) for t in LLAMA3_TOKENS}, LLAMA3_TOKENS[0]
 
-
-def find_format(folder: Path, settings: dict) -> tuple[str | None, ChatFormat | None]:
-    """Return the name and format of a folder's chat template.
-
-    (None, None) if it has none: a base model; ("unknown", None) if it is not known.
-    """
-    template = settings.get("chat_template")
+    ids = {}  # of bos_token and eos_token, which are written in two ways
+    for key in ("bos_token", "eos_token"):
+        token = settings.get(key)
+        ids[key] = special.get(token["content"] if isinstance(token, dict) else token)
+    stops = [ids["eos_token"]]
+    for stop in (config.get("eos_token_id"), generation.get("eos_token_id")):
+        stops += stop if isinstance(stop, list) else [stop]
+    stops = [stop for stop in stops if stop is not None]
+    chat_format, jinja = CHAT_FORMATS.get(template), settings.get("chat_template")
     if (folder / "chat_template.jinja").exists():
-        template = (folder / "chat_template.jinja").read_text("utf-8")
-    if isinstance(template, list):  # several, by name
-        template = {t["name"]: t["template"] for t in template}.get("default")
-    if template is None:
-        return None, None
-    return recognise_format(template) or ("unknown", None)
+        jinja = (folder / "chat_template.jinja").read_text("utf-8")
+    if isinstance(jinja, list):  # several, by name
+        jinja = {entry["name"]: entry["template"] for entry in jinja}["default"]
+    if template is None and jinja is not None:
+        template, chat_format = recognise_format(jinja)
+        template = template or "unknown"
+    bos = ids["bos_token"]
+    return {
+        "vocabulary": vocabulary,
+        "special_tokens": special,
+        "visible": visible,
+        "bos": config.get("bos_token_id") if bos is None else bos,
+        "eos": stops[0] if stops else None,
+        "stop_tokens": stops,
+        "adds_bos": settings.get("add_bos_token", adds_bos),
+        "template": template,
+        "chat_format": chat_format,
+        "source": str(folder),
+    }
 
 
 class Tokenizer:
     """Text to ids and back, and conversations to ids.
 
-    special_tokens: {text: id} of the control tokens. bos, eos: ids, or None.
-    stop_tokens: the ids that end a reply. bos_prefix: the ids that go before a text on
-    its own, [bos] or none. template: the name of the chat format, None for a base
-    model. size: one more than the largest id of ordinary text.
+    special_tokens: {text: id} of the added tokens. bos, eos: ids, or None. stop_tokens:
+    the ids that end a reply. bos_prefix: what goes before a text on its own, [bos] or
+    nothing. template: name of the chat format; None for a base model. size: one more
+    than the largest id of ordinary text. source: what error messages call it.
     """
 
     def __init__(
         self,
         vocabulary: Vocabulary,
-        added_tokens: dict[str, tuple[int, bool]],
+        special_tokens: dict[str, int],
         *,
+        visible: Iterable[str] = (),
         bos: int | None = None,
         eos: int | None = None,
         stop_tokens: Iterable[int] = (),
         adds_bos: bool = False,
         template: str | None = None,
         chat_format: ChatFormat | None = None,
+        source: str = "this",
     ):
-        self.vocabulary = vocabulary
-        self.special_tokens = {text: i for text, (i, _) in added_tokens.items()}
+        self.vocabulary, self.special_tokens = vocabulary, special_tokens
+        self.source = source
         self.bos, self.eos = bos, eos
         self.bos_prefix = [bos] if adds_bos and bos is not None else []
         self.template, self.chat_format = template, chat_format
-        names = [name for name in STOP_NAMES if name in self.special_tokens]
-        self.stop_tokens = {*stop_tokens, *(self.special_tokens[n] for n in names)}
-        self.size = max(max(ids) for ids in vocabulary.ids) + 1
-        # Added tokens that are not special, "<think>" say, are there to be read.
-        self._text = vocabulary.text | {
-            i: b"" if special else text.encode()
-            for text, (i, special) in added_tokens.items()
-        }
-        self._encoding = tiktoken.Encoding(
+        names = [name for name in STOP_NAMES if name in special_tokens]
+        self.stop_tokens = {*stop_tokens, *(special_tokens[name] for name in names)}
+        self.size = max(itertools.chain(*vocabulary.ids)) + 1
+        # Control tokens are no text; added ones like "<think>" are there to be read.
+        control = dict.fromkeys(special_tokens.values(), b"")
+        control |= {special_tokens[name]: name.encode() for name in visible}
+        self._text = vocabulary.text | control
+        self._bpe = tiktoken.Encoding(
             "llama.py",
-            pat_str=vocabulary.pattern,
+            pat_str=vocabulary.split,
             mergeable_ranks=vocabulary.ranks,
             special_tokens={},
         )
 
     @classmethod
-    def from_folder(cls, folder: str | Path, *, template: str | None = None):
+    def from_folder(
+        cls, folder: str | Path, *, template: str | None = None
+    ) -> "Tokenizer":
         """Return the tokenizer of a model folder, without touching its weights.
 
         template: a name in CHAT_FORMATS, used whatever the folder says.
@@ -1368,38 +1236,12 @@ class Tokenizer:
         folder = Path(folder)
         if template not in (None, *CHAT_FORMATS):
             names = ", ".join(CHAT_FORMATS)
-            raise ValueError(f"template must be one of {names}, got {template!r}")
+            raise ValueError(f"template must be one of {names}, got {template!r:.80}")
         try:
-            config, generation, settings = (
-                read_json(folder / name) if (folder / name).exists() else {}
-                for name in (
-                    "config.json",
-                    "generation_config.json",
-                    "tokenizer_config.json",
-                )
-            )
-            vocabulary, added, first = read_tokenizer(folder)
-            bos = named_id(settings.get("bos_token"), added, config.get("bos_token_id"))
-            eos = named_id(settings.get("eos_token"), added)
-            stops = [eos]
-            for ids in (config.get("eos_token_id"), generation.get("eos_token_id")):
-                stops += ids if isinstance(ids, list) else [ids]
-            name, chat_format = template, CHAT_FORMATS.get(template)
-            if template is None:
-                name, chat_format = find_format(folder, settings)
-            adds_bos = settings.get("add_bos_token")
-            return cls(
-                vocabulary,
-                added,
-                bos=bos,
-                eos=next((i for i in stops if i is not None), None),
-                stop_tokens={i for i in stops if i is not None},
-                adds_bos=first is not None if adds_bos is None else adds_bos,
-                template=name,
-                chat_format=chat_format,
-            )
+            return cls(**tokenizer_settings(folder, template))
         except (AttributeError, IndexError, KeyError, TypeError) as error:
-            raise ValueError(f"{folder}: unusable tokenizer files: {error}") from error
+            # A part of another type than it should be; which one, the error says.
+            raise ValueError(f"{folder}: tokenizer files: {error!r}") from error
 
     def encode(self, text: str, *, first: bool = True) -> list[int]:
         """Return the ids of ordinary text: never a special id, and no BOS.
@@ -1407,21 +1249,20 @@ class Tokenizer:
         first: whether the text begins a document; SentencePiece-style vocabularies
         put a space before it then, so that its first word is a word like any other.
         """
-        vocabulary = self.vocabulary
-        if vocabulary.normal_form:
-            text = unicodedata.normalize(vocabulary.normal_form, text)
-        text = text.replace(" ", vocabulary.space)
-        if first and text and vocabulary.prefix:
-            if vocabulary.prefix == "always" or not text.startswith(vocabulary.space):
-                text = vocabulary.space + text
+        vocabulary, space = self.vocabulary, self.vocabulary.space
+        if vocabulary.form:
+            text = unicodedata.normalize(vocabulary.form, text)
+        text = text.replace(" ", space)
+        missing = vocabulary.prefix == "always" or not text.startswith(space)
+        if first and text and vocabulary.prefix is not None and missing:
+            text = space + text
         cuts = []
-        if vocabulary.space == " " and len(text) > LONGEST_RUN:
+        if len(text) > LONGEST_RUN:
             for run in re.finditer(r"\s+", text):
                 cuts += range(run.start() + LONGEST_RUN, run.end(), LONGEST_RUN)
         pieces = (text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)]))
-        ids = vocabulary.ids
-        encoded = map(self._encoding.encode_ordinary, pieces)
-        return [i for ranks in encoded for rank in ranks for i in ids[rank]]
+        ranks = itertools.chain.from_iterable(map(self._bpe.encode_ordinary, pieces))
+        return [i for rank in ranks for i in vocabulary.ids[rank]]
 
     def encode_chat(
         self,
@@ -1432,64 +1273,60 @@ class Tokenizer:
         """Return the ids of a whole conversation, up to where the reply begins.
 
         messages: [{"role": "system" | "user" | "assistant", "content": text}, ...], a
-        system message only first, the last from the user. replies: for contents of
-        the assistant, the ids that the model wrote, used instead of encoding the text
-        anew: another spelling of the same text would not match what the cache holds.
-        Raises ValueError for messages out of order, or a folder without a known format.
+        system message at most first, the user's last. replies: the ids that the model
+        wrote for a content, taken as they are: encoded anew, the same text could get
+        other ids than the cache holds.
+        Raises ValueError for messages out of order, or where no format is known.
         """
         chat = self.require_format()
-        # Parts: text, or ids. None: the reply begins here, so what precedes it is
-        # encoded on its own, exactly as when the reply had not been written yet.
+        # Parts are text or ids. None: a reply begins here, and what precedes it is
+        # encoded on its own, exactly as when the reply had not been written.
         parts = [[self.bos]] if chat.bos and self.bos is not None else []
         for role, content in arrange(messages, chat):
             before, after = getattr(chat, role).split("{}")
             if role == "assistant":
-                parts += [*self._control(chat.reply), None]
+                parts += [*self._parts(chat.reply), None]
                 if content in (replies or {}):
-                    parts += [replies[content], *self._control(after.lstrip(" "))]
+                    parts += [replies[content], *self._parts(after.lstrip(" "))]
                     continue
             if role == "system" and "{date}" in before:
-                today = datetime.date.today().strftime("%d %b %Y")
-                before = before.replace("{date}", chat.date or today)
+                date = chat.date or datetime.date.today().strftime("%d %b %Y")
+                before = before.replace("{date}", date)
             content = content.strip() if chat.strip else content
-            parts += [*self._control(before), content, *self._control(after)]
-        return self._join([*parts, *self._control(chat.reply)])
+            parts += [*self._parts(before), content, *self._parts(after)]
+        return self._join([*parts, *self._parts(chat.reply)])
 
     def require_format(self) -> ChatFormat:
         """Return the chat format. Raises ValueError if there is none."""
         if self.chat_format is None:
-            found = "chat template is not a known one"
-            if self.template is None:
-                found = "base model, it has no chat template"
-            names = ", ".join(CHAT_FORMATS)
-            raise ValueError(f"{found}: use --raw, or --template with one of {names}")
+            found = "is a base model, it has no chat template"
+            if self.template is not None:
+                found = "has a chat template that is not known here"
+            advice = f"use --raw, or --template with one of {', '.join(CHAT_FORMATS)}"
+            raise ValueError(f"{self.source} {found}: {advice}")
         return self.chat_format
 
-    def _control(self, template: str) -> list[str | list[int]]:
-        """Return a piece of a format as parts, its control tokens as ids."""
-        ids = {"{bos}": self.bos, "{eos}": self.eos} | self.special_tokens
-        parts = CONTROL.split(template)
-        for n, name in enumerate(parts):
-            # Mistral's [INST] became a control token with its third vocabulary.
-            if n % 2 and (name in ids or not name.startswith("[")):
-                if ids.get(name) is None:
-                    raise ValueError(f"the chat format needs {name}: not in vocabulary")
-                parts[n] = [ids[name]]
+    def _parts(self, text: str) -> list[str | list[int]]:
+        """Return a piece of a chat format as text, and ids of control tokens."""
+        ids = self.special_tokens | {"{bos}": self.bos, "{eos}": self.eos}
+        parts = CONTROL.split(text)
+        for n in range(1, len(parts), 2):
+            if ids.get(parts[n]) is not None:
+                parts[n] = [ids[parts[n]]]
+            elif not parts[n].startswith("["):
+                raise ValueError(f"the chat format needs {parts[n]}: not in vocabulary")
         return parts
 
     def _join(self, parts: list[str | list[int] | None]) -> list[int]:
-        """Return the ids of parts: text between two ids is encoded as one."""
-        ids, text, follows_reply = [], "", False
+        """Return the ids of parts, the text between two ids encoded as one."""
+        ids, text, first = [], "", True
         for part in [*parts, []]:
             if isinstance(part, str):
                 text += part
                 continue
-            first = not follows_reply
-            if self.vocabulary.prefix == "start":
-                first = not ids
-            ids += self.encode(text, first=first)
-            ids += part or []
-            text, follows_reply = "", part is None
+            at_start = not ids if self.vocabulary.prefix == "start" else first
+            ids += self.encode(text, first=at_start) + (part or [])
+            text, first = "", part is not None
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -1541,7 +1378,7 @@ def find_folder(model: str | Path) -> Path:
     )
 
 
-def build_model(args: ModelArgs, names: Container[str]) -> Llama:
+def build_model(args: ModelArgs, names: Iterable[str]) -> Llama:
     """Return the modules for the tensors of these names, without their weights.
 
     The files decide: a head among them is used, else the embedding serves; a layer is
@@ -1645,17 +1482,14 @@ def load_model(
     if dtype is None and mx.default_device() == mx.cpu:
         dtype = mx.float32
     wanted = {name for name, _ in tree_flatten(model.parameters())}
-    done, total = 0, sum(tensors[name].nbytes for name in wanted)
-    view, file, weights = None, None, []
-    for info in (info for info in tensors.values() if info.name in wanted):
-        if info.file != file:
-            view, file = map_file(info.file), info.file
-        mapped = map_tensor(info, view)
+    wanted = [info for info in tensors.values() if info.name in wanted]
+    done, total, weights = 0, sum(info.nbytes for info in wanted), []
+    for info, mapped in map_tensors(wanted):
         packed = info.dtype in ("U32", "U8")
         array = mapped if packed or dtype is None else mapped.astype(dtype)
         # Evaluated one by one, or a cast would hold both copies of all weights; while
         # `mapped` is still referred to, or the cast could be written into the file's
-        # pages; and in the end all of them, since lazy arrays are bound to a thread.
+        # pages; and now, since a lazy array is bound to the thread that made it.
         mx.eval(array)
         weights.append((info.name, array))
         done += info.nbytes
@@ -1682,6 +1516,18 @@ def recommended_memory() -> int | None:
     if not mx.metal.is_available():
         return None
     return mx.device_info()["max_recommended_working_set_size"]
+
+
+def memory_warning(nbytes: int) -> str | None:
+    """Return what to tell the user of a model that nearly fills what Metal allows."""
+    limit = recommended_memory()
+    if limit is None or nbytes < 0.9 * limit:
+        return None
+    megabytes = nbytes // 1_000_000 + 4000
+    return (
+        f"weights and cache take {nbytes / 1e9:.1f} GB, of {limit / 1e9:.1f} GB that "
+        f"Metal recommends; if it is slow: sudo sysctl iogpu.wired_limit_mb={megabytes}"
+    )
 
 
 @contextlib.contextmanager
@@ -1872,11 +1718,11 @@ def generate(
     max_tokens: int | None = None,
     sampler: Callable[[mx.array], mx.array] | None = None,
     cache: list | None = None,
-    stop_tokens: Container[int] = (),
+    stop_tokens: Iterable[int] = (),
     prefill_step: int = 512,
     progress: Callable[[int, int], None] | None = None,
     cancelled: Callable[[], bool] | None = None,
-) -> Generator[int, None, str]:
+) -> Iterator[int]:
     """Yield the ids that continue a prompt, each as soon as it is known.
 
     prompt: at least one id. max_tokens: None goes on until something else ends it.
@@ -2153,12 +1999,9 @@ def default_sampling(folder: Path) -> dict[str, float]:
     file = folder / "generation_config.json"
     config = read_json(file) if file.exists() else {}
     names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+    options = {name: config.get(name) for name in names}
     # 0 is how that file spells a filter turned off.
-    options = {
-        n: config[n]
-        for n in names
-        if config.get(n) or n == "temperature" and n in config
-    }
+    options = {k: v for k, v in options.items() if v or (v == 0 and k == names[0])}
     if config.get("do_sample") is False:
         options["temperature"] = 0.0
     options = {"temperature": 0.6, "top_p": 0.9} | options
@@ -2186,7 +2029,7 @@ class Engine:
     in all. Returns when the model is loaded; raises what load_model raises.
 
     Attributes: tokenizer, args (a ModelArgs), context, defaults (make_sampler's
-    options where a request gives none).
+    options where a request gives none), warning (about memory, or None).
     """
 
     def __init__(
@@ -2220,46 +2063,29 @@ class Engine:
             self.close()
             raise
         self.args, self.context = event, self._worker.context
+        self.warning = memory_warning(self._worker.nbytes)
 
-    def chat(
-        self,
-        messages: list[dict[str, str]],
-        *,
-        max_tokens: int | None = None,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        min_p: float | None = None,
-        repetition_penalty: float | None = None,
-        seed: int | None = None,
-        progress: Callable[[int, int], None] | None = None,
-    ) -> Reply:
+    def chat(self, messages: list[dict[str, str]], **options) -> Reply:
         """Return at once with the reply to a conversation, to be iterated over.
 
         messages: see Tokenizer.encode_chat. An assistant's message that is the text of
         an earlier Reply stands for the very ids, so the cache is reused up to there.
-        max_tokens: None goes on to the end of the turn, or of the context. Sampling:
-        see make_sampler; None is the folder's default. progress: called, by whoever
-        iterates, with the tokens of the prompt read, and in all.
-        Raises ValueError for options out of range, or a prompt that does not fit;
-        RuntimeError if the engine is closed.
+        options: those of `submit`.
         """
         replies = {piece.text: piece.ids for piece in list(self._taken) if piece.text}
         ids = self.tokenizer.encode_chat(messages, replies=replies)
-        sampling = dict(
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            repetition_penalty=repetition_penalty,
-            seed=seed,
-        )
-        return self._submit(ids, True, max_tokens, sampling, progress)
+        return self.submit(ids, **options)
 
-    def complete(
+    def complete(self, text: str, **options) -> Reply:
+        """Return at once with what continues a text, with no chat format; as `chat`."""
+        ids = self.tokenizer.bos_prefix + self.tokenizer.encode(text)
+        return self.submit(ids, drop_space=False, **options)
+
+    def submit(
         self,
-        text: str,
+        ids: list[int],
         *,
+        drop_space: bool = True,
         max_tokens: int | None = None,
         temperature: float | None = None,
         top_k: int | None = None,
@@ -2269,44 +2095,37 @@ class Engine:
         seed: int | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> Reply:
-        """Return at once with what continues a text, with no chat format; as `chat`."""
-        ids = self.tokenizer.bos_prefix + self.tokenizer.encode(text)
-        sampling = dict(
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            repetition_penalty=repetition_penalty,
-            seed=seed,
-        )
-        return self._submit(ids, False, max_tokens, sampling, progress)
+        """Return at once with the reply to ids.
 
-    def _submit(
-        self,
-        ids: list[int],
-        drop_space: bool,
-        max_tokens: int | None,
-        sampling: dict,
-        progress: Callable[[int, int], None] | None,
-    ) -> Reply:
-        if len(ids) > self.context:
+        max_tokens: None goes on to the end of the turn, or of the context. Sampling:
+        see make_sampler; None is the folder's default. progress: called, by whoever
+        iterates, with the tokens of the prompt read, and in all. drop_space: see
+        Tokenizer.stream.
+        Raises ValueError for options out of range or a prompt that does not fit,
+        RuntimeError if the engine is closed.
+        """
+        if not 0 < len(ids) <= self.context:
             raise ValueError(
-                f"the prompt is {len(ids)} tokens, the context {self.context}; "
-                f"--ctx sets it, up to {self.args.max_position_embeddings}"
+                f"the prompt must have 1 to {self.context} tokens, got {len(ids)}; "
+                f"--ctx sets the limit, up to {self.args.max_position_embeddings}"
             )
-        if max(ids, default=0) >= self.args.vocab_size:
+        if max(ids) >= self.args.vocab_size:
             size = self.args.vocab_size
             raise ValueError(f"the prompt has id {max(ids)}, the model {size} ids")
-        given = {name: value for name, value in sampling.items() if value is not None}
-        options = dict(
-            max_tokens=max_tokens,
-            sampler=make_sampler(prompt=ids, **(self.defaults | given)),
-            stop_tokens=frozenset(self.tokenizer.stop_tokens),
-            prefill_step=self._prefill_step,
-        )
+        if max_tokens is not None and max_tokens < 0:
+            raise ValueError(f"max_tokens must be at least 0, got {max_tokens}")
+        given = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        given |= {"min_p": min_p, "repetition_penalty": repetition_penalty}
+        given = {name: value for name, value in given.items() if value is not None}
+        options = {
+            "max_tokens": max_tokens,
+            "sampler": make_sampler(**(self.defaults | given), seed=seed, prompt=ids),
+            "stop_tokens": frozenset(self.tokenizer.stop_tokens),
+            "prefill_step": self._prefill_step,
+        }
         reply = Reply(progress)
         stream = self.tokenizer.stream(drop_space=drop_space)
-        with self._lock:  # so that nothing is asked after the worker's last request
+        with self._lock:  # nothing may be asked after the worker's last request
             if not self._shut_down.alive:
                 raise RuntimeError("the engine is closed")
             self._taken.append(reply.taken)
@@ -2325,3 +2144,449 @@ class Engine:
 
     def __exit__(self, *_exception) -> None:
         self.close()
+
+
+# -----------------------------------------------------------------------------
+# 12. Command line
+# info, inspect and chat. The model's text goes to stdout, everything else to stderr,
+# and escapes only to a terminal; what comes from a model or a file is made printable.
+# uses: 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11
+# -----------------------------------------------------------------------------
+
+# Characters that move the cursor, repaint lines or reorder text: the C0 and C1 controls
+# but newline and tab, DEL, and the bidirectional overrides.
+CONTROLS = [*range(9), *range(11, 32), *range(127, 160)]
+CONTROLS += [*range(0x202A, 0x202F), *range(0x2066, 0x206A)]
+UNPRINTABLE = {code: repr(chr(code))[1:-1] for code in CONTROLS}
+
+
+def printable(text: str) -> str:
+    """Return text with its control characters spelled out: ESC becomes \\x1b."""
+    return text.translate(UNPRINTABLE)
+
+
+def styled(stream: TextIO) -> bool:
+    """Return whether escape sequences may be written to a stream."""
+    return stream.isatty() and os.environ.get("TERM") != "dumb"
+
+
+def note(text: str) -> None:
+    """Print a line about what goes on, dim where colour is wanted."""
+    text = printable(text)
+    if styled(sys.stderr) and not os.environ.get("NO_COLOR"):
+        text = f"\x1b[2m{text}\x1b[0m"
+    print(text, file=sys.stderr, flush=True)
+
+
+class ProgressLine:
+    """A line on a terminal that says how far something is, if it takes a moment."""
+
+    def __init__(self, label: str):
+        self.label, self.started, self.shown = label, time.monotonic(), False
+
+    def __call__(self, done: int, total: int) -> None:
+        if styled(sys.stderr) and time.monotonic() - self.started > 0.5:
+            line = f"\r{self.label} {100 * done // max(total, 1)} %\x1b[K"
+            print(line, end="", file=sys.stderr, flush=True)
+            self.shown = True
+
+    def clear(self) -> None:
+        if self.shown:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+            self.shown = False
+
+
+def print_table(rows: Iterable[tuple[str, str]]) -> None:
+    """Print rows of a name and a text, aligned; a name only where it changes."""
+    before = None
+    for name, text in rows:
+        print(printable(f"{'' if name == before else name:12} {text}"))
+        before = name
+
+
+def gigabytes(nbytes: float) -> str:
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.2f} MB"
+
+
+def choose_folder(model: str | None) -> Path:
+    """Return the folder of MODEL; without one, of the model beside this file."""
+    if model is not None:
+        return find_folder(model)
+    folder = Path(__file__).resolve().parent / "stories"
+    if not (folder / "config.json").exists():
+        example = "llama.py chat mlx-community/Llama-3.2-1B-Instruct-4bit"
+        raise FileNotFoundError(
+            f"no MODEL: give a folder or org/name, as in: {example}"
+        )
+    return folder
+
+
+def machine_memory() -> int:
+    """Return the bytes that a model can use here."""
+    physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return recommended_memory() or mx.device_info().get("total_memory") or physical
+
+
+def weight_bytes(model: Llama, bits: int, item_size: int = 2) -> int:
+    """Return the bytes of a model's weights at 16 bits, or quantized to fewer.
+
+    As MLX's converter does it: groups of 64, each with a scale and a bias. item_size:
+    bytes of what is not packed.
+    """
+    total = 0
+    for _, array in tree_flatten(model.parameters()):
+        packed = bits < 16 and array.ndim == 2 and array.shape[1] % 64 == 0
+        groups = array.size // 64
+        size = array.size * bits // 8 + 2 * groups * item_size
+        total += size if packed else array.size * item_size
+    return total
+
+
+def cmd_info(options: argparse.Namespace) -> int:
+    """Print what a preset or a model is, what it needs, and what fits here."""
+    args, stored = PRESETS.get(options.model), None
+    if args is None:
+        model, tensors, problems = examine(choose_folder(options.model))
+        if problems:
+            raise problems[0]
+        args, stored = model.args, sum(info.nbytes for info in tensors.values())
+    dense = Llama(args)
+    # In memory: the CPU computes in float32, so all that is not packed doubles.
+    item_size = 4 if mx.default_device() == mx.cpu else 2
+    kv, memory = kv_bytes_per_token(args, item_size), machine_memory()
+    weights = {bits: weight_bytes(dense, bits) for bits in (16, 8, 4)}
+    longest = {}
+    for bits in weights:
+        room = (memory - weight_bytes(dense, bits, item_size)) // kv
+        longest[bits] = max(0, min(room, args.max_position_embeddings))
+    found = {
+        "model": options.model or "stories",
+        "config": asdict(args),
+        "parameters": sum(array.size for _, array in tree_flatten(dense.parameters())),
+        "weight_bytes": weights,
+        "stored_bytes": stored,
+        "kv_bytes_per_token": kv,
+        "memory_bytes": memory,
+        "longest_context": longest,
+    }
+    if options.json:
+        print(json.dumps(found, indent=2))
+        return 0
+    scaling = (args.rope_scaling or {"rope_type": "no"})["rope_type"]
+    head = "the embedding" if args.tie_word_embeddings else "a matrix of its own"
+    heads = f"{args.num_attention_heads} heads on {args.num_key_value_heads}"
+    rows = [
+        ("model", found["model"]),
+        ("layers", f"{args.num_hidden_layers} of width {args.hidden_size:,}"),
+        ("attention", f"{heads} key/value heads of {args.head_dim}"),
+        ("MLP", f"SwiGLU of width {args.intermediate_size:,}"),
+        ("vocabulary", f"{args.vocab_size:,} tokens; the head is {head}"),
+        ("positions", f"{args.max_position_embeddings:,} tokens"),
+        ("rotary", f"theta {args.rope_theta:,.0f}, {scaling} scaling"),
+        ("parameters", f"{found['parameters']:,}"),
+        ("cache", f"{kv:,} bytes a token, {gigabytes(kv * 8192)} for 8,192"),
+        ("memory here", f"{gigabytes(memory)}, {mx.default_device().type.name}"),
+    ]
+    for bits, nbytes in weights.items():
+        fits = f"fits with a context of {longest[bits]:,}"
+        fits = fits if longest[bits] else "does not fit here"
+        rows.append(("weights", f"{bits:2} bits: {gigabytes(nbytes):>9}, {fits}"))
+    if stored is not None:
+        rows.append(("weights", f" stored: {gigabytes(stored):>9}"))
+    print_table(rows)
+    return 0
+
+
+def not_finite(tensors: Iterable[TensorInfo]) -> Iterator[ValueError]:
+    """Yield an error for each tensor that holds NaN or infinity; reads all data."""
+    for info, array in map_tensors(tensors):
+        if mx.issubdtype(array.dtype, mx.floating):
+            bad = mx.sum(~mx.isfinite(array)).item()
+            if bad:
+                values = f"{bad} of {array.size} values of {info.name}"
+                yield ValueError(f"{info.file}: {values} are NaN or infinite")
+
+
+def layer_kinds(model: Llama) -> dict[str, int]:
+    """Return how many layers there are of each name and quantization."""
+    kinds = collections.Counter()
+    for path, layer in model.named_modules():
+        name = path.split(".")[-1]
+        if isinstance(layer, QuantizedMatrix):
+            how = f"{layer.mode}, {layer.bits} bits, group_size {layer.group_size}"
+            kinds[f"{name}: {how}"] += 1
+        elif isinstance(layer, (nn.Linear, nn.Embedding)):
+            kinds[f"{name}: not quantized"] += 1
+    return dict(kinds)
+
+
+def cmd_inspect(options: argparse.Namespace) -> int:
+    """Print what a model folder holds, and all that is wrong with it."""
+    folder = choose_folder(options.model)
+    model, tensors, problems = examine(folder)
+    tokenizer, sampling = None, None
+    try:
+        sampling = default_sampling(folder)
+        tokenizer = Tokenizer.from_folder(folder)
+    except (OSError, ValueError) as error:
+        problems.append(error)
+    if options.check:
+        problems += not_finite(tensors.values())
+    special = (
+        {i: text for text, i in tokenizer.special_tokens.items()} if tokenizer else {}
+    )
+    found = {
+        "folder": str(folder),
+        "files": {t.file.name: t.file.stat().st_size for t in tensors.values()},
+        "tensors": [
+            {"name": t.name, "dtype": t.dtype, "shape": t.shape, "bytes": t.nbytes}
+            for t in tensors.values()
+        ],
+        "bytes": sum(t.nbytes for t in tensors.values()),
+        "adoptable_bytes": sum(t.nbytes for t in tensors.values() if t.adoptable),
+        "layers": layer_kinds(model) if model else {},
+        "tokenizer_size": tokenizer and tokenizer.size,
+        "special_tokens": tokenizer and tokenizer.special_tokens,
+        "chat_format": tokenizer and tokenizer.template,
+        "stop_tokens": tokenizer and sorted(tokenizer.stop_tokens),
+        "sampling": sampling,
+        "problems": [str(problem) for problem in problems],
+    }
+    if options.json:
+        print(json.dumps(found, indent=2))
+        return 1 if problems else 0
+    rows = [("folder", found["folder"])]
+    for name, size in found["files"].items():
+        rows.append(("files", f"{gigabytes(size):>9}  {name}"))
+    # The layers of a stack look alike: a row for all tensors that differ in number.
+    groups = collections.Counter()
+    for t in tensors.values():
+        name = re.sub(r"\.\d+\.", ".*.", t.name)
+        groups[f"{name} {t.dtype} {list(t.shape)}", t.nbytes] += 1
+    for (name, size), n in groups.items():
+        rows.append(("tensors", f"{gigabytes(n * size):>9}  {n} {name}"))
+    total, adoptable = found["bytes"], found["adoptable_bytes"]
+    share = f"{100 * adoptable // max(total, 1)} % can be used in place on Metal"
+    rows.append(("in all", f"{gigabytes(total):>9}  of which {share}"))
+    rows += [("layers", f"{n} {kind}") for kind, n in found["layers"].items()]
+    if tokenizer:
+        stops = [f"{i} {special.get(i, '')}" for i in found["stop_tokens"]]
+        template = tokenizer.template or "none, a base model: chat with --raw"
+        rows.append(("tokenizer", f"{tokenizer.size:,} ids and {len(special)} added"))
+        rows += [("chat format", template), ("stops at", ", ".join(stops))]
+    if sampling:
+        rows.append(("sampling", ", ".join(f"{k} {v}" for k, v in sampling.items())))
+    rows += [("problem", text) for text in found["problems"] or ["none found"]]
+    print_table(rows)
+    return 1 if problems else 0
+
+
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+
+
+def answer(
+    engine: Engine, messages: list[dict], options: argparse.Namespace, seed: int
+) -> tuple[str, bool]:
+    """Print the reply to a conversation; return its text, and whether it was stopped.
+
+    Ctrl-C stops it; what was printed by then is the reply.
+    """
+    progress = ProgressLine("reading the prompt")
+    settings = {name: getattr(options, name) for name in (*SAMPLING, "max_tokens")}
+    settings |= {"seed": seed, "progress": progress}
+    if options.raw:
+        reply = engine.complete(messages[-1]["content"], **settings)
+    else:
+        reply = engine.chat(messages, **settings)
+    escape = printable if sys.stdout.isatty() else str
+    try:
+        for piece in reply:
+            progress.clear()
+            if not options.json:
+                sys.stdout.write(escape(piece))
+                sys.stdout.flush()
+    except KeyboardInterrupt:
+        reply.cancel()
+        for _ in reply:  # no more text: waits until the worker has stopped
+            pass
+    progress.clear()
+    stats = reply.stats
+    if options.json:
+        found = {"text": reply.text, "finish_reason": stats.finish_reason}
+        print(json.dumps(found | {"seed": seed, "stats": asdict(stats)}), flush=True)
+    elif not reply.text.endswith("\n"):
+        print(flush=True)
+    reason = {
+        "length": f"{stats.generation_tokens} tokens, as --max-tokens says",
+        "context": f"the context of {stats.context} tokens is full; --ctx sets it",
+        "cancelled": "Ctrl-C",
+    }.get(stats.finish_reason)
+    if reason and not options.json:
+        note(f"[stopped: {reason}]")
+    if options.stats:
+        note(
+            f"prompt {stats.prompt_tokens} (reused {stats.reused_tokens}) at "
+            f"{stats.prefill_tps:.0f} tokens/s, reply {stats.generation_tokens} at "
+            f"{stats.decode_tps:.1f} tokens/s, first after "
+            f"{stats.time_to_first_token_s:.2f} s\ncontext {stats.context_used} of "
+            f"{stats.context}, peak {gigabytes(stats.peak_memory)}, seed {seed}, "
+            f"ended by {stats.finish_reason}"
+        )
+    return reply.text, stats.finish_reason == "cancelled"
+
+
+def converse(
+    engine: Engine, messages: list[dict], options: argparse.Namespace, seed: int
+) -> None:
+    """Read messages from the terminal and answer them, until Ctrl-D."""
+    with contextlib.suppress(ImportError):  # it edits lines; input() works without
+        import readline
+
+        readline.parse_and_bind("set enable-bracketed-paste on")
+    note(f"context {engine.context} tokens, seed {seed}; Ctrl-C stops, Ctrl-D quits")
+    for turn in itertools.count():
+        try:
+            text = input(">>> ")
+        except EOFError:
+            note("")
+            return
+        except KeyboardInterrupt:
+            note("\nCtrl-D quits")
+            continue
+        if not text.strip():
+            continue
+        asked = [*messages, {"role": "user", "content": text}]
+        try:
+            reply, _ = answer(engine, asked, options, (seed + turn) % 2**64)
+        except ValueError as error:  # too long, say; the conversation goes on
+            note(f"llama.py: error: {error}")
+            continue
+        messages = [*asked, {"role": "assistant", "content": reply}]
+
+
+def read_prompt(options: argparse.Namespace) -> str | None:
+    """Return --prompt and what is piped in, as one message; None at a terminal."""
+    if sys.stdin.isatty():
+        return options.prompt
+    try:
+        piped = sys.stdin.buffer.read().decode().removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"standard input: not UTF-8: {error}") from None
+    return "\n\n".join(text for text in (options.prompt, piped) if text)
+
+
+def cmd_chat(options: argparse.Namespace) -> int:
+    """Answer one prompt, or talk until Ctrl-D."""
+    given = {name: getattr(options, name) for name in SAMPLING}
+    given = {name: value for name, value in given.items() if value is not None}
+    try:
+        make_sampler(**given)
+    except ValueError as error:
+        options.usage(str(error))
+    seed = new_seed() if options.seed is None else options.seed
+    folder = choose_folder(options.model)
+    if not options.raw:  # said before a large model is loaded
+        Tokenizer.from_folder(folder, template=options.template).require_format()
+    prompt = read_prompt(options)
+    if prompt == "":
+        raise ValueError("the prompt is empty")
+    progress = ProgressLine("loading")
+    with Engine(
+        folder,
+        context=options.ctx,
+        template=options.template,
+        dtype=options.dtype and getattr(mx, options.dtype),
+        prefill_step=options.prefill_step,
+        progress=progress,
+    ) as engine:
+        progress.clear()
+        if engine.warning:
+            note(engine.warning)
+        messages = []
+        if options.system is not None:
+            messages = [{"role": "system", "content": options.system}]
+        if prompt is None:
+            converse(engine, messages, options, seed)
+            return 0
+        messages.append({"role": "user", "content": prompt})
+        _, interrupted = answer(engine, messages, options, seed)
+        return 130 if interrupted else 0
+
+
+def whole_number(least: int) -> Callable[[str], int]:
+    """Return an argparse type: a whole number that is at least so large."""
+
+    def parse(text: str) -> int:
+        if not least <= int(text) < 2**63:
+            raise argparse.ArgumentTypeError(f"must be at least {least}, got {text}")
+        return int(text)
+
+    parse.__name__ = "whole number"  # argparse's messages name the type
+    return parse
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="llama.py", description="Run Llama-family models with Apple's MLX."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name, run, text, example in (
+        ("info", cmd_info, "describe a model, and what fits here", "info 8b"),
+        ("inspect", cmd_inspect, "list and check a model folder", "inspect ./model"),
+        ("chat", cmd_chat, "talk to a model", 'chat ./model --prompt "Hi!"'),
+    ):
+        example = f"example: python llama.py {example}"
+        sub = commands.add_parser(name, help=text, description=text, epilog=example)
+        sub.set_defaults(run=run, usage=sub.error)
+        where = "a folder, or org/name in the Hugging Face cache; default: stories/"
+        if name == "info":
+            where = f"one of {', '.join(PRESETS)}, {where}"
+        sub.add_argument("model", nargs="?", metavar="MODEL", help=where)
+        option = sub.add_argument
+        option("--json", action="store_true", help="print JSON instead of text")
+        if name == "inspect":
+            option("--check", action="store_true", help="also look for NaN in all data")
+    # chat's; None, the default of most, leaves it to the model's folder
+    count = whole_number(1)
+    option("--prompt", metavar="TEXT", help="answer this and what is piped in, and end")
+    option("--system", metavar="TEXT", help="instructions before the conversation")
+    option("--raw", action="store_true", help="continue the text, with no chat format")
+    option("--template", choices=CHAT_FORMATS, help="chat format; default: the model's")
+    option("--max-tokens", type=whole_number(0), metavar="N", help="of a reply")
+    option("--temperature", type=float, metavar="T", help="[0, inf), 0 is greedy; 0.6")
+    option("--top-k", type=int, metavar="K", help="keep the K likeliest tokens")
+    option("--top-p", type=float, metavar="P", help="(0, 1], nucleus; 0.9")
+    option("--min-p", type=float, metavar="P", help="(0, 1], of the likeliest")
+    option("--repetition-penalty", type=float, metavar="R", help="(0, inf), 1 is none")
+    option("--seed", type=whole_number(0), metavar="N", help="repeats a run; random")
+    option("--ctx", type=count, metavar="N", help="context, tokens; up to 8192")
+    option("--prefill-step", type=count, metavar="N", default=512, help="tokens; 512")
+    dtypes = ("float32", "float16", "bfloat16")
+    option("--dtype", choices=dtypes, help="the model's on a GPU, float32 on a CPU")
+    option("--stats", action="store_true", help="print speed and memory on stderr")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return its exit status, 0, 1, 2 or 130."""
+    for stream in (sys.stdout, sys.stderr):  # whatever the locale, models speak UTF-8
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(encoding="utf-8", errors="replace")
+    try:
+        options = build_parser().parse_args(argv)
+        return options.run(options)
+    except SystemExit as exit:  # argparse's, after --help or an error
+        return exit.code
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader has gone; so that exiting does not flush:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (OSError, ValueError) as error:
+        line = printable(" ".join(str(error).split()))
+        print(f"llama.py: error: {line}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
