@@ -1347,7 +1347,7 @@ class Tokenizer:
 # 8. Loading
 # From a folder to a model ready to run: find it, build the modules that its files
 # describe, check every tensor before reading any, then map them in.
-# uses: 1, 2, 3, 4, 5, 6, 7
+# uses: 1-7
 # -----------------------------------------------------------------------------
 
 
@@ -1791,7 +1791,7 @@ def generate(
 # An actor: one thread owns everything of MLX, whose arrays and streams belong to the
 # thread that made them, and the outside exchanges ids and strings with it through
 # queues. So an interface never blocks, and any thread may ask.
-# uses: 1, 2, 3, 4, 5, 6, 7, 8, 9, 10
+# uses: 1-10
 # -----------------------------------------------------------------------------
 
 
@@ -2150,7 +2150,7 @@ class Engine:
 # 12. Command line
 # info, inspect and chat. The model's text goes to stdout, everything else to stderr,
 # and escapes only to a terminal; what comes from a model or a file is made printable.
-# uses: 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11
+# uses: 1-11
 # -----------------------------------------------------------------------------
 
 # Characters that move the cursor, repaint lines or reorder text: the C0 and C1 controls
