@@ -98,6 +98,15 @@ def read_json(path: Path) -> dict:
     return value
 
 
+# What config.json may say where it is not a matter of size; the first is the usual.
+SUPPORTED = {
+    "model_type": ("llama", "mistral"),
+    "hidden_act": ("silu", "swish", None),
+    "sliding_window": (None,),
+    "partial_rotary_factor": (1, None),
+}
+
+
 @dataclass(frozen=True)
 class ModelArgs:
     """The shape of a Llama. Fields are config.json's keys; sizes count elements."""
@@ -175,14 +184,6 @@ class ModelArgs:
         quantization = config.get("quantization", config.get("quantization_config"))
         return cls(**(values | {"quantization": quantization}))
 
-
-# What config.json may say where it is not a matter of size; the first is the usual.
-SUPPORTED = {
-    "model_type": ("llama", "mistral"),
-    "hidden_act": ("silu", "swish", None),
-    "sliding_window": (None,),
-    "partial_rotary_factor": (1, None),
-}
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -826,33 +827,6 @@ class Vocabulary:
     form: str | None = None
 
 
-def byte_level(spec: dict, vocab: dict[str, int], merges: list) -> Vocabulary:
-    """Return the vocabulary of a byte-level tokenizer.json (Llama 3, GPT-2, SmolLM2).
-
-    Ids need not be ranks: special tokens may come first. So ranks are made anew, 256
-    bytes and then what the merges make, in order.
-    """
-    # Printable bytes are written as themselves, the others as U+0100 and up.
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [b for b in range(256) if b not in printable]
-    byte_of = {b: b for b in printable} | {256 + n: b for n, b in enumerate(others)}
-    pieces = [chr(c) for c in byte_of] + [left + right for left, right in merges]
-    if spec["model"].get("ignore_merges"):
-        pieces += sorted(vocab, key=vocab.get)  # also whole words that no merge makes
-    pieces = list(dict.fromkeys(pieces))
-    if missing := [piece for piece in pieces[:256] if piece not in vocab]:
-        raise ValueError(f"the vocabulary lacks the bytes {missing}")
-    ranks = {p.translate(byte_of).encode("latin-1"): n for n, p in enumerate(pieces)}
-    ids = [vocab[piece] for piece in pieces]
-    form = (spec.get("normalizer") or {}).get("type")
-    if form not in (None, "NFC", "NFD", "NFKC", "NFKD"):
-        raise ValueError(f"unknown normalizer {form!r:.80}")
-    split = split_pattern(spec.get("pre_tokenizer") or {})
-    return Vocabulary(
-        ranks, split, [(i,) for i in ids], dict(zip(ids, ranks)), form=form
-    )
-
-
 def split_pattern(pre_tokenizer: dict) -> str:
     """Return one regular expression that splits as a byte-level pre_tokenizer does.
 
@@ -876,15 +850,40 @@ def split_pattern(pre_tokenizer: dict) -> str:
             regex = pattern.get("Regex") or re.escape(pattern["String"])
             # Matches are pieces, and so is the text between them, which tiktoken
             # would drop: a run of what does not begin a match.
-            if (behavior, first.get("invert")) in (
-                ("Isolated", False),
-                ("Removed", True),
-            ):
+            kept = {"Isolated": False, "Removed": True}.get(behavior)
+            if kept is first.get("invert", False):
                 return f"{regex}|(?:(?!{regex})(?s:.))+"
     raise ValueError(f"unknown pre_tokenizer {json.dumps(pre_tokenizer):.200}")
 
 
-def byte_fallback(spec: dict, vocab: dict[str, int], merges: list) -> Vocabulary:
+def byte_level(spec: dict, vocab: dict[str, int], merged: list[str]) -> Vocabulary:
+    """Return the vocabulary of a byte-level tokenizer.json (Llama 3, GPT-2, SmolLM2).
+
+    Ids need not be ranks: special tokens may come first. So ranks are made anew, 256
+    bytes and then what the merges make, in order.
+    """
+    # Printable bytes are written as themselves, the others as U+0100 and up.
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in printable]
+    byte_of = {b: b for b in printable} | {256 + n: b for n, b in enumerate(others)}
+    pieces = [chr(code) for code in byte_of] + merged
+    if spec["model"].get("ignore_merges"):
+        pieces += sorted(vocab, key=vocab.get)  # also whole words that no merge makes
+    pieces = list(dict.fromkeys(pieces))
+    if missing := [piece for piece in pieces[:256] if piece not in vocab]:
+        raise ValueError(f"the vocabulary lacks the bytes {missing}")
+    ranks = {p.translate(byte_of).encode("latin-1"): n for n, p in enumerate(pieces)}
+    ids = [vocab[piece] for piece in pieces]
+    form = (spec.get("normalizer") or {}).get("type")
+    if form not in (None, "NFC", "NFD", "NFKC", "NFKD"):
+        raise ValueError(f"unknown normalizer {form!r:.80}")
+    split = split_pattern(spec.get("pre_tokenizer") or {})
+    return Vocabulary(
+        ranks, split, [(i,) for i in ids], dict(zip(ids, ranks)), form=form
+    )
+
+
+def byte_fallback(spec: dict, vocab: dict[str, int], merged: list[str]) -> Vocabulary:
     """Return the vocabulary of a SentencePiece-style tokenizer.json [8] (Llama 2).
 
     Characters are merged, not bytes, and one that is not in the vocabulary becomes its
@@ -897,7 +896,7 @@ def byte_fallback(spec: dict, vocab: dict[str, int], merges: list) -> Vocabulary
     pieces = [bytes([b]) for b in range(256)]
     characters = [piece.encode() for piece in vocab if len(piece) == 1]
     pieces += [c[:end] for c in characters for end in range(2, len(c))]
-    pieces += characters + [(left + right).encode() for left, right in merges]
+    pieces += characters + [piece.encode() for piece in merged]
     ranks = {piece: n for n, piece in enumerate(dict.fromkeys(pieces))}
     known = {piece.encode(): (i,) for piece, i in vocab.items()}
     ids = [known.get(piece) or tuple(byte_ids[b] for b in piece) for piece in ranks]
@@ -946,14 +945,14 @@ def read_vocabulary(spec: dict) -> Vocabulary:
         raise ValueError(f"wanted plain BPE, got type {model.get('type')!r:.80}")
     if not merges:
         raise ValueError("no merges")
-    for left, right in merges:
-        if not (left in vocab and right in vocab and left + right in vocab):
-            raise ValueError(f"merge {left!r:.80} {right!r:.80}: not in the vocabulary")
+    merged = [left + right for left, right in merges]
+    if unknown := {*itertools.chain(*merges), *merged}.difference(vocab):
+        raise ValueError(f"merges of {min(unknown)!r:.80}, not in the vocabulary")
     ids = set(vocab.values())
     if len(ids) < len(vocab) or not all(type(i) is int and i >= 0 for i in ids):
         raise ValueError("the ids of the vocabulary must be whole numbers, each once")
     kind = byte_fallback if model.get("byte_fallback") else byte_level
-    return kind(spec, vocab, merges)
+    return kind(spec, vocab, merged)
 
 
 @dataclass(frozen=True)
@@ -1122,13 +1121,9 @@ CONTROL = re.compile(
 )
 
 
-def tokenizer_settings(folder: Path, template: str | None) -> dict:
-    """Return Tokenizer's arguments, gathered from the files of a folder."""
-    names = ("config", "generation_config", "tokenizer_config")
-    paths = [folder / f"{name}.json" for name in names]
-    config, generation, settings = (
-        read_json(path) if path.exists() else {} for path in paths
-    )
+def read_tokenizer(folder: Path) -> tuple[Vocabulary, list[dict], str | None]:
+    """Return a folder's vocabulary, its added tokens, as tokenizer.json has them, and
+    the one that is put before every text, if any."""
     file, ranks = folder / "tokenizer.json", folder / "tokenizer.model"
     if file.exists():
         spec = read_json(file)
@@ -1136,46 +1131,66 @@ def tokenizer_settings(folder: Path, template: str | None) -> dict:
             vocabulary = read_vocabulary(spec)
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from None
-        added = spec.get("added_tokens") or []
-        special = {token["content"]: token["id"] for token in added}
-        visible = [t["content"] for t in added if not t.get("special")]
-        # Whether the post-processor puts a token before every text.
         steps = spec.get("post_processor") or {}
-        steps = [step.get("single") for step in steps.get("processors", [steps])]
-        adds_bos = any("SpecialToken" in step[0] for step in steps if step)
-    elif ranks.exists():
-        vocabulary, visible, adds_bos = rank_file(ranks), [], True
-        size = len(vocabulary.ranks)
-        special = {name: size + n for name, n in LLAMA3_TOKENS.items()}
-        settings = {"bos_token": "<|begin_of_text|>"} | settings
-    else:
+        for step in steps.get("processors", [steps]):
+            for part in (step.get("single") or [])[:1]:
+                if "SpecialToken" in part:
+                    first = part["SpecialToken"]["id"]
+                    return vocabulary, spec.get("added_tokens") or [], first
+        return vocabulary, spec.get("added_tokens") or [], None
+    if not ranks.exists():
         raise FileNotFoundError(f"{folder}: no tokenizer.json and no tokenizer.model")
+    vocabulary = rank_file(ranks)
+    added = [
+        {"content": name, "id": len(vocabulary.ranks) + n, "special": True}
+        for name, n in LLAMA3_TOKENS.items()
+    ]
+    return vocabulary, added, "<|begin_of_text|>"
 
-    ids = {}  # of bos_token and eos_token, which are written in two ways
-    for key in ("bos_token", "eos_token"):
-        token = settings.get(key)
-        ids[key] = special.get(token["content"] if isinstance(token, dict) else token)
-    stops = [ids["eos_token"]]
-    for stop in (config.get("eos_token_id"), generation.get("eos_token_id")):
-        stops += stop if isinstance(stop, list) else [stop]
-    stops = [stop for stop in stops if stop is not None]
-    chat_format, jinja = CHAT_FORMATS.get(template), settings.get("chat_template")
+
+def read_format(folder: Path, settings: dict) -> tuple[str | None, ChatFormat | None]:
+    """Return the name and the format of a folder's chat template.
+
+    (None, None) if it has none, ("unknown", None) if it is not known.
+    """
+    jinja = settings.get("chat_template")
     if (folder / "chat_template.jinja").exists():
         jinja = (folder / "chat_template.jinja").read_text("utf-8")
     if isinstance(jinja, list):  # several, by name
         jinja = {entry["name"]: entry["template"] for entry in jinja}["default"]
-    if template is None and jinja is not None:
-        template, chat_format = recognise_format(jinja)
-        template = template or "unknown"
-    bos = ids["bos_token"]
+    if jinja is None:
+        return None, None
+    name, chat_format = recognise_format(jinja)
+    return name or "unknown", chat_format
+
+
+def tokenizer_settings(folder: Path, template: str | None) -> dict:
+    """Return Tokenizer's arguments, gathered from the files of a folder."""
+    names = ("config", "generation_config", "tokenizer_config")
+    paths = [folder / f"{name}.json" for name in names]
+    found = (read_json(path) if path.exists() else {} for path in paths)
+    config, generation, settings = found
+    vocabulary, added, first = read_tokenizer(folder)
+    special = {token["content"]: token["id"] for token in added}
+    bos, eos = (
+        special.get(token["content"] if isinstance(token, dict) else token)
+        for token in (settings.get("bos_token", first), settings.get("eos_token"))
+    )
+    stops = [eos]
+    for stop in (config.get("eos_token_id"), generation.get("eos_token_id")):
+        stops += stop if isinstance(stop, list) else [stop]
+    stops = [stop for stop in stops if stop is not None]
+    chat_format = CHAT_FORMATS.get(template)
+    if template is None:
+        template, chat_format = read_format(folder, settings)
     return {
         "vocabulary": vocabulary,
         "special_tokens": special,
-        "visible": visible,
+        "visible": [t["content"] for t in added if not t.get("special")],
         "bos": config.get("bos_token_id") if bos is None else bos,
         "eos": stops[0] if stops else None,
         "stop_tokens": stops,
-        "adds_bos": settings.get("add_bos_token", adds_bos),
+        "adds_bos": settings.get("add_bos_token", first is not None),
         "template": template,
         "chat_format": chat_format,
         "source": str(folder),
@@ -1602,6 +1617,32 @@ def apply_min_p(logprobs: mx.array, p: float) -> mx.array:
     return mx.where(logprobs < least, -mx.inf, logprobs)
 
 
+# option: (interval, whether a value lies in it)
+INTERVALS = {
+    "temperature": ("[0, inf)", lambda value: 0 <= value < math.inf),
+    "top_k": (
+        "[1, inf), a whole number",
+        lambda value: value >= 1 and value == int(value),
+    ),
+    "top_p": ("(0, 1]", lambda value: 0 < value <= 1),
+    "min_p": ("(0, 1]", lambda value: 0 < value <= 1),
+    "repetition_penalty": ("(0, inf)", lambda value: 0 < value < math.inf),
+}
+
+
+def check_sampling(**options: float | None) -> None:
+    """Raise ValueError, naming interval and value, for an option outside of it."""
+    for name, value in options.items():
+        interval, inside = INTERVALS[name]
+        if value is not None and not inside(value):
+            raise ValueError(f"{name} must be in {interval}, got {value}")
+
+
+def new_seed() -> int:
+    """Return a seed that no other call returns, short enough to be typed again."""
+    return int.from_bytes(os.urandom(4), "little")
+
+
 def make_sampler(
     *,
     temperature: float = 0.6,
@@ -1620,20 +1661,13 @@ def make_sampler(
     None draws anew each time. None turns a filter off.
     Raises ValueError with the interval and the value for an option outside it.
     """
-    for name, value, interval, inside in (
-        ("temperature", temperature, "[0, inf)", lambda t: 0 <= t < math.inf),
-        ("top_k", top_k, "[1, inf), a whole number", lambda k: k >= 1 and k == int(k)),
-        ("top_p", top_p, "(0, 1]", lambda p: 0 < p <= 1),
-        ("min_p", min_p, "(0, 1]", lambda p: 0 < p <= 1),
-        (
-            "repetition_penalty",
-            repetition_penalty,
-            "(0, inf)",
-            lambda r: 0 < r < math.inf,
-        ),
-    ):
-        if value is not None and not inside(value):
-            raise ValueError(f"{name} must be in {interval}, got {value}")
+    check_sampling(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+    )
     # The state: a key that is split per token, and which tokens were seen. Both are
     # made on first use, in the thread that samples.
     key, seen = None, None
@@ -1668,11 +1702,6 @@ def make_sampler(
         return token
 
     return sampler
-
-
-def new_seed() -> int:
-    """Return a seed that no other call returns, short enough to be typed again."""
-    return int.from_bytes(os.urandom(4), "little")
 
 
 # -----------------------------------------------------------------------------
@@ -1711,6 +1740,51 @@ def prefill(
     return logits
 
 
+def decode(
+    model: Callable,
+    logits: mx.array,
+    cache: list,
+    sampler: Callable[[mx.array], mx.array],
+    *,
+    max_tokens: int | None,
+    stop_tokens: Iterable[int],
+    cancelled: Callable[[], bool] | None,
+) -> Iterator[int]:
+    """Yield one id after another, the first sampled from logits (1, V).
+
+    The arguments, and what it returns in the end, are those of generate.
+    """
+    end = cache[0].offset  # of what the cache is to hold
+    token = sampler(logits)
+    mx.async_eval(token)
+    try:
+        for count in itertools.count(1):
+            # Build and launch the step that reads this token before waiting for the
+            # token itself: Python then works while the device does.
+            following = None
+            if count != max_tokens and cache[0].offset < cache[0].capacity:
+                logits = model(token[:, None], cache, logits_to_keep=1)[:, -1]
+                following = sampler(logits)
+                mx.async_eval(following)
+            value = token.item()
+            if value in stop_tokens:
+                return "stop"
+            end += 1
+            yield value
+            if count == max_tokens:
+                return "length"
+            if following is None:
+                return "context"
+            if cancelled is not None and cancelled():
+                return "cancelled"
+            token = following
+            if count % 256 == 0:
+                mx.clear_cache()  # buffers of past sizes would pile up
+    finally:
+        for layer in cache:  # the step that was launched ahead is not wanted
+            layer.trim(max(layer.offset - end, 0))
+
+
 def generate(
     model: Callable,
     prompt: Sequence[int],
@@ -1734,56 +1808,29 @@ def generate(
     the prompt and what was yielded, except perhaps the last token: its offset tells.
     Raises ValueError if the prompt is empty or does not fit the cache.
     """
-    for name, value, least in (
-        ("max_tokens", max_tokens, 0),
-        ("prefill_step", prefill_step, 1),
-    ):
+    counts = {"max_tokens": (max_tokens, 0), "prefill_step": (prefill_step, 1)}
+    for name, (value, least) in counts.items():
         if value is not None and value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}")
     if cache is None:
         longest = model.args.max_position_embeddings
         longest = longest if max_tokens is None else len(prompt) + max_tokens
         cache = model.make_cache(max(longest, 1))
-    end, capacity = cache[0].offset + len(prompt), cache[0].capacity
-    if not len(prompt) or end > capacity:
-        wanted = f"1 to {capacity - cache[0].offset} tokens, what the context has left"
+    room = cache[0].capacity - cache[0].offset
+    if not 0 < len(prompt) <= room:
+        wanted = f"1 to {room} tokens, what the context has left"
         raise ValueError(f"the prompt must have {wanted}, got {len(prompt)}")
-    sampler = sampler or functools.partial(mx.argmax, axis=-1)
-    logits = prefill(
-        model, prompt, cache, step=prefill_step, progress=progress, cancelled=cancelled
-    )
+    steps = {"step": prefill_step, "progress": progress, "cancelled": cancelled}
+    logits = prefill(model, prompt, cache, **steps)
     if logits is None:
         return "cancelled"
     if max_tokens == 0:
         return "length"
-    token = sampler(logits)
-    mx.async_eval(token)
-    try:
-        for count in itertools.count(1):
-            # Build and launch the step that reads this token before waiting for the
-            # token itself: Python then works while the device does.
-            following = None
-            if count != max_tokens and cache[0].offset < capacity:
-                logits = model(token[:, None], cache, logits_to_keep=1)[:, -1]
-                following = sampler(logits)
-                mx.async_eval(following)
-            value = token.item()
-            if value in stop_tokens:
-                return "stop"
-            end += 1
-            yield value
-            if count == max_tokens:
-                return "length"
-            if following is None:
-                return "context"
-            if cancelled is not None and cancelled():
-                return "cancelled"
-            token = following
-            if count % 256 == 0:
-                mx.clear_cache()  # buffers of past sizes would pile up
-    finally:
-        for layer in cache:  # the step that was launched ahead is not wanted
-            layer.trim(max(layer.offset - end, 0))
+    sampler = sampler or functools.partial(mx.argmax, axis=-1)
+    ends = {"max_tokens": max_tokens, "stop_tokens": stop_tokens}
+    return (
+        yield from decode(model, logits, cache, sampler, **ends, cancelled=cancelled)
+    )
 
 
 # -----------------------------------------------------------------------------
@@ -1874,29 +1921,37 @@ class Reply:
 
 @dataclass
 class Request:
-    """What the worker is to do: options are generate's, the rest belongs to Reply."""
+    """What the worker is to do; events and stopped are those of its Reply."""
 
     ids: list[int]
-    options: dict
+    max_tokens: int | None
+    sampler: Callable[[mx.array], mx.array]
+    stop_tokens: Iterable[int]
     stream: TextStream
     events: queue.SimpleQueue
     stopped: threading.Event
     submitted: float = field(default_factory=time.perf_counter)
 
 
+def kv_bytes_per_token(args: ModelArgs, item_size: int) -> int:
+    """Return the bytes that one token takes in the cache: a key and a value a layer."""
+    heads = args.num_hidden_layers * args.num_key_value_heads
+    return 2 * heads * args.head_dim * item_size
+
+
 class Worker(threading.Thread):
     """The thread that loads a model and serves requests, one after another."""
 
-    def __init__(self, folder: Path, context: int | None, dtype: mx.Dtype | None):
+    def __init__(self, folder: Path, context: int | None, **options):
         super().__init__(name="llama worker", daemon=True)
-        self.folder, self.context, self.dtype = folder, context, dtype
-        self.events = queue.SimpleQueue()  # of the load: Progress, then Llama or error
+        self.folder, self.context, self.options = folder, context, options
+        self.events = queue.SimpleQueue()  # of the load: Progress; ModelArgs or error
         self.requests = queue.SimpleQueue()  # Request; None to end
         self.closing = threading.Event()
 
     def run(self) -> None:
         try:
-            self.load()
+            self.load(**self.options)
             with wired_memory(self.nbytes):
                 while (request := self.requests.get()) is not None:
                     try:
@@ -1911,83 +1966,87 @@ class Worker(threading.Thread):
             self.model = self.cache = None
             mx.clear_streams()
 
-    def load(self) -> None:
-        def report(done: int, total: int) -> None:
-            self.events.put(Progress(done, total))
-            if self.closing.is_set():
-                raise RuntimeError("the engine was closed while loading")
-
-        self.model = load_model(self.folder, dtype=self.dtype, progress=report)
-        args = self.model.args
+    def load(self, dtype: mx.Dtype | None, prefill_step: int | None) -> None:
+        self.model = load_model(self.folder, dtype=dtype, progress=self.report)
+        args, longest = self.model.args, self.model.args.max_position_embeddings
         if self.context is None:
-            self.context = min(args.max_position_embeddings, 8192)
-        if not 1 <= self.context <= args.max_position_embeddings:
-            wanted = f"[1, {args.max_position_embeddings}], what the model was made for"
+            self.context = min(longest, 8192)
+        if not 1 <= self.context <= longest:
+            wanted = f"[1, {longest}], what the model was made for"
             raise ValueError(f"the context must be in {wanted}, got {self.context}")
+        # A step cannot be interrupted. Short ones cost nothing on a CPU, where a long
+        # one takes many seconds.
+        on_cpu = mx.default_device() == mx.cpu
+        self.prefill_step = prefill_step or (32 if on_cpu else 512)
         self.forget()
-        weights = sum(
-            array.nbytes for _, array in tree_flatten(self.model.parameters())
-        )
-        item = self.model.model.norm.weight.dtype.size
-        self.nbytes = weights + self.context * kv_bytes_per_token(args, item)
+        arrays = [array for _, array in tree_flatten(self.model.parameters())]
+        item_size = self.model.model.norm.weight.dtype.size
+        self.nbytes = self.context * kv_bytes_per_token(args, item_size)
+        self.nbytes += sum(array.nbytes for array in arrays)
         self.events.put(args)
+
+    def report(self, done: int, total: int) -> None:
+        self.events.put(Progress(done, total))
+        if self.closing.is_set():
+            raise RuntimeError("the engine was closed while loading")
 
     def forget(self) -> None:
         self.cache, self.cached = self.model.make_cache(self.context), []
 
     def serve(self, request: Request) -> None:
         """Answer a request: Pieces as they come, then Stats."""
-        started = time.perf_counter()
+        started, ids = time.perf_counter(), request.ids
         mx.reset_peak_memory()
-        ids, cached = request.ids, self.cached
         # The cache is good up to the first id that differs; one id must be left to
         # be read, for its logits.
-        same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(cached, ids))
-        reused = min(sum(1 for _ in same), len(ids) - 1)
+        pairs = zip(self.cached, ids[:-1])
+        reused = sum(
+            1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)
+        )
         for layer in self.cache:
             layer.trim(layer.offset - reused)
         generation = generate(
             self.model,
             ids[reused:],
+            max_tokens=request.max_tokens,
+            sampler=request.sampler,
             cache=self.cache,
+            stop_tokens=request.stop_tokens,
+            prefill_step=self.prefill_step,
             progress=lambda *step: request.events.put(Progress(*step)),
             cancelled=lambda: request.stopped.is_set() or self.closing.is_set(),
-            **request.options,
         )
-        stats = Stats(len(ids), reused, context=self.context)
-        tokens, piece, first = [], Piece(), None
-        while not stats.finish_reason:
-            try:
-                token = next(generation)
-            except StopIteration as end:
-                stats.finish_reason = end.value
-                break
-            now = time.perf_counter()
-            first = first or now
-            tokens.append(token)
-            piece.ids.append(token)
-            piece.text += request.stream.add(token)
-            if piece.text:
-                request.events.put(piece)
-                piece = Piece()
-        self.cached = (ids + tokens)[: self.cache[0].offset]
+        tokens, times, piece = [], [started], Piece()
+        try:
+            while True:
+                tokens.append(next(generation))
+                times.append(time.perf_counter())
+                piece.ids.append(tokens[-1])
+                piece.text += request.stream.add(tokens[-1])
+                if piece.text:
+                    request.events.put(piece)
+                    piece = Piece()
+        except StopIteration as end:
+            reason = end.value
+        offset = self.cache[0].offset
+        self.cached = (ids + tokens)[:offset]
         piece.text += request.stream.close()
         request.events.put(piece)
-        stats.generation_tokens = len(tokens)
-        if tokens:
-            stats.time_to_first_token_s = first - request.submitted
-            stats.prefill_tps = (len(ids) - reused) / (first - started)
-        if len(tokens) > 1:
-            stats.decode_tps = (len(tokens) - 1) / (now - first)
-        stats.context_used = self.cache[0].offset
-        stats.peak_memory = mx.get_peak_memory()
-        request.events.put(stats)
-
-
-def kv_bytes_per_token(args: ModelArgs, item_size: int) -> int:
-    """Return the bytes that one token takes in the cache: a key and a value a layer."""
-    heads = args.num_hidden_layers * args.num_key_value_heads
-    return 2 * heads * args.head_dim * item_size
+        first, decode = times[:2][-1], times[-1] - times[:2][-1]
+        request.events.put(
+            Stats(
+                prompt_tokens=len(ids),
+                reused_tokens=reused,
+                generation_tokens=len(tokens),
+                time_to_first_token_s=first - request.submitted,
+                prefill_tps=(len(ids) - reused) / (first - started) if tokens else 0.0,
+                decode_tps=(len(tokens) - 1) / decode if decode else 0.0,
+                context_used=offset,
+                context=self.context,
+                peak_memory=mx.get_peak_memory(),
+                finish_reason=reason,
+            )
+        )
 
 
 def default_sampling(folder: Path) -> dict[str, float]:
@@ -1998,15 +2057,14 @@ def default_sampling(folder: Path) -> dict[str, float]:
     """
     file = folder / "generation_config.json"
     config = read_json(file) if file.exists() else {}
-    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-    options = {name: config.get(name) for name in names}
+    options = {name: config.get(name) for name in INTERVALS}
     # 0 is how that file spells a filter turned off.
-    options = {k: v for k, v in options.items() if v or (v == 0 and k == names[0])}
+    options = {k: v for k, v in options.items() if v or (v == 0 and k == "temperature")}
     if config.get("do_sample") is False:
         options["temperature"] = 0.0
     options = {"temperature": 0.6, "top_p": 0.9} | options
     try:
-        make_sampler(**options)
+        check_sampling(**options)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{file}: {error}") from None
     return options
@@ -2023,10 +2081,11 @@ def shut_down(worker: Worker) -> None:
 class Engine:
     """A model and a worker thread that answers with it; a context manager.
 
-    model: a folder or org/name. context: tokens of cache, allocated once; None is the
-    model's longest, at most 8192. template: a name in CHAT_FORMATS. dtype: see
-    load_model. prefill_step: see prefill. progress: called with the bytes loaded, and
-    in all. Returns when the model is loaded; raises what load_model raises.
+    model: a folder or org/name. tokenizer: None is the folder's. context: tokens of
+    cache, allocated once; None is the model's longest, at most 8192. dtype: see
+    load_model. prefill_step: see prefill; None is 512, on a CPU 32. progress: called
+    with the bytes loaded, and in all. Returns when the model is loaded; raises what
+    Tokenizer.from_folder and load_model raise.
 
     Attributes: tokenizer, args (a ModelArgs), context, defaults (make_sampler's
     options where a request gives none), warning (about memory, or None).
@@ -2036,19 +2095,18 @@ class Engine:
         self,
         model: str | Path,
         *,
+        tokenizer: Tokenizer | None = None,
         context: int | None = None,
-        template: str | None = None,
         dtype: mx.Dtype | None = None,
-        prefill_step: int = 512,
+        prefill_step: int | None = None,
         progress: Callable[[int, int], None] | None = None,
     ):
         folder = find_folder(model)
-        self.tokenizer = Tokenizer.from_folder(folder, template=template)
+        self.tokenizer = tokenizer or Tokenizer.from_folder(folder)
         self.defaults = default_sampling(folder)
-        self._prefill_step = prefill_step
         self._taken = collections.deque(maxlen=256)  # the Piece of each past reply
         self._lock = threading.Lock()
-        self._worker = Worker(folder, context, dtype)
+        self._worker = Worker(folder, context, dtype=dtype, prefill_step=prefill_step)
         # Also when the engine is dropped, and at exit: a thread that is still in MLX
         # when the interpreter goes makes the process abort.
         self._shut_down = weakref.finalize(self, shut_down, self._worker)
@@ -2117,21 +2175,17 @@ class Engine:
         given = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
         given |= {"min_p": min_p, "repetition_penalty": repetition_penalty}
         given = {name: value for name, value in given.items() if value is not None}
-        options = {
-            "max_tokens": max_tokens,
-            "sampler": make_sampler(**(self.defaults | given), seed=seed, prompt=ids),
-            "stop_tokens": frozenset(self.tokenizer.stop_tokens),
-            "prefill_step": self._prefill_step,
-        }
-        reply = Reply(progress)
+        sampler = make_sampler(**(self.defaults | given), seed=seed, prompt=ids)
+        stops = frozenset(self.tokenizer.stop_tokens)
         stream = self.tokenizer.stream(drop_space=drop_space)
+        reply = Reply(progress)
+        answer_to = (reply.events, reply.stopped)
+        request = Request(ids, max_tokens, sampler, stops, stream, *answer_to)
         with self._lock:  # nothing may be asked after the worker's last request
             if not self._shut_down.alive:
                 raise RuntimeError("the engine is closed")
             self._taken.append(reply.taken)
-            self._worker.requests.put(
-                Request(ids, options, stream, reply.events, reply.stopped)
-            )
+            self._worker.requests.put(request)
         return reply
 
     def close(self) -> None:
@@ -2139,7 +2193,7 @@ class Engine:
         with self._lock:
             self._shut_down()
 
-    def __enter__(self) -> "Engine":
+    def __enter__(self):
         return self
 
     def __exit__(self, *_exception) -> None:
@@ -2242,36 +2296,42 @@ def weight_bytes(model: Llama, bits: int, item_size: int = 2) -> int:
     return total
 
 
-def cmd_info(options: argparse.Namespace) -> int:
-    """Print what a preset or a model is, what it needs, and what fits here."""
-    args, stored = PRESETS.get(options.model), None
+def describe(model: str | None) -> dict:
+    """Return what `info` tells of a preset or a model."""
+    args, stored = PRESETS.get(model), None
     if args is None:
-        model, tensors, problems = examine(choose_folder(options.model))
+        skeleton, tensors, problems = examine(choose_folder(model))
         if problems:
             raise problems[0]
-        args, stored = model.args, sum(info.nbytes for info in tensors.values())
+        args, stored = skeleton.args, sum(info.nbytes for info in tensors.values())
     dense = Llama(args)
     # In memory: the CPU computes in float32, so all that is not packed doubles.
     item_size = 4 if mx.default_device() == mx.cpu else 2
     kv, memory = kv_bytes_per_token(args, item_size), machine_memory()
-    weights = {bits: weight_bytes(dense, bits) for bits in (16, 8, 4)}
     longest = {}
-    for bits in weights:
+    for bits in (16, 8, 4):
         room = (memory - weight_bytes(dense, bits, item_size)) // kv
         longest[bits] = max(0, min(room, args.max_position_embeddings))
-    found = {
-        "model": options.model or "stories",
+    return {
+        "model": model or "stories",
         "config": asdict(args),
         "parameters": sum(array.size for _, array in tree_flatten(dense.parameters())),
-        "weight_bytes": weights,
+        "weight_bytes": {bits: weight_bytes(dense, bits) for bits in (16, 8, 4)},
         "stored_bytes": stored,
         "kv_bytes_per_token": kv,
         "memory_bytes": memory,
+        "device": mx.default_device().type.name,
         "longest_context": longest,
     }
+
+
+def cmd_info(options: argparse.Namespace) -> int:
+    """Print what a preset or a model is, what it needs, and what fits here."""
+    found = describe(options.model)
     if options.json:
         print(json.dumps(found, indent=2))
         return 0
+    args, kv = ModelArgs(**found["config"]), found["kv_bytes_per_token"]
     scaling = (args.rope_scaling or {"rope_type": "no"})["rope_type"]
     head = "the embedding" if args.tie_word_embeddings else "a matrix of its own"
     heads = f"{args.num_attention_heads} heads on {args.num_key_value_heads}"
@@ -2285,14 +2345,14 @@ def cmd_info(options: argparse.Namespace) -> int:
         ("rotary", f"theta {args.rope_theta:,.0f}, {scaling} scaling"),
         ("parameters", f"{found['parameters']:,}"),
         ("cache", f"{kv:,} bytes a token, {gigabytes(kv * 8192)} for 8,192"),
-        ("memory here", f"{gigabytes(memory)}, {mx.default_device().type.name}"),
+        ("memory here", f"{gigabytes(found['memory_bytes'])}, {found['device']}"),
     ]
-    for bits, nbytes in weights.items():
-        fits = f"fits with a context of {longest[bits]:,}"
-        fits = fits if longest[bits] else "does not fit here"
+    for bits, nbytes in found["weight_bytes"].items():
+        context = found["longest_context"][bits]
+        fits = f"fits with a context of {context:,}" if context else "does not fit here"
         rows.append(("weights", f"{bits:2} bits: {gigabytes(nbytes):>9}, {fits}"))
-    if stored is not None:
-        rows.append(("weights", f" stored: {gigabytes(stored):>9}"))
+    if found["stored_bytes"] is not None:
+        rows.append(("weights", f" stored: {gigabytes(found['stored_bytes']):>9}"))
     print_table(rows)
     return 0
 
@@ -2320,21 +2380,17 @@ def layer_kinds(model: Llama) -> dict[str, int]:
     return dict(kinds)
 
 
-def cmd_inspect(options: argparse.Namespace) -> int:
-    """Print what a model folder holds, and all that is wrong with it."""
-    folder = choose_folder(options.model)
+def inspection(folder: Path, check: bool) -> dict:
+    """Return what `inspect` tells of a folder; check: look at every value too."""
     model, tensors, problems = examine(folder)
-    tokenizer, sampling = None, None
+    tokenizer, sampling = None, {}
     try:
         sampling = default_sampling(folder)
         tokenizer = Tokenizer.from_folder(folder)
     except (OSError, ValueError) as error:
         problems.append(error)
-    if options.check:
+    if check:
         problems += not_finite(tensors.values())
-    special = (
-        {i: text for text, i in tokenizer.special_tokens.items()} if tokenizer else {}
-    )
     found = {
         "folder": str(folder),
         "files": {t.file.name: t.file.stat().st_size for t in tensors.values()},
@@ -2345,43 +2401,71 @@ def cmd_inspect(options: argparse.Namespace) -> int:
         "bytes": sum(t.nbytes for t in tensors.values()),
         "adoptable_bytes": sum(t.nbytes for t in tensors.values() if t.adoptable),
         "layers": layer_kinds(model) if model else {},
-        "tokenizer_size": tokenizer and tokenizer.size,
-        "special_tokens": tokenizer and tokenizer.special_tokens,
-        "chat_format": tokenizer and tokenizer.template,
-        "stop_tokens": tokenizer and sorted(tokenizer.stop_tokens),
         "sampling": sampling,
         "problems": [str(problem) for problem in problems],
     }
+    if tokenizer:
+        found |= {
+            "tokenizer_size": tokenizer.size,
+            "special_tokens": tokenizer.special_tokens,
+            "chat_format": tokenizer.template,
+            "stop_tokens": sorted(tokenizer.stop_tokens),
+        }
+    return found
+
+
+def cmd_inspect(options: argparse.Namespace) -> int:
+    """Print what a model folder holds, and all that is wrong with it."""
+    found = inspection(choose_folder(options.model), options.check)
+    status = 1 if found["problems"] else 0
     if options.json:
         print(json.dumps(found, indent=2))
-        return 1 if problems else 0
+        return status
     rows = [("folder", found["folder"])]
     for name, size in found["files"].items():
         rows.append(("files", f"{gigabytes(size):>9}  {name}"))
     # The layers of a stack look alike: a row for all tensors that differ in number.
     groups = collections.Counter()
-    for t in tensors.values():
-        name = re.sub(r"\.\d+\.", ".*.", t.name)
-        groups[f"{name} {t.dtype} {list(t.shape)}", t.nbytes] += 1
+    for t in found["tensors"]:
+        name = re.sub(r"\.\d+\.", ".*.", t["name"])
+        groups[f"{name} {t['dtype']} {list(t['shape'])}", t["bytes"]] += 1
     for (name, size), n in groups.items():
         rows.append(("tensors", f"{gigabytes(n * size):>9}  {n} {name}"))
-    total, adoptable = found["bytes"], found["adoptable_bytes"]
-    share = f"{100 * adoptable // max(total, 1)} % can be used in place on Metal"
-    rows.append(("in all", f"{gigabytes(total):>9}  of which {share}"))
+    share = 100 * found["adoptable_bytes"] // max(found["bytes"], 1)
+    share = f"of which {share} % can be used in place on Metal"
+    rows.append(("in all", f"{gigabytes(found['bytes']):>9}  {share}"))
     rows += [("layers", f"{n} {kind}") for kind, n in found["layers"].items()]
-    if tokenizer:
-        stops = [f"{i} {special.get(i, '')}" for i in found["stop_tokens"]]
-        template = tokenizer.template or "none, a base model: chat with --raw"
-        rows.append(("tokenizer", f"{tokenizer.size:,} ids and {len(special)} added"))
-        rows += [("chat format", template), ("stops at", ", ".join(stops))]
-    if sampling:
-        rows.append(("sampling", ", ".join(f"{k} {v}" for k, v in sampling.items())))
+    if "tokenizer_size" in found:
+        names = {i: text for text, i in found["special_tokens"].items()}
+        stops = ", ".join(f"{i} {names.get(i, '')}" for i in found["stop_tokens"])
+        chat_format = found["chat_format"] or "none, a base model: chat with --raw"
+        size = f"{found['tokenizer_size']:,} ids and {len(names)} added"
+        rows += [("tokenizer", size), ("chat format", chat_format), ("stops at", stops)]
+    sampling = ", ".join(f"{name} {n}" for name, n in found["sampling"].items())
+    rows.append(("sampling", sampling))
     rows += [("problem", text) for text in found["problems"] or ["none found"]]
     print_table(rows)
-    return 1 if problems else 0
+    return status
 
 
-SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+def early_end(stats: Stats) -> str | None:
+    """Return why a reply ended before the model ended it, None if it did not."""
+    return {
+        "length": f"{stats.generation_tokens} tokens, as --max-tokens says",
+        "context": f"the context of {stats.context} tokens is full; --ctx sets it",
+        "cancelled": "Ctrl-C",
+    }.get(stats.finish_reason)
+
+
+def stats_lines(stats: Stats, seed: int) -> str:
+    """Return statistics as two lines that fit a terminal."""
+    return (
+        f"prompt {stats.prompt_tokens} (reused {stats.reused_tokens}) at "
+        f"{stats.prefill_tps:.0f} tokens/s, reply {stats.generation_tokens} at "
+        f"{stats.decode_tps:.1f} tokens/s\nfirst after "
+        f"{stats.time_to_first_token_s:.2f} s, context {stats.context_used} of "
+        f"{stats.context}, peak {gigabytes(stats.peak_memory)}, seed {seed}"
+    )
 
 
 def answer(
@@ -2392,7 +2476,7 @@ def answer(
     Ctrl-C stops it; what was printed by then is the reply.
     """
     progress = ProgressLine("reading the prompt")
-    settings = {name: getattr(options, name) for name in (*SAMPLING, "max_tokens")}
+    settings = {name: getattr(options, name) for name in (*INTERVALS, "max_tokens")}
     settings |= {"seed": seed, "progress": progress}
     if options.raw:
         reply = engine.complete(messages[-1]["content"], **settings)
@@ -2407,32 +2491,20 @@ def answer(
                 sys.stdout.flush()
     except KeyboardInterrupt:
         reply.cancel()
-        for _ in reply:  # no more text: waits until the worker has stopped
-            pass
+        collections.deque(reply, 0)  # no more text: waits until the worker has stopped
     progress.clear()
-    stats = reply.stats
     if options.json:
-        found = {"text": reply.text, "finish_reason": stats.finish_reason}
-        print(json.dumps(found | {"seed": seed, "stats": asdict(stats)}), flush=True)
-    elif not reply.text.endswith("\n"):
-        print(flush=True)
-    reason = {
-        "length": f"{stats.generation_tokens} tokens, as --max-tokens says",
-        "context": f"the context of {stats.context} tokens is full; --ctx sets it",
-        "cancelled": "Ctrl-C",
-    }.get(stats.finish_reason)
-    if reason and not options.json:
-        note(f"[stopped: {reason}]")
+        found = {"text": reply.text, "finish_reason": reply.stats.finish_reason}
+        found |= {"seed": seed, "stats": asdict(reply.stats)}
+        print(json.dumps(found), flush=True)
+    else:
+        if not reply.text.endswith("\n"):
+            print(flush=True)
+        if reason := early_end(reply.stats):
+            note(f"[stopped: {reason}]")
     if options.stats:
-        note(
-            f"prompt {stats.prompt_tokens} (reused {stats.reused_tokens}) at "
-            f"{stats.prefill_tps:.0f} tokens/s, reply {stats.generation_tokens} at "
-            f"{stats.decode_tps:.1f} tokens/s, first after "
-            f"{stats.time_to_first_token_s:.2f} s\ncontext {stats.context_used} of "
-            f"{stats.context}, peak {gigabytes(stats.peak_memory)}, seed {seed}, "
-            f"ended by {stats.finish_reason}"
-        )
-    return reply.text, stats.finish_reason == "cancelled"
+        note(stats_lines(reply.stats, seed))
+    return reply.text, reply.stats.finish_reason == "cancelled"
 
 
 def converse(
@@ -2477,24 +2549,23 @@ def read_prompt(options: argparse.Namespace) -> str | None:
 
 def cmd_chat(options: argparse.Namespace) -> int:
     """Answer one prompt, or talk until Ctrl-D."""
-    given = {name: getattr(options, name) for name in SAMPLING}
-    given = {name: value for name, value in given.items() if value is not None}
     try:
-        make_sampler(**given)
+        check_sampling(**{name: getattr(options, name) for name in INTERVALS})
     except ValueError as error:
         options.usage(str(error))
     seed = new_seed() if options.seed is None else options.seed
     folder = choose_folder(options.model)
-    if not options.raw:  # said before a large model is loaded
-        Tokenizer.from_folder(folder, template=options.template).require_format()
+    tokenizer = Tokenizer.from_folder(folder, template=options.template)
+    if not options.raw:
+        tokenizer.require_format()  # now, rather than after loading a large model
     prompt = read_prompt(options)
     if prompt == "":
         raise ValueError("the prompt is empty")
     progress = ProgressLine("loading")
     with Engine(
         folder,
+        tokenizer=tokenizer,
         context=options.ctx,
-        template=options.template,
         dtype=options.dtype and getattr(mx, options.dtype),
         prefill_step=options.prefill_step,
         progress=progress,
@@ -2560,7 +2631,7 @@ def build_parser() -> argparse.ArgumentParser:
     option("--repetition-penalty", type=float, metavar="R", help="(0, inf), 1 is none")
     option("--seed", type=whole_number(0), metavar="N", help="repeats a run; random")
     option("--ctx", type=count, metavar="N", help="context, tokens; up to 8192")
-    option("--prefill-step", type=count, metavar="N", default=512, help="tokens; 512")
+    option("--prefill-step", type=count, metavar="N", help="tokens; 512, on a CPU 32")
     dtypes = ("float32", "float16", "bfloat16")
     option("--dtype", choices=dtypes, help="the model's on a GPU, float32 on a CPU")
     option("--stats", action="store_true", help="print speed and memory on stderr")
