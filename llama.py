@@ -144,6 +144,8 @@ class ModelArgs:
         D, H, derive = self.hidden_size, self.num_attention_heads, object.__setattr__
         derive(self, "num_key_value_heads", self.num_key_value_heads or H)
         derive(self, "head_dim", self.head_dim or D // H)
+        if H * self.head_dim >= 2**31:
+            raise ValueError(f"{H} heads of head_dim {self.head_dim} are too many")
         if H % self.num_key_value_heads:
             got = f"got {self.num_key_value_heads}"
             raise ValueError(f"num_key_value_heads must divide the {H} heads, {got}")
@@ -178,6 +180,7 @@ class ModelArgs:
                 raise ValueError("rope_theta is missing; a Llama 3 vocabulary needs it")
             del values["rope_theta"]
         kind = rope.get("rope_type", rope.get("type", "default"))  # new, old spelling
+        rope = {k: v for k, v in rope.items() if k not in ("rope_theta", "type")}
         values["rope_scaling"] = rope | {"rope_type": kind}
         if kind == "default":
             values["rope_scaling"] = None
@@ -362,6 +365,14 @@ QUANTIZATION_MODES = {
 }
 
 
+def check_quantization(group_size: int, bits: int, mode: str) -> None:
+    """Raise ValueError if MLX has no kernel for the settings."""
+    sizes, widths = QUANTIZATION_MODES.get(mode, ((), ()))
+    if group_size not in sizes or bits not in widths:
+        got = f"group_size {group_size}, bits {bits}, mode {mode!r}"
+        raise ValueError(f"cannot quantize with {got}; known: {QUANTIZATION_MODES}")
+
+
 class QuantizedMatrix(nn.Module):
     """A packed matrix (rows, columns) of zeros, to be filled; base of the two layers.
 
@@ -372,12 +383,9 @@ class QuantizedMatrix(nn.Module):
 
     def __init__(self, rows: int, columns: int, group_size: int, bits: int, mode: str):
         super().__init__()
-        sizes, widths = QUANTIZATION_MODES.get(mode, ((), ()))
-        if group_size not in sizes or bits not in widths or columns % group_size:
-            raise ValueError(
-                f"cannot quantize {columns} columns to {mode} with group_size "
-                f"{group_size} and bits {bits}; known: {QUANTIZATION_MODES}"
-            )
+        check_quantization(group_size, bits, mode)
+        if columns % group_size:
+            raise ValueError(f"group_size {group_size} must divide {columns} columns")
         self.group_size, self.bits, self.mode = group_size, bits, mode
         groups = (rows, columns // group_size)
         self.weight = mx.zeros((rows, columns * bits // 32), mx.uint32)
@@ -437,6 +445,7 @@ def quantize(
     The others stay as they are, which is also what MLX's converter does.
     Raises ValueError if MLX has no kernel for the settings.
     """
+    check_quantization(group_size, bits, mode)
     for path, layer in dense_layers(model):
         if layer.weight.shape[1] % group_size == 0:
             quantized = quantized_like(layer, group_size, bits, mode)
@@ -719,7 +728,7 @@ class TransformerBlock(nn.Module):
 
 
 class LlamaModel(nn.Module):
-    """The stack without its head: tokens (B, L) -> residual stream (B, L, D), normed."""
+    """The stack without its head: tokens (B, L) -> normed residual stream (B, L, D)."""
 
     def __init__(self, args: ModelArgs):
         super().__init__()
@@ -1389,22 +1398,22 @@ def find_folder(model: str | Path) -> Path:
         if snapshot.is_dir():
             return snapshot
     raise FileNotFoundError(
-        f"{model}: no such folder, and not in {hub}; to download it: hf download {model}"
+        f"{model}: no such folder, and not in {hub}; to get it: hf download {model}"
     )
 
 
-def build_model(args: ModelArgs, names: Iterable[str]) -> Llama:
-    """Return the modules for the tensors of these names, without their weights.
+def build_model(args: ModelArgs, tensors: Mapping[str, TensorInfo]) -> Llama:
+    """Return the modules for these tensors, without their weights.
 
     The files decide: a head among them is used, else the embedding serves; a layer is
     quantized if it has scales, as config.json's quantization says, which may hold an
     entry of its own for it. Raises ValueError naming the layer that cannot be built.
     """
-    model = Llama(replace(args, tie_word_embeddings="lm_head.weight" not in names))
+    model = Llama(replace(args, tie_word_embeddings="lm_head.weight" not in tensors))
     settings = args.quantization or {}
     swaps = []
     for path, layer in dense_layers(model):
-        if f"{path}.scales" in names:
+        if f"{path}.scales" in tensors:
             own = settings.get(path)
             own = own if isinstance(own, dict) else settings
             if not own:
@@ -1419,30 +1428,34 @@ def build_model(args: ModelArgs, names: Iterable[str]) -> Llama:
     return model
 
 
-def compare(model: Llama, tensors: Mapping[str, TensorInfo]) -> list[str]:
-    """Return what is wrong with the tensors of a folder, one line for each kind."""
+def mismatches(model: Llama, tensors: Mapping[str, TensorInfo]) -> list[str]:
+    """Return how tensors differ from what a model wants, one line for each kind."""
     wanted = dict(tree_flatten(model.parameters()))
     # Old checkpoints carry the rotary frequencies, which are computed here.
-    found = {n for n in tensors if not n.endswith("rotary_emb.inv_freq")}
-    floats = ("F32", "F16", "BF16")
-    names = {dtype: name for name, dtype in DTYPES.items()}
+    found = {name for name in tensors if not name.endswith("rotary_emb.inv_freq")}
+    dtypes = {
+        mx.float32: ("F32", "F16", "BF16"),
+        mx.uint32: ("U32",),
+        mx.uint8: ("U8",),
+    }
     shapes = []
     for name in sorted(found & wanted.keys()):
         info, array = tensors[name], wanted[name]
-        dtypes = floats if array.dtype == mx.float32 else (names[array.dtype],)
-        if info.shape != array.shape or info.dtype not in dtypes:
+        if info.shape != array.shape or info.dtype not in dtypes[array.dtype]:
             got = f"{info.dtype} {list(info.shape)}"
-            shapes.append(f"{name} is {got}, wanted {dtypes[-1]} {list(array.shape)}")
-    groups = {
+            want = f"{'/'.join(dtypes[array.dtype])} {list(array.shape)}"
+            shapes.append(f"{name} is {got}, wanted {want}")
+    kinds = {
         "missing": sorted(wanted.keys() - found),
         "unexpected": sorted(found - wanted.keys()),
-        "of another shape than config.json says": shapes,
+        "not as config.json says": shapes,
     }
-    return [
-        f"{len(names)} tensors {kind}: {', '.join(names[:4])}{', …' * (len(names) > 4)}"
-        for kind, names in groups.items()
-        if names
-    ]
+    lines = []
+    for kind, names in kinds.items():
+        if names:
+            shown = ", ".join(names[:4]) + (", ..." if names[4:] else "")
+            lines.append(f"{len(names)} tensors {kind}: {shown}")
+    return lines
 
 
 def examine(
@@ -1471,7 +1484,7 @@ def examine(
             raise ValueError(f"{config}: num_hidden_layers promises {found} are there")
         if args:
             model = build_model(args, tensors)
-        if model and tensors and (wrong := compare(model, tensors)):
+        if model and tensors and (wrong := mismatches(model, tensors)):
             raise ValueError(f"{folder}: {'; '.join(wrong)}")
     except ValueError as error:
         problems.append(error)

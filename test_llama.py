@@ -1,0 +1,2596 @@
+"""Tests of llama.py, in its order; run with: python -m pytest
+
+Oracles are independent: NumPy or plain Python, published numbers, and where they are
+installed Hugging Face's tokenizers and transformers, and mlx-lm. Real vocabularies and
+a real model are found through LLAMA_TEST_DATA, a folder; what needs them, or a peer,
+is skipped where they are absent.
+"""
+
+import ast
+import builtins
+import collections
+import contextlib
+import dataclasses
+import dis
+import functools
+import itertools
+import json
+import math
+import os
+import pty
+import re
+import select
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import types
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import safetensors
+import tiktoken
+from mlx import nn
+from mlx.utils import tree_flatten
+
+import llama
+
+HERE = Path(llama.__file__).parent
+DATA = Path(os.environ.get("LLAMA_TEST_DATA", "") or "/nonexistent")
+needs_data = pytest.mark.skipif(
+    not DATA.is_dir(), reason="LLAMA_TEST_DATA names no folder of real models"
+)
+
+
+def peer(name: str):
+    """A package that an oracle needs; skips, saying so, where it is not installed."""
+    return pytest.importorskip(name, reason=f"the peer {name} is not installed")
+
+
+on_cpu = pytest.mark.skipif(mx.default_device() != mx.cpu, reason="about MLX's CPU")
+
+CONFIG = {
+    "model_type": "llama",
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 100,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 512,
+    "rope_theta": 20000.0,
+}
+WIDE = CONFIG | {"hidden_size": 128, "intermediate_size": 320, "head_dim": 32}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+# Over a context this short, all three bands of llama3 and yarn's ramp matter at once.
+SHORT = {"factor": 4.0, "original_max_position_embeddings": 32}
+
+
+def without(table, *keys):
+    return {key: value for key, value in table.items() if key not in keys}
+
+
+def assert_close(got, wanted, tolerance):
+    """The greatest error, relative to the greatest value, is within the tolerance."""
+    got = np.array(got.astype(mx.float32)) if isinstance(got, mx.array) else got
+    wanted = np.asarray(wanted)
+    assert got.shape == wanted.shape
+    assert np.isfinite(got).all()
+    assert np.abs(got - wanted).max() <= tolerance * np.abs(wanted).max()
+
+
+def random_tokens(config, batch=1, length=24):
+    rng = np.random.default_rng(1)
+    return rng.integers(0, config["vocab_size"], (batch, length), np.int32)
+
+
+def random_weights(config):
+    """Hugging Face's names and shapes, with values that let every tensor matter."""
+    D, F, V = (config[f"{key}_size"] for key in ("hidden", "intermediate", "vocab"))
+    heads = config["num_attention_heads"], config["num_key_value_heads"]
+    q, kv = (n * config["head_dim"] for n in heads)
+    shapes = {name: (V, D) for name in ("model.embed_tokens", "lm_head")}
+    for layer in range(config["num_hidden_layers"]):
+        block = {"self_attn.q_proj": (q, D), "self_attn.o_proj": (D, q)}
+        block |= {"self_attn.k_proj": (kv, D), "self_attn.v_proj": (kv, D)}
+        block |= {"mlp.down_proj": (D, F)}
+        block |= {"mlp.gate_proj": (F, D), "mlp.up_proj": (F, D)}
+        block |= {"input_layernorm": (D,), "post_attention_layernorm": (D,)}
+        shapes |= {f"model.layers.{layer}.{name}": block[name] for name in block}
+    shapes["model.norm"] = (D,)
+    rng = np.random.default_rng(0)
+    weights = {}
+    for name, shape in shapes.items():
+        mean = float(len(shape) == 1)  # norms lie around 1
+        weights[f"{name}.weight"] = rng.normal(mean, 0.2, shape).astype(np.float32)
+    return weights
+
+
+def write_model(folder, config=CONFIG, weights=None, shards=1):
+    """Write config.json and the weights, in one file or in shards with an index."""
+    weights = random_weights(config) if weights is None else weights
+    arrays = {name: mx.array(value) for name, value in weights.items()}
+    (folder / "config.json").write_text(json.dumps(config))
+    if shards == 1:
+        mx.save_safetensors(str(folder / "model.safetensors"), arrays)
+        return folder
+    weight_map = {}
+    for i in range(shards):
+        name, part = f"model-{i}.safetensors", list(arrays)[i::shards]
+        mx.save_safetensors(str(folder / name), {key: arrays[key] for key in part})
+        weight_map |= dict.fromkeys(part, name)
+    write_index(folder, weight_map)
+    return folder
+
+
+def write_index(folder, weight_map):
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+
+
+def fill(model, config):
+    """Give a model the random weights of a config; return it."""
+    names = dict(tree_flatten(model.parameters()))
+    weights = {k: v for k, v in random_weights(config).items() if k in names}
+    return model.load_weights([(k, mx.array(v)) for k, v in weights.items()])
+
+
+def tiny_model():
+    return fill(llama.Llama(llama.ModelArgs.from_dict(CONFIG)), CONFIG)
+
+
+def numpy_llama(config, weights, tokens):
+    """The logits (L, V) of tokens (L,) in float64."""
+    W = {name: np.array(value, np.float64) for name, value in weights.items()}
+    L, Dh = len(tokens), config["head_dim"]
+    group = config["num_attention_heads"] // config["num_key_value_heads"]
+    frequencies = config["rope_theta"] ** (-np.arange(0, Dh, 2) / Dh)
+
+    def norm(name, x):
+        x = x / np.sqrt((x**2).mean(-1, keepdims=True) + config["rms_norm_eps"])
+        return x * W[f"{name}.weight"]
+
+    def heads(name, x):
+        return (x @ W[f"{name}.weight"].T).reshape(L, -1, Dh)
+
+    def rotate(x):
+        return rotated(x.swapaxes(0, 1), np.arange(L)[:, None] * frequencies)
+
+    x = W["model.embed_tokens.weight"][tokens]
+    for at in (f"model.layers.{n}" for n in range(config["num_hidden_layers"])):
+        h = norm(f"{at}.input_layernorm", x)
+        q, k, v = (heads(f"{at}.self_attn.{p}_proj", h) for p in "qkv")
+        q, k, v = rotate(q), rotate(k), v.swapaxes(0, 1)
+        k, v = np.repeat(k, group, 0), np.repeat(v, group, 0)
+        scores = q @ k.swapaxes(1, 2) / math.sqrt(Dh)
+        scores = np.exp(scores + np.triu(np.full((L, L), -np.inf), 1))
+        h = (scores / scores.sum(-1, keepdims=True) @ v).swapaxes(0, 1)
+        x = x + h.reshape(L, -1) @ W[f"{at}.self_attn.o_proj.weight"].T
+        h = norm(f"{at}.post_attention_layernorm", x)
+        gate, up = (h @ W[f"{at}.mlp.{p}_proj.weight"].T for p in ("gate", "up"))
+        x = x + gate / (1 + np.exp(-gate)) * up @ W[f"{at}.mlp.down_proj.weight"].T
+    head = W.get("lm_head.weight", W["model.embed_tokens.weight"])
+    return norm("model.norm", x) @ head.T
+
+
+def rotated(x, angles, traditional=False):
+    """Turn the pairs of x (..., L, Dh) by angles (L, Dh / 2), as complex numbers."""
+    pairs = np.stack((x[..., ::2], x[..., 1::2]) if traditional else np.split(x, 2, -1))
+    turned = (pairs[0] + 1j * pairs[1]) * np.exp(1j * angles)
+    parts = turned.real, turned.imag
+    if traditional:
+        return np.stack(parts, -1).reshape(x.shape)
+    return np.concatenate(parts, -1)
+
+
+def in_parts(model, tokens, cuts):
+    """The logits of tokens (B, L) read through a cache, part after part."""
+    cache = model.make_cache(tokens.shape[1])
+    parts = [model(part, cache) for part in mx.split(tokens, cuts, axis=1)]
+    assert {layer.offset for layer in cache} == {tokens.shape[1]}
+    return mx.concatenate(parts, axis=1)
+
+
+def assert_logits(model, config, weights, tolerance=1e-4):
+    tokens = random_tokens(config)
+    wanted = numpy_llama(config, weights, tokens[0])
+    assert_close(model(mx.array(tokens))[0], wanted, tolerance)
+
+
+# -----------------------------------------------------------------------------
+# The file itself
+# -----------------------------------------------------------------------------
+
+SOURCE = (HERE / "llama.py").read_text()
+RULE = "# " + "-" * 77
+BANNER = re.compile(
+    rf"^{RULE}\n# (\d+)\. (.+)\n((?:#.*\n)+?)# uses: (.+)\n{RULE}$", re.MULTILINE
+)
+
+
+def numbers(uses: str) -> list[int]:
+    """ "none" -> [], "1, 4-6" -> [1, 4, 5, 6]"""
+    spans = [part.split("-") for part in uses.split(", ") if part != "none"]
+    return [n for span in spans for n in range(int(span[0]), int(span[-1]) + 1)]
+
+
+SECTIONS = {}  # number: (title, uses, source)
+for match, following in zip(
+    [*BANNER.finditer(SOURCE)], [*BANNER.finditer(SOURCE), None][1:], strict=True
+):
+    code = SOURCE[match.start() : following.start() if following else None]
+    SECTIONS[int(match[1])] = (match[2], numbers(match[4]), code)
+IMPORTS = SOURCE[: BANNER.search(SOURCE).start()]
+
+
+def lifted(sections: Sequence[int]) -> types.ModuleType:
+    """A new module that holds the imports and these sections, nothing else."""
+    module = types.ModuleType("lifted")
+    module.__file__ = llama.__file__
+    sys.modules["lifted"] = module  # where dataclasses look themselves up
+    code = IMPORTS + "".join(SECTIONS[n][2] for n in sorted(sections))
+    exec(compile(code, "lifted", "exec"), module.__dict__)  # noqa: S102
+    return module
+
+
+def missing_names(number: int, uses: Sequence[int]) -> set[str]:
+    """The globals that lifted sections load and their module lacks."""
+    try:
+        module = lifted([*uses, number])
+    except NameError as error:
+        return {error.name}
+    pending = [compile(SECTIONS[n][2], "section", "exec") for n in (*uses, number)]
+    names = set()
+    while pending:
+        code = pending.pop()
+        pending += [const for const in code.co_consts if hasattr(const, "co_code")]
+        names |= {
+            instruction.argval
+            for instruction in dis.get_instructions(code)
+            if instruction.opname == "LOAD_GLOBAL"
+        }
+    return {n for n in names if not hasattr(module, n) and not hasattr(builtins, n)}
+
+
+def test_the_sections_are_numbered_in_order():
+    assert list(SECTIONS) == list(range(1, 13))
+
+
+@pytest.mark.parametrize("number", SECTIONS)
+def test_a_section_runs_with_just_the_sections_that_it_uses(number):
+    title, uses, _ = SECTIONS[number]
+    assert missing_names(number, uses) == set(), title
+    assert all(n < number for n in uses)
+    for n in uses:
+        rest = [other for other in uses if other != n]
+        assert missing_names(number, rest), f"{title} does not use {n}"
+
+
+def test_the_header_and_the_readme_list_the_sections():
+    listed = (
+        r"(?: {4}|^\| )(\d+) +([A-Z][\w ]+?) +(?:\| .+ \| )?(none|\d+(?:(?:, |-)\d+)*)"
+    )
+    for text in (IMPORTS, README):
+        found = re.findall(listed, text, re.MULTILINE)
+        assert {int(n): (title, numbers(uses)) for n, title, uses in found} == {
+            n: (title, uses) for n, (title, uses, _) in SECTIONS.items()
+        }
+
+
+def test_importing_runs_no_code():
+    """Nothing but definitions and constants; and no thread, stream or file."""
+    allowed = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign)
+    for node in ast.parse(SOURCE).body[1:-1]:  # between docstring and __main__
+        assert isinstance(node, (*allowed, ast.AugAssign)), ast.unparse(node)
+
+
+def test_only_the_agreed_packages_are_imported():
+    found = set()
+    for node in ast.walk(ast.parse(SOURCE)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        if isinstance(node, ast.ImportFrom):
+            found.add(node.module.split(".")[0])
+    assert found - sys.stdlib_module_names == {"mlx", "safetensors", "tiktoken"}
+
+
+def test_requirements_are_those_of_the_script_block():
+    block = SOURCE.partition("# /// script\n")[2].partition("# ///\n")[0]
+    inline = re.findall(r'^#     "(.+)",$', block, re.MULTILINE)
+    lines = (HERE / "requirements.txt").read_text().splitlines()
+    assert inline == [line for line in lines if line and not line.startswith("#")]
+
+
+def test_it_runs_where_numpy_is_absent(folder):
+    """safetensors' own readers would import it."""
+    block = "import sys; sys.modules['numpy'] = None; import llama;"
+    code = f"{block} sys.exit(llama.main(['inspect', {str(folder)!r}]))"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=HERE, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+# -----------------------------------------------------------------------------
+# The README
+# -----------------------------------------------------------------------------
+
+README = (HERE / "README.md").read_text() if (HERE / "README.md").exists() else ""
+
+
+def readme_blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+
+
+def test_every_command_of_the_readme_is_understood():
+    lines = "".join(readme_blocks("sh")).replace("\\\n", " ").splitlines()
+    found = [line for line in lines if "llama.py" in line and "pip" not in line]
+    assert len(found) > 5
+    for line in found:
+        words = shlex.split(line.partition("llama.py ")[2], comments=True)
+        words = list(itertools.takewhile(lambda word: word not in "|<>;&&", words))
+        llama.build_parser().parse_args(words)
+
+
+def test_the_readme_snippets_run(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(folder, "folder")
+    blocks = readme_blocks("python")
+    assert blocks
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), {})  # noqa: S102
+    assert capsys.readouterr().out
+
+
+# -----------------------------------------------------------------------------
+# 1. Configuration
+# -----------------------------------------------------------------------------
+
+NEW_LAYOUT = without(CONFIG, "rope_theta")
+THETA = {"rope_theta": 20000.0}
+OLD_NAME = without(LLAMA3, "rope_type") | {"type": "llama3"}
+
+
+@pytest.mark.parametrize(
+    ("layout", "scaling"),
+    [
+        (NEW_LAYOUT | {"rope_parameters": THETA}, None),
+        (CONFIG | {"rope_parameters": {"rope_type": "default"}}, None),
+        (NEW_LAYOUT | {"rope_parameters": LLAMA3 | THETA}, LLAMA3),
+        (CONFIG | {"rope_scaling": OLD_NAME}, LLAMA3),
+    ],
+)
+def test_every_layout_of_the_rotary_settings_gives_equal_arguments(layout, scaling):
+    usual = llama.ModelArgs.from_dict(CONFIG | {"rope_scaling": scaling})
+    assert (usual.rope_theta, usual.rope_scaling) == (20000.0, scaling)
+    assert llama.ModelArgs.from_dict(layout) == usual
+
+
+def test_absent_numbers_are_derived_and_given_ones_win():
+    args = llama.ModelArgs.from_dict(without(CONFIG, "head_dim", "num_key_value_heads"))
+    assert (args.head_dim, args.num_key_value_heads) == (48 // 6, 6)
+    assert llama.ModelArgs.from_dict(CONFIG | {"head_dim": None}).head_dim == 48 // 6
+    args = llama.ModelArgs.from_dict(CONFIG)
+    assert (args.head_dim, args.num_key_value_heads) == (16, 2)
+    assert llama.ModelArgs.from_dict(without(CONFIG, "rope_theta")).rope_theta == 1e4
+
+
+REFUSALS = [
+    ({"model_type": "gpt2"}, "model_type", "got 'gpt2'"),
+    ({"sliding_window": 4096}, "sliding_window", "got 4096"),
+    ({"hidden_act": "gelu"}, "hidden_act", "got 'gelu'"),
+    ({"partial_rotary_factor": 0.5}, "partial_rotary_factor", "got 0.5"),
+    (
+        {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
+        "rope_type",
+        "got 'dynamic'",
+    ),
+    ({"rope_scaling": {"type": "longrope"}}, "rope_type", "got 'longrope'"),
+    ({"rope_scaling": "linear"}, "rope_scaling", "got 'linear'"),
+    ({"hidden_size": "48"}, "hidden_size", "got '48'"),
+    ({"hidden_size": 48.0}, "hidden_size", "got 48.0"),
+    ({"num_hidden_layers": -1}, "num_hidden_layers", "got -1"),
+    ({"num_hidden_layers": 0}, "num_hidden_layers", "got 0"),
+    ({"num_attention_heads": True}, "num_attention_heads", "got True"),
+    ({"vocab_size": 2**31}, "vocab_size", "got 2147483648"),
+    ({"vocab_size": [100]}, "vocab_size", "got [100]"),
+    ({"rms_norm_eps": math.nan}, "rms_norm_eps", "got nan"),
+    ({"rope_theta": math.inf}, "rope_theta", "got inf"),
+    ({"rope_theta": False}, "rope_theta", "got False"),
+    ({"attention_bias": 1}, "attention_bias", "got 1"),
+    ({"quantization": "4bit"}, "quantization", "got '4bit'"),
+    ({"num_key_value_heads": 4}, "num_key_value_heads", "got 4"),
+    ({"head_dim": 15}, "head_dim", "got 15"),
+    ({"hidden_size": None}, "hidden_size", "is missing"),
+    ({"vocab_size": 128256, "rope_theta": None}, "rope_theta", "is missing"),
+]
+
+
+@pytest.mark.parametrize(("change", "key", "words"), REFUSALS)
+def test_what_cannot_be_honoured_is_refused_by_key_and_value(change, key, words):
+    with pytest.raises(ValueError, match=key) as error:
+        llama.Llama(llama.ModelArgs.from_dict(CONFIG | change))
+    assert words in str(error.value)
+
+
+@pytest.mark.parametrize("content", ["[1]", "{", "", "[" * 100_000])
+def test_a_file_without_a_json_object_is_refused_by_name(tmp_path, content):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=r"config\.json"):
+        llama.read_json(tmp_path / "config.json")
+
+
+# The counts that the models' publisher reports.
+PUBLISHED = {"1b": 1_235_814_400, "3b": 3_212_749_824, "8b": 8_030_261_248}
+PUBLISHED |= {"70b": 70_553_706_496, "405b": 405_853_388_800}
+
+
+@pytest.mark.parametrize("preset", PUBLISHED)
+def test_presets_have_the_published_number_of_parameters(preset):
+    weights = tree_flatten(llama.Llama(llama.PRESETS[preset]).parameters())
+    assert sum(array.size for _, array in weights) == PUBLISHED[preset]
+
+
+# -----------------------------------------------------------------------------
+# 2. Safetensors
+# -----------------------------------------------------------------------------
+
+
+def entry(dtype, shape, start, end):
+    return {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+
+
+def file_of(header, tensors=b""):
+    """The bytes of a file; its tensors begin at a multiple of 8, as is usual."""
+    header = header if isinstance(header, bytes) else json.dumps(header).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + tensors
+
+
+def written(folder, content):
+    (folder / "model.safetensors").write_bytes(content)
+    return folder / "model.safetensors"
+
+
+# safetensors' name, NumPy's name of the bits, MLX's name
+KINDS = [("F32", "<f4", mx.float32), ("F16", "<f2", mx.float16)]
+KINDS += [("BF16", "<u2", mx.bfloat16), ("U32", "<u4", mx.uint32)]
+KINDS += [("U8", "u1", mx.uint8), ("I32", "<i4", mx.int32), ("I64", "<i8", mx.int64)]
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+@pytest.mark.parametrize("ahead", [0, 8 * 2500])
+def test_tensors_of_every_dtype_are_read_wherever_they_lie(tmp_path, ahead, shift):
+    """`ahead` puts them beyond the first page, `shift` off their natural alignment."""
+    header, tensors = {"__metadata__": {"format": "pt"}}, b"x" * (ahead + shift)
+    header["first"] = entry("U8", [ahead + shift], 0, ahead + shift)
+    values = np.random.default_rng(0).integers(0, 100, (2, 4))
+    for name, numpy_name, _ in KINDS:
+        bits = values.astype("<f4").view("<u4") >> 16 if name == "BF16" else values
+        start, tensors = len(tensors), tensors + bits.astype(numpy_name).tobytes()
+        header[name] = entry(name, [2, 4], start, len(tensors))
+    written(tmp_path, file_of(header, tensors))
+    found = llama.list_tensors(tmp_path)
+    assert list(found) == list(header)[1:]
+    for name, _, dtype in KINDS:
+        assert found[name].adoptable == (shift == 0 or name == "U8")
+        [(info, array)] = llama.map_tensors([found[name]])
+        assert (info.name, array.dtype) == (name, dtype)
+        assert array.tolist() == values.tolist()
+
+
+ONE = {"a": entry("F32", [2], 0, 8)}
+UNSOUND = {
+    "a header cut short": file_of(ONE)[:40],
+    "a header of 2**62 bytes": (2**62).to_bytes(8, "little") + b"{}",
+    "overlap": file_of(ONE | {"b": entry("F32", [2], 4, 12)}, b"0" * 12),
+    "a hole": file_of(ONE | {"b": entry("F32", [2], 12, 20)}, b"0" * 20),
+    "a late start": file_of({"a": entry("F32", [2], 8, 16)}, b"0" * 16),
+    "a size not of its shape": file_of({"a": entry("F32", [3], 0, 8)}, b"0" * 8),
+    "a shape beyond 64 bits": file_of({"a": entry("F32", [2**40] * 2, 0, 8)}, b"0" * 8),
+    "a dtype of no format": file_of({"a": entry("F33", [2], 0, 8)}, b"0" * 8),
+    "no JSON": file_of(b"hello"),
+    "no JSON object": file_of(b"[]"),
+    "nothing": b"",
+}
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 8\n"
+WORDED = [
+    (file_of(ONE, b"1234567"), "truncated"),
+    (file_of(ONE), "truncated"),
+    (file_of(ONE, b"123456789"), "edited"),
+    (file_of({"a": entry("F64", [1], 0, 8)}, b"0" * 8), "a has dtype F64"),
+    (LFS, "git lfs pull"),
+    *((content, "not a safetensors file") for content in UNSOUND.values()),
+]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"), WORDED, ids=["short", "empty", "long", "F64", "lfs", *UNSOUND]
+)
+def test_an_unsound_file_is_refused_by_name(tmp_path, content, words):
+    file = written(tmp_path, content)
+    with pytest.raises(ValueError, match=words) as error:
+        llama.read_header(file)
+    assert str(file) in str(error.value)
+
+
+def test_a_damaged_file_is_refused_with_a_value_error_or_not_at_all(tmp_path):
+    sound = file_of(ONE | {"b": entry("BF16", [1, 2], 8, 12)}, b"0" * 12)
+    assert len(llama.read_header(written(tmp_path, sound))) == 2
+    for length in range(len(sound)):
+        with pytest.raises(ValueError):
+            llama.read_header(written(tmp_path, sound[:length]))
+    for bit in range(8 * len(sound)):
+        damaged = bytearray(sound)
+        damaged[bit // 8] ^= 1 << bit % 8
+        try:
+            found = llama.read_header(written(tmp_path, damaged))
+        except ValueError:
+            continue
+        assert all(0 < t.start and t.start + t.nbytes <= len(sound) for t in found)
+
+
+def test_safetensors_still_says_what_read_header_waits_for():
+    with pytest.raises(safetensors.SafetensorError, match="not fully covered"):
+        safetensors.deserialize(file_of(ONE))
+
+
+def test_a_missing_shard_is_named(tmp_path):
+    write_model(tmp_path, shards=3)
+    assert list(llama.list_tensors(tmp_path)) != []
+    (tmp_path / "model-1.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="download incomplete") as error:
+        llama.list_tensors(tmp_path)
+    assert "model-1.safetensors" in str(error.value)
+    assert "model-0.safetensors" not in str(error.value)
+    with pytest.raises(FileNotFoundError, match=r"no model\.safetensors"):
+        llama.list_tensors(tmp_path.parent)
+
+
+PATHS = ["../b.safetensors", "/b.safetensors", "a/b.safetensors", "a\\b.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("weight_map", "words"),
+    [({"a": p}, "wanted plain names") for p in [*PATHS, "b.safetensors\n", "", 7, None]]
+    + [(absent, "weight_map must be an object") for absent in (None, {}, PATHS)],
+)
+def test_an_index_must_name_plain_files(tmp_path, weight_map, words):
+    (tmp_path / "folder").mkdir()
+    written(tmp_path, file_of(ONE, b"0" * 8)).rename(tmp_path / "b.safetensors")
+    write_index(tmp_path / "folder", weight_map)
+    with pytest.raises(ValueError, match=rf"index\.json: {words}"):
+        llama.list_tensors(tmp_path / "folder")
+
+
+def test_files_that_the_index_does_not_name_are_not_read(tmp_path):
+    write_model(tmp_path, shards=2)
+    for stray in ("model", "consolidated", "model-9"):
+        (tmp_path / f"{stray}.safetensors").write_bytes(b"nothing of the kind")
+    assert llama.list_tensors(tmp_path).keys() == random_weights(CONFIG).keys()
+
+
+def test_a_tensor_in_two_shards_is_refused_with_both_names(tmp_path):
+    for name in ("x.safetensors", "y.safetensors"):
+        written(tmp_path, file_of(ONE, b"0" * 8)).rename(tmp_path / name)
+    write_index(tmp_path, {"a": "x.safetensors", "b": "y.safetensors"})
+    with pytest.raises(ValueError, match="a is in both x.safetensors and y"):
+        llama.list_tensors(tmp_path)
+
+
+# -----------------------------------------------------------------------------
+# 3. Quantized layers
+# -----------------------------------------------------------------------------
+
+AFFINE = [(size, bits) for size in (32, 64, 128) for bits in (2, 3, 4, 5, 6, 8)]
+FLOATS = [("mxfp4", 32, 4), ("mxfp8", 32, 8), ("nvfp4", 16, 4)]
+IDS = [[5, 0], [23, 5]]
+
+
+def unpacked(words, bits):
+    """The numbers in rows of 32-bit words: a stream of bits, the lowest one first."""
+    stream = np.unpackbits(words.astype("<u4").view(np.uint8), -1, bitorder="little")
+    return stream.reshape(len(words), -1, bits) @ (1 << np.arange(bits))
+
+
+def assert_is_the_matrix(settings, parts, matrix, tolerance):
+    """Both layers, made of these parts, act as the matrix (24, 256)."""
+    x = np.random.default_rng(1).normal(size=(2, 3, 256)).astype(np.float32)
+    linear = llama.QuantizedLinear(*matrix.shape, *settings)
+    embedding = llama.QuantizedEmbedding(*matrix.shape, *settings)
+    for layer in (linear, embedding):
+        shapes = {name: part.shape for name, part in layer.parameters().items()}
+        assert shapes == {name: part.shape for name, part in parts.items()}
+        layer.update(parts)
+    assert_close(linear(mx.array(x)), x @ matrix.T, tolerance)
+    assert_close(embedding.as_linear(mx.array(x)), x @ matrix.T, tolerance)
+    assert_close(embedding(mx.array(IDS)), matrix[np.array(IDS)], tolerance)
+
+
+@pytest.mark.parametrize(("group_size", "bits"), AFFINE)
+def test_affine_layers_are_scale_times_number_plus_bias(group_size, bits):
+    rng = np.random.default_rng(0)
+    words = rng.integers(0, 2**32, (24, 256 * bits // 32), np.uint32)
+    scales, biases = rng.normal(size=(2, 24, 256 // group_size)).astype(np.float32)
+    parts = {"weight": words, "scales": scales, "biases": biases}
+    scales, biases = (np.repeat(part, group_size, 1) for part in (scales, biases))
+    matrix = scales.astype(np.float64) * unpacked(words, bits) + biases
+    parts = {name: mx.array(part) for name, part in parts.items()}
+    assert_is_the_matrix((group_size, bits, "affine"), parts, matrix, 1e-5)
+
+
+@pytest.mark.parametrize(("mode", "group_size", "bits"), FLOATS)
+def test_floating_point_layers_are_what_mlx_unpacks(mode, group_size, bits):
+    matrix = mx.random.normal((24, 256), key=mx.random.key(0))
+    weight, scales = mx.quantize(matrix, group_size, bits, mode)
+    matrix = mx.dequantize(weight, scales, None, group_size, bits, mode)
+    matrix = np.array(matrix.astype(mx.float32))
+    parts = {"weight": weight, "scales": scales}
+    assert_is_the_matrix((group_size, bits, mode), parts, matrix, 1e-5)
+
+
+def test_a_quantized_layer_keeps_its_bias():
+    model = nn.Sequential(nn.Linear(64, 24), nn.Linear(24, 8))
+    bias, x = model.layers[0].bias, mx.random.normal((3, 64), key=mx.random.key(0))
+    llama.quantize(model)
+    layer = model.layers[0]
+    assert isinstance(layer, llama.QuantizedLinear)
+    assert mx.array_equal(layer.bias, bias)
+    assert_close(layer(x), np.array(layer.as_linear(x)) + np.array(bias), 1e-6)
+    assert mx.abs(bias).max() > 0.01
+
+
+def test_quantizing_replaces_layers_in_place_and_leaves_those_that_do_not_divide():
+    model, x = tiny_model(), mx.array(random_tokens(CONFIG))
+    before, logits = dict(model.named_modules()), np.array(model(x))
+    llama.quantize(model, group_size=32, bits=8)
+    after = dict(model.named_modules())
+    changed = {path for path in before if after.get(path) is not before[path]}
+    # Only o_proj has a number of columns, 6 heads of 16, that 32 divides.
+    assert changed == {f"model.layers.{n}.self_attn.o_proj" for n in range(2)}
+    assert after.keys() == before.keys()
+    assert all(type(after[path]) is llama.QuantizedLinear for path in changed)
+    names = [name for name, _ in tree_flatten(model.parameters())]
+    assert len(names) == len(set(names)) == len(random_weights(CONFIG)) + 2 * 2
+    assert_close(model(x), logits, 0.02)
+    llama.quantize(model, group_size=16, bits=4, mode="nvfp4")
+    kinds = [type(layer) for layer in dict(model.named_modules()).values()]
+    assert kinds.count(llama.QuantizedLinear) == 2 * 7 + 1
+    assert kinds.count(llama.QuantizedEmbedding) == 1
+    assert kinds.count(nn.Linear) == kinds.count(nn.Embedding) == 0
+    assert model.model.layers[0].self_attn.o_proj is after[min(changed)]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"group_size": 48},
+        {"group_size": 16},
+        {"group_size": 16, "bits": 8, "mode": "nvfp4"},
+        # Also where no layer would divide anyhow.
+        {"group_size": 7},
+        {"group_size": 0},
+        {"bits": 7},
+        {"mode": "int4"},
+    ],
+)
+def test_settings_without_a_kernel_are_refused(settings):
+    model = tiny_model()
+    before = list(model.named_modules())
+    with pytest.raises(ValueError, match="cannot quantize"):
+        llama.quantize(model, **settings)
+    assert [m for _, m in model.named_modules()] == [m for _, m in before]
+
+
+# -----------------------------------------------------------------------------
+# 4. Rotary embedding
+# -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("traditional", [False, True])
+@pytest.mark.parametrize("position", [0, 1, 1000, 8191, 65537, 131071])
+def test_pairs_turn_as_complex_numbers(position, traditional):
+    """Angles are float32, rounded up to three times: 0.02 radians at 131071."""
+    rope = llama.RoPE(64, 500000.0, traditional=traditional)
+    x = np.random.default_rng(0).normal(size=(2, 3, 4, 64)).astype(np.float32)
+    positions = np.arange(position, position + 4)[:, None]
+    frequencies = 500000.0 ** (-np.arange(0, 64, 2) / 64)
+    got = rope(mx.array(x), position)
+    exact = rotated(x, positions * frequencies, traditional)
+    assert_close(got, exact, 1e-6 + 2.5 * 2**-24 * position)
+    if mx.default_device() == mx.cpu:
+        # With the angles rounded as MLX rounds them, hardly anything is left.
+        frequencies = np.float32(1) / (1 / frequencies).astype(np.float32)
+        angles = positions.astype(np.float32) * frequencies
+        assert_close(got, rotated(x, angles.astype(float), traditional), 1e-5)
+
+
+def test_llama3_scaling_has_three_bands():
+    bands = set()
+    got, factor = llama.rope_frequencies(128, 500000.0, 131072, LLAMA3)
+    assert factor == 1.0
+    for i, frequency in enumerate(got):
+        plain = 500000.0 ** (-2 * i / 128)
+        wavelength = 2 * math.pi / plain
+        if wavelength < 8192 / 4:
+            band, wanted = "kept", plain
+        elif wavelength > 8192 / 1:
+            band, wanted = "slowed", plain / 8
+        else:
+            smooth = (8192 / wavelength - 1) / (4 - 1)
+            band, wanted = "between", (1 - smooth) * plain / 8 + smooth * plain
+        bands.add(band)
+        assert frequency == pytest.approx(wanted, rel=1e-12)
+    assert bands == {"kept", "slowed", "between"}
+
+
+LINEAR = {"rope_type": "linear", "factor": 2.5}
+
+
+def test_linear_scaling_divides_every_frequency():
+    got, factor = llama.rope_frequencies(16, 100.0, 64, LINEAR)
+    assert factor == 1.0
+    wanted = [100.0 ** (-i / 8) / 2.5 for i in range(8)]
+    assert got == pytest.approx(wanted, rel=1e-12)
+
+
+YARN = SHORT | {"rope_type": "yarn"}
+SCALINGS = [
+    LLAMA3,
+    LLAMA3 | SHORT,
+    LINEAR,
+    YARN,
+    YARN | {"original_max_position_embeddings": 4096, "factor": 40.0},
+    without(YARN, "original_max_position_embeddings"),
+    YARN | {"factor": 0.5},
+    YARN | {"beta_fast": 4.0, "beta_slow": 0.5},
+    YARN | {"beta_fast": 2.0, "beta_slow": 2.0, "truncate": False},
+    YARN | {"truncate": False},
+    YARN | {"attention_factor": 1.7},
+    YARN | {"mscale": 0.7, "mscale_all_dim": 1.3},
+]
+
+
+@pytest.mark.parametrize("scaling", SCALINGS)
+@pytest.mark.parametrize("head_dim", [16, 128])
+def test_scaled_frequencies_are_those_of_transformers(scaling, head_dim):
+    transformers = peer("transformers")
+    functions = peer("transformers.modeling_rope_utils").ROPE_INIT_FUNCTIONS
+    numbers = {"head_dim": head_dim, "max_position_embeddings": 512}
+    config = transformers.LlamaConfig(rope_parameters=scaling | THETA, **numbers)
+    wanted, wanted_factor = functions[scaling["rope_type"]](config, "cpu")
+    got, factor = llama.rope_frequencies(head_dim, 20000.0, 512, scaling)
+    assert got == pytest.approx(wanted.tolist(), rel=1e-5)
+    assert factor == pytest.approx(wanted_factor, rel=1e-12)
+    assert llama.RoPE(head_dim, 20000.0, 512, scaling).score_factor == factor**2
+
+
+@pytest.mark.parametrize(
+    ("scaling", "words"),
+    [
+        ({"rope_type": "dynamic", "factor": 2.0}, "'dynamic'"),
+        ({"factor": 2.0}, "None"),
+        ({"rope_type": "linear"}, "factor must be positive, got None"),
+        ({"rope_type": "yarn"}, "factor must be positive, got None"),
+        *((without(LLAMA3, key), key) for key in LLAMA3 if key != "rope_type"),
+        (LLAMA3 | {"factor": 0}, "factor must be positive, got 0"),
+        (LLAMA3 | {"factor": "8"}, "factor must be positive, got '8'"),
+        (LLAMA3 | {"factor": True}, "factor must be positive, got True"),
+        (LLAMA3 | {"factor": math.nan}, "factor must be positive, got nan"),
+        (LLAMA3 | {"low_freq_factor": 4.0}, "low_freq_factor 4.0 must be below 4.0"),
+        (YARN | {"attention_factor": -1.0}, "attention_factor"),
+    ],
+)
+def test_a_scaling_that_cannot_be_computed_is_refused(scaling, words):
+    with pytest.raises(ValueError, match=words):
+        llama.RoPE(16, scaling=scaling)
+
+
+# -----------------------------------------------------------------------------
+# 5. KV cache
+# -----------------------------------------------------------------------------
+
+
+def random_past(length, seed):
+    shape = 2, 1, 3, length, 16  # keys and values; B, Hkv, L, Dh
+    return mx.random.normal(shape, key=mx.random.key(seed))
+
+
+def test_a_cache_returns_all_that_was_appended():
+    cache, past = llama.KVCache(9), random_past(9, 0)
+    assert cache.state == []
+    for start, end in ((0, 4), (4, 5), (5, 9)):
+        keys, values = cache.update_and_fetch(*past[..., start:end, :])
+        assert cache.offset == end
+        assert mx.array_equal(keys, past[0, ..., :end, :])
+        assert mx.array_equal(values, past[1, ..., :end, :])
+
+
+def test_a_full_cache_refuses_and_says_both_numbers():
+    cache = llama.KVCache(5)
+    cache.update_and_fetch(*random_past(4, 0))
+    with pytest.raises(ValueError, match="6 tokens, capacity 5"):
+        cache.update_and_fetch(*random_past(2, 1))
+    assert cache.offset == 4
+    cache.update_and_fetch(*random_past(1, 1))
+    assert cache.offset == 5
+    with pytest.raises(ValueError, match="at least 1 token, got 0"):
+        llama.KVCache(0)
+
+
+def test_a_trimmed_cache_equals_a_fresh_one():
+    trimmed, fresh = llama.KVCache(20), llama.KVCache(20)
+    past, other = random_past(10, 0), random_past(3, 1)
+    trimmed.update_and_fetch(*past)
+    assert trimmed.trim(0) == 0
+    assert trimmed.trim(4) == 4
+    fresh.update_and_fetch(*past[..., :6, :])
+    got, wanted = (cache.update_and_fetch(*other) for cache in (trimmed, fresh))
+    assert got[0].shape[2] == 9
+    assert all(map(mx.array_equal, got, wanted))
+
+
+@pytest.mark.parametrize("n", [-1, 5])
+def test_a_cache_cannot_forget_what_it_does_not_hold(n):
+    cache = llama.KVCache(8)
+    cache.update_and_fetch(*random_past(4, 0))
+    with pytest.raises(ValueError, match=rf"\[0, 4\], got {n}"):
+        cache.trim(n)
+    assert cache.offset == 4
+
+
+def test_buffers_have_a_multiple_of_256_slots():
+    for capacity, slots in ((1, 256), (255, 256), (256, 256), (257, 512), (999, 1024)):
+        cache = llama.KVCache(capacity)
+        cache.update_and_fetch(*random_past(1, 0))
+        assert [buffer.shape for buffer in cache.state] == [(1, 3, slots, 16)] * 2
+
+
+def test_decoding_takes_no_more_memory_with_every_token():
+    """Neither kept nor, for the time of a step, as a second copy of the buffers."""
+    model, token, active = tiny_model(), mx.array([[1]]), []
+    mx.eval(model.parameters(), token)
+    before, cache = mx.get_active_memory(), model.make_cache(8192)
+    for step in range(120):
+        if step == 20:
+            mx.reset_peak_memory()
+        token = mx.argmax(model(token, cache), -1)
+        mx.eval(token, [layer.state for layer in cache])
+        active.append(mx.get_active_memory())
+    assert set(active[20:]) == {active[20]}
+    buffers = sum(buffer.nbytes for layer in cache for buffer in layer.state)
+    assert mx.get_peak_memory() - before < 1.1 * buffers
+
+
+def test_the_cache_serves_mlx_lm():
+    peer("mlx_lm")
+    from mlx_lm.models import llama as theirs
+
+    untied = CONFIG | {"tie_word_embeddings": False}
+    model = fill(theirs.Model(theirs.ModelArgs.from_dict(untied)), untied)
+    tokens = mx.array(random_tokens(CONFIG, batch=2))
+    whole = np.array(model(tokens))
+    model.make_cache = lambda capacity: [llama.KVCache(capacity) for _ in range(2)]
+    assert_close(in_parts(model, tokens, (10, 17, 18)), whole, 1e-5)
+
+
+# -----------------------------------------------------------------------------
+# 6. Transformer
+# -----------------------------------------------------------------------------
+
+
+def test_logits_are_those_of_a_llama_in_numpy():
+    assert_logits(tiny_model(), CONFIG, random_weights(CONFIG))
+
+
+def test_a_token_changes_no_logits_before_it():
+    model, tokens = tiny_model(), random_tokens(CONFIG, length=12)
+    logits = np.array(model(mx.array(tokens)))
+    for t in range(12):
+        changed = tokens.copy()
+        changed[0, t] = (changed[0, t] + 1) % 100
+        difference = np.abs(np.array(model(mx.array(changed))) - logits).max(-1)[0]
+        assert (difference[:t] < 1e-5).all()
+        assert (difference[t:] > 1e-3).all()
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_prefill_and_decode_give_the_logits_of_one_pass_at_every_split(batch):
+    model, tokens = tiny_model(), mx.array(random_tokens(CONFIG, batch, 9))
+    whole = np.array(model(tokens))
+    for split in range(1, 9):
+        # The rest one by one, and the rest at once.
+        for cuts in (tuple(range(split, 9)), (split,)):
+            assert_close(in_parts(model, tokens, cuts), whole, 1e-5)
+
+
+def test_logits_to_keep_are_the_last():
+    model, tokens = tiny_model(), mx.array(random_tokens(CONFIG, 3, 9))
+    whole = np.array(model(tokens))
+    for n in (1, 4, 9):
+        kept = model(tokens, model.make_cache(9), logits_to_keep=n)
+        assert_close(kept, whole[:, -n:], 1e-5)
+
+
+@pytest.mark.parametrize("mode", ["dense", "affine", "mxfp4"])
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
+def test_logits_have_the_dtype_of_the_weights(dtype, mode):
+    model = llama.Llama(llama.ModelArgs.from_dict(WIDE))
+    if mode != "dense":
+        llama.quantize(model, group_size=32, mode=mode)
+    model.set_dtype(dtype)
+    assert model(mx.array([[1, 2]])).dtype == dtype
+
+
+@needs_data
+def test_a_trained_model_gives_the_logits_of_numpy():
+    folder = Path(DATA, "models", "stories260K")
+    weights = mx.load(str(folder / "model.safetensors"))
+    config = json.loads((folder / "config.json").read_text())
+    assert_logits(llama.load_model(folder, dtype=mx.float32), config, weights)
+
+
+VARIANTS = {
+    "grouped heads": {},
+    "as many key heads": {"num_key_value_heads": 6},
+    "one key head": {"num_key_value_heads": 1},
+    "biases": {"attention_bias": True, "mlp_bias": True},
+    "heads of D / H": {"head_dim": None},
+    "a tied head": {"tie_word_embeddings": True},
+    "llama3": {"rope_parameters": LLAMA3 | SHORT},
+    "linear": {"rope_parameters": LINEAR},
+    "yarn": {"rope_parameters": YARN},
+}
+
+
+def hugging_face_model(changes):
+    transformers, torch = peer("transformers"), peer("torch")
+    torch.manual_seed(0)
+    rope = {"rope_parameters": THETA | changes.get("rope_parameters", {})}
+    numbers = without(CONFIG, "model_type", "rope_theta") | changes | rope
+    config = transformers.LlamaConfig(**numbers)
+    model = transformers.LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight.normal_(float("norm" in name), 0.2)
+    return model
+
+
+def to_the_layout_of_transformers_4(folder):
+    config = json.loads((folder / "config.json").read_text())
+    rope = config.pop("rope_parameters")
+    config["rope_theta"] = rope.pop("rope_theta")
+    config["rope_scaling"] = None if rope["rope_type"] == "default" else rope
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("layout", ["transformers 4, shards", "transformers 5"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_logits_are_those_of_transformers(tmp_path, variant, layout):
+    oracle = hugging_face_model(VARIANTS[variant])
+    size = "60KB" if "shards" in layout else "1GB"
+    oracle.save_pretrained(tmp_path, max_shard_size=size)
+    assert (len(llama.weight_files(tmp_path)) > 1) == ("shards" in layout)
+    if "transformers 4" in layout:
+        to_the_layout_of_transformers_4(tmp_path)
+    tokens = random_tokens(CONFIG, batch=2, length=60)
+    with peer("torch").no_grad():
+        wanted = oracle(peer("torch").tensor(tokens, dtype=int)).logits.numpy()
+    model, tokens = llama.load_model(tmp_path, dtype=mx.float32), mx.array(tokens)
+    assert_close(model(tokens), wanted, 2e-4)
+    for cuts in ((1,), (7, 8, 9), (31, 58), (59,)):
+        assert_close(in_parts(model, tokens, cuts), wanted, 2e-4)
+
+
+@pytest.mark.parametrize(
+    ("bits", "group_size", "mode", "F", "tied"),
+    [
+        (4, 64, "affine", 320, True),
+        (4, 32, "affine", 176, False),  # no group size divides F: down_proj stays
+        (8, 64, "affine", 320, False),
+        (4, 32, "mxfp4", 320, True),
+        (8, 32, "mxfp8", 320, False),
+        (4, 16, "nvfp4", 320, False),
+    ],
+)
+def test_a_folder_of_mlx_lm_gives_its_logits(tmp_path, bits, group_size, mode, F, tied):
+    """Written from bfloat16, as conversions are; both then compute in float32."""
+    peer("mlx_lm")
+    from mlx_lm import utils
+    from mlx_lm.models import llama as theirs
+
+    config = WIDE | {"intermediate_size": F, "tie_word_embeddings": tied}
+    model = fill(theirs.Model(theirs.ModelArgs.from_dict(config)), config)
+    model.set_dtype(mx.bfloat16)
+    model, config = utils.quantize_model(model, config, group_size, bits, mode)
+    utils.save_model(tmp_path, model)
+    utils.save_config(config, tmp_path / "config.json")
+
+    oracle, _ = utils.load_model(tmp_path)
+    oracle.set_dtype(mx.float32)
+    own, tokens = llama.load_model(tmp_path, dtype=mx.float32), random_tokens(WIDE, 2)
+    down_proj = own.model.layers[0].mlp.down_proj
+    assert isinstance(down_proj, nn.Linear) == (F % group_size != 0)
+    wanted, tokens = np.array(oracle(mx.array(tokens))), mx.array(tokens)
+    assert_close(own(tokens), wanted, 1e-3)
+    assert_close(in_parts(own, tokens, (9, 10)), wanted, 1e-3)
+
+
+# -----------------------------------------------------------------------------
+# 7. Tokenizer
+# -----------------------------------------------------------------------------
+
+VOCABULARIES = ("llama3", "llama2", "gpt2-digits", "stories260K")
+
+
+def vocabulary_folder(name: str) -> Path:
+    return DATA / ("models" if name == "stories260K" else "tokenizers") / name
+
+
+@functools.lru_cache
+def tokenizer(name: str, template: str | None = None) -> llama.Tokenizer:
+    return llama.Tokenizer.from_folder(vocabulary_folder(name), template=template)
+
+
+def reference_tokenizer(name: str):
+    tokenizers = peer("tokenizers")
+    return tokenizers.Tokenizer.from_file(
+        str(vocabulary_folder(name) / "tokenizer.json")
+    )
+
+
+def byte_tokenizer(special: Sequence[str] = (), **other) -> llama.Tokenizer:
+    """A tokenizer whose ids are bytes, with control tokens from 256 on."""
+    ranks = {bytes([b]): b for b in range(256)}
+    text = {b: bytes([b]) for b in range(256)}
+    vocabulary = llama.Vocabulary(ranks, "(?s:.+)", [(b,) for b in range(256)], text)
+    ids = {name: 256 + n for n, name in enumerate(special)}
+    return llama.Tokenizer(vocabulary, ids, **other)
+
+
+@needs_data
+@pytest.mark.parametrize("name", VOCABULARIES)
+def test_ids_are_those_of_hugging_face(name):
+    vectors = json.loads((DATA / "tokenizers" / "vectors.json").read_text())[name]
+    assert len(vectors) >= 200
+    for text, ids in vectors:
+        assert tokenizer(name).encode(text) == ids, text
+
+
+@needs_data
+def test_metas_rank_file_gives_the_ids_of_the_json_file(tmp_path):
+    shutil.copy(vocabulary_folder("llama3") / "tokenizer.model", tmp_path)
+    ranks = llama.Tokenizer.from_folder(tmp_path)
+    vectors = json.loads((DATA / "tokenizers" / "vectors.json").read_text())["llama3"]
+    assert [ranks.encode(text) for text, _ in vectors] == [ids for _, ids in vectors]
+    for token, i in ranks.special_tokens.items():
+        # The shared vocabulary has Llama 3.0's names: reserved where 3.1 has eom.
+        assert tokenizer("llama3").special_tokens.get(token, i) == i
+    assert ranks.bos_prefix == [128000] and {128001, 128009} <= ranks.stop_tokens
+
+
+@needs_data
+@pytest.mark.parametrize("name", VOCABULARIES)
+def test_any_text_gets_the_ids_of_hugging_face(name):
+    hypothesis = peer("hypothesis")
+    reference = reference_tokenizer(name)
+    special = [*tokenizer(name).special_tokens]
+    parts = [
+        "  ",
+        "\n",
+        " \n",
+        "\t",
+        "1234",
+        "½",
+        "don't",
+        "DON'T",
+        "Việt",
+        "▁",
+        "日本",
+    ]
+    parts += ["🙂", "é", "e\u0301", "\u200d", "\x00", "x", " x", "...", "!!", "ſ", "Ⅷ"]
+    pieces = hypothesis.strategies.one_of(
+        hypothesis.strategies.sampled_from(parts),
+        hypothesis.strategies.text(max_size=8),
+    )
+
+    @hypothesis.given(hypothesis.strategies.lists(pieces, max_size=12))
+    @hypothesis.settings(max_examples=150, deadline=None, derandomize=True)
+    def check(texts):
+        text = "".join(texts)
+        hypothesis.assume(not any(token in text for token in special))
+        ids = reference.encode(text, add_special_tokens=False).ids
+        assert tokenizer(name).encode(text) == ids
+
+    check()
+
+
+@needs_data
+@pytest.mark.parametrize("name", VOCABULARIES)
+@pytest.mark.parametrize("text", [" ", "a", " \n", "word ", "🙂"])
+def test_a_million_characters_encode_and_come_back(name, text):
+    text = text * (1_000_000 // len(text))
+    ids = tokenizer(name).encode(text)
+    assert tokenizer(name).decode(ids) == text
+
+
+@needs_data
+@pytest.mark.parametrize("name", VOCABULARIES)
+def test_streamed_pieces_are_whole_characters_and_join_to_the_text(name):
+    text = (
+        "Emoji 👩‍👩‍👧 🏳️‍🌈, 日本語, Zürich, naïve, \u0928\u092e\u0938\u094d\u0924\u0947."
+    )
+    ids = tokenizer(name).encode(text)
+    stream = tokenizer(name).stream(drop_space=True)
+    pieces = [stream.add(i) for i in ids] + [stream.close()]
+    assert "".join(pieces) == tokenizer(name).decode(ids) == text
+    assert "\ufffd" not in "".join(pieces)
+    assert len([piece for piece in pieces if piece]) > 10  # it does stream
+
+
+def test_bytes_that_never_become_a_character_are_shown_as_such():
+    emoji = list("🙂".encode())
+    assert byte_tokenizer().decode([*emoji[:2], *b"ok", *emoji]) == "\ufffdok🙂"
+    assert byte_tokenizer().decode(emoji[:3]) == "\ufffd"
+
+
+def test_special_ids_and_ids_without_a_token_are_no_text():
+    assert byte_tokenizer(["<|eot_id|>"]).decode([*b"a", 256, 99999, *b"b"]) == "ab"
+
+
+def test_added_tokens_that_are_not_special_are_text():
+    shown = byte_tokenizer(["<think>", "</s>"], visible=["<think>"])
+    assert shown.decode([256, *b"hm", 257]) == "<think>hm"
+
+
+# The families' templates, retold: what they render is what the published ones do.
+ROLES = "{% for m in messages %}{% set text = m['content']%s %}"
+JINJA = {
+    "llama3": "{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m['role']"
+    " + '<|end_header_id|>\n\n' + m['content'] | trim + '<|eot_id|>' }}{% endfor %}"
+    "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}",
+    "llama3.1": "{% set date_string = '26 Jul 2024' %}{{ bos_token }}"
+    "{% set system = '' %}{% set rest = messages %}"
+    "{% if messages[0]['role'] == 'system' %}{% set rest = messages[1:] %}"
+    "{% set system = messages[0]['content'] | trim %}{% endif %}"
+    "{{ '<|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: "
+    "December 2023\nToday Date: ' + date_string + '\n\n' + system + '<|eot_id|>' }}"
+    "{% for m in rest %}{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' +"
+    " m['content'] | trim + '<|eot_id|>' }}{% endfor %}"
+    "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}",
+    "llama2": "{% set ns = namespace(system='') %}{% for m in messages %}"
+    "{% if m['role'] == 'system' %}"
+    "{% set ns.system = '<<SYS>>\n' + m['content'] + '\n<</SYS>>\n\n' %}"
+    "{% elif m['role'] == 'user' %}"
+    "{{ bos_token + '[INST] ' + (ns.system + m['content']).strip() + ' [/INST]' }}"
+    "{% set ns.system = '' %}"
+    "{% else %}{{ ' ' + m['content'].strip() + ' ' + eos_token }}{% endif %}{% endfor %}",
+    "chatml": "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content']"
+    " + '<|im_end|>' + '\n' }}{% endfor %}{{ '<|im_start|>assistant\n' }}",
+    "zephyr": "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] +"
+    " eos_token + '\n' }}{% endfor %}{{ '<|assistant|>\n' }}",
+    "mistral": "{{ bos_token }}{% for message in messages %}"
+    "{% if message['role'] == 'user' %}"
+    "{{ '[INST] ' + message['content'] + ' [/INST]' }}"
+    "{% else %}{{ message['content'] + eos_token }}{% endif %}{% endfor %}",
+    "mistral-v3": "{{ bos_token }}{% for message in messages %}"
+    '{% if message["role"] == "user" %}'
+    '{{- "[INST] " + message["content"] + "[/INST]" }}'
+    '{% else %}{{- " " + message["content"]|trim + eos_token }}{% endif %}{% endfor %}',
+}
+SPEAKS = {"llama3": "llama3", "llama3.1": "llama3", "chatml": "gpt2-digits"}
+TURNS = [
+    {"role": "user", "content": "Hello, who are you?"},
+    {"role": "assistant", "content": "I'm a model.\nAsk me: 1 + 1 = 2!"},
+    {"role": "user", "content": "Zürich 🙂\n\ndef f(x):\n    return x  # 1234"},
+    {"role": "assistant", "content": "Fine."},
+    {"role": "user", "content": "[INST] and <<SYS>>?"},
+]
+SYSTEM = {"role": "system", "content": "Be brief. Answer in French."}
+
+
+def folder_with_template(tmp_path: Path, name: str) -> Path:
+    """A copy of the vocabulary that the format belongs to, with its template."""
+    source = vocabulary_folder(SPEAKS.get(name, "llama2"))
+    shutil.copy(source / "tokenizer.json", tmp_path)
+    settings = json.loads((source / "tokenizer_config.json").read_text())
+    settings["chat_template"] = JINJA[name]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    return tmp_path
+
+
+@needs_data
+@pytest.mark.parametrize("name", JINJA)
+def test_chat_ids_are_those_of_the_jinja_template(name, tmp_path):
+    transformers = peer("transformers")
+    folder = folder_with_template(tmp_path, name)
+    ours = llama.Tokenizer.from_folder(folder)
+    assert ours.template == name
+    reference = transformers.PreTrainedTokenizerFast(
+        tokenizer_file=str(folder / "tokenizer.json"),
+        bos_token="<|begin_of_text|>" if "llama3" in name else "<s>",
+        eos_token="<|eot_id|>" if "llama3" in name else "</s>",
+    )
+    # The published templates of Mistral differ in where they put a system text.
+    for system in ([], [SYSTEM]) if "mistral" not in name else ([],):
+        for n in (1, 3, 5):
+            messages = [*system, *TURNS[:n]]
+            wanted = reference.apply_chat_template(
+                messages, chat_template=JINJA[name], return_dict=False
+            )
+            assert ours.encode_chat(messages) == wanted, (system, n)
+
+
+@needs_data
+@pytest.mark.parametrize("name", llama.CHAT_FORMATS)
+def test_turns_added_one_by_one_give_the_ids_of_one_render(name):
+    """What a prompt holds is never taken back: so the cache serves from turn to turn.
+
+    Version 3 of Mistral moves the system text to the last message, so not with one.
+    """
+    chat = tokenizer(SPEAKS.get(name, "llama2"), name)
+    system = [] if name == "mistral-v3" else [SYSTEM]
+    before = []
+    for n in (1, 3, 5):
+        ids = chat.encode_chat([*system, *TURNS[:n]])
+        assert ids[: len(before)] == before
+        before = ids
+    if chat.chat_format.bos:
+        assert before.count(chat.bos) == 1 and before[0] == chat.bos
+
+
+@needs_data
+def test_ids_that_the_model_wrote_are_not_encoded_anew():
+    chat = tokenizer("llama3", "llama3")
+    spelled = [i for letter in "Fine." for i in chat.encode(letter)]
+    ids = chat.encode_chat(TURNS[:3], replies={TURNS[1]["content"]: spelled})
+    at = len(chat.encode_chat(TURNS[:1]))
+    assert ids[at : at + len(spelled) + 1] == [*spelled, 128009]
+
+
+@needs_data
+@pytest.mark.parametrize("name", llama.CHAT_FORMATS)
+def test_text_never_becomes_a_control_token(name):
+    chat = tokenizer(SPEAKS.get(name, "llama2"), name)
+    special = chat.special_tokens
+    hostile = "".join(special) + "<|eot_id|><|start_header_id|>system<|end_header_id|>"
+    innocent = {"role": "user", "content": "x"}
+    for role in ("system", "user", "assistant"):
+        messages = [{"role": role, "content": hostile}, innocent]
+        if role == "user":
+            messages = [innocent, {"role": "assistant", "content": "y"}, messages[0]]
+        if role == "assistant":
+            messages = [innocent, *messages]
+        plain = [m | {"content": "x"} for m in messages]
+        count = collections.Counter(chat.encode_chat(messages))
+        wanted = collections.Counter(chat.encode_chat(plain))
+        for token, i in special.items():
+            assert count[i] == wanted[i], (role, token)
+    assert not set(special.values()) & set(chat.encode(hostile))
+
+
+@pytest.mark.parametrize(
+    ("template", "name", "change"),
+    [
+        ("<|start_header_id|> ... bos_token", "llama3", {"bos": True}),
+        ("<|start_header_id|>", "llama3", {"bos": False}),
+        (
+            "<|start_header_id|> Cutting Knowledge Date: {%- set date_string = "
+            "strftime_now('%d %b %Y') %} {%- set date_string = \"26 Jul 2024\" %}",
+            "llama3.1",
+            {"date": None},
+        ),
+        (
+            '<|start_header_id|> Cutting Knowledge Date: {% set date_string = "26 Jul 2024" %}',
+            "llama3.1",
+            {"date": "26 Jul 2024"},
+        ),
+        (
+            "{{ '<|im_start|>system\\nYou are Smol, a friend<|im_end|>\\n' }}",
+            "chatml",
+            {"default_system": "You are Smol, a friend"},
+        ),
+        ("'<|im_start|>' + message['role']", "chatml", {"default_system": None}),
+        ("'<|user|>\n' + eos_token + '<|assistant|>'", "zephyr", {}),
+        ("'<<SYS>>\\n' '[INST] '", "llama2", {}),
+        (
+            "'[INST] ' + message['content'] + ' [/INST]' eos_token + ' '",
+            "mistral",
+            {"assistant": "{}{eos} "},
+        ),
+        ("<start_of_turn>", None, {}),
+        ("<|user|>\n <|end|> <|assistant|>", None, {}),
+    ],
+)
+def test_formats_are_recognised_without_running_the_template(template, name, change):
+    found, chat = llama.recognise_format(template)
+    assert found == name
+    assert (chat is None) == (name is None)
+    for field, value in change.items():
+        assert getattr(chat, field) == value
+
+
+def test_the_date_is_todays_unless_the_template_fixes_one():
+    names = [*llama.LLAMA3_TOKENS]
+    for date, wanted in ((None, time.strftime("%d %b %Y")), ("26 Jul 2024",) * 2):
+        chat = dataclasses.replace(llama.CHAT_FORMATS["llama3.1"], date=date)
+        ids = byte_tokenizer(names, chat_format=chat).encode_chat(TURNS[:1])
+        assert f"Today Date: {wanted}\n\n" in byte_tokenizer().decode(ids)
+
+
+@needs_data
+def test_a_default_system_text_stands_where_the_conversation_has_none():
+    smol = tokenizer("gpt2-digits")
+    assert "You are a helpful AI assistant named SmolLM" in smol.decode(
+        smol.encode_chat(TURNS[:1])
+    )
+    assert "SmolLM" not in smol.decode(smol.encode_chat([SYSTEM, TURNS[0]]))
+
+
+@pytest.mark.parametrize(
+    ("messages", "error"),
+    [
+        ([], "last message must be the user's"),
+        ([TURNS[1]], "last message must be the user's"),
+        ([TURNS[0], SYSTEM, TURNS[2]], "message 1: role must be"),
+        ([{"role": "tool", "content": "x"}], "role must be system .* got 'tool'"),
+        ([{"role": "user", "content": None}], "content must be text, got None"),
+        ([TURNS[0], TURNS[2]], "must alternate"),
+    ],
+)
+def test_messages_out_of_order_are_refused(messages, error):
+    chat = byte_tokenizer(chat_format=llama.CHAT_FORMATS["llama2"], bos=1, eos=2)
+    with pytest.raises(ValueError, match=error):
+        chat.encode_chat(messages)
+
+
+def test_a_format_needs_its_control_tokens_in_the_vocabulary():
+    chat = byte_tokenizer(chat_format=llama.CHAT_FORMATS["llama3"])
+    with pytest.raises(ValueError, match=r"needs <\|start_header_id\|>"):
+        chat.encode_chat(TURNS[:1])
+
+
+@pytest.mark.parametrize(("template", "error"), [(None, "base"), ("unknown", "known")])
+def test_a_conversation_needs_a_known_format(template, error):
+    with pytest.raises(ValueError, match=f"{error}.*--raw.*llama3.1"):
+        byte_tokenizer(template=template).encode_chat(TURNS[:1])
+
+
+def small_spec(**changes) -> dict:
+    """A byte-level tokenizer.json with one merge, "a" and "b"."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in printable]
+    letters = [chr(b) for b in printable] + [chr(256 + n) for n in range(len(others))]
+    vocab = {letter: n + 1 for n, letter in enumerate([*letters, "ab"])}
+    model = {"type": "BPE", "vocab": vocab, "merges": [["a", "b"]]}
+    step = {"type": "ByteLevel", "add_prefix_space": False}
+    added = [{"id": 0, "content": "</s>", "special": True}]
+    spec = {"model": model, "pre_tokenizer": step, "added_tokens": added}
+    return {**spec, **changes, "model": model | changes.get("model", {})}
+
+
+def write_tokenizer(folder: Path, spec: object, **files: object) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
+    for name, value in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(value))
+    return folder
+
+
+def test_merges_are_read_in_both_spellings(tmp_path):
+    for merges in (["a b"], [["a", "b"]]):
+        folder = write_tokenizer(tmp_path, small_spec(model={"merges": merges}))
+        assert llama.Tokenizer.from_folder(folder).encode("xab")[-1] == 257
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"model": {"type": "Unigram"}}, "wanted plain BPE, got type 'Unigram'"),
+        ({"model": {"merges": []}}, "no merges"),
+        ({"model": {"merges": [["a", "?!"]]}}, "merges of '.!', not in the vocabulary"),
+        ({"model": {"vocab": {"a": 1, "b": 2, "ab": 3}}}, "lacks the bytes"),
+        ({"model": {"vocab": {"a": 1, "b": 1, "ab": 3}}}, "each once"),
+        ({"model": {"vocab": {"a": 1, "b": "2", "ab": 3}}}, "whole numbers"),
+        ({"model": {"vocab": None}}, "tokenizer files: TypeError"),
+        ({"model": {"byte_fallback": True}}, "lacks <0x00>"),
+        ({"pre_tokenizer": {"type": "Whitespace"}}, "unknown pre_tokenizer"),
+        ({"pre_tokenizer": None}, "unknown pre_tokenizer"),
+        ({"normalizer": {"type": "Lowercase"}}, "unknown normalizer 'Lowercase'"),
+        ({"added_tokens": [{"id": 3}]}, "tokenizer files: KeyError"),
+    ],
+)
+def test_vocabularies_that_are_not_understood_are_refused(change, error, tmp_path):
+    folder = write_tokenizer(tmp_path, small_spec(**change))
+    with pytest.raises(ValueError, match=error) as caught:
+        llama.Tokenizer.from_folder(folder)
+    assert str(tmp_path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("step", "text", "pieces"),
+    [
+        ({"type": "Digits", "individual_digits": True}, "a  12b", "a|  |1|2|b"),
+        ({"type": "Digits", "individual_digits": False}, "a 12b", "a| |12|b"),
+        (
+            {"type": "Split", "pattern": {"Regex": "b+"}, "behavior": "Isolated"},
+            "aabbcab",
+            "aa|bb|ca|b",
+        ),
+        (
+            {"type": "Split", "pattern": {"String": "."}, "behavior": "Isolated"},
+            "a.b..",
+            "a|.|b|.|.",
+        ),
+    ],
+)
+def test_pre_tokenizers_split_as_hugging_face_does(step, text, pieces, tmp_path):
+    tokenizers = peer("tokenizers")
+    last = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    last["use_regex"] = step["type"] == "Digits"
+    step = step | ({"invert": False} if step["type"] == "Split" else {})
+    both = {"type": "Sequence", "pretokenizers": [step, last]}
+    pattern = llama.split_pattern(both)
+    # Every piece of up to 7 ASCII characters as a token of its own shows the splits.
+    found = tiktoken_pieces(pattern, text)
+    assert "|".join(found) == pieces
+    spec = small_spec(pre_tokenizer=both) | {"version": "1.0", "added_tokens": []}
+    reference = tokenizers.Tokenizer.from_str(json.dumps(spec))
+    split = reference.pre_tokenizer.pre_tokenize_str(text)
+    assert [text[a:b] for _, (a, b) in split] == found
+
+
+def tiktoken_pieces(pattern: str, text: str) -> list[str]:
+    """What a pattern makes of a text: with all its parts as tokens, the pieces."""
+    ranks = {bytes([b]): b for b in range(256)}
+    for length in range(2, len(text) + 1):
+        for at in range(len(text) - length + 1):
+            ranks.setdefault(text[at : at + length].encode(), len(ranks))
+    bpe = tiktoken.Encoding(
+        "test", pat_str=pattern, mergeable_ranks=ranks, special_tokens={}
+    )
+    return [bpe.decode([rank]) for rank in bpe.encode_ordinary(text)]
+
+
+@needs_data
+@pytest.mark.parametrize("scheme", ["always", "first", "never"])
+@pytest.mark.parametrize("words", [True, False])
+def test_metaspace_is_what_the_older_normalizer_was(scheme, words, tmp_path):
+    tokenizers = peer("tokenizers")
+    spec = json.loads((vocabulary_folder("llama2") / "tokenizer.json").read_text())
+    step = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme}
+    spec |= {"normalizer": None, "pre_tokenizer": step | {"split": words}}
+    ours = llama.Tokenizer.from_folder(write_tokenizer(tmp_path, spec))
+    reference = tokenizers.Tokenizer.from_str(json.dumps(spec))
+    for text in ("Hello there", " two  spaces ", "", "▁x", "日本 語🙂"):
+        ids = reference.encode(text, add_special_tokens=False).ids
+        assert ours.encode(text) == ids, text
+
+
+def test_stop_ids_are_the_union_of_all_that_name_one(tmp_path):
+    names = ("</s>", "<|eot_id|>", "<|end|>", "<a>", "<b>")
+    added = [
+        {"id": 300 + n, "content": t, "special": True} for n, t in enumerate(names)
+    ]
+    folder = write_tokenizer(
+        tmp_path,
+        small_spec(added_tokens=added),
+        config={"eos_token_id": 303},
+        generation_config={"eos_token_id": [304, 302]},
+        tokenizer_config={"eos_token": {"content": "<|end|>"}, "bos_token": "<a>"},
+    )
+    found = llama.Tokenizer.from_folder(folder)
+    assert found.stop_tokens == {300, 301, 302, 303, 304}
+    assert (found.bos, found.eos) == (303, 302)
+
+
+@pytest.mark.parametrize("add", [True, False, None])
+def test_bos_goes_before_a_text_where_the_tokenizer_says_so(add, tmp_path):
+    post = {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "</s>"}}]}
+    settings = {"bos_token": "</s>"} | ({} if add is None else {"add_bos_token": add})
+    spec = small_spec(post_processor=post)
+    folder = write_tokenizer(tmp_path, spec, tokenizer_config=settings)
+    assert llama.Tokenizer.from_folder(folder).bos_prefix == (
+        [] if add is False else [0]
+    )
+
+
+def test_templates_are_found_in_either_file_and_by_name(tmp_path):
+    chatml = "{{ '<|im_start|>' }}"
+    named = [{"name": "tool", "template": "?"}, {"name": "default", "template": chatml}]
+    for value in (chatml, named):
+        settings = {"chat_template": value}
+        folder = write_tokenizer(tmp_path, small_spec(), tokenizer_config=settings)
+        assert llama.Tokenizer.from_folder(folder).template == "chatml"
+    (folder / "chat_template.jinja").write_text("<|start_header_id|>")
+    assert llama.Tokenizer.from_folder(folder).template == "llama3"
+    assert llama.Tokenizer.from_folder(folder, template="zephyr").template == "zephyr"
+    with pytest.raises(ValueError, match="template must be one of llama3, .* got 'x'"):
+        llama.Tokenizer.from_folder(folder, template="x")
+
+
+# -----------------------------------------------------------------------------
+# 8. Loading (of weights)
+# -----------------------------------------------------------------------------
+
+
+def test_one_error_groups_all_tensors_that_do_not_fit(tmp_path):
+    weights = random_weights(CONFIG)
+    del weights["model.norm.weight"], weights["model.layers.1.mlp.up_proj.weight"]
+    weights["model.vision.weight"] = np.zeros(3, np.float32)
+    weights["lm_head.weight"] = weights["lm_head.weight"][:99]
+    weights["model.layers.0.input_layernorm.weight"] = np.zeros(48, np.int32)
+    with pytest.raises(ValueError) as error:
+        llama.load_model(write_model(tmp_path, weights=weights))
+    missing, unexpected, shapes = str(error.value).split("; ")
+    assert "2 tensors missing" in missing
+    assert "model.norm.weight" in missing
+    assert "model.layers.1.mlp.up_proj.weight" in missing
+    assert "1 tensors unexpected" in unexpected
+    assert "model.vision.weight" in unexpected
+    assert "2 tensors" in shapes
+    assert "config.json says" in shapes
+    assert "lm_head.weight is F32 [99, 48]" in shapes
+    assert "[100, 48]" in shapes
+    assert "model.layers.0.input_layernorm.weight is I32 [48]" in shapes
+
+
+def test_the_rotary_frequencies_of_old_files_are_ignored(tmp_path):
+    old = {f"model.layers.{n}.self_attn.rotary_emb.inv_freq": [0.5] for n in range(2)}
+    weights = random_weights(CONFIG)
+    model = llama.load_model(write_model(tmp_path, weights=weights | old))
+    assert_logits(model, CONFIG, weights)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("head_in_file", [False, True])
+def test_the_file_decides_whether_there_is_a_head(tmp_path, tied, head_in_file):
+    config, weights = CONFIG | {"tie_word_embeddings": tied}, random_weights(CONFIG)
+    if not head_in_file:
+        del weights["lm_head.weight"]
+    model = llama.load_model(write_model(tmp_path, config, weights))
+    assert ("lm_head" in model) == head_in_file
+    assert_logits(model, CONFIG, weights)
+
+
+def packed_and_dense(settings):
+    """The tensors of a quantized file, and the weights that they stand for.
+
+    settings: of a layer by its path, None where it stays dense.
+    """
+    weights = random_weights(WIDE)
+    packed, dense = dict(weights), dict(weights)
+    for name, weight in weights.items():
+        path = name.removesuffix(".weight")
+        if weight.ndim == 2 and (chosen := settings(path)):
+            parts = mx.quantize(mx.array(weight), **chosen)
+            names = (f"{path}.{part}" for part in ("weight", "scales", "biases"))
+            packed |= dict(zip(names, parts))
+            dense[name] = np.array(mx.dequantize(*parts, **chosen))
+    return packed, dense
+
+
+FOUR, EIGHT = {"group_size": 64, "bits": 4}, {"group_size": 32, "bits": 8}
+ODD_ONE = "model.layers.1.mlp.down_proj"
+
+
+@pytest.mark.parametrize("key", ["quantization", "quantization_config"])
+@pytest.mark.parametrize(
+    ("own", "said"),
+    [(EIGHT, EIGHT), (FOUR | {"bits": 3}, {"bits": 3}), (None, False), (None, None)],
+)
+def test_a_layer_is_what_its_own_entry_and_its_tensors_say(tmp_path, own, said, key):
+    packed, dense = packed_and_dense(lambda path: own if path == ODD_ONE else FOUR)
+    config = WIDE | {key: FOUR if said is None else FOUR | {ODD_ONE: said}}
+    model = llama.load_model(write_model(tmp_path, config, packed))
+    layers = [layer.mlp.down_proj for layer in model.model.layers]
+    kinds = llama.QuantizedLinear, llama.QuantizedLinear if own else nn.Linear
+    assert tuple(map(type, layers)) == kinds
+    assert own is None or layers[1].bits == own["bits"]
+    assert_logits(model, WIDE, dense)
+
+
+@pytest.mark.parametrize(
+    ("quantization", "words"),
+    [
+        (FOUR | {"bits": 8}, "config.json says"),
+        (FOUR | {"group_size": 32}, "config.json says"),
+        (FOUR | {"bits": 7}, "cannot quantize"),
+        (FOUR | {"mode": "mxfp4"}, "cannot quantize"),
+        (FOUR | {"group_size": 128}, "must divide 320 columns"),
+        (None, "no quantization"),
+    ],
+)
+def test_settings_against_the_tensors_name_the_layer(tmp_path, quantization, words):
+    packed, _ = packed_and_dense(lambda path: FOUR if path == ODD_ONE else None)
+    config = WIDE | {"quantization": quantization}
+    with pytest.raises(ValueError, match=words) as error:
+        llama.load_model(write_model(tmp_path, config, packed))
+    assert ODD_ONE in str(error.value)
+
+
+def heads(n):
+    return {"num_attention_heads": n, "num_key_value_heads": n}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (heads(2**20), "config.json says"),
+        (heads(2**30), "too many"),
+        ({"num_hidden_layers": 20_000}, "num_hidden_layers"),
+    ],
+)
+def test_a_config_that_fits_no_machine_is_refused_at_once(tmp_path, change, words):
+    write_model(tmp_path, CONFIG | change, random_weights(CONFIG))
+    with pytest.raises(ValueError, match=words):
+        llama.load_model(tmp_path)
+
+
+def in_another_thread(work):
+    with ThreadPoolExecutor(1) as executor:
+        return executor.submit(work).result(timeout=30)
+
+
+@pytest.mark.parametrize("dtype", [None, mx.float16])
+def test_what_one_thread_loads_another_can_use(tmp_path, dtype):
+    packed, _ = packed_and_dense(lambda path: None if "lm_head" in path else FOUR)
+    write_model(tmp_path, WIDE | {"quantization": FOUR}, packed)
+    load = functools.partial(llama.load_model, tmp_path, dtype=dtype)
+    write = functools.partial(llama.generate, prompt=[1, 2, 3], max_tokens=8)
+    wanted, model = list(write(load())), in_another_thread(load)
+    assert in_another_thread(lambda: list(write(model))) == wanted
+    assert list(write(model)) == wanted
+
+
+@on_cpu
+@pytest.mark.parametrize(
+    ("dtype", "wanted"),
+    [(None, mx.float32), (mx.bfloat16, mx.bfloat16), (mx.float16, mx.float16)],
+)
+def test_16_bits_load_as_float32_on_the_cpu_unless_told(tmp_path, dtype, wanted):
+    weights = {k: mx.array(v) for k, v in random_weights(CONFIG).items()}
+    weights = {k: v.astype(mx.bfloat16) for k, v in weights.items()}
+    folder, seen = write_model(tmp_path, weights=weights), []
+    report = lambda *progress: seen.append(progress)
+    model = llama.load_model(folder, dtype=dtype, progress=report)
+    for name, array in tree_flatten(model.parameters()):
+        assert array.dtype == wanted
+        assert mx.array_equal(array, weights[name].astype(wanted))
+    assert model(mx.array([[1, 2]])).dtype == wanted
+    total = sum(array.nbytes for array in weights.values())
+    assert seen[-1] == (total, total)
+    assert seen == sorted(seen)
+    assert len(seen) == len(weights)
+
+
+# -----------------------------------------------------------------------------
+# 9. Samplers
+# -----------------------------------------------------------------------------
+
+
+def logits_of(*probabilities: float) -> mx.array:
+    with np.errstate(divide="ignore"):
+        return mx.array(np.log(np.array([probabilities], np.float32)))
+
+
+def kept(logprobs: mx.array) -> list[int]:
+    return [i for i, value in enumerate(logprobs[0].tolist()) if value > -math.inf]
+
+
+@pytest.mark.parametrize(
+    ("filter_", "value", "wanted"),
+    [
+        (llama.apply_top_k, 1, [3]),
+        (llama.apply_top_k, 2, [1, 3]),
+        (llama.apply_top_k, 3, [0, 1, 2, 3]),  # a tie stays together
+        (llama.apply_top_k, 5, [0, 1, 2, 3, 4]),
+        (llama.apply_top_k, 100, [0, 1, 2, 3, 4]),
+        (llama.apply_top_p, 1e-9, [3]),  # the likeliest always survives
+        (llama.apply_top_p, 0.39, [3]),
+        (llama.apply_top_p, 0.41, [1, 3]),
+        (llama.apply_top_p, 0.69, [1, 3]),
+        (llama.apply_top_p, 0.71, [0, 1, 2, 3]),
+        (llama.apply_top_p, 0.96, [0, 1, 2, 3, 4]),
+        (llama.apply_min_p, 1.0, [3]),
+        (llama.apply_min_p, 0.7, [1, 3]),
+        (llama.apply_min_p, 0.2, [0, 1, 2, 3]),
+        (llama.apply_min_p, 0.1, [0, 1, 2, 3, 4]),
+    ],
+)
+def test_filters_keep_the_tokens_they_should(filter_, value, wanted):
+    logprobs = logits_of(0.125, 0.3, 0.125, 0.4, 0.05)
+    filtered = filter_(logprobs, value)
+    assert kept(filtered) == wanted
+    assert filtered[0, 3] == logprobs[0, 3]  # what stays is not changed
+
+
+def test_the_repetition_penalty_moves_seen_tokens_down():
+    logits, seen = mx.array([[2.0, -2.0, 3.0]]), mx.array([[True, True, False]])
+    moved = llama.apply_repetition_penalty(logits, seen, 2.0)
+    assert moved.tolist() == [[1.0, -4.0, 3.0]]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 0.7, "top_p": None},
+        {"temperature": 1.5, "top_k": 7, "top_p": None},
+        {"temperature": 0.8, "top_p": 0.6},
+        {"temperature": 1.0, "top_p": None, "min_p": 0.2},
+        {"temperature": 1.3, "top_k": 20, "top_p": 0.8, "min_p": 0.1},
+    ],
+)
+def test_the_distribution_is_that_of_hugging_face(options):
+    """The warpers of transformers in the order of its generate, as exact odds.
+
+    20,000 draws of at most 50 tokens: the mean distance of the frequencies from the
+    odds is below 0.01 by a wide margin (4 standard deviations of one frequency).
+    """
+    torch, hf = peer("torch"), peer("transformers")
+    logits = np.random.default_rng(0).normal(0, 2, (1, 50)).astype(np.float32)
+    warped = torch.tensor(logits) / options["temperature"]
+    for name, warper in (
+        ("top_k", hf.TopKLogitsWarper),
+        ("top_p", hf.TopPLogitsWarper),
+        ("min_p", hf.MinPLogitsWarper),
+    ):
+        if options.get(name):
+            warped = warper(options[name])(None, warped)
+    odds = torch.softmax(warped, -1).numpy()[0]
+    sampler = llama.make_sampler(seed=1, **options)
+    tokens = np.array(sampler(mx.array(np.repeat(logits, 20_000, axis=0))))
+    frequencies = np.bincount(tokens, minlength=50) / len(tokens)
+    assert abs(frequencies - odds).max() < 0.015
+    assert set(tokens) <= set(np.flatnonzero(odds))
+
+
+def test_temperature_zero_is_the_likeliest_token_whatever_else_is_set():
+    logits = mx.array(np.random.default_rng(0).normal(size=(8, 50)))
+    greedy = llama.make_sampler(temperature=0, top_k=3, top_p=0.5, min_p=0.1)
+    assert greedy(logits).tolist() == mx.argmax(logits, axis=-1).tolist()
+
+
+def test_one_seed_draws_one_sequence_and_no_seed_a_new_one_each_time():
+    logits = mx.zeros((1, 1000))
+
+    def draw(seed: int | None) -> list[int]:
+        sampler = llama.make_sampler(temperature=1, seed=seed)
+        return [sampler(logits).item() for _ in range(10)]
+
+    assert draw(7) == draw(7) != draw(8)
+    assert len(set(draw(7))) > 5  # the key is split, not used again; odds (1/1000)^5
+    assert draw(None) != draw(None)
+
+
+def test_sampled_tokens_and_the_prompt_count_as_seen():
+    logits = mx.array([[3.0, 2.9, 2.8, 2.7]])
+    options = {"temperature": 0, "repetition_penalty": 1.5}
+    sampler = llama.make_sampler(prompt=[1], **options)
+    assert [sampler(logits).item() for _ in range(4)] == [0, 2, 3, 0]
+    sampler = llama.make_sampler(**options)
+    assert [sampler(logits).item() for _ in range(4)] == [0, 1, 2, 3]
+
+
+def test_sixteen_bit_logits_are_sampled_in_float32():
+    """In bfloat16 the sum of 4096 equal probabilities stalls far below 1."""
+    logits = mx.zeros((1, 4096), mx.bfloat16)
+    sampler = llama.make_sampler(temperature=1, top_p=0.999, seed=0)
+    drawn = {sampler(logits).item() for _ in range(300)}
+    assert len(drawn) > 250 and max(drawn) > 3500
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "error"),
+    [
+        ("temperature", -0.1, r"temperature must be in \[0, inf\), got -0.1"),
+        ("temperature", math.inf, r"temperature must be in \[0, inf\), got inf"),
+        ("temperature", math.nan, r"got nan"),
+        ("top_k", 0, r"top_k must be in \[1, inf\), a whole number, got 0"),
+        ("top_k", 1.5, "a whole number, got 1.5"),
+        ("top_p", 0, r"top_p must be in \(0, 1\], got 0"),
+        ("top_p", 1.5, r"top_p must be in \(0, 1\], got 1.5"),
+        ("min_p", 0, r"min_p must be in \(0, 1\], got 0"),
+        ("repetition_penalty", 0, r"repetition_penalty must be in \(0, inf\), got 0"),
+    ],
+)
+def test_options_out_of_range_are_refused(option, value, error):
+    with pytest.raises(ValueError, match=error):
+        llama.make_sampler(**{option: value})
+
+
+# -----------------------------------------------------------------------------
+# 10. Generation
+# -----------------------------------------------------------------------------
+
+
+class CountingModel:
+    """After token n comes n + 1 of 32; keeps what it was called with."""
+
+    def __init__(self):
+        self.calls = []
+        self.args = types.SimpleNamespace(max_position_embeddings=64)
+
+    def make_cache(self, capacity: int) -> list[llama.KVCache]:
+        return [llama.KVCache(capacity)]
+
+    def __call__(self, tokens, cache, logits_to_keep):
+        entries = tokens[:, None, :, None].astype(mx.float32)
+        keys, _ = cache[0].update_and_fetch(entries, entries)
+        self.calls.append(tokens.shape[1])
+        following = (keys[:, 0, -logits_to_keep:, 0] + 1) % 32
+        return (mx.arange(32) == following[..., None]).astype(mx.float32)
+
+
+def run(generation: Iterator[int]) -> tuple[list[int], str]:
+    """What a generation yields, and why it ended."""
+    tokens = []
+    while True:
+        try:
+            tokens.append(next(generation))
+        except StopIteration as end:
+            return tokens, end.value
+
+
+def held(cache: list[llama.KVCache]) -> list[int]:
+    """The ids that a CountingModel's cache holds."""
+    return [int(i) for i in cache[0].keys[0, 0, : cache[0].offset, 0].tolist()]
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted", "reason"),
+    [
+        ({"max_tokens": 0}, [], "length"),
+        ({"max_tokens": 1}, [6], "length"),
+        ({"max_tokens": 3}, [6, 7, 8], "length"),
+        ({"stop_tokens": {9}}, [6, 7, 8], "stop"),
+        ({"stop_tokens": {6}}, [], "stop"),
+        ({"stop_tokens": {8, 7}}, [6], "stop"),
+        ({"max_tokens": 3, "stop_tokens": {9}}, [6, 7, 8], "length"),
+        ({"capacity": 5}, [6, 7, 8], "context"),
+        ({"capacity": 3}, [6], "context"),
+        ({"cancelled": lambda: True}, [], "cancelled"),
+    ],
+)
+def test_generation_ends_when_it_should_and_leaves_the_cache_in_order(
+    options, wanted, reason
+):
+    model, options = CountingModel(), dict(options)
+    cache = model.make_cache(options.pop("capacity", 64))
+    assert run(llama.generate(model, [3, 4, 5], cache=cache, **options)) == (
+        wanted,
+        reason,
+    )
+    if reason != "cancelled":
+        everything = [3, 4, 5, *wanted]
+        assert held(cache) in (everything, everything[:-1])
+
+
+def test_a_generation_that_is_dropped_leaves_the_cache_in_order():
+    model = CountingModel()
+    cache = model.make_cache(64)
+    generation = llama.generate(model, [3], cache=cache)
+    assert [next(generation) for _ in range(4)] == [4, 5, 6, 7]
+    generation.close()
+    assert held(cache) == [3, 4, 5, 6, 7]
+    assert run(llama.generate(model, [8], cache=cache, max_tokens=2))[0] == [9, 10]
+
+
+def test_a_prompt_is_read_in_steps_and_decode_one_by_one():
+    model, steps = CountingModel(), []
+    progress = lambda *step: steps.append(step)
+    options = {"prefill_step": 4, "progress": progress, "max_tokens": 3}
+    run(llama.generate(model, list(range(10)), **options))
+    assert model.calls == [4, 4, 2, 1, 1]  # no step that nothing reads
+    assert steps == [(4, 10), (8, 10), (10, 10)]
+
+
+def test_cancelling_during_prefill_keeps_the_steps_that_were_done():
+    model = CountingModel()
+    cache, answers = model.make_cache(64), iter([False, False, True])
+    options = {"prefill_step": 4, "cancelled": lambda: next(answers)}
+    generation = llama.generate(model, list(range(10)), cache=cache, **options)
+    assert run(generation) == ([], "cancelled")
+    assert held(cache) == list(range(8))
+
+
+def test_the_next_step_is_launched_before_a_token_is_read():
+    model = CountingModel()
+    generation = llama.generate(model, [1])
+    next(generation)
+    assert len(model.calls) == 2
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "error"),
+    [
+        ([], {}, "1 to 64 tokens, .* got 0"),
+        ([1] * 65, {}, "1 to 64 tokens, .* got 65"),
+        ([1], {"max_tokens": -1}, "max_tokens must be at least 0, got -1"),
+        ([1], {"prefill_step": 0}, "prefill_step must be at least 1, got 0"),
+    ],
+)
+def test_what_cannot_be_generated_is_refused(prompt, options, error):
+    with pytest.raises(ValueError, match=error):
+        next(llama.generate(CountingModel(), prompt, **options))
+
+
+@needs_data
+def test_greedy_text_of_a_real_model_is_that_of_transformers():
+    transformers, torch = peer("transformers"), peer("torch")
+    folder = DATA / "models" / "stories260K"
+    reference = transformers.LlamaForCausalLM.from_pretrained(
+        folder, dtype=torch.float32
+    )
+    model, ours = llama.load(folder)
+    ids = ours.bos_prefix + ours.encode("Once upon a time")
+    wanted = reference.generate(
+        torch.tensor([ids]), max_new_tokens=200, do_sample=False
+    )
+    wanted = wanted[0, len(ids) :].tolist()
+    tokens, _ = run(llama.generate(model, ids, max_tokens=200))
+    assert tokens == wanted[: len(tokens)] and len(tokens) >= 190
+    assert ours.decode(ids + tokens).startswith("Once upon a time, there was")
+
+
+# -----------------------------------------------------------------------------
+# 11. Streaming
+# -----------------------------------------------------------------------------
+
+
+def random_folder(path: Path, *, context: int = 512, width: int = 32, **config) -> Path:
+    """A model of random weights that speaks ChatML in bytes."""
+    letters = [*small_spec()["model"]["vocab"]]
+    size = len(letters) + 3
+    config = {
+        "model_type": "llama",
+        "hidden_size": width,
+        "intermediate_size": 2 * width,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": size,
+        "max_position_embeddings": context,
+        "eos_token_id": size - 1,
+        **config,
+    }
+    special = ["</s>", "<|im_start|>", "<|im_end|>"]
+    ids = [0, size - 2, size - 1]
+    added = [
+        {"id": i, "content": t, "special": True}
+        for i, t in zip(ids, special, strict=True)
+    ]
+    settings = {"chat_template": "<|im_start|>"}
+    spec = small_spec(added_tokens=added)
+    path.mkdir(parents=True, exist_ok=True)
+    write_tokenizer(path, spec, config=config, tokenizer_config=settings)
+    mx.random.seed(0)
+    model = llama.Llama(llama.ModelArgs.from_dict(config))
+    weights = {k: v * 4 for k, v in tree_flatten(model.parameters())}
+    for stop in (0, size - 1):  # so that it never ends by itself when greedy
+        weights["lm_head.weight"][stop] = 0
+    mx.save_safetensors(str(path / "model.safetensors"), weights)
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return random_folder(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def engine(folder):
+    with llama.Engine(folder) as engine:
+        yield engine
+
+
+USER = [{"role": "user", "content": "Hello!"}]
+
+
+def continued(reply: llama.Reply, text: str = "More?") -> list[dict]:
+    """The conversation of USER after a reply, and another message."""
+    said = {"role": "assistant", "content": reply.text}
+    return [*USER, said, {"role": "user", "content": text}]
+
+
+def test_pieces_join_to_the_text_and_the_statistics_add_up(engine):
+    reply = engine.chat(USER, max_tokens=20, temperature=0)
+    pieces = list(reply)
+    stats = reply.stats
+    assert "".join(pieces) == reply.text and len(pieces) > 5
+    ids = engine.tokenizer.encode_chat(USER)
+    model, _ = llama.load(engine.tokenizer.source)
+    wanted, _ = run(llama.generate(model, ids, max_tokens=20))
+    assert reply.text == engine.tokenizer.decode(wanted)
+    assert (stats.prompt_tokens, stats.generation_tokens) == (len(ids), 20)
+    assert stats.finish_reason == "length" and stats.context == 512
+    assert stats.context_used in (len(ids) + 19, len(ids) + 20)
+    assert 0 < stats.time_to_first_token_s < 60 and stats.peak_memory > 0
+    assert stats.prefill_tps > 0 and stats.decode_tps > 0
+
+
+def test_a_second_turn_reads_only_what_is_new(engine):
+    reply = engine.chat(USER, max_tokens=10, seed=1)
+    collections.deque(reply, 0)
+    second = engine.chat(continued(reply), max_tokens=1)
+    collections.deque(second, 0)
+    assert second.stats.reused_tokens >= reply.stats.prompt_tokens + 9
+    again = engine.chat(continued(reply), max_tokens=1)
+    collections.deque(again, 0)
+    assert again.stats.reused_tokens == again.stats.prompt_tokens - 1
+
+
+@pytest.mark.parametrize("taken", [0, 1, 7])
+def test_a_cancelled_reply_counts_as_far_as_it_was_taken(engine, folder, taken):
+    """The turn after it gets the very ids, and text, of an engine that never ran on."""
+    reply = engine.chat(USER, temperature=0)
+    for _ in range(taken):
+        next(reply)
+    reply.cancel()
+    assert list(reply) == [] and reply.stats.finish_reason in ("cancelled", "context")
+    options = {"max_tokens": 12, "temperature": 0}
+    second = "".join(engine.chat(continued(reply), **options))
+    with llama.Engine(folder) as fresh:
+        start = fresh.chat(USER, temperature=0)
+        for _ in range(taken):
+            next(start)
+        start.cancel()
+        collections.deque(start, 0)
+        assert start.text == reply.text
+        assert second == "".join(fresh.chat(continued(start), **options))
+        ids = fresh.tokenizer.encode_chat(
+            continued(start), replies={start.text: start.taken.ids}
+        )
+    model, tokenizer = llama.load(folder)
+    wanted, _ = run(llama.generate(model, ids, max_tokens=12))
+    assert second == tokenizer.decode(wanted)
+
+
+def test_one_seed_gives_one_text_and_turns_without_one_differ(engine):
+    def text(**options) -> str:
+        return "".join(engine.chat(USER, max_tokens=20, temperature=1, **options))
+
+    assert text(seed=5) == text(seed=5) != text(seed=6)
+    assert text() != text()
+
+
+def test_sampling_defaults_are_the_folders(tmp_path, folder):
+    shutil.copytree(folder, tmp_path / "m")
+    settings = {"temperature": 1.5, "top_k": 0, "top_p": 0.5, "max_length": 20}
+    (tmp_path / "m" / "generation_config.json").write_text(json.dumps(settings))
+    assert llama.default_sampling(tmp_path / "m") == {"temperature": 1.5, "top_p": 0.5}
+    settings = {"do_sample": False}
+    (tmp_path / "m" / "generation_config.json").write_text(json.dumps(settings))
+    assert llama.default_sampling(tmp_path / "m")["temperature"] == 0
+    (tmp_path / "m" / "generation_config.json").write_text('{"top_p": 7}')
+    with pytest.raises(ValueError, match=r"generation_config.json: top_p .* got 7"):
+        llama.default_sampling(tmp_path / "m")
+    assert llama.default_sampling(folder) == {"temperature": 0.6, "top_p": 0.9}
+
+
+def test_every_sampling_option_reaches_the_sampler(engine, monkeypatch):
+    seen = {}
+    make = llama.make_sampler
+
+    def spy(**options):
+        seen.update(options)
+        return make(**options)
+
+    monkeypatch.setattr(llama, "make_sampler", spy)
+    options = {"temperature": 0.5, "top_k": 3, "top_p": 0.7, "min_p": 0.1}
+    options |= {"repetition_penalty": 1.1, "seed": 4}
+    collections.deque(engine.complete("x", max_tokens=1, **options), 0)
+    assert seen.items() >= options.items()
+    assert seen["prompt"] == engine.tokenizer.encode("x")
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"temperature": -1}, ValueError),
+        ({"max_tokens": -1}, ValueError),
+        ({"colour": "red"}, TypeError),
+    ],
+)
+def test_bad_options_are_refused_where_they_are_given(engine, options, error):
+    with pytest.raises(error):
+        engine.chat(USER, **options)
+
+
+def test_a_prompt_that_does_not_fit_is_refused_with_both_numbers(engine):
+    with pytest.raises(ValueError, match=r"1 to 512 tokens, got 700; --ctx"):
+        engine.complete("x" * 700)
+    with pytest.raises(ValueError, match=r"1 to 512 tokens, got 0"):
+        engine.complete("")
+
+
+def test_ids_that_the_model_lacks_are_refused(engine):
+    with pytest.raises(ValueError, match="the prompt has id 9999, the model 260 ids"):
+        engine.submit([1, 9999])
+
+
+def test_a_reply_ends_where_the_context_does(engine):
+    reply = engine.complete("y" * 500, temperature=0)
+    collections.deque(reply, 0)
+    assert reply.stats.finish_reason == "context"
+    assert reply.stats.context_used == 512
+
+
+def test_an_error_in_the_worker_is_raised_by_the_reply_and_the_next_is_served(
+    engine, monkeypatch
+):
+    wanted = "".join(engine.chat(USER, max_tokens=5, temperature=0))
+    with monkeypatch.context() as patch:
+
+        def fail(*_args, **_options):
+            raise FloatingPointError("injected")
+
+        patch.setattr(llama, "generate", fail)
+        reply = engine.chat(USER, max_tokens=5)
+        with pytest.raises(FloatingPointError, match="injected"):
+            next(reply)
+        assert list(reply) == [] and reply.stats.finish_reason == "error"
+    assert "".join(engine.chat(USER, max_tokens=5, temperature=0)) == wanted
+
+
+def test_a_reply_that_is_dropped_frees_the_worker(tmp_path):
+    slow = random_folder(tmp_path / "m", context=8192, width=128)
+    with llama.Engine(slow) as engine:
+        reply = engine.complete("x", temperature=0)
+        next(reply)
+        del reply
+        started = time.monotonic()
+        collections.deque(engine.complete("x", max_tokens=1), 0)
+        assert time.monotonic() - started < 2  # 8192 tokens would take far longer
+
+
+def test_requests_from_many_threads_are_all_answered_with_their_own(engine):
+    def ask(n: int) -> str:
+        return "".join(engine.complete(f"number {n}", max_tokens=8, temperature=0))
+
+    wanted = {n: ask(n) for n in range(12)}
+    found = {}
+    threads = [
+        threading.Thread(target=lambda n=n: found.update({n: ask(n)}))
+        for n in range(12)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert found == wanted and len(set(wanted.values())) > 1
+
+
+def test_closing_ends_the_thread_and_what_waits_for_it(folder):
+    before = threading.active_count()
+    engine = llama.Engine(folder)
+    replies = [engine.complete("x") for _ in range(5)]
+    next(replies[0])
+    engine.close()
+    engine.close()
+    assert threading.active_count() == before
+    for reply in replies:
+        collections.deque(reply, 0)
+        assert reply.stats.finish_reason == "cancelled"
+    with pytest.raises(RuntimeError, match="closed"):
+        engine.complete("x")
+
+
+def test_an_engine_that_is_dropped_ends_its_thread(folder):
+    before = threading.active_count()
+    llama.Engine(folder)
+    assert threading.active_count() == before
+
+
+def test_a_model_that_cannot_be_loaded_raises_and_leaves_no_thread(folder, tmp_path):
+    before = threading.active_count()
+    with pytest.raises(ValueError, match=r"context must be in \[1, 512\].* got 600"):
+        llama.Engine(folder, context=600)
+    shutil.copytree(folder, tmp_path / "m")
+    (tmp_path / "m" / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="no model.safetensors"):
+        llama.Engine(tmp_path / "m")
+    assert threading.active_count() == before
+
+
+def test_loading_reports_its_progress(folder):
+    steps = []
+    with llama.Engine(folder, progress=lambda *step: steps.append(step)):
+        pass
+    done, total = zip(*steps, strict=True)
+    assert list(done) == sorted(done) and done[-1] == total[-1]
+
+
+@pytest.mark.parametrize("ending", ["engine.close()", "pass", "raise SystemExit(0)"])
+def test_twenty_one_processes_end_with_status_0(folder, ending):
+    """A thread alive in MLX at exit would abort about half of them."""
+    program = f"import llama; engine = llama.Engine({str(folder)!r});"
+    program += f"reply = engine.complete('x'); next(reply); {ending}"
+    command = [sys.executable, "-c", program]
+    for _ in range(7):
+        done = subprocess.run(command, cwd=HERE, timeout=60, check=False)
+        assert done.returncode == 0
+
+
+# -----------------------------------------------------------------------------
+# 12. Command line
+# -----------------------------------------------------------------------------
+
+
+def command(*words: object, text: str = "", **options) -> subprocess.CompletedProcess:
+    """Run llama.py as a user does, with text piped in."""
+    return subprocess.run(
+        [sys.executable, str(HERE / "llama.py"), *map(str, words)],
+        input=text.encode() if isinstance(text, str) else text,
+        capture_output=True,
+        timeout=100,
+        check=False,
+        **options,
+    )
+
+
+def refusal(*words: object, **options) -> str:
+    """The one line with which a command is refused."""
+    done = command(*words, **options)
+    lines = done.stderr.decode().splitlines()
+    assert done.returncode == 1 and done.stdout == b"" and len(lines) == 1, done
+    return lines[0].removeprefix("llama.py: error: ")
+
+
+@needs_data
+def test_the_main_job_streams_a_story():
+    words = ("chat", DATA / "models/stories260K", "--raw", "--temperature", "0")
+    done = command(*words, "--prompt", "Once upon a time", "--max-tokens", "60")
+    assert done.stdout.startswith(b", there was a little girl named Lily.")
+    assert done.stdout.endswith(b"\n") and done.returncode == 0
+    assert done.stderr == b"[stopped: 60 tokens, as --max-tokens says]\n"
+
+
+def test_the_same_command_twice_prints_the_same_bytes(folder):
+    words = ("chat", folder, "--raw", "--prompt", "x", "--max-tokens", "20")
+    first, second, other = (command(*words, "--seed", n) for n in (1, 1, 2))
+    assert first.stdout == second.stdout != other.stdout
+
+
+def test_twenty_one_shot_runs_end_with_status_0(folder):
+    words = ("chat", folder, "--prompt", "x", "--max-tokens", 3)
+    assert [command(*words).returncode for _ in range(20)] == [0] * 20
+
+
+def test_a_reply_as_json(folder):
+    words = (
+        "chat",
+        folder,
+        "--json",
+        "--prompt",
+        "x",
+        "--max-tokens",
+        "5",
+        "--seed",
+        3,
+    )
+    found = json.loads(command(*words).stdout)
+    assert (found["finish_reason"], found["seed"]) == ("length", 3)
+    assert found["stats"]["generation_tokens"] == 5 and found["text"]
+
+
+def test_statistics_go_to_stderr(folder):
+    done = command(
+        *("chat", folder, "--stats", "--prompt", "x", "--max-tokens", "5", "--seed", 9)
+    )
+    for part in (b"reused 0", b"tokens/s", b" of 512", b"seed 9"):
+        assert part in done.stderr and part not in done.stdout
+
+
+def test_what_is_piped_in_is_one_message_after_the_prompt(folder, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        llama, "answer", lambda engine, messages, *_: asked.append(messages) or ("", 0)
+    )
+    for prompt, piped, wanted in (
+        (None, "one\ntwo\n", "one\ntwo"),
+        ("Sum up:", "one\n\ntwo\n", "Sum up:\n\none\n\ntwo"),
+        ("Hi", "", "Hi"),
+    ):
+        stdin = types.SimpleNamespace(
+            isatty=lambda: False,
+            buffer=types.SimpleNamespace(read=lambda piped=piped: piped.encode()),
+        )
+        monkeypatch.setattr(sys, "stdin", stdin)
+        words = ["chat", str(folder), "--system", "S"]
+        assert llama.main(words + (["--prompt", prompt] if prompt else [])) == 0
+        system, user = asked.pop()
+        assert (system["content"], user["content"]) == ("S", wanted)
+
+
+@pytest.mark.parametrize(
+    ("words", "status"),
+    [
+        ((), 2),
+        (("--help",), 0),
+        (("chat", "--help"), 0),
+        (("sing",), 2),
+        (("chat", "--top-p", "1.5"), 2),
+        (("chat", "--max-tokens", "-1"), 2),
+        (("chat", "--ctx", "0"), 2),
+        (("chat", "--dtype", "int8"), 2),
+    ],
+)
+def test_usage_errors_have_status_2(words, status, capsys):
+    assert llama.main(words) == status
+    out, err = capsys.readouterr()
+    assert bool(out) == (status == 0) and bool(err) == (status == 2)
+
+
+def test_input_at_fault_is_one_line_and_status_1(folder, tmp_path):
+    base = shutil.copytree(folder, tmp_path / "base")
+    (base / "tokenizer_config.json").write_text("{}")
+    assert "base model" in refusal("chat", base, "--prompt", "x")
+    assert command("chat", base, "--raw", "--prompt", "x").returncode == 0
+    assert "no such folder" in refusal("chat", tmp_path / "absent", "--prompt", "x")
+    hint = refusal("chat", "org/name", "--prompt", "x", env=os.environ | {"HOME": "/"})
+    assert hint.endswith("hf download org/name")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert "no config.json" in refusal("info", empty)
+    assert "the prompt is empty" in refusal("chat", folder)
+    long = refusal("chat", folder, text="x" * 9999)
+    assert "1 to 512 tokens, got 10" in long and "--ctx" in long
+    assert "not UTF-8" in refusal("chat", folder, text=b"\xff\xfe")
+    (base / "config.json").write_text('{"model_type": "\x1b[31mgpt2"}')
+    line = refusal("chat", base, "--raw", "--prompt", "x")
+    assert "config.json" in line and "\x1b" not in line
+
+
+def test_without_a_model_beside_the_file_one_line_says_what_to_pass(tmp_path):
+    shutil.copy(HERE / "llama.py", tmp_path)
+    program = [sys.executable, str(tmp_path / "llama.py"), "chat", "--prompt", "x"]
+    nothing = subprocess.DEVNULL
+    done = subprocess.run(program, capture_output=True, stdin=nothing, check=False)
+    assert done.returncode == 1 and done.stderr.count(b"\n") == 1
+    assert b"llama.py chat mlx-community/Llama-3.2-1B-Instruct-4bit" in done.stderr
+
+
+def test_org_name_is_found_in_the_hugging_face_cache(folder, tmp_path, monkeypatch):
+    for variable in ("HF_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(variable, raising=False)
+    for variable, hub in (
+        ("HOME", "h/.cache/huggingface/hub"),
+        ("XDG_CACHE_HOME", "x/huggingface/hub"),
+        ("HF_HOME", "f/hub"),
+        ("HF_HUB_CACHE", "c"),
+    ):
+        repo = tmp_path / hub / "models--org--name.v1"
+        (repo / "refs").mkdir(parents=True)
+        (repo / "refs" / "main").write_text("abc")
+        (repo / "blobs").mkdir()
+        snapshot = repo / "snapshots" / "abc"
+        snapshot.mkdir(parents=True)
+        for file in folder.iterdir():  # as that cache has it: links into blobs
+            shutil.copy(file, repo / "blobs")
+            (snapshot / file.name).symlink_to(Path("../../blobs", file.name))
+        value = tmp_path / hub.split("/")[0]
+        monkeypatch.setenv(variable, str(value))
+        assert llama.find_folder("org/name.v1") == snapshot
+    llama.load("org/name.v1")
+    for bad in ("org", "a/b/c", "../name", "org/na me"):
+        with pytest.raises(FileNotFoundError, match="not of the form org/name"):
+            llama.find_folder(bad)
+
+
+@pytest.mark.parametrize("name", llama.PRESETS)
+def test_info_describes_a_preset(name, capsys):
+    assert llama.main(["info", name, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    args = llama.PRESETS[name]
+    assert found["config"]["hidden_size"] == args.hidden_size
+    assert found["weight_bytes"]["16"] == 2 * found["parameters"]
+    layers = args.num_hidden_layers * args.num_key_value_heads
+    item = 4 if mx.default_device() == mx.cpu else 2
+    assert found["kv_bytes_per_token"] == 2 * layers * args.head_dim * item
+    assert llama.main(["info", name]) == 0
+    assert f"{found['parameters']:,}" in capsys.readouterr().out
+
+
+def test_info_predicts_the_bytes_of_a_quantized_folder(tmp_path, capsys):
+    folder = random_folder(tmp_path / "m", width=128)
+    model = llama.load_model(folder, dtype=mx.bfloat16)
+    llama.main(["info", str(folder), "--json"])
+    predicted = json.loads(capsys.readouterr().out)["weight_bytes"]
+    llama.quantize(model, bits=4)
+    assert predicted["4"] == sum(a.nbytes for _, a in tree_flatten(model.parameters()))
+
+
+def test_inspect_lists_what_a_folder_holds(folder, capsys):
+    assert llama.main(["inspect", str(folder), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["chat_format"] == "chatml" and found["problems"] == []
+    names = {tensor["name"] for tensor in found["tensors"]}
+    assert "model.layers.1.self_attn.q_proj.weight" in names
+    assert found["bytes"] == sum(tensor["bytes"] for tensor in found["tensors"])
+    assert found["stop_tokens"] == [0, 259]
+    assert llama.main(["inspect", str(folder)]) == 0
+    text = capsys.readouterr().out
+    assert "chatml" in text and "2 model.layers.*.self_attn.q_proj.weight" in text
+
+
+def test_inspect_shows_all_problems_of_a_folder(folder, tmp_path, capsys):
+    broken = shutil.copytree(folder, tmp_path / "m")
+    config = json.loads((broken / "config.json").read_text())
+    config["hidden_act"] = "gelu"
+    (broken / "config.json").write_text(json.dumps(config))
+    (broken / "tokenizer.json").write_text("{")
+    with open(broken / "model.safetensors", "ab") as file:
+        file.write(b"more")
+    assert llama.main(["inspect", str(broken), "--json"]) == 1
+    problems = json.loads(capsys.readouterr().out)["problems"]
+    for part in ('hidden_act must be "silu", got', "not valid JSON", "truncated or"):
+        assert sum(part in problem for problem in problems) == 1, problems
+
+
+def test_inspect_finds_values_that_are_not_numbers(folder, tmp_path, capsys):
+    broken = shutil.copytree(folder, tmp_path / "m")
+    weights = mx.load(str(folder / "model.safetensors"))
+    weights["model.norm.weight"][3:5] = mx.array([math.nan, math.inf])
+    mx.save_safetensors(str(broken / "model.safetensors"), weights)
+    assert llama.main(["inspect", str(broken)]) == 0
+    assert llama.main(["inspect", str(broken), "--check"]) == 1
+    assert "2 of 32 values of model.norm.weight" in capsys.readouterr().out
+
+
+def test_control_characters_are_spelled_out():
+    hostile = "a\x1b[2J\r\x07\x7f\x9b\u202eb\n\tü🙂"
+    safe = "a\\x1b[2J\\r\\x07\\x7f\\x9b\\u202eb\n\tü🙂"
+    assert llama.printable(hostile) == safe
+
+
+def test_a_reader_that_goes_away_is_no_error(folder):
+    words = ["chat", str(folder), "--raw", "--prompt", "x"]
+    process = subprocess.Popen(
+        [sys.executable, str(HERE / "llama.py"), *words],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    process.stdout.read(1)
+    process.stdout.close()
+    assert process.wait(60) == 0
+    assert process.stderr.read() == b""
+    process.stderr.close()
+
+
+class Terminal:
+    """llama.py on a terminal of its own, driven as a person would."""
+
+    def __init__(self, *words: object, **environment: str):
+        self.screen = ""
+        process, self.master = pty.fork()
+        if process == 0:
+            os.environ.update({"TERM": "xterm", **environment})
+            program = [sys.executable, str(HERE / "llama.py"), *map(str, words)]
+            os.execv(sys.executable, program)
+        self.process = process
+
+    def wait_for(self, text: str, seconds: float = 60) -> str:
+        """Read on until the text appears; return what came before it, taking both."""
+        ends = time.monotonic() + seconds
+        while text not in self.screen:
+            assert time.monotonic() < ends, f"no {text!r} in {self.screen!r}"
+            if select.select([self.master], [], [], 0.1)[0]:
+                try:
+                    self.screen += os.read(self.master, 65536).decode(
+                        "utf-8", "replace"
+                    )
+                except OSError as error:  # Linux: the other side has closed
+                    raise AssertionError(f"ended: {self.screen!r}") from error
+        before, _, self.screen = self.screen.partition(text)
+        return before
+
+    def type(self, text: str) -> None:
+        os.write(self.master, text.encode())
+
+    def status(self, seconds: float = 60) -> int:
+        """Wait for the end; return the exit status."""
+        ends = time.monotonic() + seconds
+        while time.monotonic() < ends:
+            with contextlib.suppress(OSError):
+                if select.select([self.master], [], [], 0.05)[0]:
+                    self.screen += os.read(self.master, 65536).decode(
+                        "utf-8", "replace"
+                    )
+            ended, status = os.waitpid(self.process, os.WNOHANG)
+            if ended:
+                os.close(self.master)
+                return os.waitstatus_to_exitcode(status)
+        os.kill(self.process, signal.SIGKILL)
+        raise AssertionError(f"still running: {self.screen!r}")
+
+
+CTRL_C, CTRL_D = "\x03", "\x04"
+
+
+def test_a_conversation_on_a_terminal(folder):
+    chat = Terminal("chat", folder, "--max-tokens", 5, "--stats", "--seed", 1)
+    chat.wait_for("Ctrl-D quits")
+    chat.wait_for(">>> ")
+    chat.type("Hello!\r")
+    chat.wait_for("reused 0")
+    chat.wait_for(">>> ")
+    chat.type("half a line" + CTRL_C)
+    chat.wait_for("Ctrl-D quits")
+    chat.wait_for(">>> ")
+    chat.type("And now?\r")
+    reused = re.match(r"\d+", chat.wait_for(")", 60).partition("(reused ")[2])
+    assert int(reused[0]) > 20
+    chat.wait_for(">>> ")
+    chat.type(CTRL_D)
+    assert chat.status() == 0
+
+
+def test_ctrl_c_ends_a_reply_and_keeps_the_conversation(tmp_path):
+    slow = random_folder(tmp_path / "m", context=8192, width=128)
+    chat = Terminal("chat", slow, "--temperature", "0")
+    chat.wait_for(">>> ")
+    chat.type("Hello!\r")
+    chat.wait_for("\n")
+    time.sleep(0.5)
+    chat.type(CTRL_C)
+    chat.wait_for("[stopped: Ctrl-C]", 5)
+    chat.wait_for(">>> ")
+    chat.type(CTRL_D)
+    assert chat.status() == 0
+
+
+def test_a_message_that_does_not_fit_leaves_the_conversation_alive(folder):
+    chat = Terminal("chat", folder, "--max-tokens", 3)
+    chat.wait_for(">>> ")
+    chat.type("x" * 600 + "\r")
+    chat.wait_for("1 to 512 tokens, got 6")
+    chat.wait_for(">>> ")
+    chat.type("Hi\r")
+    chat.wait_for("[stopped: 3 tokens")
+    chat.wait_for(">>> ")
+    chat.type(CTRL_D)
+    assert chat.status() == 0
+
+
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_ctrl_c_ends_a_one_shot_run_with_status_130(phase, tmp_path):
+    """The whole run would take far longer than it is given to end."""
+    slow = random_folder(tmp_path / "m", context=65536, width=256)
+    text = "word " * (10_000 if phase == "prefill" else 1)
+    words = ("chat", slow, "--ctx", 65536, "--prefill-step", 64, "--prompt", text)
+    run = Terminal(*words, "--temperature", 0)
+    if phase == "prefill":
+        run.wait_for("reading the prompt")
+    else:
+        for _ in range(3):
+            run.wait_for("\\x")  # bytes that are no text, spelled out
+    started = time.monotonic()
+    run.type(CTRL_C)
+    assert run.status(seconds=20) == 130
+    assert time.monotonic() - started < 2  # a second, and room for a busy machine
+    assert "Traceback" not in run.screen
+
+
+@pytest.mark.parametrize("environment", [{"TERM": "dumb"}, {"NO_COLOR": "1"}])
+def test_no_colour_where_it_is_not_wanted(folder, environment):
+    chat = Terminal(
+        *("chat", folder, "--prompt", "x", "--max-tokens", 2, "--stats"), **environment
+    )
+    assert chat.status() == 0
+    assert "\x1b[2m" not in chat.screen and "seed" in chat.screen
