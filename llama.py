@@ -129,6 +129,7 @@ class ModelArgs:
     quantization: dict | None = None  # group_size, bits, mode, and layers' own entries
 
     def __post_init__(self):
+        wrong = []
         for entry in fields(self):
             value, kind = getattr(self, entry.name), entry.type
             if kind is bool:
@@ -140,7 +141,9 @@ class ModelArgs:
                 fits = type(value) in ((int, float) if kind is float else (int,))
                 fits = (fits and 0 < value < 2**31) or value is entry.default is None
             if not fits:
-                raise ValueError(f"{entry.name} must be {wanted}, got {value!r:.80}")
+                wrong.append(f"{entry.name} must be {wanted}, got {value!r:.80}")
+        if wrong:
+            raise ValueError("; ".join(wrong))
         D, H, derive = self.hidden_size, self.num_attention_heads, object.__setattr__
         derive(self, "num_key_value_heads", self.num_key_value_heads or H)
         derive(self, "head_dim", self.head_dim or D // H)
@@ -160,15 +163,18 @@ class ModelArgs:
         and the rope_parameters of transformers 5, which holds the two in one.
         Raises ValueError naming the key and the value that this file cannot honour.
         """
+        wrong = []
         for key, supported in SUPPORTED.items():
             if config.get(key) not in supported:
                 got = f"got {config.get(key)!r:.80}"
-                raise ValueError(f"{key} must be {json.dumps(supported[0])}, {got}")
+                wrong.append(f"{key} must be {json.dumps(supported[0])}, {got}")
         names = {entry.name for entry in fields(cls)}
         values = {k: v for k, v in config.items() if k in names and v is not None}
         for entry in fields(cls):
             if entry.default is MISSING and entry.name not in values:
-                raise ValueError(f"{entry.name} is missing")
+                wrong.append(f"{entry.name} is missing")
+        if wrong:
+            raise ValueError("; ".join(wrong))
         rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
         if not isinstance(rope, dict):
             raise ValueError(f"rope_scaling must be an object, got {rope!r:.80}")
@@ -308,17 +314,28 @@ def read_header(file: Path) -> list[TensorInfo]:
     return tensors
 
 
-def list_tensors(folder: Path) -> dict[str, TensorInfo]:
+def list_tensors(
+    folder: Path, problems: list[Exception] | None = None
+) -> dict[str, TensorInfo]:
     """Return every tensor of a folder by name, in the order in which they lie.
 
-    Raises ValueError for an unsound file, and for a name that stands in two files.
+    Raises ValueError for an unsound file, and for a name that stands in two files;
+    given a list of problems, adds the errors to it and goes on with the next file.
     """
-    tensors = {}
-    for info in itertools.chain(*map(read_header, weight_files(folder))):
-        if info.name in tensors:
-            files = f"{tensors[info.name].file.name} and {info.file.name}"
-            raise ValueError(f"{folder}: tensor {info.name} is in both {files}")
-        tensors[info.name] = info
+    tensors, found = {}, []
+    for file in weight_files(folder):
+        try:
+            for info in read_header(file):
+                if info.name in tensors:
+                    files = f"{tensors[info.name].file.name} and {file.name}"
+                    raise ValueError(f"{folder}: {info.name} is in both {files}")
+                tensors[info.name] = info
+        except (OSError, ValueError) as error:
+            found.append(error)
+    if found and problems is None:
+        raise found[0]
+    if found:
+        problems += found
     return tensors
 
 
@@ -819,21 +836,16 @@ SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # how SentencePiece writes a space
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What tiktoken needs, and what its ranks mean.
-
-    ids: the ids of each rank; several for a part of a character whose bytes are tokens.
-    text: the bytes of each id. space: what a space is written as. prefix: where one is
-    put before a text: "always", where it is "missing", the same at the "start" only,
-    or None. form: a Unicode normal form, or None.
-    """
+    """What tiktoken needs, and what its ranks mean."""
 
     ranks: dict[bytes, int]
-    split: str
-    ids: list[tuple[int, ...]]
-    text: dict[int, bytes]
-    space: str = " "
-    prefix: str | None = None
-    form: str | None = None
+    split: str  # regular expression of the pieces that are merged, one by one
+    ids: list[tuple[int, ...]]  # of a rank; several for a part of a character
+    text: dict[int, bytes]  # of an id
+    space: str = " "  # what a space is written as
+    prefix: str | None = None  # a space goes before a text "always", where it is
+    # "missing", where it is missing at the "start" of all, or, None, never
+    form: str | None = None  # Unicode normal form
 
 
 def split_pattern(pre_tokenizer: dict) -> str:
@@ -1185,10 +1197,17 @@ def tokenizer_settings(folder: Path, template: str | None) -> dict:
         special.get(token["content"] if isinstance(token, dict) else token)
         for token in (settings.get("bos_token", first), settings.get("eos_token"))
     )
+    bos = config.get("bos_token_id") if bos is None else bos
     stops = [eos]
     for stop in (config.get("eos_token_id"), generation.get("eos_token_id")):
         stops += stop if isinstance(stop, list) else [stop]
     stops = [stop for stop in stops if stop is not None]
+    ids = [i for i in (bos, *special.values(), *stops) if i is not None]
+    if not all(type(i) is int and 0 <= i < 2**31 for i in ids):
+        raise ValueError(f"{folder}: token ids must be whole numbers, got {ids!r:.200}")
+    size, rows = max(vocabulary.text) + 1, config.get("vocab_size", math.inf)
+    if size > rows:
+        raise ValueError(f"{folder}: the tokenizer has {size} ids, the model {rows}")
     chat_format = CHAT_FORMATS.get(template)
     if template is None:
         template, chat_format = read_format(folder, settings)
@@ -1196,7 +1215,7 @@ def tokenizer_settings(folder: Path, template: str | None) -> dict:
         "vocabulary": vocabulary,
         "special_tokens": special,
         "visible": [t["content"] for t in added if not t.get("special")],
-        "bos": config.get("bos_token_id") if bos is None else bos,
+        "bos": bos,
         "eos": stops[0] if stops else None,
         "stop_tokens": stops,
         "adds_bos": settings.get("add_bos_token", first is not None),
@@ -1206,45 +1225,32 @@ def tokenizer_settings(folder: Path, template: str | None) -> dict:
     }
 
 
+@dataclass(eq=False)
 class Tokenizer:
-    """Text to ids and back, and conversations to ids.
+    """Text to ids and back, and conversations to ids."""
 
-    special_tokens: {text: id} of the added tokens. bos, eos: ids, or None. stop_tokens:
-    the ids that end a reply. bos_prefix: what goes before a text on its own, [bos] or
-    nothing. template: name of the chat format; None for a base model. size: one more
-    than the largest id of ordinary text. source: what error messages call it.
-    """
+    vocabulary: Vocabulary
+    special_tokens: dict[str, int]  # added tokens, by their text
+    visible: Iterable[str] = ()  # those of them that are text: "<think>", say
+    bos: int | None = None
+    eos: int | None = None
+    stop_tokens: Iterable[int] = ()  # end a reply; joined by all of STOP_NAMES
+    adds_bos: bool = False  # before a text on its own
+    template: str | None = None  # name of the chat format; None for a base model
+    chat_format: ChatFormat | None = None
+    source: str = "this tokenizer"  # in messages
 
-    def __init__(
-        self,
-        vocabulary: Vocabulary,
-        special_tokens: dict[str, int],
-        *,
-        visible: Iterable[str] = (),
-        bos: int | None = None,
-        eos: int | None = None,
-        stop_tokens: Iterable[int] = (),
-        adds_bos: bool = False,
-        template: str | None = None,
-        chat_format: ChatFormat | None = None,
-        source: str = "this",
-    ):
-        self.vocabulary, self.special_tokens = vocabulary, special_tokens
-        self.source = source
-        self.bos, self.eos = bos, eos
-        self.bos_prefix = [bos] if adds_bos and bos is not None else []
-        self.template, self.chat_format = template, chat_format
-        names = [name for name in STOP_NAMES if name in special_tokens]
-        self.stop_tokens = {*stop_tokens, *(special_tokens[name] for name in names)}
-        self.size = max(itertools.chain(*vocabulary.ids)) + 1
-        # Control tokens are no text; added ones like "<think>" are there to be read.
-        control = dict.fromkeys(special_tokens.values(), b"")
-        control |= {special_tokens[name]: name.encode() for name in visible}
-        self._text = vocabulary.text | control
+    def __post_init__(self):
+        special = self.special_tokens
+        names = [name for name in STOP_NAMES if name in special]
+        self.stop_tokens = {*self.stop_tokens, *(special[name] for name in names)}
+        self.bos_prefix = [self.bos] if self.adds_bos and self.bos is not None else []
+        self._text = self.vocabulary.text | dict.fromkeys(special.values(), b"")
+        self._text |= {special[name]: name.encode() for name in self.visible}
         self._bpe = tiktoken.Encoding(
             "llama.py",
-            pat_str=vocabulary.split,
-            mergeable_ranks=vocabulary.ranks,
+            pat_str=self.vocabulary.split,
+            mergeable_ranks=self.vocabulary.ranks,
             special_tokens={},
         )
 
@@ -1465,29 +1471,26 @@ def examine(
 
     No weight is read. The model is None where config.json cannot be honoured.
     """
-    model, args, tensors, problems = None, None, {}, []
-    config = folder / "config.json"
+    model, tensors, problems, config = None, {}, [], folder / "config.json"
     try:
-        args = ModelArgs.from_dict(read_json(config))
-    except FileNotFoundError:
-        problems.append(FileNotFoundError(f"{folder}: no config.json"))
-    except ValueError as error:
-        prefix = "" if str(error).startswith(str(folder)) else f"{config}: "
-        problems.append(ValueError(f"{prefix}{error}"))
-    try:
-        tensors = list_tensors(folder)
+        tensors = list_tensors(folder, problems)
     except (OSError, ValueError) as error:
         problems.append(error)
     try:
-        if args and tensors and args.num_hidden_layers > len(tensors):
-            found = f"{args.num_hidden_layers} layers, but {len(tensors)} tensors"
-            raise ValueError(f"{config}: num_hidden_layers promises {found} are there")
-        if args:
-            model = build_model(args, tensors)
-        if model and tensors and (wrong := mismatches(model, tensors)):
-            raise ValueError(f"{folder}: {'; '.join(wrong)}")
-    except ValueError as error:
+        if not config.exists():
+            raise FileNotFoundError(f"{folder}: no config.json")
+        args = ModelArgs.from_dict(read_json(config))
+        if tensors and args.num_hidden_layers > len(tensors):
+            found = f"there are {len(tensors)} tensors"
+            raise ValueError(f"num_hidden_layers is {args.num_hidden_layers}, {found}")
+        model = build_model(args, tensors)
+        if not problems and (wrong := mismatches(model, tensors)):
+            problems.append(ValueError(f"{folder}: {'; '.join(wrong)}"))
+    except OSError as error:
         problems.append(error)
+    except ValueError as error:
+        where = "" if str(config) in str(error) else f"{config}: "
+        problems.append(ValueError(f"{where}{error}"))
     return model, tensors, problems
 
 
@@ -2399,6 +2402,9 @@ def inspection(folder: Path, check: bool) -> dict:
     tokenizer, sampling = None, {}
     try:
         sampling = default_sampling(folder)
+    except (OSError, ValueError) as error:
+        problems.append(error)
+    try:
         tokenizer = Tokenizer.from_folder(folder)
     except (OSError, ValueError) as error:
         problems.append(error)
@@ -2419,7 +2425,7 @@ def inspection(folder: Path, check: bool) -> dict:
     }
     if tokenizer:
         found |= {
-            "tokenizer_size": tokenizer.size,
+            "tokenizer_size": len(tokenizer.vocabulary.text),
             "special_tokens": tokenizer.special_tokens,
             "chat_format": tokenizer.template,
             "stop_tokens": sorted(tokenizer.stop_tokens),

@@ -1676,6 +1676,48 @@ def test_16_bits_load_as_float32_on_the_cpu_unless_told(tmp_path, dtype, wanted)
     assert len(seen) == len(weights)
 
 
+def test_wired_memory_is_what_is_needed_and_2_gb_and_is_given_back(monkeypatch):
+    """On Metal, which is not at hand: what MLX would be asked for."""
+    asked = []
+    monkeypatch.setattr(mx, "set_wired_limit", lambda n: asked.append(n) or 77)
+    with llama.wired_memory(10**9):
+        assert asked == []  # elsewhere, nothing
+    monkeypatch.setattr(llama, "recommended_memory", lambda: 8 * 10**9)
+    with pytest.raises(KeyError), llama.wired_memory(10**9):
+        raise KeyError
+    with llama.wired_memory(7 * 10**9):
+        pass
+    assert asked == [3 * 10**9, 77, 8 * 10**9, 77]
+
+
+def test_a_model_near_what_metal_recommends_brings_a_warning(monkeypatch):
+    assert llama.memory_warning(10**15) is None  # no Metal here
+    monkeypatch.setattr(llama, "recommended_memory", lambda: 10 * 10**9)
+    assert llama.memory_warning(8 * 10**9) is None
+    warning = llama.memory_warning(9 * 10**9)
+    assert "9.0 GB" in warning and "10.0 GB" in warning
+    assert "sudo sysctl iogpu.wired_limit_mb=13000" in warning
+
+
+@needs_data
+def test_a_folder_where_one_matrix_could_not_be_quantized_loads(tmp_path):
+    """stories260K at 4 bits: 64 divides the 64 inputs, not the 172 of down_proj."""
+    folder = DATA / "models" / "stories260K"
+    model = llama.load_model(folder)
+    llama.quantize(model, bits=4, group_size=64)
+    weights = dict(tree_flatten(model.parameters()))
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization"] = {"group_size": 64, "bits": 4}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    mx.save_safetensors(str(tmp_path / "model.safetensors"), weights)
+    again = llama.load_model(tmp_path)
+    layer = again.model.layers[0].mlp
+    assert isinstance(layer.down_proj, nn.Linear)
+    assert isinstance(layer.up_proj, llama.QuantizedLinear)
+    tokens = mx.array([[1, 403, 407, 261]])
+    assert mx.array_equal(again(tokens), model(tokens))
+
+
 # -----------------------------------------------------------------------------
 # 9. Samplers
 # -----------------------------------------------------------------------------
@@ -1952,8 +1994,7 @@ def test_greedy_text_of_a_real_model_is_that_of_transformers():
 
 def random_folder(path: Path, *, context: int = 512, width: int = 32, **config) -> Path:
     """A model of random weights that speaks ChatML in bytes."""
-    letters = [*small_spec()["model"]["vocab"]]
-    size = len(letters) + 3
+    size = 260  # small_spec's 257 pieces, and three control tokens
     config = {
         "model_type": "llama",
         "hidden_size": width,
@@ -1979,8 +2020,9 @@ def random_folder(path: Path, *, context: int = 512, width: int = 32, **config) 
     mx.random.seed(0)
     model = llama.Llama(llama.ModelArgs.from_dict(config))
     weights = {k: v * 4 for k, v in tree_flatten(model.parameters())}
-    for stop in (0, size - 1):  # so that it never ends by itself when greedy
-        weights["lm_head.weight"][stop] = 0
+    never = mx.array([[0.0] if i in (0, size - 1) else [1.0] for i in range(size)])
+    rows = config["vocab_size"]  # greedy, it never ends by itself
+    weights["lm_head.weight"] = weights["lm_head.weight"] * never[:rows]
     mx.save_safetensors(str(path / "model.safetensors"), weights)
     return path
 
@@ -2344,7 +2386,7 @@ def test_input_at_fault_is_one_line_and_status_1(folder, tmp_path):
     assert hint.endswith("hf download org/name")
     empty = tmp_path / "empty"
     empty.mkdir()
-    assert "no config.json" in refusal("info", empty)
+    assert "no model.safetensors" in refusal("info", empty)
     assert "the prompt is empty" in refusal("chat", folder)
     long = refusal("chat", folder, text="x" * 9999)
     assert "1 to 512 tokens, got 10" in long and "--ctx" in long
@@ -2388,6 +2430,14 @@ def test_org_name_is_found_in_the_hugging_face_cache(folder, tmp_path, monkeypat
     for bad in ("org", "a/b/c", "../name", "org/na me"):
         with pytest.raises(FileNotFoundError, match="not of the form org/name"):
             llama.find_folder(bad)
+
+
+def test_a_model_with_fewer_rows_than_the_tokenizer_has_ids_is_refused(
+    folder, tmp_path
+):
+    other = random_folder(tmp_path / "m", vocab_size=257)
+    line = refusal("chat", other, text="x")
+    assert line.endswith("the tokenizer has 258 ids, the model 257")
 
 
 @pytest.mark.parametrize("name", llama.PRESETS)
@@ -2438,6 +2488,29 @@ def test_inspect_shows_all_problems_of_a_folder(folder, tmp_path, capsys):
     problems = json.loads(capsys.readouterr().out)["problems"]
     for part in ('hidden_act must be "silu", got', "not valid JSON", "truncated or"):
         assert sum(part in problem for problem in problems) == 1, problems
+
+
+def test_inspect_goes_on_after_the_first_bad_shard(folder, tmp_path, capsys):
+    broken = shutil.copytree(folder, tmp_path / "m")
+    weights = mx.load(str(broken / "model.safetensors"))
+    (broken / "model.safetensors").unlink()
+    for n, name in enumerate(weights):
+        shard = broken / f"model-{n}.safetensors"
+        mx.save_safetensors(str(shard), {name: weights[name]})
+    names = {name: f"model-{n}.safetensors" for n, name in enumerate(weights)}
+    write_index(broken, names)
+    assert llama.main(["inspect", str(broken)]) == 0
+    for n in (1, 3):
+        with open(broken / f"model-{n}.safetensors", "r+b") as file:
+            file.truncate(20)
+    config = json.loads((broken / "config.json").read_text())
+    config |= {"hidden_act": "gelu", "sliding_window": 4096}
+    (broken / "config.json").write_text(json.dumps(config))
+    capsys.readouterr()
+    assert llama.main(["inspect", str(broken)]) == 1
+    text = capsys.readouterr().out
+    for part in ("model-1.", "model-3.", "hidden_act", "sliding_window"):
+        assert text.count(part) == 1, part
 
 
 def test_inspect_finds_values_that_are_not_numbers(folder, tmp_path, capsys):
