@@ -175,9 +175,17 @@ class ModelArgs:
                 wrong.append(f"{entry.name} is missing")
         if wrong:
             raise ValueError("; ".join(wrong))
-        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-        if not isinstance(rope, dict):
-            raise ValueError(f"rope_scaling must be an object, got {rope!r:.80}")
+        key = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
+        rope = config.get(key) or {}
+        # An object within is for layers of one type; a partial factor, for part of Dh.
+        if not isinstance(rope, dict) or any(
+            isinstance(v, dict) for v in rope.values()
+        ):
+            raise ValueError(f"{key} must be an object of numbers, got {rope!r:.80}")
+        if rope.get("partial_rotary_factor", 1) != 1:
+            raise ValueError(
+                f"{key}: partial_rotary_factor must be 1, got {rope!r:.200}"
+            )
         # Llama 1 and 2 leave rope_theta out and mean 10000. A Llama 3 without it has
         # lost it, and would read well for a page before falling apart.
         values["rope_theta"] = rope.get("rope_theta", config.get("rope_theta"))
@@ -354,14 +362,15 @@ def map_tensors(tensors: Iterable[TensorInfo]) -> Iterator[tuple[TensorInfo, mx.
             with open(file, "rb") as stream:
                 view = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
             view = memoryview(view)
-        stop = info.start + info.nbytes
-        if info.adoptable:
-            # Only whole pages can be adopted: start at the page, skip what precedes.
-            page = info.start - info.start % mmap.PAGESIZE
-            array = mx.asarray(view[page:stop])[info.start - page :]
-        else:
-            array = mx.asarray(view[info.start : stop], copy=True)
-        yield info, array.view(DTYPES[info.dtype]).reshape(info.shape)
+        dtype, stop = DTYPES[info.dtype], info.start + info.nbytes
+        # Only whole pages can be adopted: start at the page, skip what precedes.
+        start = info.start - info.start % mmap.PAGESIZE
+        data, skip = view[start:stop], (info.start - start) // dtype.size
+        if not info.adoptable:
+            data, skip = memoryview(bytes(view[info.start : stop])), 0
+        # Counted in items, since MLX counts to 2**31 and large tensors have more bytes.
+        array = mx.asarray(data.cast({1: "B", 2: "H", 4: "I", 8: "Q"}[dtype.size]))
+        yield info, array[skip:].view(dtype).reshape(info.shape)
 
 
 # -----------------------------------------------------------------------------
@@ -590,10 +599,9 @@ class RoPE:
         # Dot products of queries and keys carry the factor twice.
         self.score_factor = factor**2
         self.dims, self.traditional = head_dim, traditional
-        # mx.fast.rope divides positions by its table. The table is evaluated here: a
-        # lazy array belongs to the thread that made it, and no other could use it.
+        # mx.fast.rope divides positions by its table. Made of numbers, it is not lazy:
+        # a lazy array could be evaluated only in the thread that made it.
         self.periods = mx.array([1 / f for f in frequencies], mx.float32)
-        mx.eval(self.periods)
 
     def __call__(self, x: mx.array, offset: int = 0) -> mx.array:
         return mx.fast.rope(
@@ -768,7 +776,8 @@ class LlamaModel(nn.Module):
     ) -> mx.array:
         # An embedding in mxfp4 has no dtype of its own: the norms set the stream's.
         x = self.embed_tokens(tokens).astype(self.norm.weight.dtype)
-        for layer, layer_cache in zip(self.layers, cache or [None] * len(self.layers)):
+        cache = cache or [None] * len(self.layers)
+        for layer, layer_cache in zip(self.layers, cache, strict=True):
             x = layer(x, layer_cache)
         return self.norm(x)
 
@@ -802,7 +811,7 @@ class Llama(nn.Module):
         """
         x = self.model(tokens, cache)
         if logits_to_keep is not None:
-            x = x[:, -logits_to_keep:]
+            x = x[:, x.shape[1] - logits_to_keep :]
         if "lm_head" in self:
             return self.lm_head(x)
         return self.model.embed_tokens.as_linear(x)
@@ -1480,7 +1489,7 @@ def examine(
         if not config.exists():
             raise FileNotFoundError(f"{folder}: no config.json")
         args = ModelArgs.from_dict(read_json(config))
-        if tensors and args.num_hidden_layers > len(tensors):
+        if args.num_hidden_layers > max(len(tensors), 1000):  # do not even begin
             found = f"there are {len(tensors)} tensors"
             raise ValueError(f"num_hidden_layers is {args.num_hidden_layers}, {found}")
         model = build_model(args, tensors)

@@ -591,6 +591,23 @@ def test_a_tensor_in_two_shards_is_refused_with_both_names(tmp_path):
         llama.list_tensors(tmp_path)
 
 
+def test_a_tensor_of_more_bytes_than_mlx_can_count_is_mapped(tmp_path, monkeypatch):
+    """The bfloat16 embedding of 405b has 4.2 GB; MLX counts to 2**31, so in items."""
+    shape = [2**18 + 1, 2**12]
+    size = 2 * math.prod(shape)
+    entry = {"dtype": "BF16", "shape": shape, "data_offsets": [0, size]}
+    header = json.dumps({"w": entry}).encode()
+    header += b" " * (len(header) % 2)
+    with open(tmp_path / "model.safetensors", "wb") as stream:  # sparse: takes no disk
+        stream.write(len(header).to_bytes(8, "little") + header)
+        stream.truncate(8 + len(header) + size)
+    counted = []
+    monkeypatch.setattr(mx, "asarray", lambda data: counted.append(len(data)))
+    with pytest.raises(TypeError):  # from what follows on nothing
+        list(llama.map_tensors(llama.list_tensors(tmp_path).values()))
+    assert size > 2**31 > counted[0] >= math.prod(shape)
+
+
 # -----------------------------------------------------------------------------
 # 3. Quantized layers
 # -----------------------------------------------------------------------------
