@@ -55,6 +55,7 @@ import codecs
 import collections
 import contextlib
 import datetime
+import difflib
 import functools
 import itertools
 import json
@@ -1412,8 +1413,11 @@ def find_folder(model: str | Path) -> Path:
         snapshot = repo / "snapshots" / main.read_text().strip()
         if snapshot.is_dir():
             return snapshot
+    there = [path.name[8:].replace("--", "/") for path in hub.glob("models--*")]
+    near = ", ".join(difflib.get_close_matches(str(model), there, 3, 0.5))
+    near = near and f", which has {near}"
     raise FileNotFoundError(
-        f"{model}: no such folder, and not in {hub}; to get it: hf download {model}"
+        f"{model}: no such folder, and not in {hub}{near}; to get it: hf download {model}"
     )
 
 
@@ -1713,7 +1717,7 @@ def make_sampler(
             logprobs = logits / temperature
             logprobs = logprobs - mx.logsumexp(logprobs, axis=-1, keepdims=True)
             if top_k is not None:
-                logprobs = apply_top_k(logprobs, top_k)
+                logprobs = apply_top_k(logprobs, int(top_k))
             if top_p is not None and top_p < 1:
                 logprobs = apply_top_p(logprobs, top_p)
             if min_p is not None:
@@ -2476,11 +2480,14 @@ def cmd_inspect(options: argparse.Namespace) -> int:
     return status
 
 
+CHOICES = "/undo or /reset make room, and so does a larger --ctx"
+
+
 def early_end(stats: Stats) -> str | None:
     """Return why a reply ended before the model ended it, None if it did not."""
     return {
         "length": f"{stats.generation_tokens} tokens, as --max-tokens says",
-        "context": f"the context of {stats.context} tokens is full; --ctx sets it",
+        "context": f"the context of {stats.context} tokens is full; {CHOICES}",
         "cancelled": "Ctrl-C",
     }.get(stats.finish_reason)
 
@@ -2498,8 +2505,8 @@ def stats_lines(stats: Stats, seed: int) -> str:
 
 def answer(
     engine: Engine, messages: list[dict], options: argparse.Namespace, seed: int
-) -> tuple[str, bool]:
-    """Print the reply to a conversation; return its text, and whether it was stopped.
+) -> Reply:
+    """Print the reply to a conversation as it comes, and return it.
 
     Ctrl-C stops it; what was printed by then is the reply.
     """
@@ -2532,36 +2539,271 @@ def answer(
             note(f"[stopped: {reason}]")
     if options.stats:
         note(stats_lines(reply.stats, seed))
-    return reply.text, reply.stats.finish_reason == "cancelled"
+    return reply
 
 
-def converse(
-    engine: Engine, messages: list[dict], options: argparse.Namespace, seed: int
-) -> None:
-    """Read messages from the terminal and answer them, until Ctrl-D."""
-    with contextlib.suppress(ImportError):  # it edits lines; input() works without
-        import readline
+def whole_number(least: int) -> Callable[[str], int]:
+    """Return an argparse type: a whole number that is at least so large."""
 
-        readline.parse_and_bind("set enable-bracketed-paste on")
-    note(f"context {engine.context} tokens, seed {seed}; Ctrl-C stops, Ctrl-D quits")
-    for turn in itertools.count():
+    def parse(text: str) -> int:
+        if not text.isdecimal() or not least <= int(text) < 2**63:
+            wanted = f"a whole number of at least {least}"
+            raise argparse.ArgumentTypeError(f"must be {wanted}, got {text!r}")
+        return int(text)
+
+    return parse
+
+
+def state_folder() -> Path:
+    """Return where this program keeps what it remembers of its user, made if absent."""
+    base = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    folder = Path(base, "llama.py")
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return folder
+
+
+class LineEditor:
+    """Reads messages from the terminal, with editing, completion and history.
+
+    Without readline, which is not everywhere, it reads lines and does no more.
+    """
+
+    def __init__(self, words: Sequence[str]):
+        self.words, self.private = words, False
         try:
-            text = input(">>> ")
-        except EOFError:
-            note("")
+            import readline
+        except ImportError:
+            self.readline = None
             return
-        except KeyboardInterrupt:
-            note("\nCtrl-D quits")
-            continue
-        if not text.strip():
-            continue
-        asked = [*messages, {"role": "user", "content": text}]
+        self.readline = readline
+        readline.parse_and_bind("set enable-bracketed-paste on")
+        readline.parse_and_bind("tab: complete")
+        readline.set_completer_delims(" ")
+        readline.set_completer(self.complete)
+        readline.set_auto_history(False)
+        with contextlib.suppress(OSError, ValueError):  # none yet, or not ours
+            for line in (state_folder() / "history").read_text("utf-8").splitlines():
+                readline.add_history(json.loads(line))
+
+    def complete(self, text: str, state: int) -> str | None:
+        return [*(word for word in self.words if word.startswith(text)), None][state]
+
+    def remember(self, text: str) -> None:
+        """Keep a message, for this user only: the last 1000, a JSON string a line."""
+        if self.readline is None or self.private:
+            return
+        self.readline.add_history(text)
+        with contextlib.suppress(OSError):  # a home that cannot be written to
+            file = state_folder() / "history"
+            lines = file.read_text("utf-8").splitlines() if file.exists() else []
+            lines = [*lines[-999:], json.dumps(text)]
+            private = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+            with open(private, "w", encoding="utf-8") as stream:
+                stream.write("\n".join(lines) + "\n")
+
+    def read(self) -> str | None:
+        """Return a message, or None at Ctrl-D. Ctrl-C clears what was typed.
+
+        Lines between two \"\"\" are one message, and so is what is pasted.
+        """
+        lines = []
+        while True:
+            try:
+                lines.append(input("... " if lines else ">>> "))
+            except EOFError:
+                note("")
+                return None
+            except KeyboardInterrupt:
+                note("\n(Ctrl-D quits)")
+                lines = []
+                continue
+            text = "\n".join(lines)
+            block = text.strip().removeprefix('"""')
+            if block == text.strip():
+                break
+            if block.endswith('"""'):
+                text = block.removesuffix('"""').strip("\n")
+                break
+        if text.strip():
+            self.remember(text)
+        return text
+
+
+class Chat:
+    """A conversation on a terminal.
+
+    Its commands, which begin with a slash, are the methods named do_; the first line of
+    a command's docstring is its help.
+    """
+
+    def __init__(self, engine: Engine, options: argparse.Namespace, seed: int):
+        self.engine, self.options, self.seed = engine, options, seed
+        self.system, self.turns = (
+            options.system,
+            [],
+        )  # turns: [user, reply, Stats, seed]
+        self.attached = []  # texts of files that go into the next message
+        names = [name[3:] for name in dir(self) if name.startswith("do_")]
+        self.commands = {name: getattr(self, f"do_{name}") for name in names}
+        self.editor = LineEditor([f"/{name}" for name in names])
+
+    def run(self) -> None:
+        """Read messages and commands, and answer them, until Ctrl-D."""
+        source = Path(self.engine.tokenizer.source)
+        if source.parent.name == "snapshots":  # of the Hugging Face cache
+            note(f"{self.options.model}, revision {source.name}")
+        note(
+            f"context {self.engine.context} tokens, seed {self.seed}; /help for commands,"
+            '\n""" around several lines, Ctrl-C stops a reply, Ctrl-D quits'
+        )
+        while (text := self.editor.read()) is not None:
+            try:
+                self.take(text)
+            except (OSError, ValueError, argparse.ArgumentTypeError) as error:
+                note(f"llama.py: error: {error}")
+
+    def take(self, text: str) -> None:
+        """Do what a typed text says: a command, or a message to the model."""
+        if text.startswith("/") and not text.startswith("//"):
+            name, _, argument = text[1:].strip().partition(" ")
+            if name not in self.commands:
+                near = difflib.get_close_matches(name, self.commands, 1)
+                hint = f"did you mean /{near[0]}?" if near else "/help lists them"
+                raise ValueError(f"no command /{name}; {hint} (// sends a slash)")
+            self.commands[name](argument.strip())
+        elif text.strip():
+            text = text[1:] if text.startswith("//") else text
+            self.ask("\n\n".join([*self.attached, text]), self.seed)
+            self.attached = []
+
+    def ask(self, text: str, seed: int) -> None:
+        """Answer a message, and add both to the conversation."""
+        messages = [{"role": "user", "content": text}]
+        for user, reply, *_ in reversed(self.turns):
+            messages[:0] = [
+                {"role": "user", "content": user},
+                {"role": "assistant", "content": reply},
+            ]
+        if self.system:
+            messages.insert(0, {"role": "system", "content": self.system})
+        reply = answer(self.engine, messages, self.options, seed)
+        self.seed = (seed + 1) % 2**64
+        self.turns.append((text, reply.text, reply.stats, seed))
+        used, size = reply.stats.context_used, reply.stats.context
+        if used > 0.9 * size:
+            note(f"the context is {100 * used // size} % full: {CHOICES}")
+
+    def last(self) -> tuple[str, str, Stats, int]:
+        if not self.turns:
+            raise ValueError("the conversation is empty")
+        return self.turns[-1]
+
+    def do_help(self, _: str) -> None:
+        """lists these commands"""
+        for name, command in self.commands.items():
+            note(f"/{name:8} {command.__doc__.splitlines()[0]}")
+
+    def do_system(self, text: str) -> None:
+        """TEXT, instructions before the conversation; without TEXT, none"""
+        self.system = text
+
+    def do_reset(self, _: str) -> None:
+        """forgets the conversation, but not the instructions"""
+        note(f"{len(self.turns)} turns forgotten")
+        self.turns, self.attached = [], []
+
+    def do_undo(self, _: str) -> None:
+        """forgets the last message and its reply"""
+        note(f"forgotten: {self.last()[0][:60]!r}")
+        self.turns.pop()
+
+    def do_retry(self, _: str) -> None:
+        """answers the last message again, with the next seed"""
+        turn = self.last()
+        self.turns.pop()
         try:
-            reply, _ = answer(engine, asked, options, (seed + turn) % 2**64)
-        except ValueError as error:  # too long, say; the conversation goes on
-            note(f"llama.py: error: {error}")
-            continue
-        messages = [*asked, {"role": "assistant", "content": reply}]
+            self.ask(turn[0], (turn[3] + 1) % 2**64)
+        except (OSError, ValueError):
+            self.turns.append(turn)
+            raise
+
+    def do_file(self, path: str) -> None:
+        """PATH, puts a text file before the next message"""
+        try:
+            text = Path(path).expanduser().read_text("utf-8")
+        except UnicodeDecodeError:
+            raise ValueError(f"{path}: not a text in UTF-8") from None
+        self.attached.append(f"{Path(path).name}:\n\n{text}")
+        note(f"{len(text)} characters go before the next message")
+
+    def do_save(self, path: str) -> None:
+        """FILE, writes the conversation as Markdown; never over another file"""
+        parts = [("system", self.system)] if self.system else []
+        for user, reply, *_ in self.turns:
+            parts += [("user", user), ("assistant", reply)]
+        text = "\n\n".join(f"## {role}\n\n{content}" for role, content in parts)
+        with open(Path(path).expanduser(), "x", encoding="utf-8") as stream:
+            stream.write(text + "\n")
+        note(f"{len(self.turns)} turns written to {path}")
+
+    def do_stats(self, _: str) -> None:
+        """shows speed and memory of the last reply"""
+        note(stats_lines(*self.last()[2:]))
+
+    def do_set(self, text: str) -> None:
+        """NAME VALUE, a sampling option, max_tokens or seed; without, shows them"""
+        name, _, value = text.replace("-", "_").partition(" ")
+        if not text:
+            for name in (*INTERVALS, "max_tokens"):
+                given = getattr(self.options, name)
+                default = self.engine.defaults.get(name, "off")
+                note(f"{name:18} {default if given is None else given}")
+            note(f"{'seed':18} {self.seed}")
+        elif name == "seed":
+            self.seed = whole_number(0)(value)
+        elif name == "max_tokens":
+            self.options.max_tokens = whole_number(0)(value)
+        elif name in INTERVALS:
+            number = float(value)
+            check_sampling(**{name: number})
+            setattr(self.options, name, int(number) if name == "top_k" else number)
+        else:
+            raise ValueError(
+                f"no option {name}; {', '.join(INTERVALS)}, max_tokens, seed"
+            )
+
+    def do_context(self, _: str) -> None:
+        """shows how full the context is, and what each turn took"""
+        size, before = self.engine.context, 0
+        for n, (user, _, stats, _) in enumerate(self.turns, 1):
+            note(f"turn {n}: {stats.context_used - before} tokens, {user[:40]!r}")
+            before = stats.context_used
+        note(f"{before} of {size} tokens used, {size - before} left")
+
+    def do_private(self, _: str) -> None:
+        """keeps what is typed from now on out of the history file"""
+        self.editor.private = True
+
+
+def require_memory(folder: Path, context: int | None, item_size: int) -> None:
+    """Raise ValueError if a model and its cache cannot fit this machine.
+
+    context: None is the default. item_size: bytes of what is not packed.
+    """
+    model, tensors, problems = examine(folder)
+    if problems:
+        raise problems[0]
+    longest = model.args.max_position_embeddings
+    cache = kv_bytes_per_token(model.args, item_size) * (context or min(longest, 8192))
+    weights = sum(
+        t.nbytes // DTYPES[t.dtype].size * item_size if t.dtype[0] in "FB" else t.nbytes
+        for t in tensors.values()
+    )
+    if weights + cache > machine_memory():
+        raise ValueError(
+            f"{folder}: {gigabytes(weights)} of weights and {gigabytes(cache)} of cache "
+            f"do not fit {gigabytes(machine_memory())} of memory; --ctx sets the cache"
+        )
 
 
 def read_prompt(options: argparse.Namespace) -> str | None:
@@ -2586,6 +2828,9 @@ def cmd_chat(options: argparse.Namespace) -> int:
     tokenizer = Tokenizer.from_folder(folder, template=options.template)
     if not options.raw:
         tokenizer.require_format()  # now, rather than after loading a large model
+    dtype = options.dtype and getattr(mx, options.dtype)
+    usual = mx.float32 if mx.default_device() == mx.cpu else mx.bfloat16
+    require_memory(folder, options.ctx, (dtype or usual).size)
     prompt = read_prompt(options)
     if prompt == "":
         raise ValueError("the prompt is empty")
@@ -2594,34 +2839,21 @@ def cmd_chat(options: argparse.Namespace) -> int:
         folder,
         tokenizer=tokenizer,
         context=options.ctx,
-        dtype=options.dtype and getattr(mx, options.dtype),
+        dtype=dtype,
         prefill_step=options.prefill_step,
         progress=progress,
     ) as engine:
         progress.clear()
         if engine.warning:
             note(engine.warning)
-        messages = []
-        if options.system is not None:
-            messages = [{"role": "system", "content": options.system}]
         if prompt is None:
-            converse(engine, messages, options, seed)
+            Chat(engine, options, seed).run()
             return 0
-        messages.append({"role": "user", "content": prompt})
-        _, interrupted = answer(engine, messages, options, seed)
-        return 130 if interrupted else 0
-
-
-def whole_number(least: int) -> Callable[[str], int]:
-    """Return an argparse type: a whole number that is at least so large."""
-
-    def parse(text: str) -> int:
-        if not least <= int(text) < 2**63:
-            raise argparse.ArgumentTypeError(f"must be at least {least}, got {text}")
-        return int(text)
-
-    parse.__name__ = "whole number"  # argparse's messages name the type
-    return parse
+        messages = [{"role": "user", "content": prompt}]
+        if options.system:
+            messages.insert(0, {"role": "system", "content": options.system})
+        reply = answer(engine, messages, options, seed)
+        return 130 if reply.stats.finish_reason == "cancelled" else 0
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -2681,7 +2913,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader has gone; so that exiting does not flush:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (OSError, ValueError) as error:
+    except (MemoryError, OSError, RuntimeError, ValueError) as error:
         line = printable(" ".join(str(error).split()))
         print(f"llama.py: error: {line}", file=sys.stderr)
         return 1

@@ -2355,9 +2355,9 @@ def test_statistics_go_to_stderr(folder):
 
 def test_what_is_piped_in_is_one_message_after_the_prompt(folder, monkeypatch):
     asked = []
-    monkeypatch.setattr(
-        llama, "answer", lambda engine, messages, *_: asked.append(messages) or ("", 0)
-    )
+    reply = types.SimpleNamespace(stats=llama.Stats())
+    spy = lambda engine, messages, *_: asked.append(messages) or reply
+    monkeypatch.setattr(llama, "answer", spy)
     for prompt, piped, wanted in (
         (None, "one\ntwo\n", "one\ntwo"),
         ("Sum up:", "one\n\ntwo\n", "Sum up:\n\none\n\ntwo"),
@@ -2444,6 +2444,8 @@ def test_org_name_is_found_in_the_hugging_face_cache(folder, tmp_path, monkeypat
         monkeypatch.setenv(variable, str(value))
         assert llama.find_folder("org/name.v1") == snapshot
     llama.load("org/name.v1")
+    with pytest.raises(FileNotFoundError, match="which has org/name.v1; to get it: hf"):
+        llama.find_folder("org/name.v2")
     for bad in ("org", "a/b/c", "../name", "org/na me"):
         with pytest.raises(FileNotFoundError, match="not of the form org/name"):
             llama.find_folder(bad)
@@ -2623,6 +2625,161 @@ class Terminal:
 CTRL_C, CTRL_D = "\x03", "\x04"
 
 
+@pytest.fixture(autouse=True)
+def state(tmp_path_factory, monkeypatch) -> Path:
+    """What the program remembers of its user, out of the way of the real one."""
+    folder = tmp_path_factory.mktemp("state")
+    monkeypatch.setenv("XDG_STATE_HOME", str(folder))
+    return folder / "llama.py"
+
+
+def chat_with(engine: llama.Engine, *words: str) -> llama.Chat:
+    options = llama.build_parser().parse_args(["chat", "--max-tokens", "4", *words])
+    return llama.Chat(engine, options, seed=1)
+
+
+def test_the_conversation_is_what_the_commands_make_of_it(engine, monkeypatch):
+    chat, asked = chat_with(engine, "--system", "Be kind."), []
+    stats = llama.Stats(context_used=10, context=100)
+
+    def spy(_engine, messages, _options, seed):
+        asked.append([m["content"] for m in messages])
+        reply = f"reply {len(asked)}, seed {seed}"
+        return types.SimpleNamespace(text=reply, stats=stats)
+
+    monkeypatch.setattr(llama, "answer", spy)
+    typed = ["one", "two", "/undo", "three", "/retry", "//four", "/system", "five"]
+    for text in [*typed, "/reset", "/system Be brief.", "six"]:
+        chat.take(text)
+    first = ["one", "reply 1, seed 1"]
+    assert asked == [
+        ["Be kind.", "one"],
+        ["Be kind.", *first, "two"],
+        ["Be kind.", *first, "three"],
+        ["Be kind.", *first, "three"],
+        ["Be kind.", *first, "three", "reply 4, seed 4", "/four"],
+        [*first, "three", "reply 4, seed 4", "/four", "reply 5, seed 5", "five"],
+        ["Be brief.", "six"],
+    ]
+
+
+def test_undo_recomputes_nothing(engine):
+    chat = chat_with(engine, "--temperature", "0")
+    for text in ("one", "two", "/undo", "two"):
+        chat.take(text)
+    assert chat.last()[2].reused_tokens == chat.last()[2].prompt_tokens - 1
+
+
+def test_a_file_goes_before_the_next_message_and_a_transcript_to_a_new_one(
+    engine, tmp_path, capsys
+):
+    chat = chat_with(engine)
+    (tmp_path / "notes.txt").write_text("Zürich 🙂")
+    chat.take(f"/file {tmp_path}/notes.txt")
+    chat.take("Sum it up.")
+    chat.take("And now?")
+    users = [turn[0] for turn in chat.turns]
+    assert users == ["notes.txt:\n\nZürich 🙂\n\nSum it up.", "And now?"]
+    chat.take(f"/save {tmp_path}/talk.md")
+    written = (tmp_path / "talk.md").read_text()
+    assert re.findall("^## (.*)", written, re.MULTILINE) == ["user", "assistant"] * 2
+    assert "Zürich 🙂" in written and chat.turns[1][1] in written
+    with pytest.raises(FileExistsError):
+        chat.take(f"/save {tmp_path}/talk.md")
+    (tmp_path / "raw").write_bytes(b"\xff")
+    with pytest.raises(ValueError, match="raw: not a text in UTF-8"):
+        chat.take(f"/file {tmp_path}/raw")
+
+
+def test_options_are_set_and_shown_while_talking(engine, capsys):
+    chat = chat_with(engine)
+    for text in ("/set temperature 0.25", "/set top-k 3", "/set max_tokens 2"):
+        chat.take(text)
+    chat.take("/set seed 9")
+    chat.take("x")
+    assert chat.last()[2].generation_tokens == 2 and chat.last()[3] == 9
+    capsys.readouterr()
+    for text in ("/set", "/stats", "/context", "/help"):
+        chat.take(text)
+    shown = capsys.readouterr().err
+    for part in (
+        "temperature        0.25",
+        "top_k              3",
+        "seed 9",
+        "turn 1: ",
+    ):
+        assert part in shown
+    assert shown.count("\n/") == len(chat.commands) - 1
+    for text, error in (
+        ("/set top_p 2", r"top_p must be in \(0, 1\], got 2"),
+        ("/set colour red", "no option colour; temperature"),
+        ("/set temperature hot", "hot"),
+        ("/contxt", "no command /contxt; did you mean /context"),
+        ("/xyzzy", "no command /xyzzy; /help lists them"),
+    ):
+        with pytest.raises(ValueError, match=error):
+            chat.take(text)
+    for nothing in ("/undo", "/retry", "/stats"):
+        with pytest.raises(ValueError, match="the conversation is empty"):
+            chat_with(engine).take(nothing)
+
+
+def test_a_context_that_fills_up_is_announced(engine, capsys):
+    chat = chat_with(engine)
+    chat.take("x" * 300)
+    assert "full" not in capsys.readouterr().err
+    chat.take("x" * 120)
+    assert re.search(r"9\d % full: /undo or /reset", capsys.readouterr().err)
+
+
+def test_lines_pasted_or_between_quotes_are_one_message(folder, state):
+    chat = Terminal("chat", folder, "--max-tokens", 2)
+    for typed in (
+        "\x1b[200~one\ntwo\x1b[201~\r",
+        '"""\rthree\rfour"""\r',
+        "y" * 300 + "\r",
+    ):
+        chat.wait_for(">>> ")
+        chat.type(typed)
+        chat.wait_for("[stopped: 2 tokens")
+    chat.wait_for(">>> ")
+    chat.type("/con\t\r")
+    chat.wait_for("turn 3")
+    chat.wait_for(">>> ")
+    chat.type("/private\r")
+    chat.wait_for(">>> ")
+    chat.type("secret\r")
+    chat.wait_for("[stopped")
+    chat.wait_for(">>> ")
+    chat.type(CTRL_D)
+    assert chat.status() == 0
+    lines = (state / "history").read_text().splitlines()
+    typed = [json.loads(line) for line in lines]
+    assert typed == ["one\ntwo", "three\nfour", "y" * 300, "/context", "/private"]
+    assert (state / "history").stat().st_mode & 0o777 == 0o600
+
+
+def test_history_goes_on_in_the_next_run(folder, state):
+    state.mkdir(parents=True)
+    lines = [json.dumps(f"line {n}") for n in range(1500)]
+    (state / "history").write_text("\n".join(lines))
+    chat = Terminal("chat", folder, "--max-tokens", 2)
+    chat.wait_for(">>> ")
+    chat.type("\x1b[A\x1b[A\x01first \r")  # twice up, to the beginning of the line
+    chat.wait_for("[stopped")
+    chat.wait_for(">>> ")
+    chat.type(CTRL_D)
+    assert chat.status() == 0
+    typed = [json.loads(line) for line in (state / "history").read_text().splitlines()]
+    assert typed[-1] == "first line 1498" and len(typed) == 1000
+
+
+def test_a_context_that_memory_does_not_allow_is_refused(folder, monkeypatch, capsys):
+    monkeypatch.setattr(llama, "machine_memory", lambda: 200_000)
+    assert llama.main(["chat", str(folder), "--prompt", "x"]) == 1
+    assert "do not fit 0.20 MB of memory; --ctx" in capsys.readouterr().err
+
+
 def test_a_conversation_on_a_terminal(folder):
     chat = Terminal("chat", folder, "--max-tokens", 5, "--stats", "--seed", 1)
     chat.wait_for("Ctrl-D quits")
@@ -2631,7 +2788,7 @@ def test_a_conversation_on_a_terminal(folder):
     chat.wait_for("reused 0")
     chat.wait_for(">>> ")
     chat.type("half a line" + CTRL_C)
-    chat.wait_for("Ctrl-D quits")
+    chat.wait_for("(Ctrl-D quits)")
     chat.wait_for(">>> ")
     chat.type("And now?\r")
     reused = re.match(r"\d+", chat.wait_for(")", 60).partition("(reused ")[2])
