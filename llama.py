@@ -57,6 +57,7 @@ import contextlib
 import datetime
 import difflib
 import functools
+import hashlib
 import itertools
 import json
 import math
@@ -69,6 +70,7 @@ import threading
 import time
 import unicodedata
 import weakref
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -321,6 +323,14 @@ def read_header(file: Path) -> list[TensorInfo]:
     if end != size:
         raise ValueError(f"{file}: truncated or edited? {size} bytes, wanted {end}")
     return tensors
+
+
+def read_metadata(file: Path) -> dict[str, str]:
+    """Return the texts that a sound safetensors file carries beside its tensors."""
+    with open(file, "rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        header = stream.read(min(length, file.stat().st_size))
+    return json.loads(header).get("__metadata__", {})
 
 
 def list_tensors(
@@ -1968,6 +1978,39 @@ def kv_bytes_per_token(args: ModelArgs, item_size: int) -> int:
     return 2 * heads * args.head_dim * item_size
 
 
+def checksum(array: mx.array) -> int:
+    """Return the CRC-32 of an array's bytes."""
+    return zlib.crc32(memoryview(array.view(mx.uint8)))
+
+
+def fingerprint(folder: Path) -> str:
+    """Return what tells a model from another: a hash of its settings, the list of its
+    tensors, and the first bytes of each."""
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for info in list_tensors(folder).values():
+        digest.update(f"{info.name} {info.dtype} {info.shape}".encode())
+        with open(info.file, "rb") as stream:
+            stream.seek(info.start)
+            digest.update(stream.read(min(info.nbytes, 1024)))
+    return digest.hexdigest()
+
+
+def read_session(file: Path) -> dict:
+    """Return what a session file holds beside the cache. Raises ValueError if none."""
+    try:
+        session = json.loads(read_metadata(file)["session"])
+        ids, notes, sums = session["ids"], session["notes"], session["checksums"]
+        if (
+            isinstance(notes, dict)
+            and isinstance(sums, dict)
+            and ids == [*map(int, ids)]
+        ):
+            return session
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError):
+        pass
+    raise ValueError(f"{file}: not a session of llama.py") from None
+
+
 class Worker(threading.Thread):
     """The thread that loads a model and serves requests, one after another."""
 
@@ -1975,7 +2018,7 @@ class Worker(threading.Thread):
         super().__init__(name="llama worker", daemon=True)
         self.folder, self.context, self.options = folder, context, options
         self.events = queue.SimpleQueue()  # of the load: Progress; ModelArgs or error
-        self.requests = queue.SimpleQueue()  # Request; None to end
+        self.requests = queue.SimpleQueue()  # Request or function; None to end
         self.closing = threading.Event()
 
     def run(self) -> None:
@@ -1983,6 +2026,9 @@ class Worker(threading.Thread):
             self.load(**self.options)
             with wired_memory(self.nbytes):
                 while (request := self.requests.get()) is not None:
+                    if not isinstance(request, Request):
+                        request()
+                        continue
                     try:
                         self.serve(request)
                     except Exception as error:  # its asker's; the next may do better
@@ -2076,6 +2122,70 @@ class Worker(threading.Thread):
                 finish_reason=reason,
             )
         )
+
+    def save(self, file: Path, notes: dict) -> None:
+        """Write the cache, what it holds and notes to a file, whole or not at all."""
+        arrays, held = {}, len(self.cached)
+        for n, layer in enumerate(self.cache if held else []):
+            arrays[f"{n}.keys"] = mx.contiguous(layer.keys[..., :held, :])
+            arrays[f"{n}.values"] = mx.contiguous(layer.values[..., :held, :])
+        session = {
+            "fingerprint": fingerprint(self.folder),
+            "checksums": {name: checksum(array) for name, array in arrays.items()},
+            "ids": self.cached,
+            "notes": notes,
+        }
+        # Under another name until it is on the disk: a crash leaves the last one.
+        draft = file.with_name(f".{file.name}.{os.getpid()}.safetensors")
+        try:
+            mx.save_safetensors(str(draft), arrays, {"session": json.dumps(session)})
+            with open(draft, "rb") as stream:
+                os.fsync(stream.fileno())
+            os.replace(draft, file)
+        finally:
+            draft.unlink(missing_ok=True)
+        folder = os.open(file.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+
+    def restore(self, file: Path) -> None:
+        """Fill the cache from a file that `save` wrote.
+
+        Raises ValueError if it is not one, is damaged, does not fit, or was written
+        with another model.
+        """
+        infos = read_header(file)
+        session = read_session(file)
+        ids, held = session["ids"], len(session["ids"])
+        if session["fingerprint"] != fingerprint(self.folder):
+            raise ValueError(f"{file}: a session with another model than {self.folder}")
+        if held > self.context:
+            raise ValueError(
+                f"{file}: {held} tokens, context {self.context}; see --ctx"
+            )
+        arrays = {}
+        for info, array in map_tensors(infos):
+            if checksum(array) != session["checksums"].get(info.name):
+                raise ValueError(f"{file}: damaged at {info.name}")
+            arrays[info.name] = array
+        self.forget()
+        args, dtype = self.model.args, self.model.model.norm.weight.dtype
+        wanted = (1, args.num_key_value_heads, held, args.head_dim)
+        for n, layer in enumerate(self.cache if held else []):
+            keys, values = arrays.get(f"{n}.keys"), arrays.get(f"{n}.values")
+            if keys is None or values is None or {keys.shape, values.shape} != {wanted}:
+                raise ValueError(f"{file}: damaged: layer {n} is not {wanted}")
+            layer.update_and_fetch(keys.astype(dtype), values.astype(dtype))
+            mx.eval(layer.state)
+        self.cached = ids
+
+
+def put_result(task: Callable, answer: queue.SimpleQueue) -> None:
+    """Run a task; pass on what it returns, or raises."""
+    try:
+        answer.put(task())
+    except Exception as error:
+        answer.put(error)
 
 
 def default_sampling(folder: Path) -> dict[str, float]:
@@ -2216,6 +2326,37 @@ class Engine:
             self._taken.append(reply.taken)
             self._worker.requests.put(request)
         return reply
+
+    def save(self, file: str | Path, notes: dict) -> None:
+        """Write the conversation to a file: cache, ids, and notes, which JSON can hold.
+
+        The file appears whole or not at all, whatever happens meanwhile.
+        Raises OSError.
+        """
+        self._on_worker(functools.partial(self._worker.save, Path(file), notes))
+
+    def restore(self, file: str | Path) -> dict:
+        """Fill the cache from a file that `save` wrote; return its notes.
+
+        Raises OSError, or ValueError if it is no such file, is damaged, does not fit
+        the context, or was written with another model.
+        """
+        self._on_worker(functools.partial(self._worker.restore, Path(file)))
+        return read_session(Path(file))["notes"]
+
+    def _on_worker(self, task: Callable[[], None]) -> None:
+        """Have the worker do a task, after what it was asked before, and wait."""
+        answer = queue.SimpleQueue()
+        with self._lock:
+            if not self._shut_down.alive:
+                raise RuntimeError("the engine is closed")
+            self._worker.requests.put(functools.partial(put_result, task, answer))
+        if isinstance(error := answer.get(), Exception):
+            raise error
+
+    def remember(self, piece: Piece) -> None:
+        """Let `chat` use these ids for an assistant's message that is this text."""
+        self._taken.append(piece)
 
     def close(self) -> None:
         """End the worker, cancelling what it does, and wait for it. Idempotent."""
@@ -2630,9 +2771,9 @@ class LineEditor:
 
 
 class Chat:
-    """A conversation on a terminal.
+    """A conversation: its turns, and on a terminal its commands.
 
-    Its commands, which begin with a slash, are the methods named do_; the first line of
+    The commands, which begin with a slash, are the methods named do_; the first line of
     a command's docstring is its help.
     """
 
@@ -2641,14 +2782,16 @@ class Chat:
         self.system, self.turns = (
             options.system,
             [],
-        )  # turns: [user, reply, Stats, seed]
+        )  # turns: (user, Piece, Stats, seed)
         self.attached = []  # texts of files that go into the next message
         names = [name[3:] for name in dir(self) if name.startswith("do_")]
         self.commands = {name: getattr(self, f"do_{name}") for name in names}
-        self.editor = LineEditor([f"/{name}" for name in names])
+        if options.session and Path(options.session).exists():
+            self.do_load(options.session)
 
     def run(self) -> None:
         """Read messages and commands, and answer them, until Ctrl-D."""
+        self.editor = LineEditor([f"/{name}" for name in self.commands])
         source = Path(self.engine.tokenizer.source)
         if source.parent.name == "snapshots":  # of the Hugging Face cache
             note(f"{self.options.model}, revision {source.name}")
@@ -2676,27 +2819,70 @@ class Chat:
             self.ask("\n\n".join([*self.attached, text]), self.seed)
             self.attached = []
 
-    def ask(self, text: str, seed: int) -> None:
-        """Answer a message, and add both to the conversation."""
-        messages = [{"role": "user", "content": text}]
-        for user, reply, *_ in reversed(self.turns):
-            messages[:0] = [
-                {"role": "user", "content": user},
-                {"role": "assistant", "content": reply},
-            ]
-        if self.system:
-            messages.insert(0, {"role": "system", "content": self.system})
+    def ask(self, text: str, seed: int) -> Reply:
+        """Answer a message, and add both to the conversation and its session file."""
+        messages = [{"role": "system", "content": self.system}] if self.system else []
+        for user, piece, *_ in self.turns:
+            messages.append({"role": "user", "content": user})
+            messages.append({"role": "assistant", "content": piece.text})
+        messages.append({"role": "user", "content": text})
         reply = answer(self.engine, messages, self.options, seed)
         self.seed = (seed + 1) % 2**64
-        self.turns.append((text, reply.text, reply.stats, seed))
+        self.turns.append((text, reply.taken, reply.stats, seed))
+        if self.options.session:
+            self.save_session(Path(self.options.session))
         used, size = reply.stats.context_used, reply.stats.context
         if used > 0.9 * size:
             note(f"the context is {100 * used // size} % full: {CHOICES}")
+        return reply
 
-    def last(self) -> tuple[str, str, Stats, int]:
+    def last(self) -> tuple[str, Piece, Stats, int]:
         if not self.turns:
             raise ValueError("the conversation is empty")
         return self.turns[-1]
+
+    def save_session(self, file: Path) -> None:
+        notes = {
+            "system": self.system,
+            "turns": [
+                [user, asdict(piece), asdict(stats), seed]
+                for user, piece, stats, seed in self.turns
+            ],
+            "settings": {name: getattr(self.options, name) for name in INTERVALS},
+            "seed": self.seed,
+        }
+        self.engine.save(file, notes)
+
+    def do_load(self, path: str) -> None:
+        """FILE, goes on with the conversation of a session file"""
+        file = Path(path).expanduser()
+        try:
+            notes = self.engine.restore(file)
+        except ValueError as error:
+            notes = read_session(file)["notes"]  # its text may still be of use
+            if not sys.stdin.isatty():
+                raise
+            note(f"llama.py: error: {error}")
+            if input("Read its text anew? [y/N] ").strip().lower() not in ("y", "yes"):
+                return
+        try:
+            turns = [
+                (str(user), Piece(**piece), Stats(**stats), int(seed))
+                for user, piece, stats, seed in notes["turns"]
+            ]
+            settings = {name: notes["settings"][name] for name in INTERVALS}
+            check_sampling(**settings)
+            system, seed = notes["system"], int(notes["seed"])
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{file}: not a conversation: {error!r}") from None
+        self.turns, self.seed = turns, seed if self.options.seed is None else self.seed
+        self.system = system if self.options.system is None else self.system
+        for name, value in settings.items():  # what the command line says goes first
+            if getattr(self.options, name) is None:
+                setattr(self.options, name, value)
+        for _, piece, *_ in turns:
+            self.engine.remember(piece)
+        note(f"{file}: {len(turns)} turns")
 
     def do_help(self, _: str) -> None:
         """lists these commands"""
@@ -2737,14 +2923,19 @@ class Chat:
         note(f"{len(text)} characters go before the next message")
 
     def do_save(self, path: str) -> None:
-        """FILE, writes the conversation as Markdown; never over another file"""
-        parts = [("system", self.system)] if self.system else []
-        for user, reply, *_ in self.turns:
-            parts += [("user", user), ("assistant", reply)]
-        text = "\n\n".join(f"## {role}\n\n{content}" for role, content in parts)
-        with open(Path(path).expanduser(), "x", encoding="utf-8") as stream:
-            stream.write(text + "\n")
-        note(f"{len(self.turns)} turns written to {path}")
+        """FILE, a session that /load takes; with .md, Markdown to read. A new file"""
+        file = Path(path).expanduser()
+        if file.exists():
+            raise FileExistsError(f"{file} exists; choose another name")
+        if file.suffix != ".md":
+            self.save_session(file)
+        else:
+            parts = [("system", self.system)] if self.system else []
+            for user, piece, *_ in self.turns:
+                parts += [("user", user), ("assistant", piece.text)]
+            text = "\n\n".join(f"## {role}\n\n{content}" for role, content in parts)
+            file.write_text(text + "\n", "utf-8")
+        note(f"{len(self.turns)} turns written to {file}")
 
     def do_stats(self, _: str) -> None:
         """shows speed and memory of the last reply"""
@@ -2846,13 +3037,11 @@ def cmd_chat(options: argparse.Namespace) -> int:
         progress.clear()
         if engine.warning:
             note(engine.warning)
+        chat = Chat(engine, options, seed)
         if prompt is None:
-            Chat(engine, options, seed).run()
+            chat.run()
             return 0
-        messages = [{"role": "user", "content": prompt}]
-        if options.system:
-            messages.insert(0, {"role": "system", "content": options.system})
-        reply = answer(engine, messages, options, seed)
+        reply = chat.ask(prompt, chat.seed)
         return 130 if reply.stats.finish_reason == "cancelled" else 0
 
 
@@ -2895,6 +3084,7 @@ def build_parser() -> argparse.ArgumentParser:
     dtypes = ("float32", "float16", "bfloat16")
     option("--dtype", choices=dtypes, help="the model's on a GPU, float32 on a CPU")
     option("--stats", action="store_true", help="print speed and memory on stderr")
+    option("--session", metavar="FILE", help="go on with it, and keep it up to date")
     return parser
 
 

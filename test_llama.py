@@ -2215,6 +2215,59 @@ def test_a_reply_that_is_dropped_frees_the_worker(tmp_path):
         assert time.monotonic() - started < 2  # 8192 tokens would take far longer
 
 
+def test_a_saved_conversation_goes_on_without_being_read_anew(folder, tmp_path):
+    options = {"max_tokens": 10, "temperature": 0}
+    with llama.Engine(folder) as engine:
+        first = engine.chat(USER, **options)
+        collections.deque(first, 0)
+        engine.save(tmp_path / "s", {"ids": first.taken.ids})
+        second = engine.chat(continued(first), **options)
+        wanted = "".join(second)
+    assert [path.name for path in tmp_path.iterdir()] == ["s"]  # no draft is left
+    with llama.Engine(folder) as engine:
+        notes = engine.restore(tmp_path / "s")
+        engine.remember(llama.Piece(first.text, notes["ids"]))
+        again = engine.chat(continued(first), **options)
+        assert "".join(again) == wanted
+        assert again.stats.reused_tokens == second.stats.reused_tokens > 20
+
+
+def test_a_session_that_cannot_be_trusted_is_refused(folder, tmp_path):
+    other = random_folder(tmp_path / "other", intermediate_size=96)
+    file, bad = tmp_path / "s", tmp_path / "bad"
+    with llama.Engine(folder) as engine:
+        collections.deque(engine.chat(USER, max_tokens=5), 0)
+        engine.save(file, {})
+        data = file.read_bytes()
+
+        def refusal(changed: bytes) -> str:
+            bad.write_bytes(changed)
+            with pytest.raises(ValueError, match=str(bad)) as caught:
+                engine.restore(bad)
+            return str(caught.value)
+
+        for at in (-1, -2000, -5000):  # anywhere in the cache
+            flipped = bytearray(data)
+            flipped[at] ^= 1
+            assert "damaged" in refusal(bytes(flipped))
+        assert "truncated" in refusal(data[:-1])
+        assert "not a safetensors file" in refusal(data[:300])
+        assert "not a safetensors file" in refusal(b"\xff" * 100)
+        plain = (folder / "model.safetensors").read_bytes()
+        assert "not a session" in refusal(plain)
+        engine.restore(file)
+    with (
+        llama.Engine(other) as engine,
+        pytest.raises(ValueError, match="a session with another model"),
+    ):
+        engine.restore(file)
+    with (
+        llama.Engine(folder, context=16) as engine,
+        pytest.raises(ValueError, match=r"\d+ tokens, context 16; see --ctx"),
+    ):
+        engine.restore(file)
+
+
 def test_requests_from_many_threads_are_all_answered_with_their_own(engine):
     def ask(n: int) -> str:
         return "".join(engine.complete(f"number {n}", max_tokens=8, temperature=0))
@@ -2355,7 +2408,7 @@ def test_statistics_go_to_stderr(folder):
 
 def test_what_is_piped_in_is_one_message_after_the_prompt(folder, monkeypatch):
     asked = []
-    reply = types.SimpleNamespace(stats=llama.Stats())
+    reply = types.SimpleNamespace(taken=llama.Piece(), stats=llama.Stats())
     spy = lambda engine, messages, *_: asked.append(messages) or reply
     monkeypatch.setattr(llama, "answer", spy)
     for prompt, piped, wanted in (
@@ -2645,7 +2698,7 @@ def test_the_conversation_is_what_the_commands_make_of_it(engine, monkeypatch):
     def spy(_engine, messages, _options, seed):
         asked.append([m["content"] for m in messages])
         reply = f"reply {len(asked)}, seed {seed}"
-        return types.SimpleNamespace(text=reply, stats=stats)
+        return types.SimpleNamespace(taken=llama.Piece(reply), stats=stats)
 
     monkeypatch.setattr(llama, "answer", spy)
     typed = ["one", "two", "/undo", "three", "/retry", "//four", "/system", "five"]
@@ -2683,7 +2736,7 @@ def test_a_file_goes_before_the_next_message_and_a_transcript_to_a_new_one(
     chat.take(f"/save {tmp_path}/talk.md")
     written = (tmp_path / "talk.md").read_text()
     assert re.findall("^## (.*)", written, re.MULTILINE) == ["user", "assistant"] * 2
-    assert "Zürich 🙂" in written and chat.turns[1][1] in written
+    assert "Zürich 🙂" in written and chat.turns[1][1].text in written
     with pytest.raises(FileExistsError):
         chat.take(f"/save {tmp_path}/talk.md")
     (tmp_path / "raw").write_bytes(b"\xff")
@@ -2709,7 +2762,7 @@ def test_options_are_set_and_shown_while_talking(engine, capsys):
         "turn 1: ",
     ):
         assert part in shown
-    assert shown.count("\n/") == len(chat.commands) - 1
+    assert shown.count("\n/") == len(chat.commands)
     for text, error in (
         ("/set top_p 2", r"top_p must be in \(0, 1\], got 2"),
         ("/set colour red", "no option colour; temperature"),
@@ -2757,6 +2810,69 @@ def test_lines_pasted_or_between_quotes_are_one_message(folder, state):
     typed = [json.loads(line) for line in lines]
     assert typed == ["one\ntwo", "three\nfour", "y" * 300, "/context", "/private"]
     assert (state / "history").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_session_is_resumed_with_its_settings_and_kept_up_to_date(folder, tmp_path):
+    words = ("chat", folder, "--session", tmp_path / "s", "--max-tokens", 4, "--json")
+
+    def run(prompt: str, *more: str) -> dict:
+        return json.loads(command(*words, "--prompt", prompt, *more).stdout)
+
+    run("one", "--temperature", "0.25", "--system", "Be kind.", "--seed", "5")
+    second = run("two")
+    assert second["seed"] == 6 and second["stats"]["reused_tokens"] > 20
+    notes = llama.read_session(tmp_path / "s")["notes"]
+    assert [turn[0] for turn in notes["turns"]] == ["one", "two"]
+    assert notes["settings"]["temperature"] == 0.25 and notes["system"] == "Be kind."
+    run("three", "--temperature", "0.5")
+    notes = llama.read_session(tmp_path / "s")["notes"]
+    assert notes["settings"]["temperature"] == 0.5
+
+
+def test_a_session_with_another_model_offers_its_text(folder, tmp_path):
+    other, session = random_folder(tmp_path / "m", num_hidden_layers=1), tmp_path / "s"
+    words = ("--session", session, "--max-tokens", 3)
+    assert command("chat", other, *words, "--prompt", "x").returncode == 0
+    line = refusal("chat", folder, *words, "--prompt", "y")
+    assert "a session with another model" in line
+    chat = Terminal("chat", folder, *words)
+    chat.wait_for("a session with another model")
+    chat.wait_for("[y/N] ")
+    chat.type("y\r")
+    chat.wait_for("1 turns")
+    chat.wait_for(">>> ")
+    chat.type("and?\r")
+    chat.wait_for("[stopped")
+    chat.wait_for(">>> ")
+    chat.type(CTRL_D)
+    assert chat.status() == 0
+    assert len(llama.read_session(session)["notes"]["turns"]) == 2
+
+
+def test_a_session_killed_at_any_moment_keeps_every_completed_turn(folder, tmp_path):
+    """A turn is complete when the next prompt stands on the screen."""
+    rng, everything = np.random.default_rng(0), 0
+    words = ("--max-tokens", 2, "--session")
+    for n in range(30):
+        session, completed = tmp_path / f"s{n}", 0
+        chat = Terminal("chat", folder, *words, session)
+        chat.wait_for(">>> ")
+        ends = time.monotonic() + rng.uniform(0, 0.2)
+        os.write(chat.master, b"x\r" * 20)
+        while time.monotonic() < ends:
+            chat.read()
+            *done, chat.screen = chat.screen.split(">>> ")
+            completed += len(done)
+        chat.process.kill()
+        chat.process.wait()
+        os.close(chat.master)
+        kept = 0
+        if session.exists():
+            kept = len(llama.read_session(session)["notes"]["turns"])
+            llama.read_header(session)
+        assert kept >= completed, n
+        everything += completed
+    assert everything > 30  # there was something to lose
 
 
 def test_history_goes_on_in_the_next_run(folder, state):
