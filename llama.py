@@ -155,8 +155,10 @@ class ModelArgs:
         if H % self.num_key_value_heads:
             got = f"got {self.num_key_value_heads}"
             raise ValueError(f"num_key_value_heads must divide the {H} heads, {got}")
-        if self.head_dim % 2 or not self.head_dim:  # rotary embedding turns pairs
-            raise ValueError(f"head_dim must be even, got {self.head_dim}")
+        # Rotary embedding turns pairs, and no attention kernel has wider heads.
+        if self.head_dim % 2 or not 0 < self.head_dim <= 1024:
+            wanted = "even and at most 1024"
+            raise ValueError(f"head_dim must be {wanted}, got {self.head_dim}")
 
     @classmethod
     def from_dict(cls, config: dict) -> "ModelArgs":
@@ -318,6 +320,8 @@ def read_header(file: Path) -> list[TensorInfo]:
         if dtype not in DTYPES:
             wanted = f"wanted {', '.join(DTYPES)}"
             raise ValueError(f"{file}: {name} has dtype {dtype}, {wanted}")
+        if any(n >= 2**31 for n in shape):
+            raise ValueError(f"{file}: {name} has a shape beyond 2**31, {shape}")
         start, end = (8 + length + offset for offset in entry["data_offsets"])
         tensors.append(TensorInfo(name, dtype, shape, file, start, end - start))
     if end != size:
@@ -505,7 +509,7 @@ def scaling_number(scaling: dict, key: str, default: float | None = None) -> flo
     """Return a number of rope_scaling. Raises ValueError if it is not positive."""
     value = scaling.get(key)
     value = default if value is None else value
-    if type(value) not in (int, float) or not 0 < value < math.inf:
+    if type(value) not in (int, float) or not 0 < value < 2**31:
         raise ValueError(f"rope_scaling: {key} must be positive, got {value!r:.80}")
     return value
 
@@ -574,6 +578,8 @@ def rope_frequencies(
     scaling: config.json's rope_scaling, with rope_type linear, llama3 or yarn.
     Raises ValueError for another type, or a number that is missing.  Source: [2] eq. 15
     """
+    if theta <= 1:
+        raise ValueError(f"rope_theta must be above 1, got {theta}")
     frequencies = [theta ** (-i / head_dim) for i in range(0, head_dim, 2)]
     kind = "default" if scaling is None else scaling.get("rope_type")
     if kind == "default":
@@ -888,7 +894,7 @@ def split_pattern(pre_tokenizer: dict) -> str:
                 return digits + "|" + rest.replace(r"(?!\S)", r"(?![^\s\p{N}])")
         elif kinds == ["Split", "ByteLevel"]:
             pattern, behavior = first["pattern"], first.get("behavior")
-            regex = pattern.get("Regex") or re.escape(pattern["String"])
+            regex = pattern.get("Regex", re.escape(pattern.get("String", "")))
             # Matches are pieces, and so is the text between them, which tiktoken
             # would drop: a run of what does not begin a match.
             kept = {"Isolated": False, "Removed": True}.get(behavior)
@@ -1012,7 +1018,7 @@ class ChatFormat:
     default_system: str | None = None  # where the conversation has none
     date: str | None = None  # what {date} becomes; None means today
     bos: bool = False  # one at the very start
-    strip: bool = False  # white space around contents
+    strip: tuple[str, ...] = ()  # roles whose contents lose the white space around
 
 
 def header(role: str) -> str:
@@ -1025,10 +1031,19 @@ LLAMA3 = ChatFormat(
     reply=header("assistant"),
     assistant="{}<|eot_id|>",
     bos=True,
-    strip=True,
+    strip=("system", "user", "assistant"),
 )
 DATES = "Cutting Knowledge Date: December 2023\nToday Date: {date}\n\n"
 LLAMA31 = {"system": header("system") + DATES + "{}<|eot_id|>", "default_system": ""}
+MISTRAL = ChatFormat(
+    system="{}\n\n",
+    system_in="last",
+    user="[INST] {}[/INST]",
+    assistant=" {}{eos}",
+    bos=True,
+    strip=("assistant",),
+)
+MISTRAL1 = {"user": "[INST] {} [/INST]", "assistant": "{}{eos}"}
 CHAT_FORMATS = {
     "llama3": LLAMA3,
     "llama3.1": replace(LLAMA3, **LLAMA31),
@@ -1038,7 +1053,7 @@ CHAT_FORMATS = {
         system_in="first",
         user="{bos}[INST] {} [/INST]",
         assistant=" {} {eos}",
-        strip=True,
+        strip=("system", "user", "assistant"),
     ),
     "chatml": ChatFormat(
         system="<|im_start|>system\n{}<|im_end|>\n",
@@ -1052,20 +1067,8 @@ CHAT_FORMATS = {
         reply="<|assistant|>\n",
         assistant="{}{eos}\n",
     ),
-    "mistral": ChatFormat(
-        system="{}\n\n",
-        system_in="first",
-        user="[INST] {} [/INST]",
-        assistant="{}{eos}",
-        bos=True,
-    ),
-    "mistral-v3": ChatFormat(
-        system="{}\n\n",
-        system_in="last",
-        user="[INST] {}[/INST]",
-        assistant=" {}{eos}",
-        bos=True,
-    ),
+    "mistral-v3": MISTRAL,
+    "mistral": replace(MISTRAL, system_in="first", strip=(), **MISTRAL1),
 }
 
 
@@ -1289,6 +1292,9 @@ class Tokenizer:
             raise ValueError(f"template must be one of {names}, got {template!r:.80}")
         try:
             return cls(**tokenizer_settings(folder, template))
+        except ValueError as error:
+            where = "" if str(folder) in str(error) else f"{folder}: tokenizer: "
+            raise ValueError(f"{where}{error}") from None
         except (AttributeError, IndexError, KeyError, TypeError) as error:
             # A part of another type than it should be; which one, the error says.
             raise ValueError(f"{folder}: tokenizer files: {error!r}") from error
@@ -1311,7 +1317,12 @@ class Tokenizer:
             for run in re.finditer(r"\s+", text):
                 cuts += range(run.start() + LONGEST_RUN, run.end(), LONGEST_RUN)
         pieces = (text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)]))
-        ranks = itertools.chain.from_iterable(map(self._bpe.encode_ordinary, pieces))
+        try:
+            ranks = [n for piece in pieces for n in self._bpe.encode_ordinary(piece)]
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":  # tiktoken's; no Exception
+                raise
+            raise ValueError(f"{self.source}: the split fails: {error}") from None
         return [i for rank in ranks for i in vocabulary.ids[rank]]
 
     def encode_chat(
@@ -1342,7 +1353,7 @@ class Tokenizer:
             if role == "system" and "{date}" in before:
                 date = chat.date or datetime.date.today().strftime("%d %b %Y")
                 before = before.replace("{date}", date)
-            content = content.strip() if chat.strip else content
+            content = content.strip() if role in chat.strip else content
             parts += [*self._parts(before), content, *self._parts(after)]
         return self._join([*parts, *self._parts(chat.reply)])
 
@@ -1414,7 +1425,7 @@ def find_folder(model: str | Path) -> Path:
         raise FileNotFoundError(
             f"{model}: no such folder, and not of the form org/name"
         )
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     home = os.environ.get("HF_HOME") or Path(home, "huggingface")
     hub = Path(os.environ.get("HF_HUB_CACHE") or Path(home, "hub"))
     repo = hub / f"models--{str(model).replace('/', '--')}"
@@ -1425,10 +1436,8 @@ def find_folder(model: str | Path) -> Path:
             return snapshot
     there = [path.name[8:].replace("--", "/") for path in hub.glob("models--*")]
     near = ", ".join(difflib.get_close_matches(str(model), there, 3, 0.5))
-    near = near and f", which has {near}"
-    raise FileNotFoundError(
-        f"{model}: no such folder, and not in {hub}{near}; to get it: hf download {model}"
-    )
+    found = f"no such folder, and not in {hub}" + (near and f", which has {near}")
+    raise FileNotFoundError(f"{model}: {found}; to get it: hf download {model}")
 
 
 def build_model(args: ModelArgs, tensors: Mapping[str, TensorInfo]) -> Llama:
@@ -1643,7 +1652,8 @@ def apply_top_p(logprobs: mx.array, p: float) -> mx.array:
     descending = -mx.sort(-logprobs, axis=-1)
     probs = mx.softmax(descending, axis=-1)
     before = mx.cumsum(probs, axis=-1) - probs
-    last = mx.where(before < p, descending, mx.inf).min(axis=-1, keepdims=True)
+    kept = (before < p) | (before == 0)  # the first, however small p is
+    last = mx.where(kept, descending, mx.inf).min(axis=-1, keepdims=True)
     return mx.where(logprobs < last, -mx.inf, logprobs)
 
 
@@ -1656,25 +1666,27 @@ def apply_min_p(logprobs: mx.array, p: float) -> mx.array:
     return mx.where(logprobs < least, -mx.inf, logprobs)
 
 
-# option: (interval, whether a value lies in it)
+# option: (least, is that allowed, greatest)
 INTERVALS = {
-    "temperature": ("[0, inf)", lambda value: 0 <= value < math.inf),
-    "top_k": (
-        "[1, inf), a whole number",
-        lambda value: value >= 1 and value == int(value),
-    ),
-    "top_p": ("(0, 1]", lambda value: 0 < value <= 1),
-    "min_p": ("(0, 1]", lambda value: 0 < value <= 1),
-    "repetition_penalty": ("(0, inf)", lambda value: 0 < value < math.inf),
+    "temperature": (0, True, 1e9),
+    "top_k": (1, True, 2**31 - 1),
+    "top_p": (0, False, 1),
+    "min_p": (0, False, 1),
+    "repetition_penalty": (0, False, 1e9),
 }
 
 
 def check_sampling(**options: float | None) -> None:
     """Raise ValueError, naming interval and value, for an option outside of it."""
     for name, value in options.items():
-        interval, inside = INTERVALS[name]
-        if value is not None and not inside(value):
-            raise ValueError(f"{name} must be in {interval}, got {value}")
+        least, closed, greatest = INTERVALS[name]
+        inside = type(value) in (int, float) and least <= value <= greatest
+        inside = inside and (closed or value > least)
+        inside = inside and (name != "top_k" or value == int(value))
+        if value is not None and not inside:
+            interval = f"{'[' if closed else '('}{least}, {greatest:g}]"
+            kind = ", a whole number" if name == "top_k" else ""
+            raise ValueError(f"{name} must be in {interval}{kind}, got {value!r:.80}")
 
 
 def new_seed() -> int:
@@ -1721,10 +1733,10 @@ def make_sampler(
                 if len(prompt):
                     seen[:, mx.array(prompt)] = True
             logits = apply_repetition_penalty(logits, seen, repetition_penalty)
-        if temperature == 0:
+        if temperature < 1e-30:  # 0, or what float32 cannot divide by
             token = mx.argmax(logits, axis=-1)
         else:
-            logprobs = logits / temperature
+            logprobs = (logits - logits.max(axis=-1, keepdims=True)) / temperature
             logprobs = logprobs - mx.logsumexp(logprobs, axis=-1, keepdims=True)
             if top_k is not None:
                 logprobs = apply_top_k(logprobs, int(top_k))
@@ -1866,7 +1878,7 @@ def generate(
     if max_tokens == 0:
         return "length"
     sampler = sampler or functools.partial(mx.argmax, axis=-1)
-    ends = {"max_tokens": max_tokens, "stop_tokens": stop_tokens}
+    ends = {"max_tokens": max_tokens, "stop_tokens": frozenset(stop_tokens)}
     return (
         yield from decode(model, logits, cache, sampler, **ends, cancelled=cancelled)
     )
@@ -1971,6 +1983,12 @@ class Request:
     stopped: threading.Event
     submitted: float = field(default_factory=time.perf_counter)
 
+    def finish(self, outcome: "Stats | Exception") -> None:
+        """Send the last event, twice: a Ctrl-C can strike whoever waits for it between
+        taking it and using it, and to wait for another would be for ever."""
+        self.events.put(outcome)
+        self.events.put(outcome)
+
 
 def kv_bytes_per_token(args: ModelArgs, item_size: int) -> int:
     """Return the bytes that one token takes in the cache: a key and a value a layer."""
@@ -2033,7 +2051,8 @@ class Worker(threading.Thread):
                         self.serve(request)
                     except Exception as error:  # its asker's; the next may do better
                         self.forget()
-                        request.events.put(error)
+                        request.finish(error)
+                    request = None  # what it holds is not needed until the next
         except Exception as error:
             self.events.put(error)
         finally:
@@ -2107,21 +2126,21 @@ class Worker(threading.Thread):
         self.cached = (ids + tokens)[:offset]
         piece.text += request.stream.close()
         request.events.put(piece)
-        first, decode = times[:2][-1], times[-1] - times[:2][-1]
-        request.events.put(
-            Stats(
-                prompt_tokens=len(ids),
-                reused_tokens=reused,
-                generation_tokens=len(tokens),
-                time_to_first_token_s=first - request.submitted,
-                prefill_tps=(len(ids) - reused) / (first - started) if tokens else 0.0,
-                decode_tps=(len(tokens) - 1) / decode if decode else 0.0,
-                context_used=offset,
-                context=self.context,
-                peak_memory=mx.get_peak_memory(),
-                finish_reason=reason,
-            )
+        first = times[1] if tokens else started
+        elapsed = times[-1] - first
+        stats = Stats(
+            prompt_tokens=len(ids),
+            reused_tokens=reused,
+            generation_tokens=len(tokens),
+            time_to_first_token_s=first - request.submitted,
+            prefill_tps=(len(ids) - reused) / (first - started) if tokens else 0.0,
+            decode_tps=(len(tokens) - 1) / elapsed if elapsed else 0.0,
+            context_used=offset,
+            context=self.context,
+            peak_memory=mx.get_peak_memory(),
+            finish_reason=reason,
         )
+        request.finish(stats)
 
     def save(self, file: Path, notes: dict) -> None:
         """Write the cache, what it holds and notes to a file, whole or not at all."""
@@ -2213,8 +2232,11 @@ def shut_down(worker: Worker) -> None:
     """End a worker: cancel what it does and wait until it is gone."""
     worker.closing.set()
     worker.requests.put(None)
-    if worker is not threading.current_thread():  # where garbage may be collected
-        worker.join()
+    if worker is threading.current_thread():  # where garbage may be collected
+        return
+    while worker.is_alive():
+        with contextlib.suppress(KeyboardInterrupt):  # it ends with the step it is in
+            worker.join()
 
 
 class Engine:
@@ -2424,7 +2446,7 @@ def print_table(rows: Iterable[tuple[str, str]]) -> None:
     """Print rows of a name and a text, aligned; a name only where it changes."""
     before = None
     for name, text in rows:
-        print(printable(f"{'' if name == before else name:12} {text}"))
+        print(printable(f"{'' if name == before else name:11} {text}"))
         before = name
 
 
@@ -2466,32 +2488,64 @@ def weight_bytes(model: Llama, bits: int, item_size: int = 2) -> int:
     return total
 
 
+def copy_bandwidth() -> float:
+    """Return the bytes per second, read and written, of a copy on this device."""
+    on_cpu = mx.default_device() == mx.cpu
+    array = mx.zeros(2**24 if on_cpu else 2**26)
+    mx.eval(array)
+    best = math.inf
+    for _ in range(3):
+        started = time.perf_counter()
+        mx.eval(array + 1)
+        best = min(best, time.perf_counter() - started)
+    return 2 * array.nbytes / best
+
+
+def verdict(
+    weights: int, cache: int, longest: int, memory: int, bandwidth: float
+) -> tuple[int, str]:
+    """Return the longest context that fits, and in words whether a model does.
+
+    weights: bytes. cache: bytes a token. Every token reads all weights, so the
+    bandwidth bounds the speed.
+    """
+    context = max(0, min((memory - weights) // cache, longest))
+    if context == 0:
+        return 0, "does not fit"
+    usual = weights + cache * min(longest, 8192)
+    word = "fits" if usual <= 0.8 * memory else "tight"
+    speed = f"up to {bandwidth / weights:,.1f} tokens/s"
+    return context, f"{word}, context {context:,}, {speed}"
+
+
 def describe(model: str | None) -> dict:
     """Return what `info` tells of a preset or a model."""
     args, stored = PRESETS.get(model), None
+    # In memory: the CPU computes in float32, so all that is not packed doubles.
+    item_size = 4 if mx.default_device() == mx.cpu else 2
     if args is None:
         skeleton, tensors, problems = examine(choose_folder(model))
         if problems:
             raise problems[0]
         args, stored = skeleton.args, sum(info.nbytes for info in tensors.values())
     dense = Llama(args)
-    # In memory: the CPU computes in float32, so all that is not packed doubles.
-    item_size = 4 if mx.default_device() == mx.cpu else 2
-    kv, memory = kv_bytes_per_token(args, item_size), machine_memory()
-    longest = {}
-    for bits in (16, 8, 4):
-        room = (memory - weight_bytes(dense, bits, item_size)) // kv
-        longest[bits] = max(0, min(room, args.max_position_embeddings))
+    cache, memory = kv_bytes_per_token(args, item_size), machine_memory()
+    machine = (args.max_position_embeddings, memory, copy_bandwidth())
+    verdicts = {
+        bits: verdict(weight_bytes(dense, bits, item_size), cache, *machine)
+        for bits in (16, 8, 4)
+    }
     return {
         "model": model or "stories",
         "config": asdict(args),
         "parameters": sum(array.size for _, array in tree_flatten(dense.parameters())),
-        "weight_bytes": {bits: weight_bytes(dense, bits) for bits in (16, 8, 4)},
+        "weight_bytes": {bits: weight_bytes(dense, bits) for bits in verdicts},
         "stored_bytes": stored,
-        "kv_bytes_per_token": kv,
+        "kv_bytes_per_token": cache,
         "memory_bytes": memory,
         "device": mx.default_device().type.name,
-        "longest_context": longest,
+        "longest_context": {bits: context for bits, (context, _) in verdicts.items()},
+        "verdict": {bits: words for bits, (_, words) in verdicts.items()},
     }
 
 
@@ -2517,12 +2571,11 @@ def cmd_info(options: argparse.Namespace) -> int:
         ("cache", f"{kv:,} bytes a token, {gigabytes(kv * 8192)} for 8,192"),
         ("memory here", f"{gigabytes(found['memory_bytes'])}, {found['device']}"),
     ]
-    for bits, nbytes in found["weight_bytes"].items():
-        context = found["longest_context"][bits]
-        fits = f"fits with a context of {context:,}" if context else "does not fit here"
-        rows.append(("weights", f"{bits:2} bits: {gigabytes(nbytes):>9}, {fits}"))
     if found["stored_bytes"] is not None:
-        rows.append(("weights", f" stored: {gigabytes(found['stored_bytes']):>9}"))
+        rows.append(("stored", gigabytes(found["stored_bytes"])))
+    for bits, nbytes in found["weight_bytes"].items():
+        words = found["verdict"][bits]
+        rows.append(("weights", f"{bits:2} bits {gigabytes(nbytes):>9}: {words}"))
     print_table(rows)
     return 0
 
@@ -2598,12 +2651,15 @@ def cmd_inspect(options: argparse.Namespace) -> int:
     for name, size in found["files"].items():
         rows.append(("files", f"{gigabytes(size):>9}  {name}"))
     # The layers of a stack look alike: a row for all tensors that differ in number.
-    groups = collections.Counter()
+    groups = collections.defaultdict(list)
     for t in found["tensors"]:
-        name = re.sub(r"\.\d+\.", ".*.", t["name"])
-        groups[f"{name} {t['dtype']} {list(t['shape'])}", t["bytes"]] += 1
-    for (name, size), n in groups.items():
-        rows.append(("tensors", f"{gigabytes(n * size):>9}  {n} {name}"))
+        name = re.sub(r"\.\d+\.", ".*.", t["name"]).removeprefix("model.")
+        kind = f"{name.removesuffix('.weight')} {t['dtype']} {list(t['shape'])}"
+        groups[kind].append(t["bytes"])
+    for kind, sizes in sorted(groups.items(), key=lambda group: -sum(group[1])):
+        bar = round(8 * sum(sizes) / found["bytes"]) * "#"
+        text = f"{gigabytes(sum(sizes)):>9} {bar:8} {len(sizes):3} {kind}"
+        rows.append(("tensors", text))
     share = 100 * found["adoptable_bytes"] // max(found["bytes"], 1)
     share = f"of which {share} % can be used in place on Metal"
     rows.append(("in all", f"{gigabytes(found['bytes']):>9}  {share}"))
@@ -2655,7 +2711,8 @@ def answer(
     settings = {name: getattr(options, name) for name in (*INTERVALS, "max_tokens")}
     settings |= {"seed": seed, "progress": progress}
     if options.raw:
-        reply = engine.complete(messages[-1]["content"], **settings)
+        text = "".join(message["content"] for message in messages)
+        reply = engine.complete(text, **settings)
     else:
         reply = engine.chat(messages, **settings)
     escape = printable if sys.stdout.isatty() else str
@@ -2697,7 +2754,7 @@ def whole_number(least: int) -> Callable[[str], int]:
 
 def state_folder() -> Path:
     """Return where this program keeps what it remembers of its user, made if absent."""
-    base = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    base = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
     folder = Path(base, "llama.py")
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     return folder
@@ -2750,7 +2807,11 @@ class LineEditor:
         lines = []
         while True:
             try:
-                lines.append(input("... " if lines else ">>> "))
+                prompt = "... " if lines else ">>> "
+                if not sys.stdout.isatty():  # which then carries replies alone
+                    print(prompt, end="", file=sys.stderr, flush=True)
+                    prompt = ""
+                lines.append(input(prompt))
             except EOFError:
                 note("")
                 return None
@@ -2796,12 +2857,14 @@ class Chat:
         if source.parent.name == "snapshots":  # of the Hugging Face cache
             note(f"{self.options.model}, revision {source.name}")
         note(
-            f"context {self.engine.context} tokens, seed {self.seed}; /help for commands,"
+            f"context {self.engine.context} tokens, seed {self.seed}, /help for more,"
             '\n""" around several lines, Ctrl-C stops a reply, Ctrl-D quits'
         )
         while (text := self.editor.read()) is not None:
             try:
                 self.take(text)
+            except KeyboardInterrupt:  # before or after a reply; that handles its own
+                note("")
             except (OSError, ValueError, argparse.ArgumentTypeError) as error:
                 note(f"llama.py: error: {error}")
 
@@ -2863,7 +2926,11 @@ class Chat:
             if not sys.stdin.isatty():
                 raise
             note(f"llama.py: error: {error}")
-            if input("Read its text anew? [y/N] ").strip().lower() not in ("y", "yes"):
+            try:
+                wanted = input("Read its text anew? [y/N] ").strip().lower()
+            except (EOFError, KeyboardInterrupt):
+                wanted = "no"
+            if wanted not in ("y", "yes"):
                 return
         try:
             turns = [
@@ -3014,6 +3081,10 @@ def cmd_chat(options: argparse.Namespace) -> int:
         check_sampling(**{name: getattr(options, name) for name in INTERVALS})
     except ValueError as error:
         options.usage(str(error))
+    if options.raw and (options.system or options.template):
+        options.usage("--raw has no chat format: not with --system or --template")
+    if options.dtype not in (None, *FLOATS):
+        options.usage(f"--dtype must be one of {', '.join(FLOATS)}")
     seed = new_seed() if options.seed is None else options.seed
     folder = choose_folder(options.model)
     tokenizer = Tokenizer.from_folder(folder, template=options.template)
@@ -3045,6 +3116,9 @@ def cmd_chat(options: argparse.Namespace) -> int:
         return 130 if reply.stats.finish_reason == "cancelled" else 0
 
 
+FLOATS = ("float32", "float16", "bfloat16")
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="llama.py", description="Run Llama-family models with Apple's MLX."
@@ -3066,47 +3140,73 @@ def build_parser() -> argparse.ArgumentParser:
         option("--json", action="store_true", help="print JSON instead of text")
         if name == "inspect":
             option("--check", action="store_true", help="also look for NaN in all data")
-    # chat's; None, the default of most, leaves it to the model's folder
-    count = whole_number(1)
-    option("--prompt", metavar="TEXT", help="answer this and what is piped in, and end")
-    option("--system", metavar="TEXT", help="instructions before the conversation")
+    # The rest is chat's. None, the default of each, leaves it to the model's folder.
     option("--raw", action="store_true", help="continue the text, with no chat format")
-    option("--template", choices=CHAT_FORMATS, help="chat format; default: the model's")
-    option("--max-tokens", type=whole_number(0), metavar="N", help="of a reply")
-    option("--temperature", type=float, metavar="T", help="[0, inf), 0 is greedy; 0.6")
-    option("--top-k", type=int, metavar="K", help="keep the K likeliest tokens")
-    option("--top-p", type=float, metavar="P", help="(0, 1], nucleus; 0.9")
-    option("--min-p", type=float, metavar="P", help="(0, 1], of the likeliest")
-    option("--repetition-penalty", type=float, metavar="R", help="(0, inf), 1 is none")
-    option("--seed", type=whole_number(0), metavar="N", help="repeats a run; random")
-    option("--ctx", type=count, metavar="N", help="context, tokens; up to 8192")
-    option("--prefill-step", type=count, metavar="N", help="tokens; 512, on a CPU 32")
-    dtypes = ("float32", "float16", "bfloat16")
-    option("--dtype", choices=dtypes, help="the model's on a GPU, float32 on a CPU")
-    option("--stats", action="store_true", help="print speed and memory on stderr")
-    option("--session", metavar="FILE", help="go on with it, and keep it up to date")
+    option("--stats", action="store_true", help="print speed and memory to stderr")
+    number, count, names = whole_number(0), whole_number(1), ", ".join(CHAT_FORMATS)
+    for flag, metavar, kind, text in (
+        ("--prompt", "TEXT", str, "answer this, with all that is piped in, and end"),
+        ("--system", "TEXT", str, "instructions before the conversation"),
+        ("--template", "NAME", str, f"{names}; default: the folder's"),
+        ("--max-tokens", "N", number, "longest reply, tokens; default: no limit"),
+        ("--temperature", "T", float, "[0, inf), 0 is greedy; default: 0.6"),
+        ("--top-k", "K", int, "[1, inf), only the K likeliest; default: all"),
+        ("--top-p", "P", float, "(0, 1], the likeliest that hold P; default: 0.9"),
+        ("--min-p", "P", float, "(0, 1], of the likeliest's odds; default: none"),
+        ("--repetition-penalty", "R", float, "(0, inf), above 1 penalizes; default: 1"),
+        ("--seed", "N", number, "repeats a run exactly; default: a new one"),
+        ("--ctx", "N", count, "context, tokens; default: the model's, up to 8192"),
+        ("--prefill-step", "N", count, "tokens; default: 512, on a CPU 32"),
+        (
+            "--dtype",
+            "D",
+            str,
+            f"{', '.join(FLOATS)}; default: the files', on a CPU float32",
+        ),
+        ("--session", "FILE", str, "go on with this conversation, and keep it there"),
+    ):
+        option(flag, metavar=metavar, type=kind, help=text)
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return its exit status, 0, 1, 2 or 130."""
-    for stream in (sys.stdout, sys.stderr):  # whatever the locale, models speak UTF-8
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(encoding="utf-8", errors="replace")
+def run(argv: Sequence[str] | None) -> int:
+    """Do what a command line says; return its exit status, errors told in a line."""
     try:
         options = build_parser().parse_args(argv)
-        return options.run(options)
-    except SystemExit as exit:  # argparse's, after --help or an error
-        return exit.code
+        status = options.run(options)
+        sys.stdout.flush()
+    except SystemExit as end:  # argparse's, after --help or an error
+        status = end.code
     except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:  # the reader has gone; so that exiting does not flush:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        status = 130
+    except BrokenPipeError:  # who read the output has gone
+        status = 0
     except (MemoryError, OSError, RuntimeError, ValueError) as error:
         line = printable(" ".join(str(error).split()))
         print(f"llama.py: error: {line}", file=sys.stderr)
-        return 1
+        status = 1
+    return status
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return its exit status: 0, 1, 2, or 130 after Ctrl-C."""
+    for name in ("stdin", "stdout", "stderr"):  # closed by who started us?
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r+"))  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):  # models speak UTF-8 in any locale
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(encoding="utf-8", errors="replace")
+    status = run(argv)
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        # Nothing more can be written: say so, if it is not that the reader has gone,
+        # and let the flush at exit go where it does no harm.
+        if not isinstance(error, BrokenPipeError) and status == 0:
+            print(f"llama.py: error: {error}", file=sys.stderr)
+            status = 1
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return status
 
 
 if __name__ == "__main__":

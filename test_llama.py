@@ -27,7 +27,7 @@ import sys
 import threading
 import time
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -1217,6 +1217,12 @@ TURNS = [
     {"role": "user", "content": "[INST] and <<SYS>>?"},
 ]
 SYSTEM = {"role": "system", "content": "Be brief. Answer in French."}
+# Contents that a template trims, or does not.
+BLANK = [
+    {"role": "user", "content": "  \n"},
+    {"role": "assistant", "content": "  lead and trail \n"},
+    {"role": "user", "content": " \nx\n "},
+]
 
 
 def folder_with_template(tmp_path: Path, name: str) -> Path:
@@ -1243,12 +1249,12 @@ def test_chat_ids_are_those_of_the_jinja_template(name, tmp_path):
     )
     # The published templates of Mistral differ in where they put a system text.
     for system in ([], [SYSTEM]) if "mistral" not in name else ([],):
-        for n in (1, 3, 5):
-            messages = [*system, *TURNS[:n]]
+        for turns in (TURNS[:1], TURNS[:3], TURNS, BLANK[:1], BLANK):
+            messages = [*system, *turns]
             wanted = reference.apply_chat_template(
                 messages, chat_template=JINJA[name], return_dict=False
             )
-            assert ours.encode_chat(messages) == wanted, (system, n)
+            assert ours.encode_chat(messages) == wanted, messages
 
 
 @needs_data
@@ -1822,6 +1828,21 @@ def test_temperature_zero_is_the_likeliest_token_whatever_else_is_set():
     assert greedy(logits).tolist() == mx.argmax(logits, axis=-1).tolist()
 
 
+@pytest.mark.parametrize(
+    "options", [{"top_p": 1e-46}, {"temperature": 1e-46}, {"temperature": 1e-9}]
+)
+def test_options_too_small_for_float32_leave_the_likeliest_token(options):
+    sampler = llama.make_sampler(seed=0, **({"temperature": 1} | options))
+    logits = mx.array([[0.0, 9.0, 1.0, 2.0]])
+    assert [sampler(logits).item() for _ in range(8)] == [1] * 8
+
+
+def test_a_temperature_beyond_measure_is_no_preference_at_all():
+    sampler = llama.make_sampler(temperature=1e9, top_p=None, seed=0)
+    logits = mx.array([[0.0, 9.0, 1.0, 2.0]])
+    assert {sampler(logits).item() for _ in range(60)} == {0, 1, 2, 3}
+
+
 def test_one_seed_draws_one_sequence_and_no_seed_a_new_one_each_time():
     logits = mx.zeros((1, 1000))
 
@@ -1854,15 +1875,23 @@ def test_sixteen_bit_logits_are_sampled_in_float32():
 @pytest.mark.parametrize(
     ("option", "value", "error"),
     [
-        ("temperature", -0.1, r"temperature must be in \[0, inf\), got -0.1"),
-        ("temperature", math.inf, r"temperature must be in \[0, inf\), got inf"),
+        ("temperature", -0.1, r"temperature must be in \[0, 1e\+09\], got -0.1"),
+        ("temperature", math.inf, r"temperature must be in \[0, 1e\+09\], got inf"),
         ("temperature", math.nan, r"got nan"),
-        ("top_k", 0, r"top_k must be in \[1, inf\), a whole number, got 0"),
+        ("temperature", 10**400, r"temperature must be in .*, got 1000"),
+        ("temperature", True, r"got True"),
+        ("temperature", "hot", r"got 'hot'"),
+        ("top_k", 0, r"top_k must be in \[1, 2.14748e\+09\], a whole number, got 0"),
+        ("top_k", math.inf, r"a whole number, got inf"),
         ("top_k", 1.5, "a whole number, got 1.5"),
         ("top_p", 0, r"top_p must be in \(0, 1\], got 0"),
         ("top_p", 1.5, r"top_p must be in \(0, 1\], got 1.5"),
         ("min_p", 0, r"min_p must be in \(0, 1\], got 0"),
-        ("repetition_penalty", 0, r"repetition_penalty must be in \(0, inf\), got 0"),
+        (
+            "repetition_penalty",
+            0,
+            r"repetition_penalty must be in \(0, 1e\+09\], got 0",
+        ),
     ],
 )
 def test_options_out_of_range_are_refused(option, value, error):
@@ -1917,6 +1946,7 @@ def held(cache: list[llama.KVCache]) -> list[int]:
         ({"stop_tokens": {9}}, [6, 7, 8], "stop"),
         ({"stop_tokens": {6}}, [], "stop"),
         ({"stop_tokens": {8, 7}}, [6], "stop"),
+        ({"stop_tokens": iter([8])}, [6, 7], "stop"),
         ({"max_tokens": 3, "stop_tokens": {9}}, [6, 7, 8], "length"),
         ({"capacity": 5}, [6, 7, 8], "context"),
         ({"capacity": 3}, [6], "context"),
@@ -2526,6 +2556,27 @@ def test_info_describes_a_preset(name, capsys):
     assert f"{found['parameters']:,}" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("weights", "cache", "wanted"),
+    [
+        (100, 1, (0, "does not fit")),
+        (99, 1, (1, "tight, context 1, up to 5.1 tokens/s")),
+        (60, 1, (40, "tight, context 40, up to 8.3 tokens/s")),
+        (50, 0.5, (50, "fits, context 50, up to 10.0 tokens/s")),
+    ],
+)
+def test_the_verdict_says_whether_a_model_fits(weights, cache, wanted):
+    assert llama.verdict(weights, cache, 50, 100, 500.0) == wanted
+
+
+@pytest.mark.parametrize("words", [("info", "405b"), ("inspect",), ("chat", "--help")])
+def test_tables_and_help_fit_80_columns(words, folder, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(llama, "choose_folder", lambda _: folder)
+    llama.main(words)
+    assert max(map(len, capsys.readouterr().out.splitlines()[1:])) <= 80
+
+
 def test_info_predicts_the_bytes_of_a_quantized_folder(tmp_path, capsys):
     folder = random_folder(tmp_path / "m", width=128)
     model = llama.load_model(folder, dtype=mx.bfloat16)
@@ -2545,7 +2596,7 @@ def test_inspect_lists_what_a_folder_holds(folder, capsys):
     assert found["stop_tokens"] == [0, 259]
     assert llama.main(["inspect", str(folder)]) == 0
     text = capsys.readouterr().out
-    assert "chatml" in text and "2 model.layers.*.self_attn.q_proj.weight" in text
+    assert "chatml" in text and "2 layers.*.self_attn.q_proj F32 [32, 32]" in text
 
 
 def test_inspect_shows_all_problems_of_a_folder(folder, tmp_path, capsys):
@@ -2601,13 +2652,16 @@ def test_control_characters_are_spelled_out():
     assert llama.printable(hostile) == safe
 
 
-def test_a_reader_that_goes_away_is_no_error(folder):
+@pytest.mark.parametrize("buffered", [True, False])
+def test_a_reader_that_goes_away_is_no_error(folder, buffered):
     words = ["chat", str(folder), "--raw", "--prompt", "x"]
+    environment = os.environ | {"PYTHONUNBUFFERED": "" if buffered else "1"}
     process = subprocess.Popen(
         [sys.executable, str(HERE / "llama.py"), *words],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        env=environment,
     )
     process.stdout.read(1)
     process.stdout.close()
@@ -2629,11 +2683,11 @@ os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
 class Terminal:
     """llama.py on a terminal of its own, driven as a person would."""
 
-    def __init__(self, *words: object, **environment: str):
+    def __init__(self, *words: object, program=HERE / "llama.py", **environment: str):
         self.screen = ""
         self.master, terminal = pty.openpty()
         self.process = subprocess.Popen(
-            [sys.executable, "-c", ON_A_TERMINAL, HERE / "llama.py", *map(str, words)],
+            [sys.executable, "-c", ON_A_TERMINAL, program, *map(str, words)],
             stdin=terminal,
             stdout=terminal,
             stderr=terminal,
@@ -2676,6 +2730,148 @@ class Terminal:
 
 
 CTRL_C, CTRL_D = "\x03", "\x04"
+
+
+@pytest.mark.parametrize("words", ["info 8b", "chat --help", "inspect {}"])
+@pytest.mark.parametrize(
+    ("out", "status", "error"),
+    [(">&-", 0, ""), ("| true", 0, ""), (">/dev/full", 1, "No space left")],
+)
+def test_output_that_goes_nowhere_is_told_in_one_line_or_not_at_all(
+    words, out, status, error, folder
+):
+    line = f"'{sys.executable}' llama.py {words.format(folder)} {out}"
+    shell = f"set -o pipefail; {line.replace('| true', '| (sleep 1; true)')}"
+    done = subprocess.run(
+        ["bash", "-c", shell],
+        cwd=HERE,
+        env=os.environ | {"PYTHONUNBUFFERED": ""},
+        capture_output=True,
+        check=False,
+        timeout=60,
+    )
+    told = done.stderr.decode().splitlines()
+    assert done.returncode == status and len(told) == bool(error), told
+    assert error in "".join(told)
+
+
+def test_standard_input_may_be_closed(folder):
+    line = f"'{sys.executable}' llama.py chat {folder} --prompt x --max-tokens 2 <&-"
+    done = subprocess.run(
+        ["bash", "-c", line], cwd=HERE, capture_output=True, check=False
+    )
+    assert done.returncode == 0 and b"Traceback" not in done.stderr
+
+
+def test_a_prompt_on_the_screen_stays_out_of_a_file(folder, tmp_path):
+    out = tmp_path / "out.txt"
+    program = f"import llama, sys; sys.stdout = open({str(out)!r}, 'w');"
+    program += (
+        f"llama.main(['chat', {str(folder)!r}, '--max-tokens', '3', '--seed', '1'])"
+    )
+    script = tmp_path / "script.py"
+    script.write_text(f"import sys; sys.path.insert(0, {str(HERE)!r}); {program}")
+    chat = Terminal(program=script)
+    chat.wait_for(">>> ")
+    chat.type("x\r")
+    chat.wait_for("[stopped")
+    chat.wait_for(">>> ")
+    chat.type(CTRL_D)
+    assert chat.status() == 0
+    assert ">>>" not in out.read_text() and out.read_text()
+
+
+def test_raw_text_has_no_chat_format(folder):
+    for words in (("--system", "x"), ("--template", "zephyr")):
+        done = command("chat", folder, "--raw", "--prompt", "x", *words)
+        assert done.returncode == 2 and b"--raw has no chat format" in done.stderr
+
+
+def hostile(**changes) -> Callable[[Path], None]:
+    """A change of a folder's JSON files: None removes a key."""
+
+    def change(folder: Path) -> None:
+        for name, values in changes.items():
+            file = folder / f"{name}.json"
+            found = json.loads(file.read_text()) if file.exists() else {}
+            file.write_text(json.dumps(found | values))
+
+    return change
+
+
+HUGE = 10**400
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        hostile(config={"rope_scaling": {"rope_type": "linear", "factor": HUGE}}),
+        hostile(
+            config={
+                "rope_scaling": {"rope_type": "yarn", "factor": 2},
+                "rope_theta": 1.0,
+            }
+        ),
+        hostile(
+            config={"rope_scaling": {"rope_type": "yarn", "attention_factor": 1e300}}
+        ),
+        hostile(config={"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}),
+        hostile(config={"rope_parameters": {"partial_rotary_factor": 0.5}}),
+        hostile(config={"rope_parameters": "x"}),
+        hostile(config={"head_dim": 268435454}),
+        hostile(config={"num_hidden_layers": 2**31 - 1}),
+        hostile(config={"vocab_size": [1]}),
+        hostile(config={"quantization": [4]}),
+        hostile(config={"eos_token_id": "x"}),
+        hostile(config={"eos_token_id": [[1]]}),
+        hostile(generation_config={"top_k": math.inf}),
+        hostile(generation_config={"temperature": HUGE}),
+        hostile(generation_config={"top_p": "x"}),
+        hostile(generation_config={"eos_token_id": {"a": 1}}),
+        hostile(tokenizer_config={"chat_template": 5}),
+        hostile(tokenizer_config={"chat_template": [{"name": "x"}]}),
+        hostile(tokenizer_config={"bos_token": [1]}),
+        hostile(tokenizer={"pre_tokenizer": {"type": "Sequence", "pretokenizers": []}}),
+        hostile(tokenizer={"pre_tokenizer": [1]}),
+        hostile(tokenizer={"added_tokens": "x"}),
+        hostile(tokenizer={"model": {}}),
+        hostile(tokenizer={"post_processor": {"processors": [1]}}),
+        lambda folder: (folder / "config.json").write_text("[" * 100_000),
+        lambda folder: (folder / "tokenizer.json").write_bytes(b"\xff{}"),
+        lambda folder: (folder / "model.safetensors").write_bytes(b""),
+        lambda folder: (folder / "model.safetensors").unlink(),
+        lambda folder: (folder / "config.json").unlink(),
+    ],
+)
+def test_a_hostile_folder_is_told_in_one_line(change, folder, tmp_path, capsys):
+    broken = shutil.copytree(folder, tmp_path / "m")
+    change(broken)
+    assert llama.main(["inspect", str(broken), "--check"]) == 1
+    assert "problem" in capsys.readouterr().out
+    words = ["chat", str(broken), "--prompt", "x", "--max-tokens", "1"]
+    with contextlib.redirect_stdout(None), open(os.devnull) as nothing:
+        stdin, sys.stdin = sys.stdin, nothing
+        try:
+            assert llama.main(words) == 1
+        finally:
+            sys.stdin = stdin
+    error = capsys.readouterr().err
+    assert error.startswith("llama.py: error: ") and error.count("\n") == 1
+
+
+def test_a_split_that_tiktoken_cannot_run_is_an_error(tmp_path):
+    pattern = {"Regex": "(?=a)"}
+    step = {
+        "type": "Split",
+        "pattern": pattern,
+        "behavior": "Isolated",
+        "invert": False,
+    }
+    last = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
+    spec = small_spec(pre_tokenizer={"type": "Sequence", "pretokenizers": [step, last]})
+    broken = llama.Tokenizer.from_folder(write_tokenizer(tmp_path, spec))
+    with pytest.raises(ValueError, match="the split fails"):
+        broken.encode("aaa")
 
 
 @pytest.fixture(autouse=True)
