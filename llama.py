@@ -1526,6 +1526,12 @@ def examine(
     return model, tensors, problems
 
 
+def default_dtype() -> mx.Dtype | None:
+    """Return what to compute in: None, which is what the files hold, on a GPU. MLX's
+    CPU backend is many times slower in 16 bits than in float32."""
+    return mx.float32 if mx.default_device() == mx.cpu else None
+
+
 def load_model(
     folder: str | Path,
     *,
@@ -1534,16 +1540,14 @@ def load_model(
 ) -> Llama:
     """Return a folder's model, its weights mapped in and evaluated.
 
-    dtype: of activations, and of weights that are not packed. None keeps what the
-    files hold on a GPU; MLX's CPU backend is many times slower in 16 bits than in
-    float32, so there None means float32. progress: called with bytes done and in all.
+    dtype: of activations, and of weights that are not packed; None: default_dtype.
+    progress: called with bytes done and in all.
     Raises FileNotFoundError or ValueError that names the file at fault.
     """
     model, tensors, problems = examine(Path(folder))
     if problems:
         raise problems[0]
-    if dtype is None and mx.default_device() == mx.cpu:
-        dtype = mx.float32
+    dtype = dtype or default_dtype()
     wanted = {name for name, _ in tree_flatten(model.parameters())}
     wanted = [info for info in tensors.values() if info.name in wanted]
     done, total, weights = 0, sum(info.nbytes for info in wanted), []
@@ -1574,6 +1578,20 @@ def load(
     return load_model(folder, dtype=dtype), Tokenizer.from_folder(folder)
 
 
+def memory_of(tensors: Iterable[TensorInfo], item_size: int) -> int:
+    """Return the bytes that tensors take loaded; item_size: of what is not packed."""
+    return sum(
+        t.nbytes if t.dtype in ("U32", "U8") else math.prod(t.shape) * item_size
+        for t in tensors
+    )
+
+
+def kv_bytes_per_token(args: ModelArgs, item_size: int) -> int:
+    """Return the bytes that one token takes in the cache: a key and a value a layer."""
+    heads = args.num_hidden_layers * args.num_key_value_heads
+    return 2 * heads * args.head_dim * item_size
+
+
 def recommended_memory() -> int | None:
     """Return the bytes that Metal lets one process keep on the GPU, None elsewhere."""
     if not mx.metal.is_available():
@@ -1581,16 +1599,26 @@ def recommended_memory() -> int | None:
     return mx.device_info()["max_recommended_working_set_size"]
 
 
-def memory_warning(nbytes: int) -> str | None:
-    """Return what to tell the user of a model that nearly fills what Metal allows."""
-    limit = recommended_memory()
-    if limit is None or nbytes < 0.9 * limit:
+def machine_memory() -> int:
+    """Return the bytes that a model can use here."""
+    physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return recommended_memory() or mx.device_info().get("total_memory") or physical
+
+
+def require_memory(weights: int, cache: int) -> str | None:
+    """Return a warning if weights and cache, in bytes, nearly fill what Metal allows.
+
+    Raises ValueError if they do not fit this machine.
+    """
+    needed, there, limit = weights + cache, machine_memory(), recommended_memory()
+    parts = f"{weights / 1e9:.2f} GB of weights and {cache / 1e9:.2f} GB of cache"
+    if needed > there:
+        advice = "--ctx sets the size of the cache"
+        raise ValueError(f"{parts} do not fit {there / 1e9:.2f} GB of memory; {advice}")
+    if limit is None or needed < 0.9 * limit:
         return None
-    megabytes = nbytes // 1_000_000 + 4000
-    return (
-        f"weights and cache take {nbytes / 1e9:.1f} GB, of {limit / 1e9:.1f} GB that "
-        f"Metal recommends; if it is slow: sudo sysctl iogpu.wired_limit_mb={megabytes}"
-    )
+    advice = f"sudo sysctl iogpu.wired_limit_mb={needed // 1_000_000 + 4000}"
+    return f"{parts}, of {limit / 1e9:.2f} GB that Metal recommends; if slow: {advice}"
 
 
 @contextlib.contextmanager
@@ -1972,12 +2000,10 @@ class Reply:
 
 @dataclass
 class Request:
-    """What the worker is to do; events and stopped are those of its Reply."""
+    """What the worker is to do: options are generate's, the rest is Reply's."""
 
     ids: list[int]
-    max_tokens: int | None
-    sampler: Callable[[mx.array], mx.array]
-    stop_tokens: Iterable[int]
+    options: dict
     stream: TextStream
     events: queue.SimpleQueue
     stopped: threading.Event
@@ -1988,12 +2014,6 @@ class Request:
         taking it and using it, and to wait for another would be for ever."""
         self.events.put(outcome)
         self.events.put(outcome)
-
-
-def kv_bytes_per_token(args: ModelArgs, item_size: int) -> int:
-    """Return the bytes that one token takes in the cache: a key and a value a layer."""
-    heads = args.num_hidden_layers * args.num_key_value_heads
-    return 2 * heads * args.head_dim * item_size
 
 
 def checksum(array: mx.array) -> int:
@@ -2061,22 +2081,25 @@ class Worker(threading.Thread):
             mx.clear_streams()
 
     def load(self, dtype: mx.Dtype | None, prefill_step: int | None) -> None:
-        self.model = load_model(self.folder, dtype=dtype, progress=self.report)
-        args, longest = self.model.args, self.model.args.max_position_embeddings
+        model, tensors, problems = examine(self.folder)
+        if problems:
+            raise problems[0]
+        args, longest = model.args, model.args.max_position_embeddings
         if self.context is None:
             self.context = min(longest, 8192)
         if not 1 <= self.context <= longest:
             wanted = f"[1, {longest}], what the model was made for"
             raise ValueError(f"the context must be in {wanted}, got {self.context}")
+        item_size = (dtype or default_dtype() or mx.bfloat16).size
+        cache = self.context * kv_bytes_per_token(args, item_size)
+        weights = memory_of(tensors.values(), item_size)
+        self.warning, self.nbytes = require_memory(weights, cache), weights + cache
+        self.model = load_model(self.folder, dtype=dtype, progress=self.report)
         # A step cannot be interrupted. Short ones cost nothing on a CPU, where a long
         # one takes many seconds.
         on_cpu = mx.default_device() == mx.cpu
         self.prefill_step = prefill_step or (32 if on_cpu else 512)
         self.forget()
-        arrays = [array for _, array in tree_flatten(self.model.parameters())]
-        item_size = self.model.model.norm.weight.dtype.size
-        self.nbytes = self.context * kv_bytes_per_token(args, item_size)
-        self.nbytes += sum(array.nbytes for array in arrays)
         self.events.put(args)
 
     def report(self, done: int, total: int) -> None:
@@ -2102,13 +2125,11 @@ class Worker(threading.Thread):
         generation = generate(
             self.model,
             ids[reused:],
-            max_tokens=request.max_tokens,
-            sampler=request.sampler,
             cache=self.cache,
-            stop_tokens=request.stop_tokens,
             prefill_step=self.prefill_step,
             progress=lambda *step: request.events.put(Progress(*step)),
             cancelled=lambda: request.stopped.is_set() or self.closing.is_set(),
+            **request.options,
         )
         tokens, times, piece = [], [started], Piece()
         try:
@@ -2282,7 +2303,7 @@ class Engine:
             self.close()
             raise
         self.args, self.context = event, self._worker.context
-        self.warning = memory_warning(self._worker.nbytes)
+        self.warning = self._worker.warning
 
     def chat(self, messages: list[dict[str, str]], **options) -> Reply:
         """Return at once with the reply to a conversation, to be iterated over.
@@ -2337,11 +2358,10 @@ class Engine:
         given |= {"min_p": min_p, "repetition_penalty": repetition_penalty}
         given = {name: value for name, value in given.items() if value is not None}
         sampler = make_sampler(**(self.defaults | given), seed=seed, prompt=ids)
-        stops = frozenset(self.tokenizer.stop_tokens)
-        stream = self.tokenizer.stream(drop_space=drop_space)
-        reply = Reply(progress)
-        answer_to = (reply.events, reply.stopped)
-        request = Request(ids, max_tokens, sampler, stops, stream, *answer_to)
+        options = {"max_tokens": max_tokens, "sampler": sampler}
+        options["stop_tokens"] = self.tokenizer.stop_tokens
+        stream, reply = self.tokenizer.stream(drop_space=drop_space), Reply(progress)
+        request = Request(ids, options, stream, reply.events, reply.stopped)
         with self._lock:  # nothing may be asked after the worker's last request
             if not self._shut_down.alive:
                 raise RuntimeError("the engine is closed")
@@ -2465,12 +2485,6 @@ def choose_folder(model: str | None) -> Path:
             f"no MODEL: give a folder or org/name, as in: {example}"
         )
     return folder
-
-
-def machine_memory() -> int:
-    """Return the bytes that a model can use here."""
-    physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return recommended_memory() or mx.device_info().get("total_memory") or physical
 
 
 def weight_bytes(model: Llama, bits: int, item_size: int = 2) -> int:
@@ -3043,27 +3057,6 @@ class Chat:
         self.editor.private = True
 
 
-def require_memory(folder: Path, context: int | None, item_size: int) -> None:
-    """Raise ValueError if a model and its cache cannot fit this machine.
-
-    context: None is the default. item_size: bytes of what is not packed.
-    """
-    model, tensors, problems = examine(folder)
-    if problems:
-        raise problems[0]
-    longest = model.args.max_position_embeddings
-    cache = kv_bytes_per_token(model.args, item_size) * (context or min(longest, 8192))
-    weights = sum(
-        t.nbytes // DTYPES[t.dtype].size * item_size if t.dtype[0] in "FB" else t.nbytes
-        for t in tensors.values()
-    )
-    if weights + cache > machine_memory():
-        raise ValueError(
-            f"{folder}: {gigabytes(weights)} of weights and {gigabytes(cache)} of cache "
-            f"do not fit {gigabytes(machine_memory())} of memory; --ctx sets the cache"
-        )
-
-
 def read_prompt(options: argparse.Namespace) -> str | None:
     """Return --prompt and what is piped in, as one message; None at a terminal."""
     if sys.stdin.isatty():
@@ -3090,9 +3083,6 @@ def cmd_chat(options: argparse.Namespace) -> int:
     tokenizer = Tokenizer.from_folder(folder, template=options.template)
     if not options.raw:
         tokenizer.require_format()  # now, rather than after loading a large model
-    dtype = options.dtype and getattr(mx, options.dtype)
-    usual = mx.float32 if mx.default_device() == mx.cpu else mx.bfloat16
-    require_memory(folder, options.ctx, (dtype or usual).size)
     prompt = read_prompt(options)
     if prompt == "":
         raise ValueError("the prompt is empty")
@@ -3101,7 +3091,7 @@ def cmd_chat(options: argparse.Namespace) -> int:
         folder,
         tokenizer=tokenizer,
         context=options.ctx,
-        dtype=dtype,
+        dtype=options.dtype and getattr(mx, options.dtype),
         prefill_step=options.prefill_step,
         progress=progress,
     ) as engine:

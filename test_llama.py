@@ -1713,13 +1713,15 @@ def test_wired_memory_is_what_is_needed_and_2_gb_and_is_given_back(monkeypatch):
     assert asked == [3 * 10**9, 77, 8 * 10**9, 77]
 
 
-def test_a_model_near_what_metal_recommends_brings_a_warning(monkeypatch):
-    assert llama.memory_warning(10**15) is None  # no Metal here
+def test_memory_is_refused_or_warned_of_before_anything_is_read(monkeypatch):
+    assert llama.require_memory(10**6, 10**6) is None
     monkeypatch.setattr(llama, "recommended_memory", lambda: 10 * 10**9)
-    assert llama.memory_warning(8 * 10**9) is None
-    warning = llama.memory_warning(9 * 10**9)
-    assert "9.0 GB" in warning and "10.0 GB" in warning
+    assert llama.require_memory(7 * 10**9, 10**9) is None
+    warning = llama.require_memory(7 * 10**9, 2 * 10**9)
+    assert "7.00 GB of weights" in warning and "of 10.00 GB that Metal" in warning
     assert "sudo sysctl iogpu.wired_limit_mb=13000" in warning
+    with pytest.raises(ValueError, match="do not fit 10.00 GB of memory; --ctx"):
+        llama.require_memory(9 * 10**9, 2 * 10**9)
 
 
 @needs_data
@@ -2577,6 +2579,13 @@ def test_tables_and_help_fit_80_columns(words, folder, monkeypatch, capsys):
     assert max(map(len, capsys.readouterr().out.splitlines()[1:])) <= 80
 
 
+def test_memory_is_predicted_from_the_files(tmp_path):
+    folder = random_folder(tmp_path / "m", width=128)
+    model = llama.load_model(folder)
+    loaded = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
+    assert llama.memory_of(llama.list_tensors(folder).values(), 4) == loaded
+
+
 def test_info_predicts_the_bytes_of_a_quantized_folder(tmp_path, capsys):
     folder = random_folder(tmp_path / "m", width=128)
     model = llama.load_model(folder, dtype=mx.bfloat16)
@@ -3086,10 +3095,37 @@ def test_history_goes_on_in_the_next_run(folder, state):
     assert typed[-1] == "first line 1498" and len(typed) == 1000
 
 
-def test_a_context_that_memory_does_not_allow_is_refused(folder, monkeypatch, capsys):
+def test_a_context_that_memory_does_not_allow_is_refused(folder, monkeypatch):
     monkeypatch.setattr(llama, "machine_memory", lambda: 200_000)
-    assert llama.main(["chat", str(folder), "--prompt", "x"]) == 1
-    assert "do not fit 0.20 MB of memory; --ctx" in capsys.readouterr().err
+    monkeypatch.setattr(llama, "load_model", None)  # nothing is loaded before
+    with pytest.raises(ValueError, match="do not fit 0.00 GB of memory; --ctx"):
+        llama.Engine(folder)
+
+
+AUDITED = """
+import sys
+import llama
+
+def audit(event, arguments):
+    forbidden = ("socket.", "subprocess.", "os.exec", "os.system", "pickle.", "os.fork")
+    writes = event == "open" and arguments[1] and set(arguments[1]) & set("wax+")
+    if event.startswith(forbidden) or event in ("compile", "exec") or writes:
+        raise AssertionError(f"{event} {arguments}")
+
+llama.main(["info", "1b"])  # what Python itself compiles when first used
+sys.addaudithook(audit)
+sys.exit(llama.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("words", [("inspect", "--check"), ("chat", "--prompt", "x")])
+def test_nothing_is_executed_sent_or_written(words, folder):
+    line = [sys.executable, "-c", AUDITED, words[0], str(folder), *words[1:]]
+    nothing = subprocess.DEVNULL
+    done = subprocess.run(
+        line, cwd=HERE, stdin=nothing, capture_output=True, check=False, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_conversation_on_a_terminal(folder):
