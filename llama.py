@@ -1791,6 +1791,16 @@ def make_sampler(
 # -----------------------------------------------------------------------------
 
 
+def require_numbers(logits: mx.array) -> None:
+    """Raise ValueError if logits have no greatest number: NaN, or infinity, in weights
+    or from overflow would otherwise go on as noise for ever."""
+    if not mx.isfinite(logits.max()).item():
+        advice = (
+            "`inspect --check` looks for NaN in the files, --dtype float32 may help"
+        )
+        raise ValueError(f"the model's output is not a number; {advice}")
+
+
 def prefill(
     model: Callable,
     prompt: Sequence[int],
@@ -1858,6 +1868,7 @@ def decode(
                 return "cancelled"
             token = following
             if count % 256 == 0:
+                require_numbers(logits)
                 mx.clear_cache()  # buffers of past sizes would pile up
     finally:
         for layer in cache:  # the step that was launched ahead is not wanted
@@ -1885,7 +1896,8 @@ def generate(
     Returns, as a generator does, why it ended: "stop", "length" (max_tokens),
     "context" (the cache is full) or "cancelled". However it ends, the cache then holds
     the prompt and what was yielded, except perhaps the last token: its offset tells.
-    Raises ValueError if the prompt is empty or does not fit the cache.
+    Raises ValueError if the prompt is empty or does not fit the cache, and if the model
+    computes no numbers: asked of the first token, and of one in 256.
     """
     counts = {"max_tokens": (max_tokens, 0), "prefill_step": (prefill_step, 1)}
     for name, (value, least) in counts.items():
@@ -1905,6 +1917,7 @@ def generate(
         return "cancelled"
     if max_tokens == 0:
         return "length"
+    require_numbers(logits)
     sampler = sampler or functools.partial(mx.argmax, axis=-1)
     ends = {"max_tokens": max_tokens, "stop_tokens": frozenset(stop_tokens)}
     return (

@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import dis
 import functools
+import gc
 import itertools
 import json
 import math
@@ -2018,6 +2019,28 @@ def test_what_cannot_be_generated_is_refused(prompt, options, error):
         next(llama.generate(CountingModel(), prompt, **options))
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("after", [0, 300])
+def test_output_that_is_not_a_number_ends_the_generation(value, after):
+    class Failing(CountingModel):
+        def __call__(self, tokens, cache, logits_to_keep):
+            logits = super().__call__(tokens, cache, logits_to_keep)
+            return logits if len(self.calls) <= after else logits * 0 + value
+
+    model = Failing()
+    with pytest.raises(ValueError, match="not a number; `inspect --check`"):
+        for count, _ in enumerate(llama.generate(model, [1], max_tokens=600)):
+            assert count < after + 256
+
+
+def test_weights_that_are_not_numbers_end_the_run(folder, tmp_path):
+    broken = shutil.copytree(folder, tmp_path / "m")
+    weights = mx.load(str(folder / "model.safetensors"))
+    weights["model.norm.weight"][3] = math.nan
+    mx.save_safetensors(str(broken / "model.safetensors"), weights)
+    assert "not a number" in refusal("chat", broken, "--prompt", "x")
+
+
 @needs_data
 def test_greedy_text_of_a_real_model_is_that_of_transformers():
     transformers, torch = peer("transformers"), peer("torch")
@@ -2315,6 +2338,63 @@ def test_requests_from_many_threads_are_all_answered_with_their_own(engine):
     for thread in threads:
         thread.join(60)
     assert found == wanted and len(set(wanted.values())) > 1
+
+
+@pytest.mark.parametrize("requests", [int(os.environ.get("LLAMA_TEST_SOAK", "240"))])
+def test_every_one_of_many_requests_gets_its_own_reply(folder, requests, monkeypatch):
+    """From eight threads; a third are cancelled or dropped, some fail in the worker.
+
+    LLAMA_TEST_SOAK sets how many there are.
+    """
+    prompts = [f"{'prompt ' * (n % 7)}{n}" for n in range(24)]
+    real, failures = llama.generate, itertools.count()
+
+    def generate(*args, **options):
+        if next(failures) % 29 == 28:
+            raise FloatingPointError("injected")
+        return real(*args, **options)
+
+    with llama.Engine(folder) as engine:
+        options = {"max_tokens": 12, "temperature": 0}
+        wanted = {p: "".join(engine.complete(p, **options)) for p in prompts}
+        before = threading.active_count(), mx.get_active_memory()
+        monkeypatch.setattr(llama, "generate", generate)
+        wrong, failed = [], []
+
+        def work(seed: int) -> None:
+            rng = np.random.default_rng(seed)
+            for _ in range(requests // 8):
+                prompt = prompts[rng.integers(len(prompts))]
+                kind, stop = rng.integers(6), rng.integers(12)
+                try:
+                    if rng.integers(20) == 0:
+                        with pytest.raises(ValueError, match="top_p"):
+                            engine.complete(prompt, top_p=-1)
+                    reply = engine.complete(prompt, **options)
+                    pieces = list(itertools.islice(reply, stop if kind < 2 else None))
+                    if kind == 0:
+                        reply.cancel()
+                        collections.deque(reply, 0)
+                    text = "".join(pieces)
+                    if not wanted[prompt].startswith(text) or (
+                        kind > 1 and text != wanted[prompt]
+                    ):
+                        wrong.append((prompt, text))
+                except FloatingPointError:
+                    failed.append(prompt)
+
+        threads = [threading.Thread(target=work, args=(seed,)) for seed in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(300)
+            assert not thread.is_alive()
+        assert wrong == [] and failed
+        monkeypatch.setattr(llama, "generate", real)
+        assert "".join(engine.complete(prompts[0], **options)) == wanted[prompts[0]]
+        assert threading.active_count() == before[0]
+        gc.collect()  # tracebacks of the injected errors are cycles
+        assert mx.get_active_memory() <= before[1] + 100_000
 
 
 def test_closing_ends_the_thread_and_what_waits_for_it(folder):
@@ -3108,6 +3188,7 @@ import llama
 
 def audit(event, arguments):
     forbidden = ("socket.", "subprocess.", "os.exec", "os.system", "pickle.", "os.fork")
+    forbidden += ("os.mkdir", "os.remove", "os.rename", "shutil.")
     writes = event == "open" and arguments[1] and set(arguments[1]) & set("wax+")
     if event.startswith(forbidden) or event in ("compile", "exec") or writes:
         raise AssertionError(f"{event} {arguments}")
