@@ -2449,10 +2449,15 @@ def styled(stream: TextIO) -> bool:
     return stream.isatty() and os.environ.get("TERM") != "dumb"
 
 
+def coloured(stream: TextIO) -> bool:
+    """Return whether colours are wanted on a stream: https://no-color.org."""
+    return styled(stream) and not os.environ.get("NO_COLOR")
+
+
 def note(text: str) -> None:
     """Print a line about what goes on, dim where colour is wanted."""
     text = printable(text)
-    if styled(sys.stderr) and not os.environ.get("NO_COLOR"):
+    if coloured(sys.stderr):
         text = f"\x1b[2m{text}\x1b[0m"
     print(text, file=sys.stderr, flush=True)
 
@@ -2547,11 +2552,12 @@ def verdict(
 
 def describe(model: str | None) -> dict:
     """Return what `info` tells of a preset or a model."""
-    args, stored = PRESETS.get(model), None
+    args, stored, folder = PRESETS.get(model), None, None
     # In memory: the CPU computes in float32, so all that is not packed doubles.
     item_size = 4 if mx.default_device() == mx.cpu else 2
     if args is None:
-        skeleton, tensors, problems = examine(choose_folder(model))
+        folder = choose_folder(model)
+        skeleton, tensors, problems = examine(folder)
         if problems:
             raise problems[0]
         args, stored = skeleton.args, sum(info.nbytes for info in tensors.values())
@@ -2564,6 +2570,7 @@ def describe(model: str | None) -> dict:
     }
     return {
         "model": model or "stories",
+        "folder": folder and str(folder),
         "config": asdict(args),
         "parameters": sum(array.size for _, array in tree_flatten(dense.parameters())),
         "weight_bytes": {bits: weight_bytes(dense, bits) for bits in verdicts},
@@ -2588,6 +2595,7 @@ def cmd_info(options: argparse.Namespace) -> int:
     heads = f"{args.num_attention_heads} heads on {args.num_key_value_heads}"
     rows = [
         ("model", found["model"]),
+        *([("folder", found["folder"])] if found["folder"] else []),
         ("layers", f"{args.num_hidden_layers} of width {args.hidden_size:,}"),
         ("attention", f"{heads} key/value heads of {args.head_dim}"),
         ("MLP", f"SwiGLU of width {args.intermediate_size:,}"),
@@ -2826,6 +2834,17 @@ class LineEditor:
             with open(private, "w", encoding="utf-8") as stream:
                 stream.write("\n".join(lines) + "\n")
 
+    def line(self, prompt: str) -> str:
+        """Return a line that is typed after a prompt."""
+        if not sys.stdout.isatty():  # then that carries replies alone
+            print(prompt, end="", file=sys.stderr, flush=True)
+            return input()
+        backend = getattr(self.readline, "__doc__", None) or "libedit"
+        if coloured(sys.stdout) and "libedit" not in backend:
+            # Between 1 and 2: what takes no room, for GNU readline to reckon with.
+            prompt = f"\x01\x1b[2m\x02{prompt}\x01\x1b[0m\x02"
+        return input(prompt)
+
     def read(self) -> str | None:
         """Return a message, or None at Ctrl-D. Ctrl-C clears what was typed.
 
@@ -2834,11 +2853,7 @@ class LineEditor:
         lines = []
         while True:
             try:
-                prompt = "... " if lines else ">>> "
-                if not sys.stdout.isatty():  # which then carries replies alone
-                    print(prompt, end="", file=sys.stderr, flush=True)
-                    prompt = ""
-                lines.append(input(prompt))
+                lines.append(self.line("... " if lines else ">>> "))
             except EOFError:
                 note("")
                 return None
@@ -2916,7 +2931,12 @@ class Chat:
             messages.append({"role": "user", "content": user})
             messages.append({"role": "assistant", "content": piece.text})
         messages.append({"role": "user", "content": text})
-        reply = answer(self.engine, messages, self.options, seed)
+        try:
+            reply = answer(self.engine, messages, self.options, seed)
+        except ValueError as error:  # it does not fit, say
+            raise ValueError(
+                f"{error}" + (self.turns and f"; {CHOICES}" or "")
+            ) from None
         self.seed = (seed + 1) % 2**64
         self.turns.append((text, reply.taken, reply.stats, seed))
         if self.options.session:

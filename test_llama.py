@@ -12,6 +12,7 @@ import collections
 import contextlib
 import dataclasses
 import dis
+import fcntl
 import functools
 import gc
 import itertools
@@ -23,8 +24,11 @@ import re
 import select
 import shlex
 import shutil
+import signal
+import struct
 import subprocess
 import sys
+import termios
 import threading
 import time
 import types
@@ -3160,6 +3164,61 @@ def test_a_session_killed_at_any_moment_keeps_every_completed_turn(folder, tmp_p
     assert everything > 30  # there was something to lose
 
 
+def test_editing_counts_characters_that_are_wide_or_made_of_several_bytes(
+    folder, state
+):
+    chat = Terminal("chat", folder, "--max-tokens", 2, LANG="C.UTF-8", LC_ALL="C.UTF-8")
+    chat.wait_for(">>> ")
+    left, delete = "\x1b[D", "\x7f"
+    chat.type("日本語🙂x" + left + left + delete + "é\r")  # before the smile
+    chat.wait_for("[stopped")
+    chat.wait_for(">>> ")
+    chat.type(CTRL_D)
+    assert chat.status() == 0
+    lines = (state / "history").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == ["日本é🙂x"]
+
+
+def test_a_terminal_may_be_resized_at_any_time(tmp_path):
+    slow = random_folder(tmp_path / "m", context=8192, width=128)
+    chat = Terminal("chat", slow, "--temperature", 0)
+    chat.wait_for(">>> ")
+    for typed in ("half", " a line\r", CTRL_C):  # while typing, and while it writes
+        chat.type(typed)
+        size = struct.pack("HHHH", 10, 30, 0, 0)
+        fcntl.ioctl(chat.master, termios.TIOCSWINSZ, size)
+        chat.process.send_signal(signal.SIGWINCH)
+    chat.wait_for("[stopped: Ctrl-C]")
+    chat.wait_for(">>> ")
+    chat.type(CTRL_D)
+    assert chat.status() == 0
+
+
+def test_ctrl_c_stops_the_reading_of_a_prompt_and_keeps_what_was_read(tmp_path):
+    slow = random_folder(tmp_path / "m", context=65536, width=256)
+    chat = Terminal("chat", slow, "--ctx", 65536, "--max-tokens", 2, "--stats")
+    chat.wait_for(">>> ")
+    (tmp_path / "long.txt").write_text("word " * 2000)
+    chat.type(f"/file {tmp_path}/long.txt\r")
+    chat.wait_for(">>> ")
+    chat.type("Sum up.\r")
+    chat.wait_for("reading the prompt")
+    chat.type(CTRL_C)
+    chat.wait_for("[stopped: Ctrl-C]", 10)
+    chat.wait_for("context ")
+    kept = int(chat.wait_for(" of"))
+    assert kept > 0
+    chat.wait_for(">>> ")
+    chat.type("/undo\r")
+    chat.wait_for(">>> ")
+    chat.type("And?\r")
+    chat.wait_for("(reused ")
+    assert int(chat.wait_for(")")) > 0  # the header, at least
+    chat.wait_for(">>> ")
+    chat.type(CTRL_D)
+    assert chat.status() == 0
+
+
 def test_history_goes_on_in_the_next_run(folder, state):
     state.mkdir(parents=True)
     lines = [json.dumps(f"line {n}") for n in range(1500)]
@@ -3249,6 +3308,9 @@ def test_a_message_that_does_not_fit_leaves_the_conversation_alive(folder):
     chat.wait_for(">>> ")
     chat.type("Hi\r")
     chat.wait_for("[stopped: 3 tokens")
+    chat.wait_for(">>> ")
+    chat.type("y" * 600 + "\r")
+    chat.wait_for("; /undo or /reset make room")
     chat.wait_for(">>> ")
     chat.type(CTRL_D)
     assert chat.status() == 0
