@@ -74,7 +74,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import NamedTuple, TextIO
+from typing import NamedTuple, TextIO, get_args
 
 import mlx.core as mx
 import safetensors
@@ -109,6 +109,38 @@ SUPPORTED = {
     "partial_rotary_factor": (1, None),
 }
 
+# type of a field: (in words, whether a value is of it)
+KINDS = {
+    bool: ("true or false", lambda v: type(v) is bool),
+    int: ("a positive integer", lambda v: type(v) is int and 0 < v < 2**31),
+    float: ("a positive number", lambda v: type(v) in (int, float) and 0 < v < 2**31),
+    dict: ("an object", lambda v: type(v) is dict),
+}
+
+
+def rotary_settings(config: dict) -> dict:
+    """Return rope_theta, if given, and rope_scaling, from either layout of config.json:
+    side by side, or both in the rope_parameters of transformers 5.
+
+    Raises ValueError naming the key and the value that cannot be honoured.
+    """
+    key = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
+    rope = config.get(key) or {}
+    # An object within is for layers of one type; a partial factor, for part of Dh.
+    if type(rope) is not dict or dict in map(type, rope.values()):
+        raise ValueError(f"{key} must be an object of numbers, got {rope!r:.80}")
+    if rope.get("partial_rotary_factor", 1) != 1:
+        raise ValueError(f"{key}: partial_rotary_factor must be 1, got {rope!r:.200}")
+    theta = rope.get("rope_theta", config.get("rope_theta"))
+    # Llama 1 and 2 leave rope_theta out and mean 10000. A Llama 3 without it has lost
+    # it, and would read well for a page before falling apart.
+    if theta is None and config["vocab_size"] >= 128_000:
+        raise ValueError("rope_theta is missing; a Llama 3 vocabulary needs it")
+    kind = rope.get("rope_type", rope.get("type", "default"))  # new, old spelling
+    rope = {k: v for k, v in rope.items() if k not in ("rope_theta", "type")}
+    scaling = None if kind == "default" else rope | {"rope_type": kind}
+    return {"rope_scaling": scaling} | ({} if theta is None else {"rope_theta": theta})
+
 
 @dataclass(frozen=True)
 class ModelArgs:
@@ -135,15 +167,9 @@ class ModelArgs:
         wrong = []
         for entry in fields(self):
             value, kind = getattr(self, entry.name), entry.type
-            if kind is bool:
-                wanted, fits = "true or false", isinstance(value, bool)
-            elif kind == dict | None:
-                wanted, fits = "an object", value is None or isinstance(value, dict)
-            else:
-                wanted = "a positive number" if kind is float else "a positive integer"
-                fits = type(value) in ((int, float) if kind is float else (int,))
-                fits = (fits and 0 < value < 2**31) or value is entry.default is None
-            if not fits:
+            optional = get_args(kind)  # of int | None
+            wanted, fits = KINDS[optional[0] if optional else kind]
+            if not (fits(value) or (optional and value is None)):
                 wrong.append(f"{entry.name} must be {wanted}, got {value!r:.80}")
         if wrong:
             raise ValueError("; ".join(wrong))
@@ -164,9 +190,7 @@ class ModelArgs:
     def from_dict(cls, config: dict) -> "ModelArgs":
         """Return the arguments that a config.json describes.
 
-        Both layouts of the rotary settings are read: rope_theta beside rope_scaling,
-        and the rope_parameters of transformers 5, which holds the two in one.
-        Raises ValueError naming the key and the value that this file cannot honour.
+        Raises ValueError naming the keys and values that this file cannot honour.
         """
         wrong = []
         for key, supported in SUPPORTED.items():
@@ -178,33 +202,13 @@ class ModelArgs:
         for entry in fields(cls):
             if entry.default is MISSING and entry.name not in values:
                 wrong.append(f"{entry.name} is missing")
+        values["quantization"] = config.get(
+            "quantization", config.get("quantization_config")
+        )
         if wrong:
             raise ValueError("; ".join(wrong))
-        key = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
-        rope = config.get(key) or {}
-        # An object within is for layers of one type; a partial factor, for part of Dh.
-        if not isinstance(rope, dict) or any(
-            isinstance(v, dict) for v in rope.values()
-        ):
-            raise ValueError(f"{key} must be an object of numbers, got {rope!r:.80}")
-        if rope.get("partial_rotary_factor", 1) != 1:
-            raise ValueError(
-                f"{key}: partial_rotary_factor must be 1, got {rope!r:.200}"
-            )
-        # Llama 1 and 2 leave rope_theta out and mean 10000. A Llama 3 without it has
-        # lost it, and would read well for a page before falling apart.
-        values["rope_theta"] = rope.get("rope_theta", config.get("rope_theta"))
-        if values["rope_theta"] is None:
-            if type(values["vocab_size"]) is int and values["vocab_size"] >= 128_000:
-                raise ValueError("rope_theta is missing; a Llama 3 vocabulary needs it")
-            del values["rope_theta"]
-        kind = rope.get("rope_type", rope.get("type", "default"))  # new, old spelling
-        rope = {k: v for k, v in rope.items() if k not in ("rope_theta", "type")}
-        values["rope_scaling"] = rope | {"rope_type": kind}
-        if kind == "default":
-            values["rope_scaling"] = None
-        quantization = config.get("quantization", config.get("quantization_config"))
-        return cls(**(values | {"quantization": quantization}))
+        cls(**(values | {"rope_scaling": None}))  # their types, before they are used
+        return cls(**(values | rotary_settings(config)))
 
 
 LLAMA3_ROPE = {
@@ -2432,6 +2436,8 @@ class Engine:
 # uses: 1-11
 # -----------------------------------------------------------------------------
 
+FLOATS = ("float32", "float16", "bfloat16")  # of --dtype
+
 # Characters that move the cursor, repaint lines or reorder text: the C0 and C1 controls
 # but newline and tab, DEL, and the bidirectional overrides.
 CONTROLS = [*range(9), *range(11, 32), *range(127, 160)]
@@ -2814,7 +2820,7 @@ class LineEditor:
         readline.set_completer_delims(" ")
         readline.set_completer(self.complete)
         readline.set_auto_history(False)
-        with contextlib.suppress(OSError, ValueError):  # none yet, or not ours
+        with contextlib.suppress(OSError, TypeError, ValueError):  # none, or not ours
             for line in (state_folder() / "history").read_text("utf-8").splitlines():
                 readline.add_history(json.loads(line))
 
@@ -2826,7 +2832,7 @@ class LineEditor:
         if self.readline is None or self.private:
             return
         self.readline.add_history(text)
-        with contextlib.suppress(OSError):  # a home that cannot be written to
+        with contextlib.suppress(OSError, ValueError):  # not ours, or not writable
             file = state_folder() / "history"
             lines = file.read_text("utf-8").splitlines() if file.exists() else []
             lines = [*lines[-999:], json.dumps(text)]
@@ -2934,9 +2940,8 @@ class Chat:
         try:
             reply = answer(self.engine, messages, self.options, seed)
         except ValueError as error:  # it does not fit, say
-            raise ValueError(
-                f"{error}" + (self.turns and f"; {CHOICES}" or "")
-            ) from None
+            choices = f"; {CHOICES}" if self.turns else ""
+            raise ValueError(f"{error}{choices}") from None
         self.seed = (seed + 1) % 2**64
         self.turns.append((text, reply.taken, reply.stats, seed))
         if self.options.session:
@@ -3137,9 +3142,6 @@ def cmd_chat(options: argparse.Namespace) -> int:
             return 0
         reply = chat.ask(prompt, chat.seed)
         return 130 if reply.stats.finish_reason == "cancelled" else 0
-
-
-FLOATS = ("float32", "float16", "bfloat16")
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -3164,6 +3164,19 @@ def test_a_session_killed_at_any_moment_keeps_every_completed_turn(folder, tmp_p
     assert everything > 30  # there was something to lose
 
 
+@pytest.mark.parametrize("content", [b"{", b"[1]", b"\xff", b'1\n"x"'])
+def test_a_history_that_is_not_ours_is_no_obstacle(folder, state, content):
+    state.mkdir(parents=True)
+    (state / "history").write_bytes(content)
+    chat = Terminal("chat", folder, "--max-tokens", 2)
+    chat.wait_for(">>> ")
+    chat.type("x\r")
+    chat.wait_for("[stopped")
+    chat.wait_for(">>> ")
+    chat.type(CTRL_D)
+    assert chat.status() == 0
+
+
 def test_editing_counts_characters_that_are_wide_or_made_of_several_bytes(
     folder, state
 ):
