@@ -2718,7 +2718,7 @@ def cmd_inspect(options: argparse.Namespace) -> int:
     return status
 
 
-CHOICES = "/undo or /reset make room, and so does a larger --ctx"
+CHOICES = "/undo and /reset make room; --ctx sets its size"
 
 
 def early_end(stats: Stats) -> str | None:
@@ -2947,7 +2947,7 @@ class Chat:
         if self.options.session:
             self.save_session(Path(self.options.session))
         used, size = reply.stats.context_used, reply.stats.context
-        if used > 0.9 * size:
+        if used > 0.9 * size and reply.stats.finish_reason != "context":
             note(f"the context is {100 * used // size} % full: {CHOICES}")
         return reply
 

@@ -3071,7 +3071,7 @@ def test_a_context_that_fills_up_is_announced(engine, capsys):
     chat.take("x" * 300)
     assert "full" not in capsys.readouterr().err
     chat.take("x" * 120)
-    assert re.search(r"9\d % full: /undo or /reset", capsys.readouterr().err)
+    assert re.search(r"9\d % full: /undo and /reset", capsys.readouterr().err)
 
 
 def test_lines_pasted_or_between_quotes_are_one_message(folder, state):
@@ -3323,7 +3323,7 @@ def test_a_message_that_does_not_fit_leaves_the_conversation_alive(folder):
     chat.wait_for("[stopped: 3 tokens")
     chat.wait_for(">>> ")
     chat.type("y" * 600 + "\r")
-    chat.wait_for("; /undo or /reset make room")
+    chat.wait_for("; /undo and /reset make room")
     chat.wait_for(">>> ")
     chat.type(CTRL_D)
     assert chat.status() == 0
