@@ -2127,18 +2127,20 @@ class Worker(threading.Thread):
     def forget(self) -> None:
         self.cache, self.cached = self.model.make_cache(self.context), []
 
+    def reuse(self, ids: list[int]) -> int:
+        """Trim the cache to the ids that a prompt begins with; return their number."""
+        # One id at least must be left to be read, for its logits.
+        same = (a == b for a, b in zip(self.cached, ids[:-1]))
+        reused = sum(itertools.takewhile(bool, same))
+        for layer in self.cache:
+            layer.trim(layer.offset - reused)
+        return reused
+
     def serve(self, request: Request) -> None:
         """Answer a request: Pieces as they come, then Stats."""
         started, ids = time.perf_counter(), request.ids
         mx.reset_peak_memory()
-        # The cache is good up to the first id that differs; one id must be left to
-        # be read, for its logits.
-        pairs = zip(self.cached, ids[:-1])
-        reused = sum(
-            1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)
-        )
-        for layer in self.cache:
-            layer.trim(layer.offset - reused)
+        reused = self.reuse(ids)
         generation = generate(
             self.model,
             ids[reused:],
