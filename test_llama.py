@@ -1456,6 +1456,15 @@ def test_merges_are_read_in_both_spellings(tmp_path):
         assert llama.Tokenizer.from_folder(folder).encode("xab")[-1] == 257
 
 
+@pytest.mark.parametrize("ignore", [True, False])
+def test_ignore_merges_takes_a_whole_word_that_no_merge_makes(ignore, tmp_path):
+    """Llama 3: " Việt" is one token, 101798, that merging does not arrive at."""
+    vocab = small_spec()["model"]["vocab"] | {"xy": 300}
+    spec = small_spec(model={"vocab": vocab, "ignore_merges": ignore})
+    ids = llama.Tokenizer.from_folder(write_tokenizer(tmp_path, spec)).encode("xy")
+    assert ids == ([300] if ignore else [vocab["x"], vocab["y"]])
+
+
 @pytest.mark.parametrize(
     ("change", "error"),
     [
