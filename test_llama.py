@@ -2715,6 +2715,7 @@ def test_info_describes_a_preset(name, capsys):
         (100, 1, (0, "does not fit")),
         (99, 1, (1, "tight, context 1, up to 5.1 tokens/s")),
         (60, 1, (40, "tight, context 40, up to 8.3 tokens/s")),
+        (60, 0.5, (50, "tight, context 50, up to 8.3 tokens/s")),
         (50, 0.5, (50, "fits, context 50, up to 10.0 tokens/s")),
     ],
 )
@@ -3143,6 +3144,7 @@ def test_a_context_that_fills_up_is_announced(engine, capsys):
 
 def test_lines_pasted_or_between_quotes_are_one_message(folder, state):
     chat = Terminal("chat", folder, "--max-tokens", 2)
+    chat.wait_for("\x1b[?2004h")  # which asks the terminal to mark what is pasted
     for typed in (
         "\x1b[200~one\ntwo\x1b[201~\r",
         '"""\rthree\rfour"""\r',
