@@ -2207,8 +2207,8 @@ class Worker(threading.Thread):
         os.fsync(folder)
         os.close(folder)
 
-    def restore(self, file: Path) -> None:
-        """Fill the cache from a file that `save` wrote.
+    def restore(self, file: Path) -> dict:
+        """Fill the cache from a file that `save` wrote; return its notes.
 
         Raises ValueError if it is not one, is damaged, does not fit, or was written
         with another model.
@@ -2237,6 +2237,7 @@ class Worker(threading.Thread):
             layer.update_and_fetch(keys.astype(dtype), values.astype(dtype))
             mx.eval(layer.state)
         self.cached = ids
+        return session["notes"]
 
 
 def put_result(task: Callable, answer: queue.SimpleQueue) -> None:
@@ -2402,18 +2403,19 @@ class Engine:
         Raises OSError, or ValueError if it is no such file, is damaged, does not fit
         the context, or was written with another model.
         """
-        self._on_worker(functools.partial(self._worker.restore, Path(file)))
-        return read_session(Path(file))["notes"]
+        return self._on_worker(functools.partial(self._worker.restore, Path(file)))
 
-    def _on_worker(self, task: Callable[[], None]) -> None:
-        """Have the worker do a task, after what it was asked before, and wait."""
+    def _on_worker(self, task: Callable) -> dict | None:
+        """Have the worker do a task, after what it was asked before; return what the
+        task returns, or raise what it raises."""
         answer = queue.SimpleQueue()
         with self._lock:
             if not self._shut_down.alive:
                 raise RuntimeError("the engine is closed")
             self._worker.requests.put(functools.partial(put_result, task, answer))
-        if isinstance(error := answer.get(), Exception):
-            raise error
+        if isinstance(result := answer.get(), Exception):
+            raise result
+        return result
 
     def remember(self, piece: Piece) -> None:
         """Let `chat` use these ids for an assistant's message that is this text."""
