@@ -382,10 +382,11 @@ def map_tensors(tensors: Iterable[TensorInfo]) -> Iterator[tuple[TensorInfo, mx.
                 view = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
             view = memoryview(view)
         dtype, stop = DTYPES[info.dtype], info.start + info.nbytes
-        # Only whole pages can be adopted: start at the page, skip what precedes.
+        # Only whole pages can be adopted: start at the page, skip what precedes. CUDA
+        # adopts nothing, and its kernels want a tensor at the start of a buffer.
         start = info.start - info.start % mmap.PAGESIZE
         data, skip = view[start:stop], (info.start - start) // dtype.size
-        if not info.adoptable:
+        if not info.adoptable or mx.cuda.is_available():
             data, skip = memoryview(bytes(view[info.start : stop])), 0
         # Counted in items, since MLX counts to 2**31 and large tensors have more bytes.
         array = mx.asarray(data.cast({1: "B", 2: "H", 4: "I", 8: "Q"}[dtype.size]))
