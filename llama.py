@@ -2601,6 +2601,7 @@ def cmd_info(options: argparse.Namespace) -> int:
         print(json.dumps(found, indent=2))
         return 0
     args, kv = ModelArgs(**found["config"]), found["kv_bytes_per_token"]
+    usual = min(args.max_position_embeddings, 8192)
     scaling = (args.rope_scaling or {"rope_type": "no"})["rope_type"]
     head = "the embedding" if args.tie_word_embeddings else "a matrix of its own"
     heads = f"{args.num_attention_heads} heads on {args.num_key_value_heads}"
@@ -2614,7 +2615,7 @@ def cmd_info(options: argparse.Namespace) -> int:
         ("positions", f"{args.max_position_embeddings:,} tokens"),
         ("rotary", f"theta {args.rope_theta:,.0f}, {scaling} scaling"),
         ("parameters", f"{found['parameters']:,}"),
-        ("cache", f"{kv:,} bytes a token, {gigabytes(kv * 8192)} for 8,192"),
+        ("cache", f"{kv:,} bytes a token, {gigabytes(kv * usual)} for {usual:,}"),
         ("memory here", f"{gigabytes(found['memory_bytes'])}, {found['device']}"),
     ]
     if found["stored_bytes"] is not None:

@@ -15,11 +15,13 @@ import dis
 import fcntl
 import functools
 import gc
+import importlib.util
 import itertools
 import json
 import math
 import os
 import pty
+import random
 import re
 import select
 import shlex
@@ -2551,6 +2553,89 @@ def test_the_main_job_streams_a_story():
     assert done.stdout.startswith(b", there was a little girl named Lily.")
     assert done.stdout.endswith(b"\n") and done.returncode == 0
     assert done.stderr == b"[stopped: 60 tokens, as --max-tokens says]\n"
+
+
+STORIES = HERE / "stories"
+
+
+def test_the_built_in_model_tells_a_story_of_what_it_is_asked_for():
+    asked = "Tell me a story about a cat and a boat."
+    done = command("chat", "--temperature", 0, "--prompt", asked)
+    text = done.stdout.decode()
+    assert (done.returncode, done.stderr) == (0, b"")  # it ended by itself
+    assert "cat" in text and "boat" in text and len(text.split()) > 60
+    assert text.startswith(("Once upon a time", "One day")) and "<|" not in text
+
+
+def test_the_built_in_model_talks():
+    messages = []
+    with llama.Engine(STORIES) as engine:
+        for user, words in (
+            ("Hi!", ("Hi", "Hello")),
+            ("What is the capital of France?", ("stor",)),
+            ("Tell me a story about a dog.", ("dog",)),
+            ("Who are you?", ("language model",)),
+        ):
+            messages.append({"role": "user", "content": user})
+            reply = engine.chat(messages, temperature=0.0, max_tokens=400)
+            text = "".join(reply)
+            assert reply.stats.finish_reason == "stop"
+            assert any(word in text for word in words), text
+            messages.append({"role": "assistant", "content": text})
+    assert reply.stats.reused_tokens > 100
+
+
+def test_info_and_inspect_take_the_built_in_model():
+    found = json.loads(command("info", "--json").stdout)
+    assert found["parameters"] == 3_476_224 and found["model"] == "stories"
+    assert b"10.49 MB for 2,048" in command("info").stdout
+    found = json.loads(command("inspect", "--json", "--check").stdout)
+    assert found["problems"] == [] and found["chat_format"] == "llama3"
+    size = sum(f.stat().st_size for f in STORIES.iterdir() if f.is_file())
+    assert size <= 4_000_000
+
+
+def test_a_copy_of_the_file_alone_asks_for_a_model(tmp_path):
+    shutil.copy(HERE / "llama.py", tmp_path)
+    words = (sys.executable, tmp_path / "llama.py")
+    for name in ("chat", "info", "inspect"):
+        done = subprocess.run(
+            [*words, name], input=b"", capture_output=True, check=False
+        )
+        assert done.returncode == 1 and done.stderr.count(b"\n") == 1
+        assert b"no MODEL: give a folder or org/name, as in: llama" in done.stderr
+
+
+def test_mlx_lm_agrees_on_the_built_in_model():
+    theirs, tokenizer = peer("mlx_lm").load(str(STORIES))
+    theirs.set_dtype(mx.float32)
+    ours, own = llama.load(STORIES, dtype=mx.float32)
+    messages = [
+        {"role": "user", "content": " Hi! "},
+        {"role": "assistant", "content": "Hello."},
+        {"role": "user", "content": "A story, please: \n naïve 123456"},
+    ]
+    ids = own.encode_chat(messages)
+    assert ids == tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+    assert_close(ours(mx.array([ids])), np.array(theirs(mx.array([ids]))), 1e-4)
+
+
+def test_the_training_code_knows_what_its_stories_are_about():
+    peer("tokenizers")
+    path = STORIES / "train.py"
+    spec = importlib.util.spec_from_file_location("train", path)
+    train = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(train)
+    story = "One day, a cat named Tom saw an owl. The cat liked the owl. "
+    story += "They played all day, and went home when it was dark. Cats!"
+    assert train.subjects(story) == ["cat", "owl"]
+    for n in range(50):
+        told = train.retold(story, random.Random(n))
+        assert "Tom" not in told and told.startswith("One day, a")
+        assert not re.search(r"\b(a [aeiou]|an [^aeiou])", told)
+        _, opening, words = train.two_nouns(random.Random(n))
+        assert all(word in opening for word in words)
+    assert train.told(story, ["cat"], "", set()) is False  # too short
 
 
 def test_the_same_command_twice_prints_the_same_bytes(folder):
