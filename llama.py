@@ -65,6 +65,7 @@ import mmap
 import os
 import queue
 import re
+import signal
 import sys
 import threading
 import time
@@ -90,8 +91,14 @@ from mlx.utils import tree_flatten, tree_unflatten
 # -----------------------------------------------------------------------------
 
 
+LARGEST_JSON = 50_000_000  # bytes; a vocabulary of 262,144 tokens takes 33 MB
+
+
 def read_json(path: Path) -> dict:
     """Return the JSON object in a file. Raises ValueError if it holds none."""
+    size = path.stat().st_size
+    if size > LARGEST_JSON:  # parsed, it would be many times that
+        raise ValueError(f"{path}: {size:,} bytes, wanted at most {LARGEST_JSON:,}")
     try:
         value = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
@@ -3240,5 +3247,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     return status
 
 
+def end(number: int, _frame: object) -> None:
+    """Handle a signal: unwind, so that the worker stops and the terminal is restored,
+    and exit with the status that a shell gives it."""
+    raise SystemExit(128 + number)
+
+
 if __name__ == "__main__":
+    for signal_number in (signal.SIGHUP, signal.SIGTERM):
+        if signal.getsignal(signal_number) is signal.SIG_DFL:  # not under nohup
+            signal.signal(signal_number, end)
     sys.exit(main())

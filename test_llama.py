@@ -3105,6 +3105,173 @@ def test_a_hostile_folder_is_told_in_one_line(change, folder, tmp_path, capsys):
     assert error.startswith("llama.py: error: ") and error.count("\n") == 1
 
 
+# Values that a number, a text or a list of a JSON file may turn into.
+WRONG = (
+    *(None, True, [], {}, "", "x", [1], {"a": 1}, [[[]]], "\x1b[2J", "<|im_end|>"),
+    *(-1, 0, 1, 2, 3, 7, 255, 2**16, 2**31 - 1, 2**31, 2**63, HUGE, -HUGE),
+    *(0.5, 1e-9, 1e300, math.nan, math.inf, -math.inf, "F64", "U8", "(a+)+$", "(?=a)"),
+)
+
+
+def places(value: object) -> Iterator[tuple[dict | list, object]]:
+    """Every (container, key) in a JSON value."""
+    keys = value if isinstance(value, dict) else range(len(value))
+    for key in list(keys):
+        yield value, key
+        if isinstance(value[key], (dict, list)):
+            yield from places(value[key])
+
+
+def mutated_json(data: bytes, rng: random.Random) -> bytes:
+    """JSON with a value replaced, removed, doubled or moved, or nested too deep."""
+    value = json.loads(data)
+    found = list(places(value))
+    # Vocabularies have thousands of places; the rest should be met as often.
+    few = [p for p in found if len(p[0]) < 50]
+    container, key = rng.choice(few if few and rng.random() < 0.7 else found)
+    action = rng.randrange(6)
+    if action < 3:
+        container[key] = rng.choice(WRONG)
+    elif action == 3:
+        del container[key]
+    elif action == 4:
+        other, other_key = rng.choice(found)
+        container[key] = json.loads(json.dumps(other[other_key]))
+    text = json.dumps(value)
+    if action == 5:
+        deep = "[" * rng.choice((10, 2_000, 100_000))
+        text = rng.choice(
+            (deep, text[:-1] + f', "z": {deep}', text[:-1] + ", " + text[1:])
+        )
+    return text.encode()
+
+
+def mutated_header(data: bytes, rng: random.Random) -> bytes:
+    """A safetensors file whose header lies about its own length or its tensors."""
+    length = int.from_bytes(data[:8], "little")
+    if rng.random() < 0.2:
+        lie = rng.choice((0, 1, length - 1, length + 1, 100_000_000, 2**63, 2**64 - 1))
+        return lie.to_bytes(8, "little") + data[8:]
+    header = json.loads(data[8 : 8 + length])
+    for _ in range(rng.choice((1, 1, 2))):
+        entry = header[rng.choice([name for name in header if name != "__metadata__"])]
+        part = rng.choice(("dtype", "shape", "data_offsets"))
+        if part == "dtype":
+            entry[part] = rng.choice(("F64", "I8", "BOOL", "F8_E4M3", "BF16", "C64", 5))
+        else:
+            entry[part][rng.randrange(len(entry[part]))] = rng.choice(WRONG[11:24])
+    text = json.dumps(header).encode()
+    if rng.random() < 0.3:
+        text = mutated_json(text, rng)
+    return len(text).to_bytes(8, "little") + text + data[8 + length :]
+
+
+def mutate(folder: Path, rng: random.Random) -> str:
+    """Spoil a file of a folder; return how, for the message of a failure."""
+    file = rng.choice(sorted(folder.iterdir()))
+    if not file.is_file():
+        return f"{file.name} left"
+    data = bytearray(file.read_bytes())
+    action = rng.choice(("bytes", "cut", "insert", "shape", "shape", "shape", "entry"))
+    if action == "shape" and data:
+        change = mutated_json if file.suffix == ".json" else mutated_header
+        wrong_already = (
+            ValueError,
+            RecursionError,
+            TypeError,
+            LookupError,
+            AttributeError,
+        )
+        with contextlib.suppress(*wrong_already):
+            file.write_bytes(change(bytes(data), rng))
+    elif action == "entry":
+        how = rng.choice(("missing", "empty", "folder", "loop", "swapped", "huge"))
+        action = how
+        file.unlink()
+        if how == "empty":
+            file.touch()
+        elif how == "folder":
+            file.mkdir()
+        elif how == "loop":
+            file.symlink_to(file.name)
+        elif how == "swapped":
+            others = [other for other in sorted(folder.iterdir()) if other.is_file()]
+            shutil.copy(rng.choice(others), file)
+        elif how == "huge":  # 100 MB of nothing, which take no room on the disk
+            file.write_bytes(data[:8])
+            os.truncate(file, 100_000_000)
+    elif action == "cut":
+        file.write_bytes(data[: rng.randrange(len(data) + 1)])
+    elif data:
+        for _ in range(rng.choice((1, 1, 3, 30))):
+            at = rng.randrange(len(data))
+            data[at : at + (action == "bytes")] = rng.randbytes(1)
+        file.write_bytes(data)
+    return f"{file.name}: {action}"
+
+
+@contextlib.contextmanager
+def within(seconds: float, nbytes: int) -> Iterator[None]:
+    """Fail if the block takes longer, or, on Linux, more memory at its peak."""
+    reset, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+
+    def peak() -> int:
+        found = re.search(r"VmHWM:\s+(\d+)", status.read_text())
+        return 1024 * int(found[1])
+
+    measured = reset.exists()
+    if measured:
+        reset.write_text("5")
+        before = peak()
+    begins = time.monotonic()
+    yield
+    took = time.monotonic() - begins
+    assert took < seconds, f"{took:.1f} s"
+    assert not measured or peak() - before < nbytes, f"{peak() - before:,} bytes"
+
+
+@pytest.mark.parametrize("cases", [int(os.environ.get("LLAMA_TEST_FUZZ", "300"))])
+def test_a_spoilt_folder_is_used_or_refused_in_one_line(
+    cases, folder, tmp_path, capfd, monkeypatch
+):
+    """LLAMA_TEST_FUZZ sets how many: each is spoilt once to three times, from its own
+    seed, and then inspected and talked to."""
+    packed = random_folder(tmp_path / "packed", width=64)
+    model = llama.load_model(packed)
+    llama.quantize(model, group_size=32, bits=4)
+    weights = dict(tree_flatten(model.parameters()))
+    mx.save_safetensors(str(packed / "model.safetensors"), weights)
+    hostile(config={"quantization": {"group_size": 32, "bits": 4}})(packed)
+    write_index(packed, dict.fromkeys(weights, "model.safetensors"))
+    hostile(generation_config={"temperature": 0.5, "top_k": 5, "eos_token_id": [1]})(
+        packed
+    )
+    monkeypatch.setattr(sys, "stdin", open(os.devnull))  # noqa: SIM115
+    refused = 0
+    for seed in range(cases):
+        rng = random.Random(seed)
+        spoilt = shutil.copytree(rng.choice((folder, packed)), tmp_path / "m")
+        how = [mutate(spoilt, rng) for _ in range(rng.choice((1, 1, 2, 3)))]
+        size = sum(file.lstat().st_size for file in spoilt.iterdir())
+        raw = ["--raw"] * (seed % 2)
+        talk = ["chat", spoilt, "--prompt", "a" * 40 + "!", "--max-tokens", "2", *raw]
+        for words in (["inspect", spoilt, "--check"], talk):
+            try:
+                with within(5, size * 3 // 2 + 50_000_000):
+                    status = llama.main([*map(str, words)])
+                out, error = capfd.readouterr()
+                lines = error.splitlines()
+                assert "Traceback" not in error and status in (0, 1)
+                if status and words[0] == "chat":
+                    assert lines[-1].startswith("llama.py: error: ") and not out
+                assert "\x1b" not in error
+            except BaseException as failure:
+                raise AssertionError(f"seed {seed}: {how}: {words[0]}") from failure
+            refused += status
+        shutil.rmtree(spoilt)
+    assert refused > cases // 2
+
+
 def test_a_split_that_tiktoken_cannot_run_is_an_error(tmp_path):
     pattern = {"Regex": "(?=a)"}
     step = {
