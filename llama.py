@@ -316,7 +316,10 @@ def read_header(file: Path) -> list[TensorInfo]:
         if prefix == b"version ":  # https://git-lfs.github.com/spec/v1
             raise ValueError(f"{file}: a git-lfs pointer, no weights; run git lfs pull")
         length = int.from_bytes(prefix, "little")
-        header = stream.read(min(length, size))
+        if length > LARGEST_JSON:
+            wanted = f"a header of at most {LARGEST_JSON:,} bytes, got {length:,}"
+            raise ValueError(f"{file}: not a safetensors file: wanted {wanted}")
+        header = stream.read(length)
     try:
         safetensors.deserialize(prefix + header)
     except safetensors.SafetensorError as error:
@@ -1237,7 +1240,7 @@ def tokenizer_settings(folder: Path, template: str | None) -> dict:
     for stop in (config.get("eos_token_id"), generation.get("eos_token_id")):
         stops += stop if isinstance(stop, list) else [stop]
     stops = [stop for stop in stops if stop is not None]
-    ids = [i for i in (bos, *special.values(), *stops) if i is not None]
+    ids = [*special.values(), *stops, *([] if bos is None else [bos])]
     if not all(type(i) is int and 0 <= i < 2**31 for i in ids):
         raise ValueError(f"{folder}: token ids must be whole numbers, got {ids!r:.200}")
     size, rows = max(vocabulary.text) + 1, config.get("vocab_size", math.inf)

@@ -3148,6 +3148,7 @@ HUGE = 10**400
         hostile(tokenizer={"pre_tokenizer": {"type": "Sequence", "pretokenizers": []}}),
         hostile(tokenizer={"pre_tokenizer": [1]}),
         hostile(tokenizer={"added_tokens": "x"}),
+        hostile(tokenizer={"added_tokens": [{"id": None, "content": "x"}]}),
         hostile(tokenizer={"model": {}}),
         hostile(tokenizer={"post_processor": {"processors": [1]}}),
         lambda folder: (folder / "config.json").write_text("[" * 100_000),
@@ -3334,7 +3335,7 @@ def test_a_spoilt_folder_is_used_or_refused_in_one_line(
                 assert "Traceback" not in error and status in (0, 1)
                 if status and words[0] == "chat":
                     assert lines[-1].startswith("llama.py: error: ") and not out
-                assert "\x1b" not in error
+                assert "\x1b" not in error + out * (words[0] == "inspect")
             except BaseException as failure:
                 raise AssertionError(f"seed {seed}: {how}: {words[0]}") from failure
             refused += status
