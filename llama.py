@@ -2544,7 +2544,7 @@ def weight_bytes(model: Llama, bits: int, item_size: int = 2) -> int:
 def copy_bandwidth() -> float:
     """Return the bytes per second, read and written, of a copy on this device."""
     on_cpu = mx.default_device() == mx.cpu
-    array = mx.zeros(2**24 if on_cpu else 2**26)
+    array = mx.zeros(2**23 if on_cpu else 2**26)
     mx.eval(array)
     best = math.inf
     for _ in range(3):
