@@ -3752,7 +3752,7 @@ def test_ctrl_c_at_any_moment_is_quiet(moments):
             stderr=subprocess.PIPE,
         )
         process.stderr.readline()
-        time.sleep(2.0 * random.Random(n).random() ** 2)
+        time.sleep(2.0 * random.Random(n).random() ** 3)
         process.send_signal(signal.SIGINT)
         _, error = process.communicate(timeout=20)
         ends.add(process.returncode)
@@ -3778,7 +3778,7 @@ def test_a_full_disk_leaves_the_last_session_complete(folder, tmp_path, monkeypa
         "".join(engine.chat(USER, max_tokens=4))
         engine.save(file, {})
         saved = file.read_bytes()
-        "".join(engine.chat(USER, max_tokens=4))
+        "".join(engine.chat([{"role": "user", "content": "Bye"}], max_tokens=4))
 
         def full(_):
             raise OSError(errno.ENOSPC, "No space left on device")
