@@ -3756,7 +3756,8 @@ def test_ctrl_c_at_any_moment_is_quiet(moments):
         process.send_signal(signal.SIGINT)
         _, error = process.communicate(timeout=20)
         ends.add(process.returncode)
-        assert process.returncode in (0, 130), error
+        # Python's last act is to give the signal back: then a shell says 130 for -2.
+        assert process.returncode in (0, 130, -signal.SIGINT), error
         assert b"Traceback" not in error and b"xception" not in error
     assert 130 in ends
 
