@@ -4,7 +4,8 @@
     python llama.py inspect MODEL       what a model folder holds, and what is wrong
     python llama.py chat MODEL          talk to it; --help lists the options
 
-MODEL is a folder in Hugging Face's layout, or org/name in the local Hugging Face cache.
+MODEL is a folder in Hugging Face's layout, or org/name in the local Hugging Face cache;
+without one it is the small storyteller in stories/.
 Runs on Metal, and on MLX's CPU and CUDA builds. Nothing is ever fetched or executed.
 
 How to read it. The file is a stack of numbered sections; each uses only sections above
@@ -91,11 +92,14 @@ from mlx.utils import tree_flatten, tree_unflatten
 # -----------------------------------------------------------------------------
 
 
-LARGEST_JSON = 50_000_000  # bytes; a vocabulary of 262,144 tokens takes 33 MB
+LARGEST_JSON = 50_000_000  # bytes; the vocabulary of Llama 3 takes 7 million
 
 
 def read_json(path: Path) -> dict:
-    """Return the JSON object in a file. Raises ValueError if it holds none."""
+    """Return the JSON object in a file.
+
+    Raises ValueError if it holds none, or is larger than any that belongs to a model.
+    """
     size = path.stat().st_size
     if size > LARGEST_JSON:  # parsed, it would be many times that
         raise ValueError(f"{path}: {size:,} bytes, wanted at most {LARGEST_JSON:,}")
@@ -379,7 +383,7 @@ def list_tensors(
 def map_tensors(tensors: Iterable[TensorInfo]) -> Iterator[tuple[TensorInfo, mx.array]]:
     """Yield each tensor as an array over the mapping of its file.
 
-    On Metal the array is the mapped memory itself; elsewhere MLX makes one copy.
+    On Metal the array is the mapped memory itself; elsewhere MLX makes a copy.
     subtle: adopted pages are read-only, and MLX may put the result of an operation
     into the buffer of an input that nothing else refers to. Keep a reference to the
     array for as long as anything computes from it.
@@ -393,7 +397,8 @@ def map_tensors(tensors: Iterable[TensorInfo]) -> Iterator[tuple[TensorInfo, mx.
             view = memoryview(view)
         dtype, stop = DTYPES[info.dtype], info.start + info.nbytes
         # Only whole pages can be adopted: start at the page, skip what precedes. CUDA
-        # adopts nothing, and its kernels want a tensor at the start of a buffer.
+        # adopts nothing, and a kernel failed there on a tensor within a buffer
+        # ("misaligned address"), so each begins one of its own.
         start = info.start - info.start % mmap.PAGESIZE
         data, skip = view[start:stop], (info.start - start) // dtype.size
         if not info.adoptable or mx.cuda.is_available():
@@ -1601,6 +1606,9 @@ def memory_of(tensors: Iterable[TensorInfo], item_size: int) -> int:
     )
 
 
+DEFAULT_CONTEXT = 8192  # tokens, of a model that can have as many
+
+
 def kv_bytes_per_token(args: ModelArgs, item_size: int) -> int:
     """Return the bytes that one token takes in the cache: a key and a value a layer."""
     heads = args.num_hidden_layers * args.num_key_value_heads
@@ -2114,7 +2122,7 @@ class Worker(threading.Thread):
             raise problems[0]
         args, longest = model.args, model.args.max_position_embeddings
         if self.context is None:
-            self.context = min(longest, 8192)
+            self.context = min(longest, DEFAULT_CONTEXT)
         if not 1 <= self.context <= longest:
             wanted = f"[1, {longest}], what the model was made for"
             raise ValueError(f"the context must be in {wanted}, got {self.context}")
@@ -2565,7 +2573,7 @@ def verdict(
     context = max(0, min((memory - weights) // cache, longest))
     if context == 0:
         return 0, "does not fit"
-    usual = weights + cache * min(longest, 8192)
+    usual = weights + cache * min(longest, DEFAULT_CONTEXT)
     word = "fits" if usual <= 0.8 * memory else "tight"
     speed = f"up to {bandwidth / weights:,.1f} tokens/s"
     return context, f"{word}, context {context:,}, {speed}"
@@ -2611,7 +2619,7 @@ def cmd_info(options: argparse.Namespace) -> int:
         print(json.dumps(found, indent=2))
         return 0
     args, kv = ModelArgs(**found["config"]), found["kv_bytes_per_token"]
-    usual = min(args.max_position_embeddings, 8192)
+    usual = min(args.max_position_embeddings, DEFAULT_CONTEXT)
     scaling = (args.rope_scaling or {"rope_type": "no"})["rope_type"]
     head = "the embedding" if args.tie_word_embeddings else "a matrix of its own"
     heads = f"{args.num_attention_heads} heads on {args.num_key_value_heads}"
@@ -3210,13 +3218,19 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def end_by_signal(number: int, _frame: object) -> None:
+    """Handle a signal: unwind, so that the worker stops and the terminal is restored,
+    and exit with the status that a shell gives it."""
+    raise SystemExit(128 + number)
+
+
 def run(argv: Sequence[str] | None) -> int:
     """Do what a command line says; return its exit status, errors told in a line."""
     try:
         options = build_parser().parse_args(argv)
         status = options.run(options)
         sys.stdout.flush()
-    except SystemExit as end:  # argparse's, after --help or an error
+    except SystemExit as end:  # argparse's, or that of a signal
         status = end.code
     except KeyboardInterrupt:
         status = 130
@@ -3250,14 +3264,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return status
 
 
-def end(number: int, _frame: object) -> None:
-    """Handle a signal: unwind, so that the worker stops and the terminal is restored,
-    and exit with the status that a shell gives it."""
-    raise SystemExit(128 + number)
-
-
 if __name__ == "__main__":
     for signal_number in (signal.SIGHUP, signal.SIGTERM):
         if signal.getsignal(signal_number) is signal.SIG_DFL:  # not under nohup
-            signal.signal(signal_number, end)
+            signal.signal(signal_number, end_by_signal)
     sys.exit(main())

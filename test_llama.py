@@ -3256,19 +3256,18 @@ def mutate(folder: Path, rng: random.Random) -> str:
         with contextlib.suppress(*wrong_already):
             file.write_bytes(change(bytes(data), rng))
     elif action == "entry":
-        how = rng.choice(("missing", "empty", "folder", "loop", "swapped", "huge"))
-        action = how
+        action = rng.choice(("missing", "empty", "folder", "loop", "swapped", "huge"))
         file.unlink()
-        if how == "empty":
+        if action == "empty":
             file.touch()
-        elif how == "folder":
+        elif action == "folder":
             file.mkdir()
-        elif how == "loop":
+        elif action == "loop":
             file.symlink_to(file.name)
-        elif how == "swapped":
+        elif action == "swapped":
             others = [other for other in sorted(folder.iterdir()) if other.is_file()]
             shutil.copy(rng.choice(others), file)
-        elif how == "huge":  # 100 MB of nothing, which take no room on the disk
+        elif action == "huge":  # 100 MB of nothing, which take no room on the disk
             file.write_bytes(data[:8])
             os.truncate(file, 100_000_000)
     elif action == "cut":

@@ -1,11 +1,11 @@
 """Train the model in this folder: a storyteller with the shape of a Llama 3.
 
-    python stories/train.py --teacher DIR --stories FILE            train and save
-    python stories/train.py --teacher DIR --stories FILE --measure  measure what is saved
+    python stories/train.py --teacher DIR --stories FILE            train, save, measure
+    python stories/train.py --teacher DIR --stories FILE --measure  only measure
 
 DIR is stories260K as a Hugging Face folder, FILE the text of TinyStories; README.md
-says where they come from, and what the recipe gave. Needs a GPU that MLX supports, and
-`pip install tokenizers numpy` beside what llama.py needs.
+says where they come from, and what the recipe gave. Needs `pip install tokenizers numpy`
+beside what llama.py needs; training was done on a GPU.
 
 It is also the worked example of copying from llama.py: the module that is trained here
 is the one that chats, unchanged.
@@ -75,11 +75,6 @@ SPECIAL = [
     "<|end_header_id|>",
     "<|eot_id|>",
 ]
-# Llama 3's pre-tokenizer: contractions, words, numbers of three digits, punctuation.
-SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
-    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ '<|start_header_id|>' + "
     "message['role'] + '<|end_header_id|>\n\n' + message['content'] | trim + "
@@ -100,10 +95,11 @@ CHATTER = 15_000  # conversations without a story
 # of one kind can stand for one another.
 TALK = json.loads((FOLDER / "dialogues.json").read_text())
 WORDS = {kind: words.split() for kind, words in TALK.pop("words").items()}
-ANIMALS, PEOPLE, TOYS, FOOD, CLOTHES, NATURE, PLACES, OBJECTS = list(WORDS.values())[:8]
-GIRLS, BOYS, MOODS, LOOKS = list(WORDS.values())[8:]
-KINDS = (ANIMALS, PEOPLE, TOYS, FOOD, CLOTHES, NATURE, PLACES, OBJECTS)
-NOUNS = {noun: kind for kind in KINDS for noun in kind}
+GIRLS, BOYS, MOODS, LOOKS = map(WORDS.pop, ("girls", "boys", "moods", "looks"))
+ANIMALS, PEOPLE, TOYS, PLACES = (
+    WORDS[kind] for kind in ("animals", "people", "toys", "places")
+)
+NOUNS = {noun: kind for kind in WORDS.values() for noun in kind}
 IRREGULAR = {
     "mouse": "mice",
     "fish": "fish",
@@ -134,19 +130,22 @@ WORD = re.compile(r"[A-Za-z]+")
 # Stories: real ones, and what they are about.
 
 
+def parted(text: str) -> list[str]:
+    """Return the stories in a text: a blank line parts paragraphs, a line's end alone
+    parts stories."""
+    return re.split(r"(?<!\n)\n(?!\n)", text)
+
+
 def read_stories(file: Path) -> tuple[list[str], str, str]:
     """Return the stories of a file to learn from, and two ends of it that nothing is
-    learnt from, as they stand: one to choose the recipe by, one to measure it.
-
-    In the file a blank line parts paragraphs, and a line's end alone parts stories.
-    """
+    learnt from, as they stand: one to choose the recipe by, one to measure it."""
     data = file.read_bytes()
     cuts = len(data) - 2 * HELD_OUT, len(data) - HELD_OUT, len(data)
     text, validation, held_out = (
         data[start:stop].decode(errors="ignore")
         for start, stop in zip((0, *cuts), cuts)
     )
-    stories = re.split(r"(?<!\n)\n(?!\n)", text)[:-1]  # the last one is cut
+    stories = parted(text)[:-1]  # the last one is cut
     return [s.strip() for s in stories if len(s) > 100], validation, held_out
 
 
@@ -243,6 +242,7 @@ def person(rng: random.Random) -> tuple[str, str, str, str]:
 
 
 def two_nouns(rng: random.Random) -> tuple[str, str, list[str]]:
+    """Return a request for a story about two nouns, its opening, and the words it is about."""
     one = rng.choice(ANIMALS if rng.random() < 0.7 else list(NOUNS))
     two = rng.choice([noun for noun in NOUNS if noun != one])
     name, child, he, his = person(rng)
@@ -272,8 +272,8 @@ def two_nouns(rng: random.Random) -> tuple[str, str, list[str]]:
             "Once upon a time, there was a little {child} named {name}. {He} had {lX} "
             "and {lY}.",
             "One day, {name} found {lX} and {Y}.",
-            "Once upon a time, there was a {child} named {name}. {name} loved {his} {x} "
-            "and {his} {y}.",
+            "Once upon a time, there was a {child} named {name}. {name} loved {his} "
+            "{x} and {his} {y}.",
             "Once upon a time, there was {lX}. Near the {x} was {lY}.",
             "One day, {name} saw {lX} next to {lY}.",
             "{name} was a little {child} who had {lX}. One day, {he} saw {Y}.",
@@ -308,6 +308,7 @@ def two_nouns(rng: random.Random) -> tuple[str, str, list[str]]:
 
 
 def one_noun(rng: random.Random) -> tuple[str, str, list[str]]:
+    """Return a request for a story about one noun, its opening, and the words it is about."""
     one = rng.choice(ANIMALS + PEOPLE if rng.random() < 0.7 else list(NOUNS))
     look = rng.choice(LOOKS + MOODS if one in ANIMALS + PEOPLE else LOOKS)
     name, child, he, his = person(rng)
@@ -327,6 +328,7 @@ def one_noun(rng: random.Random) -> tuple[str, str, list[str]]:
 
 
 def named(rng: random.Random) -> tuple[str, str, list[str]]:
+    """Return a request for a story with a child of some name, its opening, and the words it is about."""
     name, child, he, his = person(rng)
     mood = rng.choice(MOODS)
     noun = rng.choice(ANIMALS + TOYS)
@@ -398,11 +400,13 @@ def sample(
     temperature: float,
     length: int,
     stops: Iterable[int],
+    enough: float = 1.0,
 ) -> list[list[int] | None]:
     """Return each prompt with its continuation, None where no stop came in time.
 
     Rows of all lengths go through together: a row takes its prompt's tokens while it
-    has any, and samples after that.
+    has any, and samples after that. enough: the share of rows that, once they have
+    stopped, end the wait for the others.
     """
     widest = max(map(len, prompts))
     padded = mx.array([ids + [0] * (widest - len(ids)) for ids in prompts], mx.int32)
@@ -418,8 +422,7 @@ def sample(
         token = mx.where(own, drawn, padded[:, min(step, widest - 1)])
         done = done | (own & (token[:, None] == stops).any(axis=-1))
         mx.async_eval(token, done)
-        # The last few rows would never end.
-        if step % 32 == 0 and done.sum().item() > 0.97 * len(prompts):
+        if step % 32 == 0 and done.sum().item() >= enough * len(prompts):
             break
     rows = np.array(mx.stack([*columns, token], axis=1))
     stops, found = set(stops.tolist()), []
@@ -448,7 +451,7 @@ def write_stories(
     folder: Path, real: list[str], rng: random.Random
 ) -> tuple[list[str], list[dict]]:
     """Return what the teacher writes: free stories, and stories with a given opening
-    as {"ask", "words", "story"}, sequels as {"sequel", "story"}."""
+    as {"ask", "words", "story"}, some of them with a "sequel"."""
     teacher, tokenizer = llama.load(folder, dtype=mx.float32)
     for layer in teacher.model.layers:
         layer.self_attn.rope = WideRoPE(layer.self_attn.rope)
@@ -461,7 +464,12 @@ def write_stories(
                 [tokenizer.bos, *tokenizer.encode(o)] for o in openings[n : n + BATCH]
             ]
             rows = sample(
-                teacher, prompts, temperature=temperature, length=500, stops=stops
+                teacher,
+                prompts,
+                temperature=temperature,
+                length=500,
+                stops=stops,
+                enough=0.97,  # the last few would never end
             )
             texts += [row and tokenizer.decode(row[1:]).strip() for row in rows]
         return texts
@@ -613,7 +621,9 @@ def plain(story: str) -> str:
 def make_vocabulary(texts: list[str]) -> tokenizers.Tokenizer:
     """Return a byte-level BPE in the layout of Llama 3's, special ids first."""
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(ignore_merges=True))
-    split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(SPLIT), "isolated")
+    split = tokenizers.pre_tokenizers.Split(
+        tokenizers.Regex(llama.LLAMA3_SPLIT), "isolated"
+    )
     in_bytes = tokenizers.pre_tokenizers.ByteLevel(
         add_prefix_space=False, use_regex=False
     )
@@ -666,6 +676,11 @@ def cross_entropy(model: llama.Llama, windows: mx.array) -> mx.array:
     return nn.losses.cross_entropy(logits, windows[:, 1:])
 
 
+def halved(model: llama.Llama) -> dict:
+    """Return the weights of a model in bfloat16."""
+    return tree_map(lambda w: w.astype(mx.bfloat16), model.parameters())
+
+
 class Trainer:
     """AdamW on weights in float32; passes in bfloat16, with dropout."""
 
@@ -694,7 +709,7 @@ class Trainer:
         self.optimizer.init(self.model.trainable_parameters())
 
         def loss(model: llama.Llama, windows: mx.array) -> mx.array:
-            weights = tree_map(lambda w: w.astype(mx.bfloat16), model.parameters())
+            weights = halved(model)
             for layer in weights["model"]["layers"]:
                 layer["self_attn"] = {"part": layer["self_attn"]}
                 layer["mlp"] = {"part": layer["mlp"]}
@@ -729,8 +744,7 @@ class Trainer:
     def in_bfloat16(self) -> llama.Llama:
         """Return the model as it stands, in bfloat16."""
         half = llama.Llama(self.model.args)
-        half.set_dtype(mx.bfloat16)
-        half.update(tree_map(lambda w: w.astype(mx.bfloat16), self.model.parameters()))
+        half.update(halved(self.model))
         return half
 
 
@@ -762,7 +776,7 @@ def bits_per_byte(
     context.
     """
     bits = size = 0
-    for story in filter(None, re.split(r"(?<!\n)\n(?!\n)", text)):
+    for story in filter(None, parted(text)):
         ids = [tokenizer.bos, *tokenizer.encode(story)]
         size += len(story.encode())
         for start in range(0, max(1, len(ids) - window // 2), window // 2):
@@ -811,7 +825,6 @@ def story_test(model: llama.Llama, tokenizer: llama.Tokenizer) -> dict:
 
 
 def save_tokenizer(tokenizer: tokenizers.Tokenizer, folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -823,12 +836,13 @@ def save_tokenizer(tokenizer: tokenizers.Tokenizer, folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
 
 
-def save(model: llama.Llama, folder: Path, quantized: bool) -> None:
+def save(model: llama.Llama, folder: Path) -> None:
+    """Quantize a model to 8 bits, and write it in MLX's layout."""
+    llama.quantize(model, bits=8)
     weights = dict(tree_flatten(model.parameters()))
     mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "mlx"})
-    config = dict(ARGS)
-    if quantized:
-        config["quantization"] = {"group_size": 64, "bits": 8, "mode": "affine"}
+    quantization = {"group_size": 64, "bits": 8, "mode": "affine"}
+    config = ARGS | {"quantization": quantization}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     settings = {
         "bos_token_id": 0,
@@ -874,7 +888,7 @@ def talks(opened: list[dict], real: list[str], rng: random.Random) -> list[str]:
 
 
 def train(teacher: Path, file: Path, samples: Path | None = None) -> llama.Llama:
-    """Train, save the quantized model and return the one in bfloat16."""
+    """Return the trained model in bfloat16; save its tokenizer in FOLDER."""
     rng = random.Random(SEED)
     mx.random.seed(SEED)
     real, validation, _ = read_stories(file)
@@ -884,10 +898,9 @@ def train(teacher: Path, file: Path, samples: Path | None = None) -> llama.Llama
         free, opened = write_stories(teacher, real, rng)
         if samples:
             samples.write_text(json.dumps([free, opened]))
-    say(f"{len(real):,} real stories; the teacher wrote {len(free):,} free and")
-    say(
-        f"{len(opened):,} opened ones that fit, {sum('sequel' in o for o in opened):,} with a sequel"
-    )
+    say(f"{len(real):,} real stories; of the teacher {len(free):,} free ones,")
+    followed = sum("sequel" in item for item in opened)
+    say(f"{len(opened):,} opened ones that fit, {followed:,} with a sequel")
 
     texts = [item["ask"] for item in opened[:5000]]
     texts += [said(rng, t) for k in TALK.values() if "reply" in k for t in k["user"]]
@@ -918,9 +931,8 @@ def train(teacher: Path, file: Path, samples: Path | None = None) -> llama.Llama
     stories = conversations + [plain(s) for s in free[::2] + real * REAL]
     rng.shuffle(stories)
     documents = Documents(fast, stories)
-    say(
-        f"{len(conversations):,} conversations; with plain stories {documents.size:,} tokens"
-    )
+    say(f"{len(conversations):,} conversations")
+    say(f"with plain stories, {documents.size:,} tokens")
     trainer.run(documents, CHAT_STEPS)
 
     half = trainer.in_bfloat16()
@@ -953,11 +965,7 @@ def main() -> None:
     *_, held_out = read_stories(options.stories)
     if not options.measure:
         half = train(options.teacher, options.stories, options.samples)
-        llama.quantize(half, bits=8)
-        save(half, FOLDER, quantized=True)
-        say(
-            f"saved, {sum(f.stat().st_size for f in FOLDER.iterdir() if f.is_file()):,} bytes"
-        )
+        save(half, FOLDER)
     model, tokenizer = llama.load(FOLDER)
     measure(model, tokenizer, held_out)
     model, tokenizer = llama.load(options.teacher)
