@@ -28,14 +28,16 @@ Sections                 uses            Sections                 uses
     2  Safetensors       1                   8  Loading           1-7
     3  Quantized layers  none                9  Samplers          none
     4  Rotary embedding  none                10 Generation        none
-    5  KV cache          none                11 Streaming         1-10
-    6  Transformer       1, 4, 5             12 Command line      1-11
+    5  KV cache          none                11 Tensor parallel   1-8
+    6  Transformer       1, 4, 5             12 Streaming         1-11
+                                             13 Command line      1-12
 
 References
     [1] Llama 3, arXiv:2407.21783        [5] SwiGLU, arXiv:2002.05202
     [2] RoPE, arXiv:2104.09864           [6] top-p, arXiv:1904.09751
     [3] GQA, arXiv:2305.13245            [7] YaRN, arXiv:2309.00071
     [4] RMSNorm, arXiv:1910.07467        [8] SentencePiece, arXiv:1808.06226
+    [9] Megatron-LM, arXiv:1909.08053
 
 MIT License; see LICENSE. A copied section needs only this line and a link.
 """
@@ -1552,6 +1554,31 @@ def default_dtype() -> mx.Dtype | None:
     return mx.float32 if mx.default_device() == mx.cpu else None
 
 
+def read_weights(
+    tensors: Iterable[tuple[TensorInfo, mx.array]],
+    total: int,
+    dtype: mx.Dtype | None,
+    progress: Callable[[int, int], None] | None,
+) -> list[tuple[str, mx.array]]:
+    """Return the names of mapped tensors, `total` bytes, and their values, evaluated.
+
+    dtype, progress: see load_model.
+    """
+    dtype, done, weights = dtype or default_dtype(), 0, []
+    for info, mapped in tensors:
+        packed = info.dtype in ("U32", "U8")
+        array = mapped if packed or dtype is None else mapped.astype(dtype)
+        # Evaluated one by one, or a cast would hold both copies of all weights; while
+        # `mapped` is still referred to, or the cast could be written into the file's
+        # pages; and now, since a lazy array is bound to the thread that made it.
+        mx.eval(array)
+        weights.append((info.name, array))
+        done += info.nbytes
+        if progress is not None:
+            progress(done, total)
+    return weights
+
+
 def load_model(
     folder: str | Path,
     *,
@@ -1567,22 +1594,10 @@ def load_model(
     model, tensors, problems = examine(Path(folder))
     if problems:
         raise problems[0]
-    dtype = dtype or default_dtype()
     wanted = {name for name, _ in tree_flatten(model.parameters())}
     wanted = [info for info in tensors.values() if info.name in wanted]
-    done, total, weights = 0, sum(info.nbytes for info in wanted), []
-    for info, mapped in map_tensors(wanted):
-        packed = info.dtype in ("U32", "U8")
-        array = mapped if packed or dtype is None else mapped.astype(dtype)
-        # Evaluated one by one, or a cast would hold both copies of all weights; while
-        # `mapped` is still referred to, or the cast could be written into the file's
-        # pages; and now, since a lazy array is bound to the thread that made it.
-        mx.eval(array)
-        weights.append((info.name, array))
-        done += info.nbytes
-        if progress is not None:
-            progress(done, total)
-    model.load_weights(weights)
+    total = sum(info.nbytes for info in wanted)
+    model.load_weights(read_weights(map_tensors(wanted), total, dtype, progress))
     return model
 
 
@@ -1949,11 +1964,210 @@ def generate(
 
 
 # -----------------------------------------------------------------------------
-# 11. Streaming
+# 11. Tensor parallel
+# One model on several machines. Every rank, a process of the group, holds a share of
+# each layer, cut as in Megatron-LM [9]; two sums over all ranks a layer make it whole.
+# MLX's own mx.distributed carries them: nothing here opens a connection.
+# uses: 1-8
+# -----------------------------------------------------------------------------
+
+# Matrices are cut by rows, which are outputs (0), or by columns, inputs (1): so what
+# gate and up put out on a rank is what down takes in there. The others stay whole.
+CUTS = dict.fromkeys(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), 0)
+CUTS |= dict.fromkeys(("o_proj", "down_proj"), 1)
+
+
+class SummedLinear(nn.Module):
+    """A linear layer cut by columns: x W^T is the sum of what the ranks compute."""
+
+    def __init__(self, layer: nn.Module, group: mx.distributed.Group):
+        super().__init__()
+        self.group, self.layer = group, layer
+        if "bias" in layer:  # it belongs to the sum, not to each part
+            self.bias = layer.pop("bias")
+
+    def __call__(self, x: mx.array) -> mx.array:
+        x = mx.distributed.all_sum(self.layer(x), group=self.group)
+        return x + self.bias if "bias" in self else x
+
+
+def sum_over_ranks(model: Llama, group: mx.distributed.Group) -> None:
+    """Put the sums into the model of a rank: one after attention, one after the MLP."""
+    for block in model.model.layers:
+        block.self_attn.o_proj = SummedLinear(block.self_attn.o_proj, group)
+        block.mlp.down_proj = SummedLinear(block.mlp.down_proj, group)
+
+
+def rank_args(args: ModelArgs, n: int) -> ModelArgs:
+    """Return the shape of the model that each of n ranks runs: its heads, its F.
+
+    Raises ValueError if n does not divide them.
+    """
+    H, Hkv, F = (
+        args.num_attention_heads,
+        args.num_key_value_heads,
+        args.intermediate_size,
+    )
+    if H % n or Hkv % n or F % n:
+        parts = f"{H} heads, {Hkv} key/value heads and an MLP of {F}"
+        raise ValueError(f"{n} ranks cannot share {parts} evenly")
+    parts = {"num_attention_heads": H // n, "num_key_value_heads": Hkv // n}
+    return replace(args, intermediate_size=F // n, **parts)
+
+
+class Share(NamedTuple):
+    """What a rank keeps of a tensor: some columns of what it maps, or all of it."""
+
+    kept: TensorInfo  # its start is of no meaning where columns are cut
+    mapped: TensorInfo
+    columns: slice | None
+
+
+def share_of(
+    info: TensorInfo, tensors: Mapping[str, TensorInfo], rank: int, n: int
+) -> Share:
+    """Return the share that one of n ranks has in a tensor of a model.
+
+    Rows lie together in the file, so the others are not even mapped. A packed matrix
+    is cut between groups, whose scales and biases go with them.
+    Raises ValueError naming the layer if n does not divide.
+    """
+    path, _, part = info.name.rpartition(".")
+    axis = CUTS.get(path.rpartition(".")[2])
+    if axis is None or (axis and part == "bias"):
+        return Share(info, info, None)
+    size = tensors.get(f"{path}.scales", info).shape[axis]
+    if size % n:
+        kind = "columns" if f"{path}.scales" not in tensors else "groups of columns"
+        raise ValueError(
+            f"{path}: {n} ranks cannot share {size} {kind if axis else 'rows'}"
+        )
+    shape, nbytes = list(info.shape), info.nbytes // n
+    shape[axis] = width = shape[axis] // n
+    kept = replace(info, shape=tuple(shape), nbytes=nbytes)
+    if axis:
+        return Share(kept, info, slice(rank * width, (rank + 1) * width))
+    kept = replace(kept, start=info.start + rank * nbytes)
+    return Share(kept, kept, None)
+
+
+def rank_shares(
+    tensors: Mapping[str, TensorInfo], group: mx.distributed.Group
+) -> list[Share]:
+    """Return what this rank keeps of a model's tensors. Raises as share_of does."""
+    at = group.rank(), group.size()
+    return [share_of(info, tensors, *at) for info in tensors.values()]
+
+
+def map_shares(shares: Sequence[Share]) -> Iterator[tuple[TensorInfo, mx.array]]:
+    """Yield each share as map_tensors does a tensor.
+
+    Columns are copied out of their tensor, which on Metal stays in the file; elsewhere
+    it is in memory for that moment.
+    """
+    mapped = map_tensors(share.mapped for share in shares)
+    for (kept, _, columns), (_, array) in zip(shares, mapped):
+        # Not a view of the columns: that would keep the whole tensor.
+        yield kept, array if columns is None else mx.contiguous(array[:, columns])
+
+
+def load_rank(
+    folder: str | Path,
+    group: mx.distributed.Group,
+    *,
+    dtype: mx.Dtype | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Llama:
+    """Return this rank's share of a folder's model: load_model for one rank of many.
+
+    It is called, and its logits are, as those of the whole; all ranks must call it with
+    the same tokens. The cache that it makes holds the keys and values of its own heads.
+    """
+    model, tensors, problems = examine(Path(folder))
+    if problems:
+        raise problems[0]
+    wanted = {name for name, _ in tree_flatten(model.parameters())}
+    tensors = {name: info for name, info in tensors.items() if name in wanted}
+    args, shares = rank_args(model.args, group.size()), rank_shares(tensors, group)
+    kept = {share.kept.name: share.kept for share in shares}
+    total, model = sum(info.nbytes for info in kept.values()), build_model(args, kept)
+    model.load_weights(read_weights(map_shares(shares), total, dtype, progress))
+    sum_over_ranks(model, group)
+    return model
+
+
+@contextlib.contextmanager
+def together(group: mx.distributed.Group | None) -> Iterator[None]:
+    """End the block on all ranks alike: what fails on one fails on all.
+
+    The first rank to fail raises its error, rank 0 one that names that rank, and the
+    others SystemExit, as there is no more to say. group: None is a rank alone.
+    """
+    error = None
+    try:
+        yield
+    except Exception as caught:
+        error = caught
+    if group is not None:
+        rank, n = group.rank(), group.size()
+        mine = mx.array([int(error is not None and r == rank) for r in range(n)])
+        failed = mx.distributed.all_sum(mine, group=group).tolist()
+        first = failed.index(1) if any(failed) else rank
+        if first != rank and rank == 0:
+            error = RuntimeError(f"rank {first} of {n} failed; it says why")
+        elif first != rank:
+            error = SystemExit(1)
+    if error is not None:
+        raise error
+
+
+def broadcast(group: mx.distributed.Group, message: dict) -> dict:
+    """Return on every rank what rank 0 gives: an object of JSON, or {}, which costs
+    less. What the other ranks give is not used."""
+    lead = group.rank() == 0
+    data = json.dumps(message).encode() if lead and message else b""
+    length = mx.distributed.all_sum(mx.array([len(data)]), group=group).item()
+    if length == 0:
+        return {}
+    data = mx.array(list(data or bytes(length)), mx.uint8)
+    return json.loads(bytes(mx.distributed.all_sum(data, group=group).tolist()))
+
+
+def agreed(
+    group: mx.distributed.Group, stop: Callable[[], bool], tokens: Sequence[int]
+) -> Callable[[], bool]:
+    """Return a function that tells all ranks alike whether one of them wants to stop.
+
+    tokens: those sampled so far, which must be the same on all ranks. With a token, the
+    answer is to the question before, which is there by now: the one to this question
+    follows the step that was launched ahead, and would be waited for.
+    The function raises RuntimeError if the ranks have sampled different tokens.
+    """
+    asked = collections.deque()
+
+    def cancelled() -> bool:
+        last = tokens[-1] if tokens else 0
+        answer = mx.array([int(stop()), last])
+        answer = mx.distributed.all_sum(answer, group=group)
+        mx.async_eval(answer)
+        asked.append((last, answer))
+        if tokens and len(asked) == 1:
+            return False
+        last, answer = asked.popleft()
+        wanted, total = answer.tolist()
+        if total != last * group.size():
+            raise RuntimeError(f"not all ranks have sampled the token {last}")
+        return wanted > 0
+
+    return cancelled
+
+
+# -----------------------------------------------------------------------------
+# 12. Streaming
 # An actor: one thread owns everything of MLX, whose arrays and streams belong to the
 # thread that made them, and the outside exchanges ids and strings with it through
 # queues. So an interface never blocks, and any thread may ask.
-# uses: 1-10
+# uses: 1-11
 # -----------------------------------------------------------------------------
 
 
@@ -1971,6 +2185,7 @@ class Stats:
     context: int = 0  # tokens it can hold
     peak_memory: int = 0
     finish_reason: str = ""  # stop, length, context, cancelled or error
+    ranks: int = 1  # processes that share the model
 
 
 class Progress(NamedTuple):
@@ -2036,14 +2251,20 @@ class Reply:
 
 @dataclass
 class Request:
-    """What the worker is to do: options are generate's, the rest is Reply's."""
+    """What the worker is to do: options are generate's, sampling is make_sampler's, the
+    rest is Reply's."""
 
     ids: list[int]
     options: dict
+    sampling: dict
     stream: TextStream
-    events: queue.SimpleQueue
-    stopped: threading.Event
+    events: queue.SimpleQueue = field(default_factory=queue.SimpleQueue)
+    stopped: threading.Event = field(default_factory=threading.Event)
     submitted: float = field(default_factory=time.perf_counter)
+
+    def message(self) -> dict:
+        """Return what other ranks need of it, for JSON."""
+        return {name: getattr(self, name) for name in ("ids", "options", "sampling")}
 
     def finish(self, outcome: "Stats | Exception") -> None:
         """Send the last event, twice: a Ctrl-C can strike whoever waits for it between
@@ -2085,21 +2306,35 @@ def read_session(file: Path) -> dict:
     raise ValueError(f"{file}: not a session of llama.py") from None
 
 
+TICK = 0.05  # seconds; how often ranks with nothing to do meet
+PATIENCE = 10  # seconds that a rank which is to end waits for one that may be gone
+
+
 class Worker(threading.Thread):
     """The thread that loads a model and serves requests, one after another."""
 
-    def __init__(self, folder: Path, context: int | None, **options):
+    def __init__(
+        self,
+        folder: Path,
+        context: int | None,
+        group: mx.distributed.Group | None,
+        new_stream: Callable[[], TextStream],
+        **options,
+    ):
         super().__init__(name="llama worker", daemon=True)
         self.folder, self.context, self.options = folder, context, options
+        self.group, self.new_stream, self.failure = group, new_stream, None
         self.events = queue.SimpleQueue()  # of the load: Progress; ModelArgs or error
         self.requests = queue.SimpleQueue()  # Request or function; None to end
         self.closing = threading.Event()
 
     def run(self) -> None:
         try:
-            self.load(**self.options)
+            with together(self.group):
+                args = self.load(**self.options)
+            self.events.put(args)
             with wired_memory(self.nbytes):
-                while (request := self.requests.get()) is not None:
+                while (request := self.next_request()) is not None:
                     if not isinstance(request, Request):
                         request()
                         continue
@@ -2108,15 +2343,37 @@ class Worker(threading.Thread):
                     except Exception as error:  # its asker's; the next may do better
                         self.forget()
                         request.finish(error)
+                        if self.group is not None and not isinstance(error, ValueError):
+                            raise  # which all ranks have; after others, none is in step
                     request = None  # what it holds is not needed until the next
-        except Exception as error:
+        except (Exception, SystemExit) as error:
+            self.failure = error
             self.events.put(error)
         finally:
             # What a thread leaves running when it ends can abort the process.
             self.model = self.cache = None
             mx.clear_streams()
 
-    def load(self, dtype: mx.Dtype | None, prefill_step: int | None) -> None:
+    def next_request(self) -> "Request | Callable | None":
+        """Return what is to be done next, on every rank what rank 0 is asked."""
+        while self.group is not None:
+            request, message = None, {}
+            if self.group.rank() > 0:
+                time.sleep(TICK)
+            else:
+                with contextlib.suppress(queue.Empty):
+                    request = self.requests.get(timeout=TICK)
+                    message = {"end": True} if request is None else request.message()
+            # Also when there is nothing to do: ranks that wait for one another in MLX
+            # take a core each, and that one has gone is found only where they meet.
+            message = broadcast(self.group, message)
+            if self.group.rank() > 0 and "ids" in message:
+                return Request(**message, stream=self.new_stream())
+            if message:
+                return request
+        return self.requests.get()
+
+    def load(self, dtype: mx.Dtype | None, prefill_step: int | None) -> ModelArgs:
         model, tensors, problems = examine(self.folder)
         if problems:
             raise problems[0]
@@ -2126,17 +2383,22 @@ class Worker(threading.Thread):
         if not 1 <= self.context <= longest:
             wanted = f"[1, {longest}], what the model was made for"
             raise ValueError(f"the context must be in {wanted}, got {self.context}")
+        own, kept, load = args, tensors.values(), load_model
+        if self.group is not None:
+            own = rank_args(args, self.group.size())
+            kept = [share.kept for share in rank_shares(tensors, self.group)]
+            load = functools.partial(load_rank, group=self.group)
         item_size = (dtype or default_dtype() or mx.bfloat16).size
-        cache = self.context * kv_bytes_per_token(args, item_size)
-        weights = memory_of(tensors.values(), item_size)
+        cache = self.context * kv_bytes_per_token(own, item_size)
+        weights = memory_of(kept, item_size)
         self.warning, self.nbytes = require_memory(weights, cache), weights + cache
-        self.model = load_model(self.folder, dtype=dtype, progress=self.report)
+        self.model = load(self.folder, dtype=dtype, progress=self.report)
         # A step cannot be interrupted. Short ones cost nothing on a CPU, where a long
         # one takes many seconds.
         on_cpu = mx.default_device() == mx.cpu
         self.prefill_step = prefill_step or (32 if on_cpu else 512)
         self.forget()
-        self.events.put(args)
+        return args
 
     def report(self, done: int, total: int) -> None:
         self.events.put(Progress(done, total))
@@ -2155,21 +2417,28 @@ class Worker(threading.Thread):
             layer.trim(layer.offset - reused)
         return reused
 
+    def unwanted(self, request: Request) -> bool:
+        return request.stopped.is_set() or self.closing.is_set()
+
     def serve(self, request: Request) -> None:
         """Answer a request: Pieces as they come, then Stats."""
         started, ids = time.perf_counter(), request.ids
         mx.reset_peak_memory()
-        reused = self.reuse(ids)
+        reused, tokens = self.reuse(ids), []
+        cancelled = functools.partial(self.unwanted, request)
+        if self.group is not None:
+            cancelled = agreed(self.group, cancelled, tokens)
         generation = generate(
             self.model,
             ids[reused:],
             cache=self.cache,
             prefill_step=self.prefill_step,
             progress=lambda *step: request.events.put(Progress(*step)),
-            cancelled=lambda: request.stopped.is_set() or self.closing.is_set(),
+            cancelled=cancelled,
+            sampler=make_sampler(**request.sampling, prompt=ids),
             **request.options,
         )
-        tokens, times, piece = [], [started], Piece()
+        times, piece = [started], Piece()
         try:
             while True:
                 tokens.append(next(generation))
@@ -2198,6 +2467,7 @@ class Worker(threading.Thread):
             context=self.context,
             peak_memory=mx.get_peak_memory(),
             finish_reason=reason,
+            ranks=1 if self.group is None else self.group.size(),
         )
         request.finish(stats)
 
@@ -2294,9 +2564,15 @@ def shut_down(worker: Worker) -> None:
     worker.requests.put(None)
     if worker is threading.current_thread():  # where garbage may be collected
         return
+    patience = None if worker.group is None else PATIENCE
     while worker.is_alive():
         with contextlib.suppress(KeyboardInterrupt):  # it ends with the step it is in
-            worker.join()
+            worker.join(patience)
+            if (
+                worker.is_alive()
+            ):  # in MLX, which would wait for a dead machine for ever
+                print("llama.py: error: another rank does not answer", file=sys.stderr)
+                os._exit(1)
 
 
 class Engine:
@@ -2305,8 +2581,9 @@ class Engine:
     model: a folder or org/name. tokenizer: None is the folder's. context: tokens of
     cache, allocated once; None is the model's longest, at most 8192. dtype: see
     load_model. prefill_step: see prefill; None is 512, on a CPU 32. progress: called
-    with the bytes loaded, and in all. Returns when the model is loaded; raises what
-    Tokenizer.from_folder and load_model raise.
+    with the bytes loaded, and in all. group: the ranks that share the model, see
+    section 11; rank 0 is asked, the others follow. Returns when the model is loaded;
+    raises what Tokenizer.from_folder and load_model raise.
 
     Attributes: tokenizer, args (a ModelArgs), context, defaults (make_sampler's
     options where a request gives none), warning (about memory, or None).
@@ -2321,13 +2598,17 @@ class Engine:
         dtype: mx.Dtype | None = None,
         prefill_step: int | None = None,
         progress: Callable[[int, int], None] | None = None,
+        group: mx.distributed.Group | None = None,
     ):
-        folder = find_folder(model)
-        self.tokenizer = tokenizer or Tokenizer.from_folder(folder)
-        self.defaults = default_sampling(folder)
+        with together(group):
+            folder = find_folder(model)
+            self.tokenizer = tokenizer or Tokenizer.from_folder(folder)
+            self.defaults = default_sampling(folder)
         self._taken = collections.deque(maxlen=256)  # the Piece of each past reply
         self._lock = threading.Lock()
-        self._worker = Worker(folder, context, dtype=dtype, prefill_step=prefill_step)
+        options = {"dtype": dtype, "prefill_step": prefill_step}
+        new_stream = functools.partial(self.tokenizer.stream, drop_space=True)
+        self._worker = Worker(folder, context, group, new_stream, **options)
         # Also when the engine is dropped, and at exit: a thread that is still in MLX
         # when the interpreter goes makes the process abort.
         self._shut_down = weakref.finalize(self, shut_down, self._worker)
@@ -2336,7 +2617,7 @@ class Engine:
             while isinstance(event := self._worker.events.get(), Progress):
                 if progress is not None:
                     progress(*event)
-            if isinstance(event, Exception):
+            if isinstance(event, BaseException):
                 raise event
         except BaseException:
             self.close()
@@ -2396,14 +2677,15 @@ class Engine:
         given = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
         given |= {"min_p": min_p, "repetition_penalty": repetition_penalty}
         given = {name: value for name, value in given.items() if value is not None}
-        sampler = make_sampler(**(self.defaults | given), seed=seed, prompt=ids)
-        options = {"max_tokens": max_tokens, "sampler": sampler}
-        options["stop_tokens"] = self.tokenizer.stop_tokens
+        sampling = self.defaults | given
+        check_sampling(**sampling)
+        sampling["seed"] = new_seed() if seed is None else seed
+        options = {"max_tokens": max_tokens}
+        options["stop_tokens"] = sorted(self.tokenizer.stop_tokens)
         stream, reply = self.tokenizer.stream(drop_space=drop_space), Reply(progress)
-        request = Request(ids, options, stream, reply.events, reply.stopped)
+        request = Request(ids, options, sampling, stream, reply.events, reply.stopped)
         with self._lock:  # nothing may be asked after the worker's last request
-            if not self._shut_down.alive:
-                raise RuntimeError("the engine is closed")
+            self._require_worker()
             self._taken.append(reply.taken)
             self._worker.requests.put(request)
         return reply
@@ -2424,13 +2706,20 @@ class Engine:
         """
         return self._on_worker(functools.partial(self._worker.restore, Path(file)))
 
+    def _require_worker(self) -> None:
+        if not self._shut_down.alive or self._worker.failure is not None:
+            raise RuntimeError("the engine is closed")
+        if self._worker.group is not None and self._worker.group.rank() > 0:
+            raise RuntimeError("only rank 0 can be asked; the others follow")
+
     def _on_worker(self, task: Callable) -> dict | None:
         """Have the worker do a task, after what it was asked before; return what the
         task returns, or raise what it raises."""
         answer = queue.SimpleQueue()
+        if self._worker.group is not None:
+            raise ValueError("a session is kept by one rank, which has the whole cache")
         with self._lock:
-            if not self._shut_down.alive:
-                raise RuntimeError("the engine is closed")
+            self._require_worker()
             self._worker.requests.put(functools.partial(put_result, task, answer))
         if isinstance(result := answer.get(), Exception):
             raise result
@@ -2439,6 +2728,14 @@ class Engine:
     def remember(self, piece: Piece) -> None:
         """Let `chat` use these ids for an assistant's message that is this text."""
         self._taken.append(piece)
+
+    def follow(self) -> None:
+        """Wait for the end of the worker, and raise what has ended it, if anything: on
+        a rank other than 0 that is all there is to do, until rank 0 closes its engine.
+        """
+        self._worker.join()
+        if self._worker.failure is not None:
+            raise self._worker.failure
 
     def close(self) -> None:
         """End the worker, cancelling what it does, and wait for it. Idempotent."""
@@ -2450,13 +2747,14 @@ class Engine:
 
     def __exit__(self, *_exception) -> None:
         self.close()
+        self.follow()
 
 
 # -----------------------------------------------------------------------------
-# 12. Command line
+# 13. Command line
 # info, inspect and chat. The model's text goes to stdout, everything else to stderr,
 # and escapes only to a terminal; what comes from a model or a file is made printable.
-# uses: 1-11
+# uses: 1-12
 # -----------------------------------------------------------------------------
 
 FLOATS = ("float32", "float16", "bfloat16")  # of --dtype
@@ -2762,6 +3060,7 @@ def stats_lines(stats: Stats, seed: int) -> str:
         f"{stats.decode_tps:.1f} tokens/s\nfirst after "
         f"{stats.time_to_first_token_s:.2f} s, context {stats.context_used} of "
         f"{stats.context}, peak {gigabytes(stats.peak_memory)}, seed {seed}"
+        + (f", {stats.ranks} ranks" if stats.ranks > 1 else "")
     )
 
 
@@ -3120,14 +3419,25 @@ class Chat:
 
 
 def read_prompt(options: argparse.Namespace) -> str | None:
-    """Return --prompt and what is piped in, as one message; None at a terminal."""
-    if sys.stdin.isatty():
+    """Return --prompt and what is piped in, as one message; None at a terminal.
+
+    What mlx.launch pipes in is what is typed at its terminal, and does not end.
+    """
+    if sys.stdin.isatty() or options.group is not None:
         return options.prompt
     try:
         piped = sys.stdin.buffer.read().decode().removesuffix("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"standard input: not UTF-8: {error}") from None
     return "\n\n".join(text for text in (options.prompt, piped) if text)
+
+
+def end_with(engine: Engine) -> None:
+    """End the program once an engine has failed, even while a line is being typed."""
+    try:
+        engine.follow()
+    except (Exception, SystemExit):
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)
 
 
 def cmd_chat(options: argparse.Namespace) -> int:
@@ -3141,13 +3451,17 @@ def cmd_chat(options: argparse.Namespace) -> int:
     if options.dtype not in (None, *FLOATS):
         options.usage(f"--dtype must be one of {', '.join(FLOATS)}")
     seed = new_seed() if options.seed is None else options.seed
-    folder = choose_folder(options.model)
-    tokenizer = Tokenizer.from_folder(folder, template=options.template)
-    if not options.raw:
-        tokenizer.require_format()  # now, rather than after loading a large model
-    prompt = read_prompt(options)
-    if prompt == "":
-        raise ValueError("the prompt is empty")
+    follower = options.group is not None and options.group.rank() > 0
+    with together(options.group):
+        folder = choose_folder(options.model)
+        tokenizer = Tokenizer.from_folder(folder, template=options.template)
+        if not options.raw:
+            tokenizer.require_format()  # now, rather than after loading a large model
+        prompt = None if follower else read_prompt(options)
+        if prompt == "":
+            raise ValueError("the prompt is empty")
+        if options.session and options.group is not None:
+            raise ValueError("--session needs one rank, which has the whole cache")
     progress = ProgressLine("loading")
     with Engine(
         folder,
@@ -3155,9 +3469,15 @@ def cmd_chat(options: argparse.Namespace) -> int:
         context=options.ctx,
         dtype=options.dtype and getattr(mx, options.dtype),
         prefill_step=options.prefill_step,
-        progress=progress,
+        progress=None if follower else progress,
+        group=options.group,
     ) as engine:
         progress.clear()
+        if follower:
+            engine.follow()
+            return 0
+        if options.group is not None:
+            threading.Thread(target=end_with, args=(engine,), daemon=True).start()
         if engine.warning:
             note(engine.warning)
         chat = Chat(engine, options, seed)
@@ -3224,10 +3544,36 @@ def end_by_signal(number: int, _frame: object) -> None:
     raise SystemExit(128 + number)
 
 
+def join_ranks() -> mx.distributed.Group | None:
+    """Return the group of ranks that mlx.launch, or mpirun, has started this process
+    as one of, when all are there; None for a process of its own.
+
+    A rank other than 0 is then ended by rank 0 alone, or by a signal, at once.
+    """
+    if os.environ.keys().isdisjoint({"MLX_RANK", "OMPI_COMM_WORLD_RANK"}):
+        return None
+    # While MLX waits for the others no handler of Python's is called.
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    handlers = [signal.signal(number, signal.SIG_DFL) for number in numbers]
+    group = mx.distributed.init(strict=True)
+    if group.rank() > 0:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's, rank 0's to take
+    else:
+        for number, handler in zip(numbers, handlers):
+            signal.signal(number, handler)
+    return group if group.size() > 1 else None
+
+
 def run(argv: Sequence[str] | None) -> int:
     """Do what a command line says; return its exit status, errors told in a line."""
+    rank = ""
     try:
         options = build_parser().parse_args(argv)
+        options.group = group = join_ranks()
+        if group is not None:
+            rank = f"rank {group.rank()} of {group.size()}: "
+            if group.rank() > 0 and options.run is not cmd_chat:
+                return 0  # rank 0 tells what there is to tell
         status = options.run(options)
         sys.stdout.flush()
     except SystemExit as end:  # argparse's, or that of a signal
@@ -3238,7 +3584,7 @@ def run(argv: Sequence[str] | None) -> int:
         status = 0
     except (MemoryError, OSError, RuntimeError, ValueError) as error:
         line = printable(" ".join(str(error).split()))
-        print(f"llama.py: error: {line}", file=sys.stderr)
+        print(f"llama.py: error: {rank}{line}", file=sys.stderr)
         status = 1
     return status
 
