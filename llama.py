@@ -3227,9 +3227,14 @@ class Chat:
         source = Path(self.engine.tokenizer.source)
         if source.parent.name == "snapshots":  # of the Hugging Face cache
             note(f"{self.options.model}, revision {source.name}")
+        keys = "Ctrl-C stops a reply, Ctrl-D quits"
+        if self.options.group is not None and not sys.stdin.isatty():
+            # mlx.launch passes on what is typed, but not Ctrl-D, and ends at Ctrl-C.
+            signal.signal(signal.SIGINT, end_by_signal)
+            keys = "Ctrl-C quits"
         note(
             f"context {self.engine.context} tokens, seed {self.seed}, /help for more,"
-            '\n""" around several lines, Ctrl-C stops a reply, Ctrl-D quits'
+            f'\n""" around several lines, {keys}'
         )
         while (text := self.editor.read()) is not None:
             try:
@@ -3500,7 +3505,7 @@ def build_parser() -> argparse.ArgumentParser:
     ):
         example = f"example: python llama.py {example}"
         sub = commands.add_parser(name, help=text, description=text, epilog=example)
-        sub.set_defaults(run=run, usage=sub.error)
+        sub.set_defaults(run=run, usage=sub.error, group=None)
         where = "a folder, or org/name in the Hugging Face cache; default: stories/"
         if name == "info":
             where = f"one of {', '.join(PRESETS)}, {where}"
