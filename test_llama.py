@@ -17,6 +17,7 @@ import fcntl
 import functools
 import gc
 import importlib.util
+import inspect
 import io
 import itertools
 import json
@@ -29,6 +30,7 @@ import select
 import shlex
 import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -2156,6 +2158,257 @@ def test_greedy_text_of_a_real_model_is_that_of_transformers():
 
 
 # -----------------------------------------------------------------------------
+# 11. Tensor parallel
+# -----------------------------------------------------------------------------
+
+# Four ranks divide H, Hkv, F and, quantized, the groups.
+SPLIT = {
+    "model_type": "llama",
+    "hidden_size": 96,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 16,
+    "vocab_size": 100,
+    "max_position_embeddings": 512,
+}
+
+
+def split_folder(path: Path, *, bits: int | None = None, **changes) -> Path:
+    """A model of random weights, all of which matter; given bits, down_proj has 8."""
+    config = SPLIT | changes
+    model = llama.Llama(llama.ModelArgs.from_dict(config))
+    rng = np.random.default_rng(0)
+    for name, array in tree_flatten(model.parameters()):
+        value = rng.normal(float("norm" in name), 0.2, array.shape)
+        model.load_weights([(name, mx.array(value, mx.float32))], strict=False)
+    if bits:
+        own = {"group_size": 64, "bits": 8}
+        for block in model.model.layers:
+            llama.quantize(block.mlp, **own)  # down_proj alone: 64 divides no D
+        llama.quantize(model, group_size=32, bits=bits)
+        names = [f"model.layers.{n}.mlp.down_proj" for n in range(2)]
+        settings = {"group_size": 32, "bits": bits} | dict.fromkeys(names, own)
+        config = config | {"quantization": settings}
+    path.mkdir()
+    return write_model(path, config, dict(tree_flatten(model.parameters())))
+
+
+def quantized_copy(folder: Path, path: Path) -> Path:
+    """A folder at 4 bits, in groups of 32."""
+    model = llama.load_model(folder)
+    llama.quantize(model, group_size=32, bits=4)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization"] = {"group_size": 32, "bits": 4}
+    path.mkdir()
+    return write_model(path, config, dict(tree_flatten(model.parameters())))
+
+
+def dense_copy(folder: Path, path: Path) -> Path:
+    """A quantized folder with its weights unpacked."""
+    weights = dict(tree_flatten(llama.load_model(folder).parameters()))
+    config = json.loads((folder / "config.json").read_text())
+    settings = config.pop("quantization")
+    for name in [name for name in weights if name.endswith(".scales")]:
+        packed = [weights.pop(name.replace("scales", part)) for part in PACKED]
+        weight = mx.dequantize(*packed, settings["group_size"], settings["bits"])
+        weights[name.replace("scales", "weight")] = weight
+    path.mkdir()
+    return write_model(path, config, weights)
+
+
+PACKED = ("weight", "scales", "biases")
+
+
+def ring(n: int, path: Path) -> list[dict[str, str]]:
+    """What makes n processes the ranks of a ring on this machine: an environment each,
+    which MLX reads, with a file of addresses."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(n)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        names = [["{}:{}".format(*each.getsockname())] for each in sockets]
+    (path / "hosts.json").write_text(json.dumps(names))
+    hosts = {"MLX_HOSTFILE": str(path / "hosts.json")}
+    return [hosts | {"MLX_RANK": str(rank)} for rank in range(n)]
+
+
+def start(
+    environment: dict[str, str], *words: object, stdin: int = subprocess.DEVNULL
+) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, *map(str, words)],
+        cwd=HERE,
+        env=os.environ | environment,
+        stdin=stdin,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def ends(*ranks: subprocess.Popen, seconds: float = 60) -> list[tuple[int, str, str]]:
+    """Status, output and messages of ranks, without what MLX's ring adds to these."""
+    found, until = [], time.monotonic() + seconds
+    try:
+        for rank in ranks:
+            out, error = rank.communicate(timeout=max(until - time.monotonic(), 0.1))
+            own = [line for line in error.splitlines() if not line.startswith("[ring]")]
+            found.append((rank.returncode, out, "\n".join(own)))
+    finally:
+        for rank in ranks:
+            rank.kill()
+    return found
+
+
+def in_ranks(n: int, path: Path, *words: object) -> list[tuple[int, str, str]]:
+    """How the ranks of a ring end that run the same command."""
+    return ends(*[start(environment, *words) for environment in ring(n, path)])
+
+
+def said_by(model: llama.Llama) -> list:
+    """Logits of a prompt and of what follows, through a cache; a greedy text."""
+    cache, tokens = model.make_cache(16), mx.array([[1, 40, 99, 7, 21, 64, 3]])
+    logits = [model(part, cache)[0] for part in mx.split(tokens, (4, 6), axis=1)]
+    text = llama.generate(model, [1, 40, 99], max_tokens=6)
+    return [mx.concatenate(logits).astype(mx.float32).tolist(), list(text)]
+
+
+EACH_FOLDER = f"""
+import json, sys
+import llama, mlx.core as mx
+from mlx.utils import tree_flatten
+{inspect.getsource(said_by)}
+group = llama.join_ranks()
+for folder in sys.argv[1:]:
+    model = llama.load_rank(folder, group)
+    weights = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
+    found = said_by(model), mx.get_active_memory() / weights
+    if group.rank() == 0:
+        print(json.dumps(found))
+    del model
+"""
+
+
+@pytest.mark.parametrize("n", [2, 4])
+def test_ranks_give_the_logits_and_the_text_of_one_process(n, tmp_path):
+    biases = {"attention_bias": True, "mlp_bias": True}
+    tied = biases | {"tie_word_embeddings": True}
+    folders = [
+        split_folder(tmp_path / "a tied head and biases", **tied),
+        split_folder(tmp_path / "4 and 8 bits", bits=4, **biases),
+        STORIES,
+    ]
+    if DATA.is_dir():
+        folders.append(DATA / "models" / "stories260K")
+    if n == 2:
+        folders.append(split_folder(tmp_path / "a head of its own"))
+        folders.append(dense_copy(STORIES, tmp_path / "stories in float32"))
+        if DATA.is_dir():
+            folders.append(quantized_copy(folders[3], tmp_path / "260K at 4 bits"))
+    for status, out, error in (
+        ranks := in_ranks(n, tmp_path, "-c", EACH_FOLDER, *folders)
+    ):
+        assert (status, error) == (0, ""), error
+        assert out == "" or out == ranks[0][1]
+    lines = ranks[0][1].splitlines()
+    for folder, line in zip(folders, lines, strict=True):
+        (logits, text), memory = json.loads(line)
+        wanted, wanted_text = said_by(llama.load_model(folder))
+        assert_close(np.array(logits), wanted, 1e-4)
+        assert text == wanted_text, folder.name
+        assert memory < 1.2, "more than its share stays in memory"
+
+
+def rank_of(rank: int, n: int) -> types.SimpleNamespace:
+    """What a group tells of itself."""
+    return types.SimpleNamespace(rank=lambda: rank, size=lambda: n)
+
+
+def test_the_shares_of_all_ranks_make_up_the_file(tmp_path):
+    folder = split_folder(tmp_path / "m", bits=4, attention_bias=True, mlp_bias=True)
+    model, tensors, problems = llama.examine(folder)
+    assert problems == []
+    shares = [llama.rank_shares(tensors, rank_of(rank, 4)) for rank in range(4)]
+    parts = [[part for _, part in llama.map_shares(each)] for each in shares]
+    for n, (info, whole) in enumerate(llama.map_tensors(tensors.values())):
+        mine, kept = [each[n] for each in parts], shares[2][n].kept
+        assert mine[2].shape == kept.shape and mine[2].nbytes == kept.nbytes
+        layer, part = info.name.split(".")[-2:]
+        axis = {"o_proj": 1, "down_proj": 1}.get(layer, 0)
+        if not layer.endswith("_proj") or (axis and part == "bias"):
+            assert all(mx.array_equal(part, whole) for part in mine)
+        else:
+            assert mx.array_equal(mx.concatenate(mine, axis), whole), info.name
+            assert axis or shares[2][n].mapped.nbytes * 4 == info.nbytes
+
+
+def test_what_ranks_cannot_share_is_named():
+    args = llama.ModelArgs.from_dict(SPLIT)
+    with pytest.raises(ValueError, match=r"^3 ranks .* 8 heads, 4 key/value heads and"):
+        llama.rank_args(args, 3)
+    with pytest.raises(ValueError, match="8 ranks cannot share 8 heads, 4 key/value"):
+        llama.rank_args(args, 8)
+    with pytest.raises(ValueError, match="2 ranks .* an MLP of 255"):
+        llama.rank_args(dataclasses.replace(args, intermediate_size=255), 2)
+    own = llama.rank_args(args, 4)
+    assert (own.num_attention_heads, own.num_key_value_heads, own.head_dim) == (
+        2,
+        1,
+        16,
+    )
+    assert llama.kv_bytes_per_token(own, 4) * 4 == llama.kv_bytes_per_token(args, 4)
+
+
+def test_a_group_of_weights_is_not_cut(tmp_path):
+    """stories260K at 4 bits: o_proj has two groups of 32 in a row, for four ranks."""
+    folder = split_folder(tmp_path / "m", bits=4, head_dim=8)
+    _, tensors, _ = llama.examine(folder)
+    layer = "model.layers.0.self_attn.o_proj"
+    with pytest.raises(ValueError, match=f"^{layer}: 4 ranks .* 2 groups of columns"):
+        llama.rank_shares(tensors, rank_of(0, 4))
+
+
+TOGETHER = """
+import llama
+group = llama.join_ranks()
+rank = group.rank()
+for failing in [], [1], [0, 1]:
+    try:
+        with llama.together(group):
+            if rank in failing:
+                raise ValueError("its own")
+    except (RuntimeError, SystemExit, ValueError) as error:
+        print(type(error).__name__, error)
+message = {"ids": [*range(300)], "text": "\u00e9"}
+assert llama.broadcast(group, message if rank == 0 else {}) == message
+assert llama.broadcast(group, {}) == {}
+tokens = []
+stop = llama.agreed(group, lambda: rank == 1 and len(tokens) == 2, tokens)
+for token in range(4):
+    print(stop())
+    tokens.append(token)
+stop = llama.agreed(group, lambda: False, [5 + rank])
+stop()
+try:
+    stop()
+except RuntimeError as error:
+    print(error)
+"""
+
+
+def test_ranks_fail_talk_and_stop_together(tmp_path):
+    (status, lead, error), (other, follower, _) = in_ranks(2, tmp_path, "-c", TOGETHER)
+    assert (status, other, error) == (0, 0, "")
+    # The answer to the question before: asked with two tokens, known with three.
+    stops = "False\nFalse\nFalse\nTrue\nnot all ranks have sampled the token"
+    failed = "RuntimeError rank 1 of 2 failed; it says why\nValueError its own\n"
+    assert lead == f"{failed}{stops} 5\n"
+    assert follower == f"ValueError its own\nSystemExit 1\n{stops} 6\n"
+
+
+# -----------------------------------------------------------------------------
 # 12. Streaming
 # -----------------------------------------------------------------------------
 
@@ -2567,6 +2820,48 @@ def test_twenty_one_processes_end_with_status_0(folder, ending):
     for _ in range(7):
         done = subprocess.run(command, cwd=HERE, timeout=60, check=False)
         assert done.returncode == 0
+
+
+def turns(engine: llama.Engine) -> list:
+    """A turn that is cancelled in the middle, and one after it."""
+    first = engine.chat(USER, temperature=0.5, seed=1)
+    for _ in range(5):
+        next(first)
+    first.cancel()
+    collections.deque(first, 0)
+    said = {"role": "assistant", "content": first.text}
+    messages = [*USER, said, {"role": "user", "content": "More?"}]
+    second = engine.chat(messages, temperature=0.5, seed=2, max_tokens=12)
+    text, stats = "".join(second), second.stats
+    return [first.text, first.stats.finish_reason, text, stats.reused_tokens > 20]
+
+
+TURNS = f"""
+import collections, json, sys
+import llama
+USER = {USER}
+{inspect.getsource(turns).replace(": llama.Engine", "")}
+group = llama.join_ranks()
+with llama.Engine(sys.argv[1], group=group) as engine:
+    if group.rank() == 0:
+        print(json.dumps(turns(engine)))
+    try:
+        (engine.complete if group.rank() else engine.restore)("x")
+    except (RuntimeError, ValueError) as error:
+        print(error)
+    if group.rank() > 0:
+        engine.follow()
+"""
+
+
+def test_a_turn_cancelled_on_all_ranks_and_the_next_are_those_of_one(folder, tmp_path):
+    lead, follower = in_ranks(2, tmp_path, "-c", TURNS, folder)
+    assert follower == (0, "only rank 0 can be asked; the others follow\n", "")
+    lines = lead[1].splitlines()
+    assert lead[::2] == (0, "") and lines[1].startswith("a session is kept by one rank")
+    with llama.Engine(folder) as engine:
+        wanted = turns(engine)
+    assert json.loads(lines[0]) == wanted and wanted[1::2] == ["cancelled", True]
 
 
 # -----------------------------------------------------------------------------
@@ -3831,3 +4126,113 @@ def test_no_colour_where_it_is_not_wanted(folder, environment):
     )
     assert chat.status() == 0
     assert "\x1b[2m" not in chat.screen and "seed" in chat.screen
+
+
+CHAT = (HERE / "llama.py", "chat")
+ENDED = "llama.py: error: rank {} of 2: [ring] connection to a peer was lost"
+
+
+def test_ranks_that_cannot_load_end_with_one_message(folder, tmp_path):
+    ranks = in_ranks(3, tmp_path, *CHAT, folder, "--prompt", "x")
+    cannot = "3 ranks cannot share 4 heads, 2 key/value heads and an MLP of 64 evenly"
+    assert ranks[0] == (1, "", f"llama.py: error: rank 0 of 3: {cannot}")
+    assert ranks[1:] == [(1, "", "")] * 2
+    models = enumerate((folder, "nowhere"))  # it is there on the first machine only
+    at = ring(2, tmp_path)
+    lead, other = ends(*[start(at[n], *CHAT, m, "--prompt", "x") for n, m in models])
+    assert lead == (
+        1,
+        "",
+        "llama.py: error: rank 0 of 2: rank 1 of 2 failed; it says why",
+    )
+    assert other[:2] == (1, "") and "1 of 2: nowhere: no such folder" in other[2]
+
+
+def test_rank_0_alone_reads_and_prints(folder, tmp_path):
+    words = (folder, "--max-tokens", 5, "--temperature", 0, "--stats", "--seed", 1)
+    at, typed = ring(2, tmp_path), "Hello!\nAnd now?\n"
+    lead, other = (
+        start(at[0], *CHAT, *words, stdin=subprocess.PIPE),
+        start(at[1], *CHAT, *words),
+    )
+    lead.stdin.write(typed)
+    lead, other = ends(lead, other)
+    assert other == (0, "", "") and lead[0] == 0
+    assert lead[2].count(", 2 ranks") == 2 and "(reused 0)" in lead[2]
+    with llama.Engine(folder) as engine:
+        chat = chat_with(engine, *map(str, words[1:]))
+        wanted = [chat.ask(text, 1).text for text in typed.splitlines()]
+    assert lead[1] == "".join(f"{text}\n" for text in wanted)
+
+
+def test_the_launcher_of_mlx_starts_it(folder):
+    launcher = Path(sys.executable).with_name("mlx.launch")
+    if not launcher.exists():
+        pytest.skip("mlx.launch is not installed")
+    words = ["chat", str(folder), "--prompt", "x", "--max-tokens", "5", "--seed", "1"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    line = [launcher, "-n", "2", "-p", str(port), "--", sys.executable, *CHAT[:1]]
+    done = subprocess.run(
+        [*line, *words],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.stdout == command(*words).stdout and done.returncode == 0
+
+
+def test_ctrl_c_ends_a_reply_on_all_ranks_and_a_death_the_conversation(tmp_path):
+    slow, at = random_folder(tmp_path / "m", context=8192), ring(2, tmp_path)
+    chat = Terminal("chat", slow, "--temperature", 0, **at[0])
+    follower = start(at[1], *CHAT, slow)
+    before = termios.tcgetattr(chat.master)
+    for _ in range(2):
+        chat.wait_for(">>> ")
+        chat.type("Hello!\r")
+        chat.wait_for("\\x")
+        follower.send_signal(signal.SIGINT)  # mlx.launch's ranks all get it
+        chat.type(CTRL_C)
+        chat.wait_for("[stopped: Ctrl-C]", 10)
+    chat.wait_for(">>> ")
+    follower.kill()
+    chat.process.wait(5)
+    assert termios.tcgetattr(chat.master) == before
+    assert chat.status() == 1 and ENDED.format(0) in chat.screen
+    assert ends(follower)[0][0] == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_killed_rank_ends_the_others(killed, tmp_path):
+    slow = random_folder(tmp_path / "m", context=8192)
+    ranks = [start(e, *CHAT, slow, "--prompt", "x") for e in ring(2, tmp_path)]
+    ranks[0].stdout.read(1)
+    ranks[killed].kill()
+    status, _, error = ends(*ranks, seconds=5)[1 - killed]
+    assert (status, error) == (1, ENDED.format(1 - killed))
+
+
+IMPATIENT = "import sys, llama; llama.PATIENCE = 1; sys.exit(llama.main(sys.argv[1:]))"
+
+
+def test_a_rank_that_does_not_answer_can_be_left(tmp_path):
+    """Stopped, it is to the others like a machine that has lost its network."""
+    slow = random_folder(tmp_path / "m", context=8192)
+    words = ("-c", IMPATIENT, "chat", slow, "--prompt", "x")
+    lead, other = (start(e, *words) for e in ring(2, tmp_path))
+    lead.stdout.read(1)
+    other.send_signal(signal.SIGSTOP)
+    for _ in range(2):  # the first ends the reply, for which it waits
+        time.sleep(0.5)
+        lead.send_signal(signal.SIGINT)
+    status, _, error = ends(lead, seconds=10)[0]
+    assert (status, error) == (1, "llama.py: error: another rank does not answer")
+    other.send_signal(signal.SIGCONT)
+    assert ends(other)[0][::2] == (1, ENDED.format(1))
+
+
+def test_info_is_told_by_one_rank(tmp_path):
+    lead, other = in_ranks(2, tmp_path, HERE / "llama.py", "info", "1b")
+    assert lead[0] == 0 and lead[1].startswith("model") and other == (0, "", "")
