@@ -69,6 +69,8 @@ import os
 import queue
 import re
 import signal
+import socket
+import stat
 import sys
 import threading
 import time
@@ -2096,6 +2098,67 @@ def load_rank(
     return model
 
 
+def open_sockets() -> set[int]:
+    """Return the descriptors of this process that are sockets."""
+    found = set()
+    for number in map(int, os.listdir("/dev/fd")):
+        with contextlib.suppress(OSError):  # that of the listing itself
+            if stat.S_ISSOCK(os.fstat(number).st_mode):
+                found.add(number)
+    return found
+
+
+def stands(connection: socket.socket) -> bool:
+    """Return whether the other side has not ended a connection. Takes nothing from it."""
+    try:
+        return connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) != b""
+    except OSError as error:
+        return isinstance(error, BlockingIOError)
+
+
+GRACE = 3  # seconds for a rank to end by itself once another has
+
+
+def watch(connections: Sequence[socket.socket], rank: int) -> None:
+    """End this process when a connection of MLX's ring has ended.
+
+    The ring tells that only to what waits for the other rank at that moment. What was
+    launched ahead of it then waits for ever, and this process with it.
+    """
+    while all(map(stands, connections)):
+        time.sleep(0.5)
+    time.sleep(GRACE)
+    text = f"rank {rank}: the connection to another rank was lost"
+    print(f"llama.py: error: {text}", file=sys.stderr, flush=True)
+    os._exit(1)
+
+
+def join_ranks() -> mx.distributed.Group | None:
+    """Return the group of ranks that mlx.launch, or mpirun, has started this process
+    as one of, when all are there; None for a process of its own.
+
+    Call it in the main thread. From then on a rank other than 0 ends when rank 0 tells
+    it to, when a connection is lost, or by a signal other than Ctrl-C's, at once.
+    """
+    if os.environ.keys().isdisjoint({"MLX_RANK", "OMPI_COMM_WORLD_RANK"}):
+        return None
+    # While MLX waits for the others no handler of Python's is called.
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    handlers = [signal.signal(number, signal.SIG_DFL) for number in numbers]
+    before = open_sockets()
+    group = mx.distributed.init(strict=True)
+    if group.rank() > 0:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's, rank 0's to take
+    else:
+        for number, handler in zip(numbers, handlers):
+            signal.signal(number, handler)
+    if "MLX_HOSTFILE" in os.environ:  # the ring's; of other engines it is not known
+        own = [socket.socket(fileno=os.dup(n)) for n in open_sockets() - before]
+        options = {"args": (own, group.rank()), "daemon": True}
+        threading.Thread(target=watch, **options).start()
+    return group if group.size() > 1 else None
+
+
 @contextlib.contextmanager
 def together(group: mx.distributed.Group | None) -> Iterator[None]:
     """End the block on all ranks alike: what fails on one fails on all.
@@ -3547,26 +3610,6 @@ def end_by_signal(number: int, _frame: object) -> None:
     """Handle a signal: unwind, so that the worker stops and the terminal is restored,
     and exit with the status that a shell gives it."""
     raise SystemExit(128 + number)
-
-
-def join_ranks() -> mx.distributed.Group | None:
-    """Return the group of ranks that mlx.launch, or mpirun, has started this process
-    as one of, when all are there; None for a process of its own.
-
-    A rank other than 0 is then ended by rank 0 alone, or by a signal, at once.
-    """
-    if os.environ.keys().isdisjoint({"MLX_RANK", "OMPI_COMM_WORLD_RANK"}):
-        return None
-    # While MLX waits for the others no handler of Python's is called.
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    handlers = [signal.signal(number, signal.SIG_DFL) for number in numbers]
-    group = mx.distributed.init(strict=True)
-    if group.rank() > 0:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's, rank 0's to take
-    else:
-        for number, handler in zip(numbers, handlers):
-            signal.signal(number, handler)
-    return group if group.size() > 1 else None
 
 
 def run(argv: Sequence[str] | None) -> int:

@@ -2264,7 +2264,10 @@ def ends(*ranks: subprocess.Popen, seconds: float = 60) -> list[tuple[int, str, 
 
 def in_ranks(n: int, path: Path, *words: object) -> list[tuple[int, str, str]]:
     """How the ranks of a ring end that run the same command."""
-    return ends(*[start(environment, *words) for environment in ring(n, path)])
+    lead, *others = ring(n, path)
+    lead = start(lead, *words)
+    time.sleep(0.1)  # who does not find it listening tries again after a second
+    return ends(lead, *[start(other, *words) for other in others])
 
 
 def said_by(model: llama.Llama) -> list:
@@ -2282,12 +2285,14 @@ from mlx.utils import tree_flatten
 {inspect.getsource(said_by)}
 group = llama.join_ranks()
 for folder in sys.argv[1:]:
+    before = mx.get_active_memory()
     model = llama.load_rank(folder, group)
-    weights = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
-    found = said_by(model), mx.get_active_memory() / weights
+    memory = mx.get_active_memory() - before
+    memory /= sum(array.nbytes for _, array in tree_flatten(model.parameters()))
+    found = said_by(model), memory
     if group.rank() == 0:
         print(json.dumps(found))
-    del model
+    del model, found
 """
 
 
@@ -2328,7 +2333,7 @@ def rank_of(rank: int, n: int) -> types.SimpleNamespace:
 
 def test_the_shares_of_all_ranks_make_up_the_file(tmp_path):
     folder = split_folder(tmp_path / "m", bits=4, attention_bias=True, mlp_bias=True)
-    model, tensors, problems = llama.examine(folder)
+    _, tensors, problems = llama.examine(folder)
     assert problems == []
     shares = [llama.rank_shares(tensors, rank_of(rank, 4)) for rank in range(4)]
     parts = [[part for _, part in llama.map_shares(each)] for each in shares]
@@ -2362,10 +2367,10 @@ def test_what_ranks_cannot_share_is_named():
 
 
 def test_a_group_of_weights_is_not_cut(tmp_path):
-    """stories260K at 4 bits: o_proj has two groups of 32 in a row, for four ranks."""
+    """Of o_proj, a row is 64 weights in two groups, for four ranks."""
     folder = split_folder(tmp_path / "m", bits=4, head_dim=8)
     _, tensors, _ = llama.examine(folder)
-    layer = "model.layers.0.self_attn.o_proj"
+    layer = r"model.layers.\d.self_attn.o_proj"
     with pytest.raises(ValueError, match=f"^{layer}: 4 ranks .* 2 groups of columns"):
         llama.rank_shares(tensors, rank_of(0, 4))
 
@@ -4129,7 +4134,8 @@ def test_no_colour_where_it_is_not_wanted(folder, environment):
 
 
 CHAT = (HERE / "llama.py", "chat")
-ENDED = "llama.py: error: rank {} of 2: [ring] connection to a peer was lost"
+# What waits for the other rank is told by MLX, what does not by the watch.
+LOST = r"llama.py: error: rank {}(: the| of 2: \[ring\]) connection to .* was lost"
 
 
 def test_ranks_that_cannot_load_end_with_one_message(folder, tmp_path):
@@ -4200,21 +4206,26 @@ def test_ctrl_c_ends_a_reply_on_all_ranks_and_a_death_the_conversation(tmp_path)
     follower.kill()
     chat.process.wait(5)
     assert termios.tcgetattr(chat.master) == before
-    assert chat.status() == 1 and ENDED.format(0) in chat.screen
+    assert chat.status() == 1 and re.search(LOST.format(0), chat.screen)
     assert ends(follower)[0][0] == -signal.SIGKILL
+
+
+IMPATIENT = """
+import sys, llama
+llama.GRACE, llama.PATIENCE = 0.2, 1
+sys.exit(llama.main(sys.argv[1:]))
+"""
 
 
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_killed_rank_ends_the_others(killed, tmp_path):
     slow = random_folder(tmp_path / "m", context=8192)
-    ranks = [start(e, *CHAT, slow, "--prompt", "x") for e in ring(2, tmp_path)]
+    words = ("-c", IMPATIENT, "chat", slow, "--prompt", "x")
+    ranks = [start(environment, *words) for environment in ring(2, tmp_path)]
     ranks[0].stdout.read(1)
     ranks[killed].kill()
     status, _, error = ends(*ranks, seconds=5)[1 - killed]
-    assert (status, error) == (1, ENDED.format(1 - killed))
-
-
-IMPATIENT = "import sys, llama; llama.PATIENCE = 1; sys.exit(llama.main(sys.argv[1:]))"
+    assert status == 1 and re.fullmatch(LOST.format(1 - killed), error)
 
 
 def test_a_rank_that_does_not_answer_can_be_left(tmp_path):
@@ -4230,7 +4241,8 @@ def test_a_rank_that_does_not_answer_can_be_left(tmp_path):
     status, _, error = ends(lead, seconds=10)[0]
     assert (status, error) == (1, "llama.py: error: another rank does not answer")
     other.send_signal(signal.SIGCONT)
-    assert ends(other)[0][::2] == (1, ENDED.format(1))
+    status, _, error = ends(other, seconds=10)[0]
+    assert status == 1 and re.fullmatch(LOST.format(1), error)
 
 
 def test_info_is_told_by_one_rank(tmp_path):
