@@ -2128,6 +2128,10 @@ def watch(connections: Sequence[socket.socket], rank: int) -> None:
     while all(map(stands, connections)):
         time.sleep(0.5)
     time.sleep(GRACE)
+    if rank == 0 and callable(signal.getsignal(signal.SIGTERM)):
+        # It may be waiting for a line to be typed, on a terminal that it must restore.
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)
+        time.sleep(1)
     text = f"rank {rank}: the connection to another rank was lost"
     print(f"llama.py: error: {text}", file=sys.stderr, flush=True)
     os._exit(1)
@@ -2153,9 +2157,9 @@ def join_ranks() -> mx.distributed.Group | None:
         for number, handler in zip(numbers, handlers):
             signal.signal(number, handler)
     if "MLX_HOSTFILE" in os.environ:  # the ring's; of other engines it is not known
-        own = [socket.socket(fileno=os.dup(n)) for n in open_sockets() - before]
-        options = {"args": (own, group.rank()), "daemon": True}
-        threading.Thread(target=watch, **options).start()
+        new = [socket.socket(fileno=os.dup(n)) for n in open_sockets() - before]
+        new = [*filter(stands, new)]  # not what is left of attempts to connect
+        threading.Thread(target=watch, args=(new, group.rank()), daemon=True).start()
     return group if group.size() > 1 else None
 
 
@@ -3500,14 +3504,6 @@ def read_prompt(options: argparse.Namespace) -> str | None:
     return "\n\n".join(text for text in (options.prompt, piped) if text)
 
 
-def end_with(engine: Engine) -> None:
-    """End the program once an engine has failed, even while a line is being typed."""
-    try:
-        engine.follow()
-    except (Exception, SystemExit):
-        signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)
-
-
 def cmd_chat(options: argparse.Namespace) -> int:
     """Answer one prompt, or talk until Ctrl-D."""
     try:
@@ -3544,8 +3540,6 @@ def cmd_chat(options: argparse.Namespace) -> int:
         if follower:
             engine.follow()
             return 0
-        if options.group is not None:
-            threading.Thread(target=end_with, args=(engine,), daemon=True).start()
         if engine.warning:
             note(engine.warning)
         chat = Chat(engine, options, seed)

@@ -4204,7 +4204,7 @@ def test_ctrl_c_ends_a_reply_on_all_ranks_and_a_death_the_conversation(tmp_path)
         chat.wait_for("[stopped: Ctrl-C]", 10)
     chat.wait_for(">>> ")
     follower.kill()
-    chat.process.wait(5)
+    chat.process.wait(8)
     assert termios.tcgetattr(chat.master) == before
     assert chat.status() == 1 and re.search(LOST.format(0), chat.screen)
     assert ends(follower)[0][0] == -signal.SIGKILL
