@@ -70,7 +70,6 @@ import queue
 import re
 import signal
 import socket
-import stat
 import sys
 import threading
 import time
@@ -2018,47 +2017,41 @@ def rank_args(args: ModelArgs, n: int) -> ModelArgs:
 
 
 class Share(NamedTuple):
-    """What a rank keeps of a tensor: some columns of what it maps, or all of it."""
+    """What a rank keeps of a tensor: some columns of what it maps, None for all."""
 
-    kept: TensorInfo  # its start is of no meaning where columns are cut
+    kept: TensorInfo  # whose start is of no meaning where columns are cut
     mapped: TensorInfo
-    columns: slice | None
-
-
-def share_of(
-    info: TensorInfo, tensors: Mapping[str, TensorInfo], rank: int, n: int
-) -> Share:
-    """Return the share that one of n ranks has in a tensor of a model.
-
-    Rows lie together in the file, so the others are not even mapped. A packed matrix
-    is cut between groups, whose scales and biases go with them.
-    Raises ValueError naming the layer if n does not divide.
-    """
-    path, _, part = info.name.rpartition(".")
-    axis = CUTS.get(path.rpartition(".")[2])
-    if axis is None or (axis and part == "bias"):
-        return Share(info, info, None)
-    size = tensors.get(f"{path}.scales", info).shape[axis]
-    if size % n:
-        kind = "columns" if f"{path}.scales" not in tensors else "groups of columns"
-        raise ValueError(
-            f"{path}: {n} ranks cannot share {size} {kind if axis else 'rows'}"
-        )
-    shape, nbytes = list(info.shape), info.nbytes // n
-    shape[axis] = width = shape[axis] // n
-    kept = replace(info, shape=tuple(shape), nbytes=nbytes)
-    if axis:
-        return Share(kept, info, slice(rank * width, (rank + 1) * width))
-    kept = replace(kept, start=info.start + rank * nbytes)
-    return Share(kept, kept, None)
+    columns: slice | None = None
 
 
 def rank_shares(
     tensors: Mapping[str, TensorInfo], group: mx.distributed.Group
 ) -> list[Share]:
-    """Return what this rank keeps of a model's tensors. Raises as share_of does."""
-    at = group.rank(), group.size()
-    return [share_of(info, tensors, *at) for info in tensors.values()]
+    """Return what this rank keeps of a model's tensors.
+
+    Rows lie together in the file: the others' are not even mapped. A packed matrix is
+    cut between groups, whose scales and biases go with them.
+    Raises ValueError naming the layer if the ranks cannot share it.
+    """
+    rank, n, shares = group.rank(), group.size(), []
+    for info in tensors.values():
+        path, _, part = info.name.rpartition(".")
+        axis = CUTS.get(path.rpartition(".")[2])
+        if axis is None or (axis and part == "bias"):
+            shares.append(Share(info, info))
+            continue
+        size = tensors.get(f"{path}.scales", info).shape[axis]
+        if size % n:
+            kind = "groups of columns" if f"{path}.scales" in tensors else "columns"
+            kind = kind if axis else "rows"
+            raise ValueError(f"{path}: {n} ranks cannot share {size} {kind}")
+        shape, nbytes = list(info.shape), info.nbytes // n
+        shape[axis] = width = shape[axis] // n
+        kept = replace(info, shape=tuple(shape), nbytes=nbytes)
+        rows = replace(kept, start=info.start + rank * nbytes)
+        columns = Share(kept, info, slice(rank * width, (rank + 1) * width))
+        shares.append(columns if axis else Share(rows, rows))
+    return shares
 
 
 def map_shares(shares: Sequence[Share]) -> Iterator[tuple[TensorInfo, mx.array]]:
@@ -2098,14 +2091,78 @@ def load_rank(
     return model
 
 
-def open_sockets() -> set[int]:
-    """Return the descriptors of this process that are sockets."""
-    found = set()
+@contextlib.contextmanager
+def together(group: mx.distributed.Group | None) -> Iterator[None]:
+    """End the block on all ranks alike: what fails on one fails on all.
+
+    The first rank to fail raises its error, rank 0 one that names that rank, and the
+    others SystemExit, as there is no more to say. group: None is a rank alone.
+    """
+    error = None
+    try:
+        yield
+    except Exception as caught:
+        error = caught
+    if group is not None:
+        rank, n = group.rank(), group.size()
+        mine = mx.array([int(error is not None and r == rank) for r in range(n)])
+        failed = mx.distributed.all_sum(mine, group=group).tolist()
+        first = failed.index(1) if any(failed) else rank
+        if first != rank:
+            error = SystemExit(1)
+            if rank == 0:
+                error = RuntimeError(f"rank {first} of {n} failed; it says why")
+    if error is not None:
+        raise error
+
+
+def broadcast(group: mx.distributed.Group, message: dict) -> dict:
+    """Return on every rank what rank 0 gives: an object of JSON, or {}, which costs
+    less. What the other ranks give is not used."""
+    lead = group.rank() == 0
+    data = json.dumps(message).encode() if lead and message else b""
+    length = mx.distributed.all_sum(mx.array([len(data)]), group=group).item()
+    if length == 0:
+        return {}
+    data = mx.array(list(data or bytes(length)), mx.uint8)
+    return json.loads(bytes(mx.distributed.all_sum(data, group=group).tolist()))
+
+
+def agreed(
+    group: mx.distributed.Group, stop: Callable[[], bool], tokens: Sequence[int]
+) -> Callable[[], bool]:
+    """Return a function that tells all ranks alike whether one of them wants to stop.
+
+    tokens: those sampled so far. While there are any, it answers the question before,
+    as the answer to this one comes after the step that was launched ahead.
+    The function raises RuntimeError if the ranks have sampled different tokens.
+    """
+    asked = collections.deque()
+
+    def cancelled() -> bool:
+        last = tokens[-1] if tokens else 0
+        answer = mx.array([int(stop()), last])
+        answer = mx.distributed.all_sum(answer, group=group)
+        mx.async_eval(answer)
+        asked.append((last, answer))
+        if tokens and len(asked) == 1:
+            return False
+        last, answer = asked.popleft()
+        wanted, total = answer.tolist()
+        if total != last * group.size():
+            raise RuntimeError(f"not all ranks have sampled the token {last}")
+        return wanted > 0
+
+    return cancelled
+
+
+def connections() -> Iterator[socket.socket]:
+    """Yield the network connections of this process, those of MLX among them."""
     for number in map(int, os.listdir("/dev/fd")):
-        with contextlib.suppress(OSError):  # that of the listing itself
-            if stat.S_ISSOCK(os.fstat(number).st_mode):
-                found.add(number)
-    return found
+        with contextlib.suppress(OSError):  # no socket, or not connected
+            connection = socket.fromfd(number, socket.AF_INET, socket.SOCK_STREAM)
+            if isinstance(connection.getpeername(), tuple):  # not a path
+                yield connection
 
 
 def stands(connection: socket.socket) -> bool:
@@ -2119,13 +2176,13 @@ def stands(connection: socket.socket) -> bool:
 GRACE = 3  # seconds for a rank to end by itself once another has
 
 
-def watch(connections: Sequence[socket.socket], rank: int) -> None:
+def watch(ring: Sequence[socket.socket], rank: int) -> None:
     """End this process when a connection of MLX's ring has ended.
 
     The ring tells that only to what waits for the other rank at that moment. What was
     launched ahead of it then waits for ever, and this process with it.
     """
-    while all(map(stands, connections)):
+    while all(map(stands, ring)):
         time.sleep(0.5)
     time.sleep(GRACE)
     if rank == 0 and callable(signal.getsignal(signal.SIGTERM)):
@@ -2149,84 +2206,18 @@ def join_ranks() -> mx.distributed.Group | None:
     # While MLX waits for the others no handler of Python's is called.
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     handlers = [signal.signal(number, signal.SIG_DFL) for number in numbers]
-    before = open_sockets()
     group = mx.distributed.init(strict=True)
     if group.rank() > 0:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's, rank 0's to take
     else:
         for number, handler in zip(numbers, handlers):
             signal.signal(number, handler)
-    if "MLX_HOSTFILE" in os.environ:  # the ring's; of other engines it is not known
-        new = [socket.socket(fileno=os.dup(n)) for n in open_sockets() - before]
-        new = [*filter(stands, new)]  # not what is left of attempts to connect
-        threading.Thread(target=watch, args=(new, group.rank()), daemon=True).start()
+    if (
+        "MLX_HOSTFILE" in os.environ
+    ):  # the ring; what others' connections mean, who knows
+        ring = [*connections()]
+        threading.Thread(target=watch, args=(ring, group.rank()), daemon=True).start()
     return group if group.size() > 1 else None
-
-
-@contextlib.contextmanager
-def together(group: mx.distributed.Group | None) -> Iterator[None]:
-    """End the block on all ranks alike: what fails on one fails on all.
-
-    The first rank to fail raises its error, rank 0 one that names that rank, and the
-    others SystemExit, as there is no more to say. group: None is a rank alone.
-    """
-    error = None
-    try:
-        yield
-    except Exception as caught:
-        error = caught
-    if group is not None:
-        rank, n = group.rank(), group.size()
-        mine = mx.array([int(error is not None and r == rank) for r in range(n)])
-        failed = mx.distributed.all_sum(mine, group=group).tolist()
-        first = failed.index(1) if any(failed) else rank
-        if first != rank and rank == 0:
-            error = RuntimeError(f"rank {first} of {n} failed; it says why")
-        elif first != rank:
-            error = SystemExit(1)
-    if error is not None:
-        raise error
-
-
-def broadcast(group: mx.distributed.Group, message: dict) -> dict:
-    """Return on every rank what rank 0 gives: an object of JSON, or {}, which costs
-    less. What the other ranks give is not used."""
-    lead = group.rank() == 0
-    data = json.dumps(message).encode() if lead and message else b""
-    length = mx.distributed.all_sum(mx.array([len(data)]), group=group).item()
-    if length == 0:
-        return {}
-    data = mx.array(list(data or bytes(length)), mx.uint8)
-    return json.loads(bytes(mx.distributed.all_sum(data, group=group).tolist()))
-
-
-def agreed(
-    group: mx.distributed.Group, stop: Callable[[], bool], tokens: Sequence[int]
-) -> Callable[[], bool]:
-    """Return a function that tells all ranks alike whether one of them wants to stop.
-
-    tokens: those sampled so far, which must be the same on all ranks. With a token, the
-    answer is to the question before, which is there by now: the one to this question
-    follows the step that was launched ahead, and would be waited for.
-    The function raises RuntimeError if the ranks have sampled different tokens.
-    """
-    asked = collections.deque()
-
-    def cancelled() -> bool:
-        last = tokens[-1] if tokens else 0
-        answer = mx.array([int(stop()), last])
-        answer = mx.distributed.all_sum(answer, group=group)
-        mx.async_eval(answer)
-        asked.append((last, answer))
-        if tokens and len(asked) == 1:
-            return False
-        last, answer = asked.popleft()
-        wanted, total = answer.tolist()
-        if total != last * group.size():
-            raise RuntimeError(f"not all ranks have sampled the token {last}")
-        return wanted > 0
-
-    return cancelled
 
 
 # -----------------------------------------------------------------------------
@@ -2635,9 +2626,8 @@ def shut_down(worker: Worker) -> None:
     while worker.is_alive():
         with contextlib.suppress(KeyboardInterrupt):  # it ends with the step it is in
             worker.join(patience)
-            if (
-                worker.is_alive()
-            ):  # in MLX, which would wait for a dead machine for ever
+            if worker.is_alive():
+                # In MLX, which waits for ever for a machine that has fallen silent.
                 print("llama.py: error: another rank does not answer", file=sys.stderr)
                 os._exit(1)
 

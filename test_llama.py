@@ -2856,15 +2856,25 @@ with llama.Engine(sys.argv[1], group=group) as engine:
     except (RuntimeError, ValueError) as error:
         print(error)
     if group.rank() > 0:
-        engine.follow()
+        make = llama.make_sampler  # another seed than rank 0's, from the third turn on
+        llama.make_sampler = lambda seed, **rest: make(seed=seed + (seed == 3), **rest)
+    try:
+        if group.rank() > 0:
+            engine.follow()
+        collections.deque(engine.chat(USER, temperature=9, top_p=1.0, seed=3), 0)
+    except RuntimeError as error:
+        print(error)
 """
 
 
 def test_a_turn_cancelled_on_all_ranks_and_the_next_are_those_of_one(folder, tmp_path):
     lead, follower = in_ranks(2, tmp_path, "-c", TURNS, folder)
-    assert follower == (0, "only rank 0 can be asked; the others follow\n", "")
-    lines = lead[1].splitlines()
-    assert lead[::2] == (0, "") and lines[1].startswith("a session is kept by one rank")
+    lines, others = lead[1].splitlines(), follower[1].splitlines()
+    assert others[0] == "only rank 0 can be asked; the others follow"
+    assert lines[1].startswith("a session is kept by one rank")
+    for rank, told in ((lead, lines[2]), (follower, others[1])):
+        assert told.startswith("not all ranks have sampled the token")
+        assert rank[0] == 1 and rank[2].endswith(told)  # and the engine ends with it
     with llama.Engine(folder) as engine:
         wanted = turns(engine)
     assert json.loads(lines[0]) == wanted and wanted[1::2] == ["cancelled", True]
@@ -4153,6 +4163,8 @@ def test_ranks_that_cannot_load_end_with_one_message(folder, tmp_path):
         "llama.py: error: rank 0 of 2: rank 1 of 2 failed; it says why",
     )
     assert other[:2] == (1, "") and "1 of 2: nowhere: no such folder" in other[2]
+    lead, other = in_ranks(2, tmp_path, *CHAT, folder, "--session", tmp_path / "s")
+    assert "0 of 2: --session needs one rank" in lead[2] and other == (1, "", "")
 
 
 def test_rank_0_alone_reads_and_prints(folder, tmp_path):
@@ -4191,6 +4203,12 @@ def test_the_launcher_of_mlx_starts_it(folder):
     assert done.stdout == command(*words).stdout and done.returncode == 0
 
 
+def seconds_used(process: subprocess.Popen) -> float:
+    """The processor time of a running process."""
+    numbers = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(numbers[11]) + int(numbers[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def test_ctrl_c_ends_a_reply_on_all_ranks_and_a_death_the_conversation(tmp_path):
     slow, at = random_folder(tmp_path / "m", context=8192), ring(2, tmp_path)
     chat = Terminal("chat", slow, "--temperature", 0, **at[0])
@@ -4204,6 +4222,11 @@ def test_ctrl_c_ends_a_reply_on_all_ranks_and_a_death_the_conversation(tmp_path)
         chat.type(CTRL_C)
         chat.wait_for("[stopped: Ctrl-C]", 10)
     chat.wait_for(">>> ")
+    if sys.platform == "linux":  # ranks that wait for a line to be typed do little
+        used = [seconds_used(rank) for rank in (chat.process, follower)]
+        time.sleep(1)
+        assert seconds_used(chat.process) - used[0] < 0.5
+        assert seconds_used(follower) - used[1] < 0.5
     follower.kill()
     chat.process.wait(8)
     assert termios.tcgetattr(chat.master) == before
