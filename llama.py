@@ -76,7 +76,7 @@ import time
 import unicodedata
 import weakref
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import NamedTuple, TextIO, get_args
@@ -268,7 +268,8 @@ DTYPES |= {"U32": mx.uint32, "U8": mx.uint8, "I32": mx.int32, "I64": mx.int64}
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lies: `nbytes` bytes from byte `start` of `file`."""
+    """Where a tensor lies: `nbytes` bytes from byte `start` of `file`, or its rows from
+    there on, one every `stride` bytes, where it is some columns of a matrix."""
 
     name: str
     dtype: str  # safetensors' name, a key of DTYPES
@@ -276,12 +277,13 @@ class TensorInfo:
     file: Path
     start: int
     nbytes: int
+    stride: int | None = None
 
     @property
     def adoptable(self) -> bool:
         """Whether MLX can view it in place: it must start at a multiple of its item
         size, which the format does not promise and MLX's own writer does not keep."""
-        return self.start % DTYPES[self.dtype].size == 0
+        return self.stride is None and self.start % DTYPES[self.dtype].size == 0
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -405,7 +407,10 @@ def map_tensors(tensors: Iterable[TensorInfo]) -> Iterator[tuple[TensorInfo, mx.
         start = info.start - info.start % mmap.PAGESIZE
         data, skip = view[start:stop], (info.start - start) // dtype.size
         if not info.adoptable or mx.cuda.is_available():
-            data, skip = memoryview(bytes(view[info.start : stop])), 0
+            rows = 1 if info.stride is None else info.shape[0]
+            starts = (info.start + n * (info.stride or 0) for n in range(rows))
+            parts = (view[at : at + info.nbytes // rows] for at in starts)
+            data, skip = memoryview(b"".join(parts)), 0
         # Counted in items, since MLX counts to 2**31 and large tensors have more bytes.
         array = mx.asarray(data.cast({1: "B", 2: "H", 4: "I", 8: "Q"}[dtype.size]))
         yield info, array[skip:].view(dtype).reshape(info.shape)
@@ -1556,17 +1561,17 @@ def default_dtype() -> mx.Dtype | None:
 
 
 def read_weights(
-    tensors: Iterable[tuple[TensorInfo, mx.array]],
-    total: int,
+    tensors: Collection[TensorInfo],
     dtype: mx.Dtype | None,
     progress: Callable[[int, int], None] | None,
 ) -> list[tuple[str, mx.array]]:
-    """Return the names of mapped tensors, `total` bytes, and their values, evaluated.
+    """Return the names of tensors and their values, mapped in and evaluated.
 
     dtype, progress: see load_model.
     """
     dtype, done, weights = dtype or default_dtype(), 0, []
-    for info, mapped in tensors:
+    total = sum(info.nbytes for info in tensors)
+    for info, mapped in map_tensors(tensors):
         packed = info.dtype in ("U32", "U8")
         array = mapped if packed or dtype is None else mapped.astype(dtype)
         # Evaluated one by one, or a cast would hold both copies of all weights; while
@@ -1597,8 +1602,7 @@ def load_model(
         raise problems[0]
     wanted = {name for name, _ in tree_flatten(model.parameters())}
     wanted = [info for info in tensors.values() if info.name in wanted]
-    total = sum(info.nbytes for info in wanted)
-    model.load_weights(read_weights(map_tensors(wanted), total, dtype, progress))
+    model.load_weights(read_weights(wanted, dtype, progress))
     return model
 
 
@@ -2016,29 +2020,20 @@ def rank_args(args: ModelArgs, n: int) -> ModelArgs:
     return replace(args, intermediate_size=F // n, **parts)
 
 
-class Share(NamedTuple):
-    """What a rank keeps of a tensor: some columns of what it maps, None for all."""
-
-    kept: TensorInfo  # whose start is of no meaning where columns are cut
-    mapped: TensorInfo
-    columns: slice | None = None
-
-
-def rank_shares(
+def rank_share(
     tensors: Mapping[str, TensorInfo], group: mx.distributed.Group
-) -> list[Share]:
-    """Return what this rank keeps of a model's tensors.
+) -> dict[str, TensorInfo]:
+    """Return what this rank keeps of a model's tensors: it reads nothing else.
 
-    Rows lie together in the file: the others' are not even mapped. A packed matrix is
-    cut between groups, whose scales and biases go with them.
+    A packed matrix is cut between groups, whose scales and biases go with them.
     Raises ValueError naming the layer if the ranks cannot share it.
     """
-    rank, n, shares = group.rank(), group.size(), []
-    for info in tensors.values():
-        path, _, part = info.name.rpartition(".")
+    rank, n, share = group.rank(), group.size(), {}
+    for name, info in tensors.items():
+        path, _, part = name.rpartition(".")
         axis = CUTS.get(path.rpartition(".")[2])
+        share[name] = info
         if axis is None or (axis and part == "bias"):
-            shares.append(Share(info, info))
             continue
         size = tensors.get(f"{path}.scales", info).shape[axis]
         if size % n:
@@ -2046,24 +2041,12 @@ def rank_shares(
             kind = kind if axis else "rows"
             raise ValueError(f"{path}: {n} ranks cannot share {size} {kind}")
         shape, nbytes = list(info.shape), info.nbytes // n
-        shape[axis] = width = shape[axis] // n
-        kept = replace(info, shape=tuple(shape), nbytes=nbytes)
-        rows = replace(kept, start=info.start + rank * nbytes)
-        columns = Share(kept, info, slice(rank * width, (rank + 1) * width))
-        shares.append(columns if axis else Share(rows, rows))
-    return shares
-
-
-def map_shares(shares: Sequence[Share]) -> Iterator[tuple[TensorInfo, mx.array]]:
-    """Yield each share as map_tensors does a tensor.
-
-    Columns are copied out of their tensor, which on Metal stays in the file; elsewhere
-    it is in memory for that moment.
-    """
-    mapped = map_tensors(share.mapped for share in shares)
-    for (kept, _, columns), (_, array) in zip(shares, mapped):
-        # Not a view of the columns: that would keep the whole tensor.
-        yield kept, array if columns is None else mx.contiguous(array[:, columns])
+        shape[axis] //= n
+        stride = info.nbytes // info.shape[0] if axis else None
+        start = info.start + rank * (stride // n if axis else nbytes)
+        cut = {"shape": tuple(shape), "start": start, "nbytes": nbytes}
+        share[name] = replace(info, **cut, stride=stride)
+    return share
 
 
 def load_rank(
@@ -2083,10 +2066,9 @@ def load_rank(
         raise problems[0]
     wanted = {name for name, _ in tree_flatten(model.parameters())}
     tensors = {name: info for name, info in tensors.items() if name in wanted}
-    args, shares = rank_args(model.args, group.size()), rank_shares(tensors, group)
-    kept = {share.kept.name: share.kept for share in shares}
-    total, model = sum(info.nbytes for info in kept.values()), build_model(args, kept)
-    model.load_weights(read_weights(map_shares(shares), total, dtype, progress))
+    args, share = rank_args(model.args, group.size()), rank_share(tensors, group)
+    model = build_model(args, share)
+    model.load_weights(read_weights(share.values(), dtype, progress))
     sum_over_ranks(model, group)
     return model
 
@@ -2444,7 +2426,7 @@ class Worker(threading.Thread):
         own, kept, load = args, tensors.values(), load_model
         if self.group is not None:
             own = rank_args(args, self.group.size())
-            kept = [share.kept for share in rank_shares(tensors, self.group)]
+            kept = rank_share(tensors, self.group).values()
             load = functools.partial(load_rank, group=self.group)
         item_size = (dtype or default_dtype() or mx.bfloat16).size
         cache = self.context * kv_bytes_per_token(own, item_size)
