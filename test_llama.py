@@ -45,7 +45,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-import safetensors
+import safetensors.numpy
 import tiktoken
 from mlx import nn
 from mlx.utils import tree_flatten
@@ -2328,6 +2328,10 @@ def rank_of(rank: int, n: int) -> types.SimpleNamespace:
 def test_the_shares_of_all_ranks_make_up_the_file(bits, tmp_path):
     changes = {"attention_bias": True, "mlp_bias": True}
     folder = split_folder(tmp_path / "m", bits=bits, **changes)
+    if bits is None:  # aligned, as MLX's own writer does not
+        file = folder / "model.safetensors"
+        arrays = {name: np.array(array) for name, array in mx.load(str(file)).items()}
+        safetensors.numpy.save_file(arrays, file)
     _, tensors, problems = llama.examine(folder)
     assert problems == []
     shares = [llama.rank_share(tensors, rank_of(rank, 4)) for rank in range(4)]
@@ -2370,6 +2374,25 @@ def test_a_group_of_weights_is_not_cut(tmp_path):
     layer = r"model.layers.\d.self_attn.o_proj"
     with pytest.raises(ValueError, match=f"^{layer}: 4 ranks .* 2 groups of columns"):
         llama.rank_share(tensors, rank_of(0, 4))
+
+
+def test_a_connection_stands_until_the_other_side_ends_it():
+    with contextlib.ExitStack() as stack:
+        listening = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+        near = stack.enter_context(socket.create_connection(listening.getsockname()))
+        far = stack.enter_context(listening.accept()[0])
+        for other in (socket.socket(), *socket.socketpair()):  # of these there is none
+            stack.enter_context(other)
+        ends = {(each.getsockname(), each.getpeername()) for each in (near, far)}
+        found = [*llama.connections()]
+        assert {(one.getsockname(), one.getpeername()) for one in found} >= ends
+        assert all(isinstance(one.getpeername(), tuple) for one in found)
+        far.sendall(b"x")
+        assert llama.stands(near) and llama.stands(near) and near.recv(1) == b"x"
+        assert llama.stands(near) and llama.stands(far)
+        for one in (far, *found):  # it is held twice
+            one.close()
+        assert not llama.stands(near)
 
 
 TOGETHER = """
@@ -2838,7 +2861,7 @@ def turns(engine: llama.Engine) -> list:
     return [first.text, first.stats.finish_reason, text, stats.reused_tokens > 20]
 
 
-TURNS = f"""
+IN_TURNS = f"""
 import collections, json, sys
 import llama
 USER = {USER}
@@ -2865,7 +2888,7 @@ with llama.Engine(sys.argv[1], group=group) as engine:
 
 
 def test_a_turn_cancelled_on_all_ranks_and_the_next_are_those_of_one(folder, tmp_path):
-    lead, follower = in_ranks(2, tmp_path, "-c", TURNS, folder)
+    lead, follower = in_ranks(2, tmp_path, "-c", IN_TURNS, folder)
     lines, others = lead[1].splitlines(), follower[1].splitlines()
     assert others[0] == "only rank 0 can be asked; the others follow"
     assert lines[1].startswith("a session is kept by one rank")
