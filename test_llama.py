@@ -2867,6 +2867,7 @@ import llama
 USER = {USER}
 {inspect.getsource(turns).replace(": llama.Engine", "")}
 group = llama.join_ranks()
+llama.require_memory = lambda *nbytes: print(*nbytes)
 with llama.Engine(sys.argv[1], group=group) as engine:
     if group.rank() == 0:
         print(json.dumps(turns(engine)))
@@ -2890,6 +2891,11 @@ with llama.Engine(sys.argv[1], group=group) as engine:
 def test_a_turn_cancelled_on_all_ranks_and_the_next_are_those_of_one(folder, tmp_path):
     lead, follower = in_ranks(2, tmp_path, "-c", IN_TURNS, folder)
     lines, others = lead[1].splitlines(), follower[1].splitlines()
+    args = llama.ModelArgs.from_dict(json.loads((folder / "config.json").read_text()))
+    cache = llama.kv_bytes_per_token(args, 4) * 512 // 2
+    weights = llama.rank_share(llama.list_tensors(folder), rank_of(0, 2)).values()
+    wanted = f"{llama.memory_of(weights, 4)} {cache}"
+    assert (lines.pop(0), others.pop(0)) == (wanted, wanted)  # bytes that a rank needs
     assert others[0] == "only rank 0 can be asked; the others follow"
     assert lines[1].startswith("a session is kept by one rank")
     for rank, told in ((lead, lines[2]), (follower, others[1])):
