@@ -55,6 +55,7 @@ import base64
 import codecs
 import collections
 import contextlib
+import copy
 import datetime
 import difflib
 import functools
@@ -426,6 +427,9 @@ QUANTIZATION_MODES = {
 }
 
 
+MANY_ROWS = 128  # measured on an H200
+
+
 def check_quantization(group_size: int, bits: int, mode: str) -> None:
     """Raise ValueError if MLX has no kernel for the settings."""
     sizes, widths = QUANTIZATION_MODES.get(mode, ((), ()))
@@ -458,6 +462,9 @@ class QuantizedMatrix(nn.Module):
         """Return x W^T for x (..., columns), unpacking W on the fly."""
         packed = self.weight, self.scales, self.get("biases")
         settings = {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
+        # On CUDA it takes less time to unpack all of W first, once x has many rows.
+        if x.size // x.shape[-1] >= MANY_ROWS and mx.cuda.is_available():
+            return x @ mx.dequantize(*packed, **settings).T
         return mx.quantized_matmul(x, *packed, transpose=True, **settings)
 
 
@@ -722,10 +729,14 @@ class KVCache:
 # -----------------------------------------------------------------------------
 
 
+FEW_ROWS = 16  # tokens that are checked at once, not a prompt
+
+
 class Attention(nn.Module):
     """Grouped-query attention [3]: H / Hkv query heads share a key/value head.
 
-    softmax(Q K^T / sqrt(Dh)) V over the past and this call's tokens.
+    softmax(Q K^T / sqrt(Dh)) V over the past and this call's tokens, x (B, L, D). One
+    token each may come as (B, D): a matrix saves MLX two views at every product.
     """
 
     def __init__(self, args: ModelArgs, rope: RoPE):
@@ -740,24 +751,54 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(D, Hkv * args.head_dim, bias=bias)
         self.o_proj = nn.Linear(H * args.head_dim, D, bias=bias)
 
+    def split(self, x: mx.array, heads: int) -> mx.array:
+        """Return (B, L, heads * Dh), or (B, heads * Dh), as (B, heads, L, Dh)."""
+        if x.ndim == 2:  # the order is the same where L is 1: nothing to transpose
+            return x.reshape(x.shape[0], heads, 1, -1)
+        return x.reshape(*x.shape[:2], heads, -1).swapaxes(1, 2)
+
+    def attend(self, queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
+        """Return (B, H, L, Dh), a mean of values for each query.
+
+        "causal" lines the last query up with the last key: query i of L sees the S - L
+        tokens before this call and 0 .. i of its own. One query sees all.
+        """
+        L, S = queries.shape[2], keys.shape[2]
+        mask = "causal" if L > 1 else None
+        if not (1 < L <= FEW_ROWS and mx.cuda.is_available()):
+            return mx.fast.scaled_dot_product_attention(
+                queries, keys, values, scale=self.scale, mask=mask
+            )
+        # cuDNN takes some 60 ms to plan for every new pair of L and S, but for one
+        # query over a KVCache: there the plan of the last token serves again.
+        rows = (
+            self.attend(queries[:, :, n : n + 1], keys[:, :, :end], values[:, :, :end])
+            for n, end in enumerate(range(S - L + 1, S + 1))
+        )
+        return mx.concatenate([*rows], axis=2)
+
     def __call__(self, x: mx.array, cache: KVCache | None = None) -> mx.array:
-        B, L, _ = x.shape
-        queries, keys, values = self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        # (B, L, heads * Dh) -> (B, heads, L, Dh)
-        queries = queries.reshape(B, L, self.n_heads, -1).swapaxes(1, 2)
-        keys = keys.reshape(B, L, self.n_kv_heads, -1).swapaxes(1, 2)
-        values = values.reshape(B, L, self.n_kv_heads, -1).swapaxes(1, 2)
+        queries = self.split(self.q_proj(x), self.n_heads)
+        keys = self.split(self.k_proj(x), self.n_kv_heads)
+        values = self.split(self.v_proj(x), self.n_kv_heads)
 
         offset = 0 if cache is None else cache.offset
         queries, keys = self.rope(queries, offset), self.rope(keys, offset)
         if cache is not None:
             keys, values = cache.update_and_fetch(keys, values)
-        # "causal" lines the last query up with the last key: query i of L sees the
-        # offset tokens before this call and 0 .. i of its own. One query sees all.
-        x = mx.fast.scaled_dot_product_attention(
-            queries, keys, values, scale=self.scale, mask="causal" if L > 1 else None
-        )
-        return self.o_proj(x.swapaxes(1, 2).reshape(B, L, -1))
+        attended = self.attend(queries, keys, values)
+        if x.ndim == 3:
+            attended = attended.swapaxes(1, 2)
+        return self.o_proj(attended.reshape(*x.shape[:-1], -1))
+
+
+def swiglu(gate: mx.array, up: mx.array) -> mx.array:
+    """Return silu(gate) * up."""
+    return gate * mx.sigmoid(gate) * up
+
+
+# One kernel instead of three; the CPU backend would run a compiler to make it.
+fused_swiglu = mx.compile(swiglu, shapeless=True)
 
 
 class MLP(nn.Module):
@@ -771,8 +812,9 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(F, D, bias=bias)
 
     def __call__(self, x: mx.array) -> mx.array:
-        gate = self.gate_proj(x)
-        return self.down_proj(gate * mx.sigmoid(gate) * self.up_proj(x))
+        on_cpu = mx.default_device() == mx.cpu
+        activation = swiglu if on_cpu else fused_swiglu
+        return self.down_proj(activation(self.gate_proj(x), self.up_proj(x)))
 
 
 class TransformerBlock(nn.Module):
@@ -790,7 +832,10 @@ class TransformerBlock(nn.Module):
 
 
 class LlamaModel(nn.Module):
-    """The stack without its head: tokens (B, L) -> normed residual stream (B, L, D)."""
+    """The stack without its head: tokens (B, L) -> normed residual stream (B, L, D).
+
+    Tokens (B,), one each, give (B, D).
+    """
 
     def __init__(self, args: ModelArgs):
         super().__init__()
@@ -846,12 +891,12 @@ class Llama(nn.Module):
         is the largest matrix and prefill needs its last row alone; None keeps all.
         Returns (B, L or n, V) in the dtype of the weights.
         """
-        x = self.model(tokens, cache)
-        if logits_to_keep is not None:
+        one = tokens.shape[1] == 1
+        x = self.model(tokens[:, 0] if one else tokens, cache)
+        if logits_to_keep is not None and not one:
             x = x[:, x.shape[1] - logits_to_keep :]
-        if "lm_head" in self:
-            return self.lm_head(x)
-        return self.model.embed_tokens.as_linear(x)
+        head = self.lm_head if "lm_head" in self else self.model.embed_tokens.as_linear
+        return head(x)[:, None] if one else head(x)
 
     def make_cache(self, capacity: int) -> list[KVCache]:
         """Return an empty cache for `capacity` tokens, one per layer."""
@@ -1745,6 +1790,59 @@ def new_seed() -> int:
     return int.from_bytes(os.urandom(4), "little")
 
 
+@dataclass
+class Sampler:
+    """A function from logits (B, V) to tokens (B,), lazy like any MLX code.
+
+    Its state is a key, split for every token, and which tokens were seen; both appear
+    on first use, in the thread that samples. A copy goes on from where it was made.
+    """
+
+    temperature: float  # 0 is greedy, the likeliest token
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    repetition_penalty: float | None
+    seed: int
+    prompt: Sequence[int]
+    key: mx.array | None = None
+    seen: mx.array | None = None  # (B, V), bool
+
+    def __call__(self, logits: mx.array) -> mx.array:
+        # 16-bit cumulative sums would misjudge the tail, so float32 from here on.
+        logits = logits.astype(mx.float32)
+        if self.repetition_penalty is not None:
+            logits = self.penalize(logits)
+        if self.temperature < 1e-30:  # 0, or what float32 cannot divide by
+            token = mx.argmax(logits, axis=-1)
+        else:
+            token = self.draw(logits)
+        if self.seen is not None:
+            self.seen = self.seen | (mx.arange(logits.shape[-1]) == token[:, None])
+        return token
+
+    def penalize(self, logits: mx.array) -> mx.array:
+        if self.seen is None:
+            self.seen = mx.zeros(logits.shape, mx.bool_)
+            if len(self.prompt):
+                self.seen[:, mx.array(self.prompt)] = True
+        return apply_repetition_penalty(logits, self.seen, self.repetition_penalty)
+
+    def draw(self, logits: mx.array) -> mx.array:
+        logprobs = (logits - logits.max(axis=-1, keepdims=True)) / self.temperature
+        logprobs = logprobs - mx.logsumexp(logprobs, axis=-1, keepdims=True)
+        if self.top_k is not None:
+            logprobs = apply_top_k(logprobs, int(self.top_k))
+        if self.top_p is not None and self.top_p < 1:
+            logprobs = apply_top_p(logprobs, self.top_p)
+        if self.min_p is not None:
+            logprobs = apply_min_p(logprobs, self.min_p)
+        if self.key is None:
+            self.key = mx.random.key(self.seed)
+        self.key, now = mx.random.split(self.key)
+        return mx.random.categorical(logprobs, key=now)
+
+
 def make_sampler(
     *,
     temperature: float = 0.6,
@@ -1754,56 +1852,20 @@ def make_sampler(
     repetition_penalty: float | None = None,
     seed: int | None = None,
     prompt: Sequence[int] = (),
-) -> Callable[[mx.array], mx.array]:
-    """Return a function from logits (B, V) to tokens (B,), lazy like any MLX code.
+) -> Sampler:
+    """Return a Sampler.
 
-    temperature: 0 is greedy, the likeliest token. top_k: at least 1. top_p, min_p: in
-    (0, 1]. repetition_penalty: positive, above 1 discourages; it counts the tokens
-    sampled so far and those of `prompt`. seed: the same seed draws the same tokens;
-    None draws anew each time. None turns a filter off.
+    temperature: 0 is greedy. top_k: at least 1. top_p, min_p: in (0, 1].
+    repetition_penalty: positive, above 1 discourages; it counts the tokens sampled so
+    far and those of `prompt`. seed: the same seed draws the same tokens; None draws
+    anew each time. None turns a filter off.
     Raises ValueError with the interval and the value for an option outside it.
     """
-    check_sampling(
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-    )
-    # The state: a key that is split per token, and which tokens were seen. Both are
-    # made on first use, in the thread that samples.
-    key, seen = None, None
-
-    def sampler(logits: mx.array) -> mx.array:
-        nonlocal key, seen
-        # 16-bit cumulative sums would misjudge the tail, so float32 from here on.
-        logits = logits.astype(mx.float32)
-        if repetition_penalty not in (None, 1):
-            if seen is None:
-                seen = mx.zeros(logits.shape, mx.bool_)
-                if len(prompt):
-                    seen[:, mx.array(prompt)] = True
-            logits = apply_repetition_penalty(logits, seen, repetition_penalty)
-        if temperature < 1e-30:  # 0, or what float32 cannot divide by
-            token = mx.argmax(logits, axis=-1)
-        else:
-            logprobs = (logits - logits.max(axis=-1, keepdims=True)) / temperature
-            logprobs = logprobs - mx.logsumexp(logprobs, axis=-1, keepdims=True)
-            if top_k is not None:
-                logprobs = apply_top_k(logprobs, int(top_k))
-            if top_p is not None and top_p < 1:
-                logprobs = apply_top_p(logprobs, top_p)
-            if min_p is not None:
-                logprobs = apply_min_p(logprobs, min_p)
-            if key is None:
-                key = mx.random.key(new_seed() if seed is None else seed)
-            key, now = mx.random.split(key)
-            token = mx.random.categorical(logprobs, key=now)
-        if seen is not None:
-            seen = seen | (mx.arange(seen.shape[-1]) == token[:, None])
-        return token
-
-    return sampler
+    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    options |= {"min_p": min_p, "repetition_penalty": repetition_penalty}
+    check_sampling(**options)
+    seed = new_seed() if seed is None else seed
+    return Sampler(**options, seed=seed, prompt=prompt)
 
 
 # -----------------------------------------------------------------------------
@@ -1837,19 +1899,90 @@ def prefill(
 
     step: tokens read at a time; memory grows with it, speed hardly. progress: called
     with the tokens read, and in all. cancelled: asked before each step; returns None
-    then, and the cache holds the steps that were done.
+    then, and the cache holds the steps that were begun.
     """
+    logits = None
     for at in range(0, len(prompt), step):
         if cancelled is not None and cancelled():
             return None
-        tokens = mx.array(prompt[at : at + step])[None]
+        tokens, before = mx.array(prompt[at : at + step])[None], logits
         logits = model(tokens, cache, logits_to_keep=1)[:, -1]
-        # MLX computes what is asked for: the cache, so not the head of every step.
-        mx.eval([layer.state for layer in cache])
-        mx.clear_cache()
-        if progress is not None:
-            progress(min(at + step, len(prompt)), len(prompt))
+        # Launched before the last step is waited for, so that the device never waits
+        # for Python; one ahead and no more, since each holds its memory.
+        mx.async_eval(logits, [layer.state for layer in cache])
+        if before is not None:
+            wait_for(before, at, len(prompt), progress)
+    wait_for(logits, len(prompt), len(prompt), progress)
     return logits
+
+
+def wait_for(
+    logits: mx.array, done: int, total: int, progress: Callable[[int, int], None] | None
+) -> None:
+    """Wait for a step of prefill, give back its memory, and report it."""
+    mx.eval(logits)
+    mx.clear_cache()
+    if progress is not None:
+        progress(done, total)
+
+
+class Lookup:
+    """Drafts of what comes next: the n tokens that followed when the last n occurred
+    before. Copying, which much of writing is, is foreseen so without a second model.
+
+    Source: github.com/apoorvumang/prompt-lookup-decoding.
+    """
+
+    def __init__(self, n: int, ids: Iterable[int] = ()):
+        if n < 1:
+            raise ValueError(f"n must be at least 1, got {n}")
+        self.n, self.ids = n, []
+        self.after = {}  # n ids: where what followed them begins
+        self.accepted = 0  # drafts that the model agreed with
+        self.extend(ids)
+
+    def extend(self, ids: Iterable[int]) -> None:
+        """Append ids to the text."""
+        for token in ids:
+            self.after[tuple(self.ids[-self.n :])] = len(self.ids)
+            self.ids.append(token)
+
+    def drafts(self) -> list[int]:
+        """Return n ids, or none. What ends with the text is taken to go on in circles."""
+        at = self.after.get(tuple(self.ids[-self.n :]), len(self.ids))
+        following = self.ids[at : at + self.n]
+        return [*itertools.islice(itertools.cycle(following), self.n)]
+
+
+class Step(NamedTuple):
+    """A pass over one token and drafts of those that follow it, launched."""
+
+    drafts: list[int]
+    sampled: mx.array  # (1 + len(drafts),), what follows each
+    samplers: list[Callable]  # as they are after each
+    logits: mx.array  # (1, V) after the last
+
+
+def launch(
+    model: Callable,
+    token: mx.array,
+    drafts: list[int],
+    cache: list,
+    sampler: Callable[[mx.array], mx.array],
+) -> Step:
+    """Return the step that reads token (1,) and drafts, without waiting for it."""
+    tokens = token[:, None]
+    if drafts:
+        tokens = mx.concatenate([tokens, mx.array([drafts], tokens.dtype)], axis=1)
+    rows = tokens.shape[1]
+    logits, sampled, samplers = model(tokens, cache, logits_to_keep=rows), [], []
+    for row in range(rows):
+        sampler = copy.copy(sampler)  # its state, for when later rows are rejected
+        sampled.append(sampler(logits[:, row]))
+        samplers.append(sampler)
+    sampled = mx.concatenate(sampled) if drafts else sampled[0]
+    mx.async_eval(sampled)
+    return Step(drafts, sampled, samplers, logits[:, -1])
 
 
 def decode(
@@ -1858,41 +1991,63 @@ def decode(
     cache: list,
     sampler: Callable[[mx.array], mx.array],
     *,
+    lookup: Lookup | None,
     max_tokens: int | None,
     stop_tokens: Iterable[int],
     cancelled: Callable[[], bool] | None,
 ) -> Iterator[int]:
     """Yield one id after another, the first sampled from logits (1, V).
 
-    The arguments, and what it returns in the end, are those of generate.
+    The arguments, and what it returns in the end, are those of generate. Drafts of
+    lookup are read together with the token before them: one is kept while the sampler,
+    run on the model's own logits, picks the same, so the text is what it would be.
     """
-    end = cache[0].offset  # of what the cache is to hold
-    token = sampler(logits)
-    mx.async_eval(token)
+    start = end = cache[0].offset  # end: of what the cache is to hold
+    limit = start + (math.inf if max_tokens is None else max_tokens)
+    step = Step([], sampler(logits), [sampler], logits)
+    mx.async_eval(step.sampled)
     try:
-        for count in itertools.count(1):
-            # Build and launch the step that reads this token before waiting for the
-            # token itself: Python then works while the device does.
-            following = None
-            if count != max_tokens and cache[0].offset < cache[0].capacity:
-                logits = model(token[:, None], cache, logits_to_keep=1)[:, -1]
-                following = sampler(logits)
-                mx.async_eval(following)
-            value = token.item()
-            if value in stop_tokens:
-                return "stop"
-            end += 1
-            yield value
-            if count == max_tokens:
-                return "length"
-            if following is None:
-                return "context"
+        while True:
+            # Python works while the device does: where the last token is kept whatever
+            # it is, the step that reads it is launched before its value is known. Then
+            # the first draft stands for that value.
+            room = min(cache[0].capacity, limit - 1) - cache[0].offset
+            ahead = None
+            if not step.drafts and room > 0:
+                drafts = lookup.drafts()[1:room] if lookup else []
+                ahead = launch(model, step.sampled, drafts, cache, step.samplers[0])
+            values = step.sampled.tolist()
+            agreed = (draft == value for draft, value in zip(step.drafts, values))
+            kept = 1 + sum(itertools.takewhile(bool, agreed))
+            for value in values[:kept]:
+                if value in stop_tokens:
+                    return "stop"
+                end += 1
+                yield value
+                if end == limit:
+                    return "length"
+                if (end - start) % 256 == 0:
+                    require_numbers(step.logits)
+                    mx.clear_cache()  # buffers of past sizes would pile up
             if cancelled is not None and cancelled():
                 return "cancelled"
-            token = following
-            if count % 256 == 0:
-                require_numbers(logits)
-                mx.clear_cache()  # buffers of past sizes would pile up
+            if lookup is not None:
+                lookup.extend(values[:kept])
+                lookup.accepted += kept - 1
+            if step.drafts:
+                for layer in cache:
+                    layer.trim(len(values) - kept)
+                room = min(cache[0].capacity, limit - 1) - cache[0].offset
+                if room > 0:
+                    token, sampler = (
+                        step.sampled[kept - 1 : kept],
+                        step.samplers[kept - 1],
+                    )
+                    drafts = lookup.drafts()[: room - 1]
+                    ahead = launch(model, token, drafts, cache, sampler)
+            if ahead is None:
+                return "context"
+            step = ahead
     finally:
         for layer in cache:  # the step that was launched ahead is not wanted
             layer.trim(max(layer.offset - end, 0))
@@ -1905,6 +2060,7 @@ def generate(
     max_tokens: int | None = None,
     sampler: Callable[[mx.array], mx.array] | None = None,
     cache: list | None = None,
+    lookup: Lookup | None = None,
     stop_tokens: Iterable[int] = (),
     prefill_step: int = 512,
     progress: Callable[[int, int], None] | None = None,
@@ -1915,7 +2071,8 @@ def generate(
     prompt: at least one id. max_tokens: None goes on until something else ends it.
     sampler: logits (1, V) -> (1,); None is greedy. cache: what precedes the prompt, is
     continued in place; None makes one. stop_tokens: ids that end the text, not yielded.
-    prefill_step, progress, cancelled: see prefill.
+    prefill_step, progress, cancelled: see prefill. lookup: drafts tokens, from what it
+    holds, the prompt, and the tokens themselves; None does not.
     Returns, as a generator does, why it ended: "stop", "length" (max_tokens),
     "context" (the cache is full) or "cancelled". However it ends, the cache then holds
     the prompt and what was yielded, except perhaps the last token: its offset tells.
@@ -1942,9 +2099,13 @@ def generate(
         return "length"
     require_numbers(logits)
     sampler = sampler or functools.partial(mx.argmax, axis=-1)
+    if lookup is not None:
+        lookup.extend(prompt)
     ends = {"max_tokens": max_tokens, "stop_tokens": frozenset(stop_tokens)}
     return (
-        yield from decode(model, logits, cache, sampler, **ends, cancelled=cancelled)
+        yield from decode(
+            model, logits, cache, sampler, lookup=lookup, **ends, cancelled=cancelled
+        )
     )
 
 
@@ -1964,6 +2125,7 @@ class Stats:
     prompt_tokens: int = 0  # of the whole conversation
     reused_tokens: int = 0  # of these, already in the cache
     generation_tokens: int = 0
+    accepted_tokens: int = 0  # of these, drafts of prompt lookup that were right
     time_to_first_token_s: float = 0.0  # from the request on
     prefill_tps: float = 0.0
     decode_tps: float = 0.0
@@ -2040,6 +2202,7 @@ class Request:
 
     ids: list[int]
     options: dict
+    lookup: int  # tokens to draft, 0 for none
     stream: TextStream
     events: queue.SimpleQueue
     stopped: threading.Event
@@ -2160,10 +2323,12 @@ class Worker(threading.Thread):
         started, ids = time.perf_counter(), request.ids
         mx.reset_peak_memory()
         reused = self.reuse(ids)
+        lookup = Lookup(request.lookup, ids[:reused]) if request.lookup else None
         generation = generate(
             self.model,
             ids[reused:],
             cache=self.cache,
+            lookup=lookup,
             prefill_step=self.prefill_step,
             progress=lambda *step: request.events.put(Progress(*step)),
             cancelled=lambda: request.stopped.is_set() or self.closing.is_set(),
@@ -2191,6 +2356,7 @@ class Worker(threading.Thread):
             prompt_tokens=len(ids),
             reused_tokens=reused,
             generation_tokens=len(tokens),
+            accepted_tokens=lookup.accepted if lookup else 0,
             time_to_first_token_s=first - request.submitted,
             prefill_tps=(len(ids) - reused) / (first - started) if tokens else 0.0,
             decode_tps=(len(tokens) - 1) / elapsed if elapsed else 0.0,
@@ -2372,12 +2538,14 @@ class Engine:
         min_p: float | None = None,
         repetition_penalty: float | None = None,
         seed: int | None = None,
+        lookup: int | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> Reply:
         """Return at once with the reply to ids.
 
         max_tokens: None goes on to the end of the turn, or of the context. Sampling:
-        see make_sampler; None is the folder's default. progress: called, by whoever
+        see make_sampler; None is the folder's default. lookup: tokens drafted at a time,
+        see Lookup; 0 is off, None is 7 on a GPU and off on a CPU. progress: called, by whoever
         iterates, with the tokens of the prompt read, and in all. drop_space: see
         Tokenizer.stream.
         Raises ValueError for options out of range or a prompt that does not fit,
@@ -2391,8 +2559,11 @@ class Engine:
         if max(ids) >= self.args.vocab_size:
             size = self.args.vocab_size
             raise ValueError(f"the prompt has id {max(ids)}, the model {size} ids")
-        if max_tokens is not None and max_tokens < 0:
-            raise ValueError(f"max_tokens must be at least 0, got {max_tokens}")
+        if lookup is None:  # reading eight tokens takes a CPU eight times as long
+            lookup = 0 if mx.default_device() == mx.cpu else 7
+        for name, value in (("max_tokens", max_tokens), ("lookup", lookup)):
+            if value is not None and value < 0:
+                raise ValueError(f"{name} must be at least 0, got {value}")
         given = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
         given |= {"min_p": min_p, "repetition_penalty": repetition_penalty}
         given = {name: value for name, value in given.items() if value is not None}
@@ -2400,7 +2571,7 @@ class Engine:
         options = {"max_tokens": max_tokens, "sampler": sampler}
         options["stop_tokens"] = self.tokenizer.stop_tokens
         stream, reply = self.tokenizer.stream(drop_space=drop_space), Reply(progress)
-        request = Request(ids, options, stream, reply.events, reply.stopped)
+        request = Request(ids, options, lookup, stream, reply.events, reply.stopped)
         with self._lock:  # nothing may be asked after the worker's last request
             if not self._shut_down.alive:
                 raise RuntimeError("the engine is closed")
@@ -2773,7 +2944,8 @@ def answer(
     Ctrl-C stops it; what was printed by then is the reply.
     """
     progress = ProgressLine("reading the prompt")
-    settings = {name: getattr(options, name) for name in (*INTERVALS, "max_tokens")}
+    names = (*INTERVALS, "max_tokens", "lookup")
+    settings = {name: getattr(options, name) for name in names}
     settings |= {"seed": seed, "progress": progress}
     if options.raw:
         text = "".join(message["content"] for message in messages)
@@ -3205,6 +3377,7 @@ def build_parser() -> argparse.ArgumentParser:
         ("--repetition-penalty", "R", float, "(0, inf), above 1 penalizes; default: 1"),
         ("--seed", "N", number, "repeats a run exactly; default: a new one"),
         ("--ctx", "N", count, "context, tokens; default: the model's, up to 8192"),
+        ("--lookup", "N", number, "tokens to draft; 0: none; default: 7, on a CPU 0"),
         ("--prefill-step", "N", count, "tokens; default: 512, on a CPU 32"),
         (
             "--dtype",
