@@ -68,6 +68,7 @@ import os
 import queue
 import re
 import signal
+import statistics
 import sys
 import threading
 import time
@@ -1681,7 +1682,7 @@ def require_memory(weights: int, cache: int) -> str | None:
     needed, there, limit = weights + cache, machine_memory(), recommended_memory()
     parts = f"{weights / 1e9:.2f} GB of weights and {cache / 1e9:.2f} GB of cache"
     if needed > there:
-        advice = "--ctx sets the size of the cache"
+        advice = "--ctx (of info: --prompt-tokens) sets the size of the cache"
         raise ValueError(f"{parts} do not fit {there / 1e9:.2f} GB of memory; {advice}")
     if limit is None or needed < 0.9 * limit:
         return None
@@ -2721,33 +2722,52 @@ def weight_bytes(model: Llama, bits: int, item_size: int = 2) -> int:
 
 
 def copy_bandwidth() -> float:
-    """Return the bytes per second, read and written, of a copy on this device."""
+    """Return the bytes per second, read and written, of copying on this device."""
     on_cpu = mx.default_device() == mx.cpu
-    array = mx.zeros(2**23 if on_cpu else 2**26)
+    array = mx.zeros(2**23 if on_cpu else 2**27)
     mx.eval(array)
-    best = math.inf
+    best, copies = math.inf, 1 if on_cpu else 8  # several, as a launch takes its time
     for _ in range(3):
         started = time.perf_counter()
-        mx.eval(array + 1)
+        for _ in range(copies):
+            array = array + 1
+        mx.eval(array)
         best = min(best, time.perf_counter() - started)
-    return 2 * array.nbytes / best
+    return 2 * array.nbytes * copies / best
+
+
+def reading_speed(bits: int) -> float:
+    """Return the bytes of weights per second that products with a vector read here."""
+    side, dtype = 8192, mx.bfloat16
+    if mx.default_device() == mx.cpu:
+        side, dtype = 768, mx.float32
+    layer = nn.Linear(side, side, bias=False)
+    layer.set_dtype(dtype)
+    layer = layer if bits == 16 else layer.to_quantized(64, bits)
+    mx.eval(layer.parameters())
+    nbytes = sum(array.nbytes for _, array in tree_flatten(layer.parameters()))
+    best = math.inf
+    for _ in range(3):
+        vectors = [mx.ones((1, side), dtype) for _ in range(4)]
+        started = time.perf_counter()
+        mx.eval([layer(vector) for vector in vectors])
+        best = min(best, time.perf_counter() - started)
+    return len(vectors) * nbytes / best
 
 
 def verdict(
-    weights: int, cache: int, longest: int, memory: int, bandwidth: float
+    weights: int, cache: int, longest: int, memory: int, speed: float
 ) -> tuple[int, str]:
     """Return the longest context that fits, and in words whether a model does.
 
-    weights: bytes. cache: bytes a token. Every token reads all weights, so the
-    bandwidth bounds the speed.
+    weights: bytes, all read for every token, at speed. cache: bytes a token.
     """
     context = max(0, min((memory - weights) // cache, longest))
     if context == 0:
         return 0, "does not fit"
     usual = weights + cache * min(longest, DEFAULT_CONTEXT)
     word = "fits" if usual <= 0.8 * memory else "tight"
-    speed = f"up to {bandwidth / weights:,.1f} tokens/s"
-    return context, f"{word}, context {context:,}, {speed}"
+    return context, f"{word}, context {context:,}, ~{speed / weights:,.1f} tokens/s"
 
 
 def describe(model: str | None) -> dict:
@@ -2763,11 +2783,10 @@ def describe(model: str | None) -> dict:
         args, stored = skeleton.args, sum(info.nbytes for info in tensors.values())
     dense = Llama(args)
     cache, memory = kv_bytes_per_token(args, item_size), machine_memory()
-    machine = (args.max_position_embeddings, memory, copy_bandwidth())
-    verdicts = {
-        bits: verdict(weight_bytes(dense, bits, item_size), cache, *machine)
-        for bits in (16, 8, 4)
-    }
+    longest, verdicts = args.max_position_embeddings, {}
+    for bits in (16, 8, 4):
+        size = weight_bytes(dense, bits, item_size)
+        verdicts[bits] = verdict(size, cache, longest, memory, reading_speed(bits))
     return {
         "model": model or "stories",
         "folder": folder and str(folder),
@@ -2783,9 +2802,124 @@ def describe(model: str | None) -> dict:
     }
 
 
+def random_model(args: ModelArgs, bits: int | None) -> Llama:
+    """Return a model of random weights, in 16 bits (on a CPU in float32) or quantized.
+
+    The largest are made first, while there is room: what it takes to make one is never
+    more than what is still to come.
+    """
+    model, dtype = Llama(args), default_dtype() or mx.bfloat16
+    layers = sorted(dense_layers(model), key=lambda entry: -entry[1].weight.size)
+    block = mx.random.randint(0, 256, (65_536,), mx.uint8).view(mx.uint32)
+    for path, layer in layers:
+        rows, columns = layer.weight.shape
+        if bits and columns % 64 == 0:
+            layer = quantized_like(layer, 64, bits, "affine")
+            scale, words = 2 / (2**bits * math.sqrt(columns)), layer.weight.size
+            packed = mx.tile(block, -(-words // block.size))[:words]
+            layer.weight = packed.reshape(rows, -1)
+            layer.scales = mx.full(layer.scales.shape, scale, dtype)
+            layer.biases = layer.scales * -(2.0 ** (bits - 1))
+            model.update_modules(tree_unflatten([(path, layer)]))
+        else:
+            layer.set_dtype(dtype)
+        mx.eval(layer.parameters())
+    model.set_dtype(dtype)  # the norms
+    mx.eval(model.parameters())
+    return model
+
+
+def measure(model: Llama, prompt_tokens: int, generation_tokens: int) -> dict:
+    """Return how fast a model is here: medians of three runs, after one to warm up.
+
+    Greedy, over a prompt of random ids. Speeds in tokens/s, gbps in 1e9 bytes of weights
+    read a second, bandwidth_share of what copying reaches, peak_gb while running.
+    """
+    sizes = {name: array.nbytes for name, array in tree_flatten(model.parameters())}
+    embedding = sum(n for name, n in sizes.items() if "embed_tokens" in name)
+    # Of an embedding that is not the head too, a token reads one row.
+    read = sum(sizes.values()) - (embedding if "lm_head" in model else 0)
+    ids = mx.random.randint(0, model.args.vocab_size, (prompt_tokens,)).tolist()
+    progress, bandwidth, runs = ProgressLine("measuring"), copy_bandwidth(), []
+    mx.reset_peak_memory()
+    for run in range(4):
+        cache = model.make_cache(prompt_tokens + generation_tokens)
+        started, times = time.perf_counter(), []
+        step = 32 if mx.default_device() == mx.cpu else 512
+        options = {"max_tokens": generation_tokens, "prefill_step": step}
+        for _ in generate(model, ids, cache=cache, **options):
+            times.append(time.perf_counter())
+            progress(run * generation_tokens + len(times), 4 * generation_tokens)
+        first, last = times[0] - started, times[-1] - times[0]
+        runs.append((first, (generation_tokens - 1) / last))
+    progress.clear()
+    first, decode_tps = (statistics.median(values) for values in zip(*runs[1:]))
+    return {
+        "prompt_tokens": prompt_tokens,
+        "generation_tokens": generation_tokens,
+        "prefill_tps": prompt_tokens / first,
+        "decode_tps": decode_tps,
+        "time_to_first_token_s": first,
+        "gbps": read * decode_tps / 1e9,
+        "bandwidth_share": read * decode_tps / bandwidth,
+        "weights_gb": sum(sizes.values()) / 1e9,
+        "active_gb": mx.get_active_memory() / 1e9,
+        "peak_gb": mx.get_peak_memory() / 1e9,
+    }
+
+
+def measured(options: argparse.Namespace, found: dict) -> dict:
+    """Return what `measure` says of a preset, with random weights, or a model.
+
+    Raises ValueError if it does not fit this machine.
+    """
+    args, total = ModelArgs(**found["config"]), options.prompt_tokens
+    total += options.generation_tokens
+    if total > args.max_position_embeddings:
+        wanted = f"at most {args.max_position_embeddings}, what the model was made for"
+        raise ValueError(f"prompt and generation have {total} tokens, wanted {wanted}")
+    item_size = (default_dtype() or mx.bfloat16).size
+    cache = total * kv_bytes_per_token(args, item_size)
+    if found["folder"] is None:
+        size = weight_bytes(Llama(args), options.bits or 16, item_size)
+        require_memory(size, cache)
+        model = random_model(args, options.bits)
+    else:
+        folder = Path(found["folder"])
+        require_memory(memory_of(list_tensors(folder).values(), item_size), cache)
+        progress = ProgressLine("loading")
+        model = load_model(folder, progress=progress)
+        progress.clear()
+    return measure(model, options.prompt_tokens, options.generation_tokens)
+
+
+def measured_rows(name: str, device: str, found: dict) -> list[tuple[str, str]]:
+    """Return what was measured as rows of a table, the last one to paste elsewhere."""
+    prompt, generation = found["prompt_tokens"], found["generation_tokens"]
+    speeds = f"{found['prefill_tps']:,.1f} | {found['decode_tps']:,.1f}"
+    numbers = f"{found['weights_gb']:.2f} | {speeds} | {found['gbps']:,.1f}"
+    share = f"{100 * found['bandwidth_share']:.0f} % of what copying reaches here"
+    first = f"the first after {found['time_to_first_token_s']:.2f} s"
+    peak = f"{found['peak_gb']:.2f} GB, {found['active_gb']:.2f} GB at the end"
+    return [
+        ("prefill", f"{found['prefill_tps']:,.1f} tokens/s, {prompt} tokens"),
+        (
+            "decode",
+            f"{found['decode_tps']:,.1f} tokens/s, {generation} tokens, {first}",
+        ),
+        ("reads", f"{found['gbps']:,.1f} GB/s of weights, {share}"),
+        ("peak", peak),
+        ("as a row", f"| {name} | {device} | {numbers} | {found['peak_gb']:.2f} |"),
+    ]
+
+
 def cmd_info(options: argparse.Namespace) -> int:
     """Print what a preset or a model is, what it needs, and what fits here."""
     found = describe(options.model)
+    if options.bits and (found["folder"] or not options.measure):
+        options.usage("--bits is for --measure of one of " + ", ".join(PRESETS))
+    if options.measure:
+        found["measured"] = measured(options, found)
     if options.json:
         print(json.dumps(found, indent=2))
         return 0
@@ -2812,6 +2946,9 @@ def cmd_info(options: argparse.Namespace) -> int:
     for bits, nbytes in found["weight_bytes"].items():
         words = found["verdict"][bits]
         rows.append(("weights", f"{bits:2} bits {gigabytes(nbytes):>9}: {words}"))
+    if options.measure:
+        name = Path(found["model"]).name
+        rows += measured_rows(name, found["device"], found["measured"])
     print_table(rows)
     return 0
 
@@ -2926,11 +3063,12 @@ def early_end(stats: Stats) -> str | None:
 
 
 def stats_lines(stats: Stats, seed: int) -> str:
-    """Return statistics as two lines that fit a terminal."""
+    """Return statistics as lines that fit a terminal."""
+    copied = f", {stats.accepted_tokens} looked up" if stats.accepted_tokens else ""
     return (
         f"prompt {stats.prompt_tokens} (reused {stats.reused_tokens}) at "
         f"{stats.prefill_tps:.0f} tokens/s, reply {stats.generation_tokens} at "
-        f"{stats.decode_tps:.1f} tokens/s\nfirst after "
+        f"{stats.decode_tps:.1f} tokens/s{copied}\nfirst after "
         f"{stats.time_to_first_token_s:.2f} s, context {stats.context_used} of "
         f"{stats.context}, peak {gigabytes(stats.peak_memory)}, seed {seed}"
     )
@@ -3359,6 +3497,21 @@ def build_parser() -> argparse.ArgumentParser:
         sub.add_argument("model", nargs="?", metavar="MODEL", help=where)
         option = sub.add_argument
         option("--json", action="store_true", help="print JSON instead of text")
+        if name == "info":
+            option(
+                "--measure",
+                action="store_true",
+                help="run it here; a preset with random weights",
+            )
+            for flag, default in (
+                ("--prompt-tokens", 512),
+                ("--generation-tokens", 128),
+            ):
+                text = f"of --measure; default: {default}"
+                option(
+                    flag, metavar="N", type=whole_number(2), default=default, help=text
+                )
+            option("--bits", type=int, choices=(4, 8), help="of --measure; default: 16")
         if name == "inspect":
             option("--check", action="store_true", help="also look for NaN in all data")
     # The rest is chat's. None, the default of each, leaves it to the model's folder.

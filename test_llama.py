@@ -51,6 +51,7 @@ from mlx.utils import tree_flatten
 import llama
 
 HERE = Path(llama.__file__).parent
+STORIES = HERE / "stories"
 DATA = Path(os.environ.get("LLAMA_TEST_DATA", "") or "/nonexistent")
 needs_data = pytest.mark.skipif(
     not DATA.is_dir(), reason="LLAMA_TEST_DATA names no folder of real models"
@@ -1053,6 +1054,20 @@ def test_a_folder_of_mlx_lm_gives_its_logits(tmp_path, bits, group_size, mode, F
     wanted, tokens = np.array(oracle(mx.array(tokens))), mx.array(tokens)
     assert_close(own(tokens), wanted, 1e-3)
     assert_close(in_parts(own, tokens, (9, 10)), wanted, 1e-3)
+
+
+def test_what_is_done_otherwise_on_cuda_gives_the_same(monkeypatch):
+    model = fill(llama.Llama(llama.ModelArgs.from_dict(WIDE)), WIDE)
+    llama.quantize(model, group_size=32, bits=8)
+    tokens = mx.array(random_tokens(WIDE, batch=2, length=200))
+    wanted = model(tokens)
+    monkeypatch.setattr(mx.cuda, "is_available", lambda: True)
+    calls, dequantize = [], mx.dequantize
+    spy = lambda *args, **options: calls.append(1) or dequantize(*args, **options)
+    monkeypatch.setattr(mx, "dequantize", spy)
+    cuts = (180, 183, 184)  # many rows; few, one by one; one; few
+    assert_close(in_parts(model, tokens, cuts), np.array(wanted), 1e-4)
+    assert len(calls) > 10
 
 
 # -----------------------------------------------------------------------------
@@ -2137,6 +2152,167 @@ def test_weights_that_are_not_numbers_end_the_run(folder, tmp_path):
     assert "not a number" in refusal("chat", broken, "--prompt", "x")
 
 
+def test_one_step_of_prefill_is_launched_ahead_and_no_more():
+    model, launched = CountingModel(), []
+    progress = lambda *_: launched.append(len(model.calls))
+    prompt = list(range(16))
+    llama.prefill(model, prompt, model.make_cache(64), step=4, progress=progress)
+    assert launched == [2, 3, 4, 4]
+
+
+@pytest.mark.parametrize(
+    ("ids", "n", "wanted"),
+    [
+        ([1, 2, 3, 4, 1, 2], 2, [3, 4]),
+        ([1, 2, 3, 1, 2, 4, 1, 2], 2, [4, 1]),  # the last time counts
+        ([1, 2, 3, 1, 2], 2, [3, 1]),
+        ([1, 2, 3], 2, []),
+        ([5, 6, 6, 6], 2, [6, 6]),  # in circles
+        ([1, 2, 3, 1, 2, 3], 3, [1, 2, 3]),
+        ([7, 8, 9, 8], 2, []),  # two must be the same
+        ([7, 8, 9, 8], 1, [9]),
+        ([1, 2], 3, []),
+        ([], 1, []),
+    ],
+)
+def test_drafts_are_what_followed_the_same_tokens_before(ids, n, wanted):
+    assert llama.Lookup(n, ids).drafts() == wanted
+    lookup = llama.Lookup(n)
+    for token in ids:
+        lookup.extend([token])
+    assert lookup.drafts() == wanted
+
+
+def test_a_lookup_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="n must be at least 1, got 0"):
+        llama.Lookup(0)
+
+
+class Repeating(CountingModel):
+    """Counts to `period` over and over, but for some places where it says 20."""
+
+    def __init__(self, period: int, odd: int):
+        super().__init__()
+        self.period, self.odd = period, odd
+
+    def __call__(self, tokens, cache, logits_to_keep):
+        start = cache[0].offset
+        logits = super().__call__(tokens, cache, logits_to_keep)
+        places = mx.arange(start, cache[0].offset)[-logits_to_keep:]
+        following = mx.where(places % self.odd == 0, 20, (places + 1) % self.period)
+        return (mx.arange(32) == following[None, :, None]).astype(mx.float32) + logits
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 7])
+@pytest.mark.parametrize("odd", [5, 13, 1000])
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"max_tokens": count} for count in (1, 2, 3, 30, 31, 32, 33)),
+        *({"capacity": size} for size in (3, 4, 5, 40, 41, 43)),
+        {"stop_tokens": {20}},
+    ],
+)
+def test_lookup_changes_neither_the_text_nor_the_cache(n, odd, options):
+    options, found = dict(options), []
+    capacity = options.pop("capacity", 64)
+    for lookup in (None, llama.Lookup(n)):
+        model = Repeating(6, odd)
+        cache = model.make_cache(capacity)
+        generation = llama.generate(
+            model, [2, 3], cache=cache, lookup=lookup, **options
+        )
+        tokens, reason = run(generation)
+        assert held(cache) in ([2, 3, *tokens], [2, 3, *tokens][:-1])
+        assert cache[0].offset <= capacity
+        found.append((tokens, reason))
+    assert found[0] == found[1]
+
+
+def test_lookup_reads_what_is_copied_many_tokens_at_a_time():
+    plain, ahead, lookup = Repeating(6, 1000), Repeating(6, 1000), llama.Lookup(5)
+    run(llama.generate(plain, [2, 3], max_tokens=60))
+    run(llama.generate(ahead, [2, 3], max_tokens=60, lookup=lookup))
+    assert len(plain.calls) == 60 and len(ahead.calls) < 25
+    assert lookup.accepted > 35
+    # The past counts too, where the cache holds it.
+    model, past = Repeating(6, 1000), list(range(6)) * 4
+    cache = model.make_cache(64)
+    llama.prefill(model, past[:-1], cache)
+    lookup = llama.Lookup(5, past[:-1])
+    run(llama.generate(model, past[-1:], cache=cache, max_tokens=20, lookup=lookup))
+    assert len(model.calls) < 8
+
+
+def test_lookup_that_finds_nothing_takes_the_same_steps():
+    plain, with_lookup = CountingModel(), CountingModel()
+    run(llama.generate(plain, [1], max_tokens=25))
+    run(llama.generate(with_lookup, [1], max_tokens=25, lookup=llama.Lookup(2)))
+    assert with_lookup.calls == plain.calls == [1] * 25
+
+
+def test_a_generation_with_drafts_that_is_dropped_leaves_the_cache_in_order():
+    for count in range(1, 40):
+        model = Repeating(6, 13)
+        cache = model.make_cache(64)
+        options = {"cache": cache, "lookup": llama.Lookup(3)}
+        generation = llama.generate(model, [2, 3], **options)
+        tokens = list(itertools.islice(generation, count))
+        generation.close()
+        assert held(cache) in ([2, 3, *tokens], [2, 3, *tokens][:-1])
+
+
+class Chain(CountingModel):
+    """A Markov chain of three tokens: most often 0, 1, 2, 0, 1, 2, ..."""
+
+    table = np.array([[0.1, 0.8, 0.1], [0.05, 0.05, 0.9], [0.85, 0.1, 0.05]])
+
+    def __call__(self, tokens, cache, logits_to_keep):
+        super().__call__(tokens, cache, logits_to_keep)
+        return mx.log(mx.array(self.table))[tokens[:, -logits_to_keep:]]
+
+
+@pytest.mark.parametrize("options", [{}, {"repetition_penalty": 1.2}, {"top_k": 2}])
+def test_with_lookup_the_same_tokens_are_drawn(options):
+    texts, calls = [], []
+    for lookup in (None, llama.Lookup(2), llama.Lookup(4)):
+        model = Chain()
+        sampler = llama.make_sampler(temperature=1, top_p=None, seed=3, **options)
+        generation = {"sampler": sampler, "cache": model.make_cache(512)}
+        generation |= {"max_tokens": 400, "lookup": lookup}
+        texts.append(run(llama.generate(model, [0], **generation))[0])
+        calls.append(len(model.calls))
+    assert texts[0] == texts[1] == texts[2]
+    assert max(calls[1:]) < calls[0]
+
+
+def test_with_lookup_tokens_have_the_probabilities_of_the_model():
+    model, count = Chain(), 6000
+    sampler = llama.make_sampler(temperature=1, top_p=None, seed=5)
+    options = {"sampler": sampler, "lookup": llama.Lookup(3)}
+    options |= {"cache": model.make_cache(count + 1), "max_tokens": count}
+    tokens = [0, *run(llama.generate(model, [0], **options))[0]]
+    assert len(model.calls) < 0.6 * count
+    pairs = collections.Counter(itertools.pairwise(tokens))
+    for before in range(3):
+        total = sum(pairs[before, after] for after in range(3))
+        for after in range(3):
+            p = Chain.table[before, after]
+            # Five standard deviations: by chance, once in two million.
+            error = abs(pairs[before, after] - total * p)
+            assert error < 5 * math.sqrt(total * p * (1 - p))
+
+
+def test_lookup_copies_a_real_text():
+    model, tokenizer = llama.load(STORIES)
+    ids = [tokenizer.bos, *tokenizer.encode("Tom had a red ball. " * 8)]
+    options = {"max_tokens": 60, "stop_tokens": tokenizer.stop_tokens}
+    lookup = llama.Lookup(4)
+    plain = run(llama.generate(model, ids, **options))
+    assert run(llama.generate(model, ids, lookup=lookup, **options)) == plain
+    assert lookup.accepted > 5
+
+
 @needs_data
 def test_greedy_text_of_a_real_model_is_that_of_transformers():
     transformers, torch = peer("transformers"), peer("torch")
@@ -2603,9 +2779,6 @@ def test_the_main_job_streams_a_story():
     assert done.stderr == b"[stopped: 60 tokens, as --max-tokens says]\n"
 
 
-STORIES = HERE / "stories"
-
-
 def test_the_built_in_model_tells_a_story_of_what_it_is_asked_for():
     asked = "Tell me a story about a cat and a boat."
     done = command("chat", "--temperature", 0, "--prompt", asked)
@@ -2866,10 +3039,10 @@ def test_info_describes_a_preset(name, capsys):
     ("weights", "cache", "wanted"),
     [
         (100, 1, (0, "does not fit")),
-        (99, 1, (1, "tight, context 1, up to 5.1 tokens/s")),
-        (60, 1, (40, "tight, context 40, up to 8.3 tokens/s")),
-        (60, 0.5, (50, "tight, context 50, up to 8.3 tokens/s")),
-        (50, 0.5, (50, "fits, context 50, up to 10.0 tokens/s")),
+        (99, 1, (1, "tight, context 1, ~5.1 tokens/s")),
+        (60, 1, (40, "tight, context 40, ~8.3 tokens/s")),
+        (60, 0.5, (50, "tight, context 50, ~8.3 tokens/s")),
+        (50, 0.5, (50, "fits, context 50, ~10.0 tokens/s")),
     ],
 )
 def test_the_verdict_says_whether_a_model_fits(weights, cache, wanted):
@@ -2898,6 +3071,62 @@ def test_info_predicts_the_bytes_of_a_quantized_folder(tmp_path, capsys):
     predicted = json.loads(capsys.readouterr().out)["weight_bytes"]
     llama.quantize(model, bits=4)
     assert predicted["4"] == sum(a.nbytes for _, a in tree_flatten(model.parameters()))
+
+
+@pytest.mark.parametrize("bits", [None, 4, 8])
+def test_random_models_are_made_in_no_more_than_their_own_memory(bits):
+    args = llama.ModelArgs(256, 1024, 2, 4, 20_000, num_key_value_heads=2)
+    gc.collect()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    model = llama.random_model(args, bits)
+    size = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
+    assert size == llama.weight_bytes(llama.Llama(args), bits or 16, 4)
+    assert mx.get_peak_memory() - before < 1.1 * size
+    logits = model(mx.array(np.arange(64)[None]))
+    assert 0.01 < mx.std(logits).item() < 10  # neither nothing nor noise
+
+
+@pytest.mark.parametrize("what", ["preset", "folder"])
+def test_measuring_tells_the_speed_of_this_machine(what, folder, monkeypatch, capsys):
+    small = llama.ModelArgs(64, 128, 2, 4, 320, num_key_value_heads=2)
+    monkeypatch.setitem(llama.PRESETS, "8b", small)
+    words = ["info", "8b" if what == "preset" else str(folder), "--measure"]
+    words += ["--prompt-tokens", "20", "--generation-tokens", "5"]
+    bits = ["--bits", "4"] if what == "preset" else []
+    started = time.perf_counter()
+    assert llama.main([*words, *bits, "--json"]) == 0
+    elapsed = time.perf_counter() - started
+    found = json.loads(capsys.readouterr().out)["measured"]
+    assert found["prefill_tps"] == pytest.approx(20 / found["time_to_first_token_s"])
+    # Three runs at least took their medians; all of them, no longer than the command.
+    run = found["time_to_first_token_s"] + 4 / found["decode_tps"]
+    assert 0 < 2 * run < elapsed
+    weights = found["gbps"] * 1e9 / found["decode_tps"]
+    if what == "preset":  # of the embedding, which is not the head, nothing is read
+        dense = llama.Llama(small)
+        read = llama.weight_bytes(dense, 4, 4) - llama.weight_bytes(
+            dense.model.embed_tokens, 4, 4
+        )
+        assert weights == pytest.approx(read)
+    else:
+        assert 0 < weights <= found["weights_gb"] * 1e9 * 1.001
+    assert 0 < found["bandwidth_share"] < 1
+    assert found["weights_gb"] <= found["active_gb"] <= found["peak_gb"]
+    assert llama.main([*words, *bits]) == 0
+    out = capsys.readouterr().out.splitlines()
+    row = next(line for line in out if line.startswith("as a row"))
+    assert row.count("|") == 8 and len(row) <= 80
+
+
+def test_measuring_refuses_what_does_not_fit(monkeypatch, capsys):
+    monkeypatch.setattr(llama, "machine_memory", lambda: 10**9)
+    assert llama.main(["info", "8b", "--measure", "--bits", "8"]) == 1
+    assert "GB of weights and 0.17 GB of cache do not" in capsys.readouterr().err
+    words = ["--measure", "--prompt-tokens", "131072"]
+    assert llama.main(["info", "8b", *words]) == 1
+    assert "have 131200 tokens, wanted at most 131072" in capsys.readouterr().err
+    assert llama.main(["info", "8b", "--bits", "8"]) == 2
 
 
 def test_inspect_lists_what_a_folder_holds(folder, capsys):
