@@ -730,7 +730,7 @@ class KVCache:
 # -----------------------------------------------------------------------------
 
 
-FEW_ROWS = 16  # tokens that are checked at once, not a prompt
+FEW_ROWS, LONG = 16, 128  # tokens: at most, of drafts; at least, of a prompt
 
 
 class Attention(nn.Module):
@@ -859,8 +859,16 @@ class LlamaModel(nn.Module):
     ) -> mx.array:
         # An embedding in mxfp4 has no dtype of its own: the norms set the stream's.
         x = self.embed_tokens(tokens).astype(self.norm.weight.dtype)
+        # A long part of a prompt is computed as its layers are built, one in advance:
+        # all at once, the device would hold what every layer made until the last.
+        long = tokens.ndim == 2 and tokens.size >= LONG
+        step_by_step, before = cache is not None and long, x
         cache = cache or [None] * len(self.layers)
         for layer, layer_cache in zip(self.layers, cache, strict=True):
+            if step_by_step:
+                mx.async_eval(x)
+                mx.eval(before)
+                before = x
             x = layer(x, layer_cache)
         return self.norm(x)
 
@@ -1887,12 +1895,23 @@ def require_numbers(logits: mx.array) -> None:
         raise ValueError(f"the model's output is not a number; {advice}")
 
 
+def default_prefill_step() -> int:
+    """Return how many tokens to read at a time here.
+
+    A step cannot be interrupted: a CPU takes seconds for a long one, and gains nothing.
+    CUDA gains, since there a step costs some 25 ms of launches whatever its length.
+    """
+    if mx.default_device() == mx.cpu:
+        return 32
+    return 2048 if mx.cuda.is_available() else 512
+
+
 def prefill(
     model: Callable,
     prompt: Sequence[int],
     cache: list,
     *,
-    step: int = 512,
+    step: int,
     progress: Callable[[int, int], None] | None = None,
     cancelled: Callable[[], bool] | None = None,
 ) -> mx.array | None:
@@ -1900,36 +1919,25 @@ def prefill(
 
     step: tokens read at a time; memory grows with it, speed hardly. progress: called
     with the tokens read, and in all. cancelled: asked before each step; returns None
-    then, and the cache holds the steps that were begun.
+    then, and the cache holds the steps that were done.
     """
-    logits = None
     for at in range(0, len(prompt), step):
         if cancelled is not None and cancelled():
             return None
-        tokens, before = mx.array(prompt[at : at + step])[None], logits
+        tokens = mx.array(prompt[at : at + step])[None]
         logits = model(tokens, cache, logits_to_keep=1)[:, -1]
-        # Launched before the last step is waited for, so that the device never waits
-        # for Python; one ahead and no more, since each holds its memory.
-        mx.async_eval(logits, [layer.state for layer in cache])
-        if before is not None:
-            wait_for(before, at, len(prompt), progress)
-    wait_for(logits, len(prompt), len(prompt), progress)
+        # MLX computes what is asked for: the cache, so not the head of every step.
+        mx.eval([layer.state for layer in cache])
+        mx.clear_cache()
+        if progress is not None:
+            progress(min(at + step, len(prompt)), len(prompt))
     return logits
 
 
-def wait_for(
-    logits: mx.array, done: int, total: int, progress: Callable[[int, int], None] | None
-) -> None:
-    """Wait for a step of prefill, give back its memory, and report it."""
-    mx.eval(logits)
-    mx.clear_cache()
-    if progress is not None:
-        progress(done, total)
-
-
 class Lookup:
-    """Drafts of what comes next: the n tokens that followed when the last n occurred
-    before. Copying, which much of writing is, is foreseen so without a second model.
+    """Drafts of what comes next: the n tokens that followed when the last 8 (or n, if
+    that is less) occurred before. So copying, which much of writing is, is foreseen
+    without a second model, and text that repeats nothing is left in peace.
 
     Source: github.com/apoorvumang/prompt-lookup-decoding.
     """
@@ -1937,20 +1945,20 @@ class Lookup:
     def __init__(self, n: int, ids: Iterable[int] = ()):
         if n < 1:
             raise ValueError(f"n must be at least 1, got {n}")
-        self.n, self.ids = n, []
-        self.after = {}  # n ids: where what followed them begins
+        self.n, self.same, self.ids = n, min(n, 8), []
+        self.after = {}  # as many ids as must be the same: where what followed begins
         self.accepted = 0  # drafts that the model agreed with
         self.extend(ids)
 
     def extend(self, ids: Iterable[int]) -> None:
         """Append ids to the text."""
         for token in ids:
-            self.after[tuple(self.ids[-self.n :])] = len(self.ids)
+            self.after[tuple(self.ids[-self.same :])] = len(self.ids)
             self.ids.append(token)
 
     def drafts(self) -> list[int]:
         """Return n ids, or none. What ends with the text is taken to go on in circles."""
-        at = self.after.get(tuple(self.ids[-self.n :]), len(self.ids))
+        at = self.after.get(tuple(self.ids[-self.same :]), len(self.ids))
         following = self.ids[at : at + self.n]
         return [*itertools.islice(itertools.cycle(following), self.n)]
 
@@ -2063,7 +2071,7 @@ def generate(
     cache: list | None = None,
     lookup: Lookup | None = None,
     stop_tokens: Iterable[int] = (),
-    prefill_step: int = 512,
+    prefill_step: int | None = None,
     progress: Callable[[int, int], None] | None = None,
     cancelled: Callable[[], bool] | None = None,
 ) -> Iterator[int]:
@@ -2092,8 +2100,8 @@ def generate(
     if not 0 < len(prompt) <= room:
         wanted = f"1 to {room} tokens, what the context has left"
         raise ValueError(f"the prompt must have {wanted}, got {len(prompt)}")
-    steps = {"step": prefill_step, "progress": progress, "cancelled": cancelled}
-    logits = prefill(model, prompt, cache, **steps)
+    steps = {"step": prefill_step or default_prefill_step(), "progress": progress}
+    logits = prefill(model, prompt, cache, **steps, cancelled=cancelled)
     if logits is None:
         return "cancelled"
     if max_tokens == 0:
@@ -2295,10 +2303,7 @@ class Worker(threading.Thread):
         weights = memory_of(tensors.values(), item_size)
         self.warning, self.nbytes = require_memory(weights, cache), weights + cache
         self.model = load_model(self.folder, dtype=dtype, progress=self.report)
-        # A step cannot be interrupted. Short ones cost nothing on a CPU, where a long
-        # one takes many seconds.
-        on_cpu = mx.default_device() == mx.cpu
-        self.prefill_step = prefill_step or (32 if on_cpu else 512)
+        self.prefill_step = prefill_step
         self.forget()
         self.events.put(args)
 
@@ -2471,7 +2476,7 @@ class Engine:
 
     model: a folder or org/name. tokenizer: None is the folder's. context: tokens of
     cache, allocated once; None is the model's longest, at most 8192. dtype: see
-    load_model. prefill_step: see prefill; None is 512, on a CPU 32. progress: called
+    load_model. prefill_step: see prefill; None is default_prefill_step(). progress: called
     with the bytes loaded, and in all. Returns when the model is loaded; raises what
     Tokenizer.from_folder and load_model raise.
 
@@ -2546,7 +2551,7 @@ class Engine:
 
         max_tokens: None goes on to the end of the turn, or of the context. Sampling:
         see make_sampler; None is the folder's default. lookup: tokens drafted at a time,
-        see Lookup; 0 is off, None is 7 on a GPU and off on a CPU. progress: called, by whoever
+        see Lookup; 0 is off, None is 15 on a GPU, off on a CPU. progress: called, by whoever
         iterates, with the tokens of the prompt read, and in all. drop_space: see
         Tokenizer.stream.
         Raises ValueError for options out of range or a prompt that does not fit,
@@ -2560,8 +2565,8 @@ class Engine:
         if max(ids) >= self.args.vocab_size:
             size = self.args.vocab_size
             raise ValueError(f"the prompt has id {max(ids)}, the model {size} ids")
-        if lookup is None:  # reading eight tokens takes a CPU eight times as long
-            lookup = 0 if mx.default_device() == mx.cpu else 7
+        if lookup is None:  # reading 16 tokens takes a CPU 16 times as long as one
+            lookup = 0 if mx.default_device() == mx.cpu else 15
         for name, value in (("max_tokens", max_tokens), ("lookup", lookup)):
             if value is not None and value < 0:
                 raise ValueError(f"{name} must be at least 0, got {value}")
@@ -2845,9 +2850,7 @@ def measure(model: Llama, prompt_tokens: int, generation_tokens: int) -> dict:
     for run in range(4):
         cache = model.make_cache(prompt_tokens + generation_tokens)
         started, times = time.perf_counter(), []
-        step = 32 if mx.default_device() == mx.cpu else 512
-        options = {"max_tokens": generation_tokens, "prefill_step": step}
-        for _ in generate(model, ids, cache=cache, **options):
+        for _ in generate(model, ids, cache=cache, max_tokens=generation_tokens):
             times.append(time.perf_counter())
             progress(run * generation_tokens + len(times), 4 * generation_tokens)
         first, last = times[0] - started, times[-1] - times[0]
@@ -3530,8 +3533,13 @@ def build_parser() -> argparse.ArgumentParser:
         ("--repetition-penalty", "R", float, "(0, inf), above 1 penalizes; default: 1"),
         ("--seed", "N", number, "repeats a run exactly; default: a new one"),
         ("--ctx", "N", count, "context, tokens; default: the model's, up to 8192"),
-        ("--lookup", "N", number, "tokens to draft; 0: none; default: 7, on a CPU 0"),
-        ("--prefill-step", "N", count, "tokens; default: 512, on a CPU 32"),
+        ("--lookup", "N", number, "tokens to draft; 0: none; default: 15, on a CPU 0"),
+        (
+            "--prefill-step",
+            "N",
+            count,
+            "tokens; default: 512, on CUDA 2048, on a CPU 32",
+        ),
         (
             "--dtype",
             "D",

@@ -1056,6 +1056,20 @@ def test_a_folder_of_mlx_lm_gives_its_logits(tmp_path, bits, group_size, mode, F
     assert_close(in_parts(own, tokens, (9, 10)), wanted, 1e-3)
 
 
+def test_a_long_part_of_a_prompt_is_computed_as_its_layers_are_built(monkeypatch):
+    model = fill(llama.Llama(llama.ModelArgs.from_dict(CONFIG)), CONFIG)
+    tokens = mx.array(random_tokens(CONFIG, length=140))
+    wanted, order, launch, wait = model(tokens), [], mx.async_eval, mx.eval
+    monkeypatch.setattr(mx, "async_eval", lambda x: order.append("go") or launch(x))
+    monkeypatch.setattr(mx, "eval", lambda x: order.append("wait") or wait(x))
+    got = model(tokens, model.make_cache(140))
+    # The embedding, and the first of two layers; the last is left to who asks for it.
+    assert order == ["go", "wait", "go", "wait"]
+    assert_close(got, np.array(wanted), 1e-5)
+    model(tokens), model(tokens[:, :127], model.make_cache(140))
+    assert len(order) == 4  # not without a cache, as in training; not for a few
+
+
 def test_what_is_done_otherwise_on_cuda_gives_the_same(monkeypatch):
     model = fill(llama.Llama(llama.ModelArgs.from_dict(WIDE)), WIDE)
     llama.quantize(model, group_size=32, bits=8)
@@ -2152,14 +2166,6 @@ def test_weights_that_are_not_numbers_end_the_run(folder, tmp_path):
     assert "not a number" in refusal("chat", broken, "--prompt", "x")
 
 
-def test_one_step_of_prefill_is_launched_ahead_and_no_more():
-    model, launched = CountingModel(), []
-    progress = lambda *_: launched.append(len(model.calls))
-    prompt = list(range(16))
-    llama.prefill(model, prompt, model.make_cache(64), step=4, progress=progress)
-    assert launched == [2, 3, 4, 4]
-
-
 @pytest.mark.parametrize(
     ("ids", "n", "wanted"),
     [
@@ -2173,6 +2179,9 @@ def test_one_step_of_prefill_is_launched_ahead_and_no_more():
         ([7, 8, 9, 8], 1, [9]),
         ([1, 2], 3, []),
         ([], 1, []),
+        # However many are drafted, eight that are the same are enough.
+        ([*range(20), *range(8)], 15, [*range(8, 20), 0, 1, 2]),
+        ([*range(20), *range(1, 8)], 15, []),
     ],
 )
 def test_drafts_are_what_followed_the_same_tokens_before(ids, n, wanted):
@@ -2238,7 +2247,7 @@ def test_lookup_reads_what_is_copied_many_tokens_at_a_time():
     # The past counts too, where the cache holds it.
     model, past = Repeating(6, 1000), list(range(6)) * 4
     cache = model.make_cache(64)
-    llama.prefill(model, past[:-1], cache)
+    llama.prefill(model, past[:-1], cache, step=8)
     lookup = llama.Lookup(5, past[:-1])
     run(llama.generate(model, past[-1:], cache=cache, max_tokens=20, lookup=lookup))
     assert len(model.calls) < 8
