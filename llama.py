@@ -92,24 +92,46 @@ from mlx.utils import tree_flatten, tree_unflatten
 # -----------------------------------------------------------------------------
 
 
-LARGEST_JSON = 50_000_000  # bytes; the vocabulary of Llama 3 takes 7 million
+# Parsed, a value takes up to 120 bytes and a character up to 8, so a few bytes can be
+# made to swell forty-fold. What the files of a model hold of both is less than this;
+# a tokenizer's grow with its vocabulary (Llama 3's: 9 values, 60 to 160 bytes a token).
+JSON_BYTES, JSON_VALUES = 5_000_000, 100_000
+BYTES_PER_TOKEN, VALUES_PER_TOKEN = 200, 12
 
 
-def read_json(path: Path) -> dict:
-    """Return the JSON object in a file.
-
-    Raises ValueError if it holds none, or is larger than any that belongs to a model.
-    """
+def read_bounded(path: Path, limit: int) -> bytes:
+    """Return what is in a file. Raises ValueError if it has more bytes than `limit`."""
     size = path.stat().st_size
-    if size > LARGEST_JSON:  # parsed, it would be many times that
-        raise ValueError(f"{path}: {size:,} bytes, wanted at most {LARGEST_JSON:,}")
+    if size > limit:
+        raise ValueError(f"{path}: {size:,} bytes, wanted at most {limit:,}")
+    return path.read_bytes()
+
+
+def parse_json(data: bytes, limit: int = JSON_VALUES) -> dict:
+    """Return the JSON object in bytes. Raises ValueError if it has more values than
+    `limit`, counted before they are made, or is none."""
+    values = sum(map(data.count, (b",", b":", b"[", b"{")))
+    if values > limit:
+        raise ValueError(f"{values:,} values, wanted at most {limit:,}")
     try:
-        value = json.loads(path.read_bytes())
+        value = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid JSON: {error}") from None
+        raise ValueError(f"not valid JSON: {error}") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{path}: wanted a JSON object, got {type(value).__name__}")
+        raise ValueError(f"wanted a JSON object, got {type(value).__name__}")
     return value
+
+
+def read_json(path: Path, *, tokens: int = 0) -> dict:
+    """Return the JSON object in a file, which may describe a vocabulary of `tokens`.
+
+    Raises ValueError if it holds none, or more than belongs to a model.
+    """
+    data = read_bounded(path, JSON_BYTES + tokens * BYTES_PER_TOKEN)
+    try:
+        return parse_json(data, JSON_VALUES + tokens * VALUES_PER_TOKEN)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 # What config.json may say where it is not a matter of size; the first is the usual.
@@ -306,6 +328,20 @@ def weight_files(folder: Path) -> list[Path]:
     return files
 
 
+def header_bytes(file: Path) -> bytes:
+    """Return the beginning of a safetensors file, up to where the tensors begin."""
+    size = file.stat().st_size
+    with open(file, "rb") as stream:
+        prefix = stream.read(8)
+        if prefix == b"version ":  # https://git-lfs.github.com/spec/v1
+            raise ValueError(f"{file}: a git-lfs pointer, no weights; run git lfs pull")
+        length, limit = int.from_bytes(prefix, "little"), 2_000_000 + size // 10
+        if length > limit:
+            wanted = f"a header of at most {limit:,} bytes, got {length:,}"
+            raise ValueError(f"{file}: not a safetensors file: wanted {wanted}")
+        return prefix + stream.read(length)
+
+
 def read_header(file: Path) -> list[TensorInfo]:
     """Return what a safetensors file holds, in order of offset, without its data.
 
@@ -314,24 +350,15 @@ def read_header(file: Path) -> list[TensorInfo]:
     one is that the data is absent, and the file's size is checked here.
     Raises ValueError naming the file if it is not sound.
     """
-    size = file.stat().st_size
-    with open(file, "rb") as stream:
-        prefix = stream.read(8)
-        if prefix == b"version ":  # https://git-lfs.github.com/spec/v1
-            raise ValueError(f"{file}: a git-lfs pointer, no weights; run git lfs pull")
-        length = int.from_bytes(prefix, "little")
-        if length > LARGEST_JSON:
-            wanted = f"a header of at most {LARGEST_JSON:,} bytes, got {length:,}"
-            raise ValueError(f"{file}: not a safetensors file: wanted {wanted}")
-        header = stream.read(length)
+    size, header = file.stat().st_size, header_bytes(file)
     try:
-        safetensors.deserialize(prefix + header)
-    except safetensors.SafetensorError as error:
+        entries = parse_json(header[8:], JSON_VALUES + size // 100)
+        safetensors.deserialize(header)
+    except (ValueError, safetensors.SafetensorError) as error:
         reason = str(error).removeprefix("Error while deserializing: ")
         if "not fully covered" not in reason:
-            raise ValueError(f"{file}: not a safetensors file: {reason}") from None
-    tensors, end = [], 8 + length
-    entries = json.loads(header)
+            raise ValueError(f"{file}: not a safetensors file: {reason:.200}") from None
+    tensors, end = [], len(header)
     entries.pop("__metadata__", None)
     for name, entry in sorted(entries.items(), key=lambda e: e[1]["data_offsets"]):
         dtype, shape = entry["dtype"], tuple(entry["shape"])
@@ -340,7 +367,7 @@ def read_header(file: Path) -> list[TensorInfo]:
             raise ValueError(f"{file}: {name} has dtype {dtype}, {wanted}")
         if any(n >= 2**31 for n in shape):
             raise ValueError(f"{file}: {name} has a shape beyond 2**31, {shape}")
-        start, end = (8 + length + offset for offset in entry["data_offsets"])
+        start, end = (len(header) + offset for offset in entry["data_offsets"])
         tensors.append(TensorInfo(name, dtype, shape, file, start, end - start))
     if end != size:
         raise ValueError(f"{file}: truncated or edited? {size} bytes, wanted {end}")
@@ -349,10 +376,8 @@ def read_header(file: Path) -> list[TensorInfo]:
 
 def read_metadata(file: Path) -> dict[str, str]:
     """Return the texts that a sound safetensors file carries beside its tensors."""
-    with open(file, "rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        header = stream.read(min(length, file.stat().st_size))
-    return json.loads(header).get("__metadata__", {})
+    limit = JSON_VALUES + file.stat().st_size // 100
+    return parse_json(header_bytes(file)[8:], limit).get("__metadata__", {})
 
 
 def list_tensors(
@@ -879,6 +904,10 @@ LONGEST_RUN = 65_536
 
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # how SentencePiece writes a space
 
+MOST_TOKENS = 262_144  # a larger vocabulary is not read
+EMPTY = 2**31  # rank of no text, over which tiktoken would panic if it had none
+LONGEST_SPLIT = 2000  # characters of a split's regular expression; Llama 3's has 119
+
 
 @dataclass(frozen=True)
 class Vocabulary:
@@ -915,6 +944,8 @@ def split_pattern(pre_tokenizer: dict) -> str:
         elif kinds == ["Split", "ByteLevel"]:
             pattern, behavior = first["pattern"], first.get("behavior")
             regex = pattern.get("Regex", re.escape(pattern.get("String", "")))
+            if len(regex) > LONGEST_SPLIT:  # it would take minutes and gigabytes
+                raise ValueError(f"a split of {len(regex):,} characters")
             # Matches are pieces, and so is the text between them, which tiktoken
             # would drop: a run of what does not begin a match.
             kept = {"Isolated": False, "Removed": True}.get(behavior)
@@ -985,10 +1016,11 @@ def byte_fallback(spec: dict, vocab: dict[str, int], merged: list[str]) -> Vocab
     return Vocabulary(ranks, pattern, ids, text, SPACE, prefix)
 
 
-def rank_file(file: Path) -> Vocabulary:
+def rank_file(file: Path, tokens: int) -> Vocabulary:
     """Return the vocabulary of Meta's tokenizer.model: lines of base64 and rank."""
+    lines = read_bounded(file, 40 * tokens).splitlines()
     try:
-        pairs = [line.split() for line in file.read_bytes().splitlines()]
+        pairs = [line.split() for line in lines]
         ranks = {base64.b64decode(token): int(rank) for token, rank in pairs}
     except ValueError:
         wanted = "wanted lines of base64 and rank; a SentencePiece model is not read"
@@ -1185,12 +1217,14 @@ CONTROL = re.compile(
 )
 
 
-def read_tokenizer(folder: Path) -> tuple[Vocabulary, list[dict], str | None]:
+def read_tokenizer(
+    folder: Path, tokens: int
+) -> tuple[Vocabulary, list[dict], str | None]:
     """Return a folder's vocabulary, its added tokens, as tokenizer.json has them, and
-    the one that is put before every text, if any."""
+    the one that is put before every text, if any. tokens: how many there may be."""
     file, ranks = folder / "tokenizer.json", folder / "tokenizer.model"
     if file.exists():
-        spec = read_json(file)
+        spec = read_json(file, tokens=tokens)
         try:
             vocabulary = read_vocabulary(spec)
         except ValueError as error:
@@ -1204,7 +1238,7 @@ def read_tokenizer(folder: Path) -> tuple[Vocabulary, list[dict], str | None]:
         return vocabulary, spec.get("added_tokens") or [], None
     if not ranks.exists():
         raise FileNotFoundError(f"{folder}: no tokenizer.json and no tokenizer.model")
-    vocabulary = rank_file(ranks)
+    vocabulary = rank_file(ranks, tokens)
     added = [
         {"content": name, "id": len(vocabulary.ranks) + n, "special": True}
         for name, n in LLAMA3_TOKENS.items()
@@ -1219,7 +1253,7 @@ def read_format(folder: Path, settings: dict) -> tuple[str | None, ChatFormat | 
     """
     jinja = settings.get("chat_template")
     if (folder / "chat_template.jinja").exists():
-        jinja = (folder / "chat_template.jinja").read_text("utf-8")
+        jinja = read_bounded(folder / "chat_template.jinja", JSON_BYTES).decode()
     if isinstance(jinja, list):  # several, by name
         jinja = {entry["name"]: entry["template"] for entry in jinja}["default"]
     if jinja is None:
@@ -1230,11 +1264,18 @@ def read_format(folder: Path, settings: dict) -> tuple[str | None, ChatFormat | 
 
 def tokenizer_settings(folder: Path, template: str | None) -> dict:
     """Return Tokenizer's arguments, gathered from the files of a folder."""
-    names = ("config", "generation_config", "tokenizer_config")
-    paths = [folder / f"{name}.json" for name in names]
-    found = (read_json(path) if path.exists() else {} for path in paths)
-    config, generation, settings = found
-    vocabulary, added, first = read_tokenizer(folder)
+
+    def read(name: str, *, tokens: int = 0) -> dict:
+        path = folder / f"{name}.json"
+        return read_json(path, tokens=tokens) if path.exists() else {}
+
+    config, generation = read("config"), read("generation_config")
+    # A vocabulary may be as large as the embedding: rows of at least 16 bytes.
+    weights = [file for file in folder.glob("*.safetensors") if file.is_file()]
+    rows = sum(file.stat().st_size for file in weights) // 16 or MOST_TOKENS
+    tokens = min(rows, config.get("vocab_size", rows), MOST_TOKENS)
+    settings = read("tokenizer_config", tokens=tokens)
+    vocabulary, added, first = read_tokenizer(folder, tokens)
     special = {token["content"]: token["id"] for token in added}
     bos, eos = (
         special.get(token["content"] if isinstance(token, dict) else token)
@@ -1293,7 +1334,7 @@ class Tokenizer:
         self._bpe = tiktoken.Encoding(
             "llama.py",
             pat_str=self.vocabulary.split,
-            mergeable_ranks=self.vocabulary.ranks,
+            mergeable_ranks=self.vocabulary.ranks | {b"": EMPTY},
             special_tokens={},
         )
 
@@ -1337,12 +1378,14 @@ class Tokenizer:
             for run in re.finditer(r"\s+", text):
                 cuts += range(run.start() + LONGEST_RUN, run.end(), LONGEST_RUN)
         pieces = (text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)]))
+        # encode_ordinary would do, but panics, which Rust prints, where this raises.
+        encode = functools.partial(self._bpe.encode, disallowed_special=())
         try:
-            ranks = [n for piece in pieces for n in self._bpe.encode_ordinary(piece)]
-        except BaseException as error:
-            if type(error).__name__ != "PanicException":  # tiktoken's; no Exception
-                raise
+            ranks = [*itertools.chain.from_iterable(map(encode, pieces))]
+        except ValueError as error:
             raise ValueError(f"{self.source}: the split fails: {error}") from None
+        if EMPTY in ranks:
+            raise ValueError(f"{self.source}: the split fails: it matches no text")
         return [i for rank in ranks for i in vocabulary.ids[rank]]
 
     def encode_chat(
