@@ -93,23 +93,22 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 
 # Parsed, a value takes up to 120 bytes and a character up to 8, so a few bytes can be
-# made to swell forty-fold. What the files of a model hold of both is less than this;
-# a tokenizer's grow with its vocabulary (Llama 3's: 9 values, 60 to 160 bytes a token).
+# made to swell forty-fold. The files of a model hold less than this of both; those of a
+# tokenizer grow with its vocabulary (Llama 3's: 9 values, 60 to 160 bytes a token).
 JSON_BYTES, JSON_VALUES = 5_000_000, 100_000
 BYTES_PER_TOKEN, VALUES_PER_TOKEN = 200, 12
 
 
 def read_bounded(path: Path, limit: int) -> bytes:
     """Return what is in a file. Raises ValueError if it has more bytes than `limit`."""
-    size = path.stat().st_size
-    if size > limit:
+    if (size := path.stat().st_size) > limit:
         raise ValueError(f"{path}: {size:,} bytes, wanted at most {limit:,}")
     return path.read_bytes()
 
 
-def parse_json(data: bytes, limit: int = JSON_VALUES) -> dict:
-    """Return the JSON object in bytes. Raises ValueError if it has more values than
-    `limit`, counted before they are made, or is none."""
+def parse_json(data: bytes, limit: int) -> dict:
+    """Return the JSON object in bytes. Raises ValueError if they hold none, or more
+    values than `limit`, which are counted before they are made."""
     values = sum(map(data.count, (b",", b":", b"[", b"{")))
     if values > limit:
         raise ValueError(f"{values:,} values, wanted at most {limit:,}")
@@ -152,7 +151,7 @@ KINDS = {
 
 
 def rotary_settings(config: dict) -> dict:
-    """Return rope_theta, if given, and rope_scaling, from either layout of config.json:
+    """Return rope_scaling and, if given, rope_theta, from either layout of config.json:
     side by side, or both in the rope_parameters of transformers 5.
 
     Raises ValueError naming the key and the value that cannot be honoured.
@@ -165,10 +164,6 @@ def rotary_settings(config: dict) -> dict:
     if rope.get("partial_rotary_factor", 1) != 1:
         raise ValueError(f"{key}: partial_rotary_factor must be 1, got {rope!r:.200}")
     theta = rope.get("rope_theta", config.get("rope_theta"))
-    # Llama 1 and 2 leave rope_theta out and mean 10000. A Llama 3 without it has lost
-    # it, and would read well for a page before falling apart.
-    if theta is None and config["vocab_size"] >= 128_000:
-        raise ValueError("rope_theta is missing; a Llama 3 vocabulary needs it")
     kind = rope.get("rope_type", rope.get("type", "default"))  # new, old spelling
     rope = {k: v for k, v in rope.items() if k not in ("rope_theta", "type")}
     scaling = None if kind == "default" else rope | {"rope_type": kind}
@@ -199,25 +194,23 @@ class ModelArgs:
     def __post_init__(self):
         wrong = []
         for entry in fields(self):
-            value, kind = getattr(self, entry.name), entry.type
-            optional = get_args(kind)  # of int | None
-            wanted, fits = KINDS[optional[0] if optional else kind]
+            value, optional = getattr(self, entry.name), get_args(entry.type)
+            wanted, fits = KINDS[optional[0] if optional else entry.type]
             if not (fits(value) or (optional and value is None)):
                 wrong.append(f"{entry.name} must be {wanted}, got {value!r:.80}")
         if wrong:
             raise ValueError("; ".join(wrong))
-        D, H, derive = self.hidden_size, self.num_attention_heads, object.__setattr__
-        derive(self, "num_key_value_heads", self.num_key_value_heads or H)
-        derive(self, "head_dim", self.head_dim or D // H)
-        if H * self.head_dim >= 2**31:
-            raise ValueError(f"{H} heads of head_dim {self.head_dim} are too many")
-        if H % self.num_key_value_heads:
-            got = f"got {self.num_key_value_heads}"
-            raise ValueError(f"num_key_value_heads must divide the {H} heads, {got}")
+        H = self.num_attention_heads
+        Hkv, Dh = self.num_key_value_heads or H, self.head_dim or self.hidden_size // H
+        object.__setattr__(self, "num_key_value_heads", Hkv)
+        object.__setattr__(self, "head_dim", Dh)
+        if H % Hkv:
+            raise ValueError(f"num_key_value_heads must divide {H} heads, got {Hkv}")
         # Rotary embedding turns pairs, and no attention kernel has wider heads.
-        if self.head_dim % 2 or not 0 < self.head_dim <= 1024:
-            wanted = "even and at most 1024"
-            raise ValueError(f"head_dim must be {wanted}, got {self.head_dim}")
+        if Dh % 2 or not 0 < Dh <= 1024:
+            raise ValueError(f"head_dim must be even and at most 1024, got {Dh}")
+        if H * Dh >= 2**31:
+            raise ValueError(f"{H} heads of head_dim {Dh} are too many")
 
     @classmethod
     def from_dict(cls, config: dict) -> "ModelArgs":
@@ -225,47 +218,44 @@ class ModelArgs:
 
         Raises ValueError naming the keys and values that this file cannot honour.
         """
-        wrong = []
-        for key, supported in SUPPORTED.items():
-            if config.get(key) not in supported:
-                got = f"got {config.get(key)!r:.80}"
-                wrong.append(f"{key} must be {json.dumps(supported[0])}, {got}")
-        names = {entry.name for entry in fields(cls)}
-        values = {k: v for k, v in config.items() if k in names and v is not None}
-        for entry in fields(cls):
-            if entry.default is MISSING and entry.name not in values:
-                wrong.append(f"{entry.name} is missing")
+        wrong = [
+            f"{key} must be {json.dumps(known[0])}, got {config.get(key)!r:.80}"
+            for key, known in SUPPORTED.items()
+            if config.get(key) not in known
+        ]
+        values = {entry.name: config.get(entry.name) for entry in fields(cls)}
         values["quantization"] = config.get(
             "quantization", config.get("quantization_config")
         )
+        values = {k: v for k, v in values.items() if v is not None}
+        required = (entry.name for entry in fields(cls) if entry.default is MISSING)
+        wrong += [f"{name} is missing" for name in required if name not in values]
         if wrong:
             raise ValueError("; ".join(wrong))
-        cls(**(values | {"rope_scaling": None}))  # their types, before they are used
-        return cls(**(values | rotary_settings(config)))
+        values |= rotary_settings(config)
+        args = cls(**values)
+        # Llama 1 and 2 leave rope_theta out and mean 10000. A Llama 3 without it has
+        # lost it, and would read well for a page before falling apart.
+        if "rope_theta" not in values and args.vocab_size >= 128_000:
+            raise ValueError("rope_theta is missing; a Llama 3 vocabulary needs it")
+        return args
 
 
-LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
-
-
-def llama3_args(D: int, F: int, layers: int, H: int, **other) -> ModelArgs:
+def llama3_args(
+    D: int, F: int, layers: int, H: int, *, scaling: float = 8.0, **other: int
+) -> ModelArgs:
     """Return the arguments of a Llama 3.x: what all its sizes share, and these."""
-    shared = {"vocab_size": 128_256, "num_key_value_heads": 8, "head_dim": 128}
-    shared |= {"rms_norm_eps": 1e-5, "max_position_embeddings": 131_072}
-    shared |= {"rope_theta": 500_000.0, "rope_scaling": LLAMA3_ROPE}
-    return ModelArgs(D, F, layers, H, **(shared | other))
+    rope = {"rope_type": "llama3", "factor": scaling, "low_freq_factor": 1.0}
+    rope |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+    shared = {"vocab_size": 128_256, "num_key_value_heads": 8, "rms_norm_eps": 1e-5}
+    shared |= {"max_position_embeddings": 131_072, "rope_theta": 500_000.0}
+    return ModelArgs(D, F, layers, H, rope_scaling=rope, **shared, **other)
 
 
 # The published shapes: 8b, 70b and 405b of Llama 3.1 [1, table 3], 1b and 3b of 3.2.
-SMALL = {"rope_scaling": LLAMA3_ROPE | {"factor": 32.0}, "tie_word_embeddings": True}
 PRESETS = {
-    "1b": llama3_args(2048, 8192, 16, 32, head_dim=64, **SMALL),
-    "3b": llama3_args(3072, 8192, 28, 24, **SMALL),
+    "1b": llama3_args(2048, 8192, 16, 32, scaling=32.0, tie_word_embeddings=True),
+    "3b": llama3_args(3072, 8192, 28, 24, scaling=32.0, tie_word_embeddings=True),
     "8b": llama3_args(4096, 14336, 32, 32),
     "70b": llama3_args(8192, 28672, 80, 64),
     "405b": llama3_args(16384, 53248, 126, 128),
@@ -310,16 +300,19 @@ def weight_files(folder: Path) -> list[Path]:
     beside them are not read. Raises FileNotFoundError if one is missing, ValueError
     for a name that is not a plain file name: an index must not point elsewhere.
     """
-    index = folder / "model.safetensors.index.json"
+    index, single = (
+        folder / "model.safetensors.index.json",
+        folder / "model.safetensors",
+    )
     if not index.exists():
-        if not (folder / "model.safetensors").exists():
+        if not single.exists():
             raise FileNotFoundError(f"{folder}: no model.safetensors, and no index")
-        return [folder / "model.safetensors"]
+        return [single]
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index}: weight_map must be an object that names files")
     for name in weight_map.values():
-        if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+\.safetensors", name):
+        if not re.fullmatch(r"[\w.-]+\.safetensors", str(name)):
             wanted = "wanted plain names that end in .safetensors"
             raise ValueError(f"{index}: {wanted}, got {name!r:.80}")
     files = [folder / name for name in sorted(set(weight_map.values()))]
@@ -328,18 +321,18 @@ def weight_files(folder: Path) -> list[Path]:
     return files
 
 
-def header_bytes(file: Path) -> bytes:
-    """Return the beginning of a safetensors file, up to where the tensors begin."""
+def split_header(file: Path) -> tuple[bytes, dict]:
+    """Return the bytes before the tensors of a safetensors file, and their JSON."""
     size = file.stat().st_size
     with open(file, "rb") as stream:
         prefix = stream.read(8)
         if prefix == b"version ":  # https://git-lfs.github.com/spec/v1
-            raise ValueError(f"{file}: a git-lfs pointer, no weights; run git lfs pull")
+            raise ValueError("a git-lfs pointer, no weights; run git lfs pull")
         length, limit = int.from_bytes(prefix, "little"), 2_000_000 + size // 10
         if length > limit:
-            wanted = f"a header of at most {limit:,} bytes, got {length:,}"
-            raise ValueError(f"{file}: not a safetensors file: wanted {wanted}")
-        return prefix + stream.read(length)
+            raise ValueError(f"wanted a header of at most {limit:,}, got {length:,}")
+        header = stream.read(length)
+    return prefix + header, parse_json(header, JSON_VALUES + size // 100)
 
 
 def read_header(file: Path) -> list[TensorInfo]:
@@ -350,23 +343,22 @@ def read_header(file: Path) -> list[TensorInfo]:
     one is that the data is absent, and the file's size is checked here.
     Raises ValueError naming the file if it is not sound.
     """
-    size, header = file.stat().st_size, header_bytes(file)
     try:
-        entries = parse_json(header[8:], JSON_VALUES + size // 100)
+        header, entries = split_header(file)
         safetensors.deserialize(header)
     except (ValueError, safetensors.SafetensorError) as error:
         reason = str(error).removeprefix("Error while deserializing: ")
         if "not fully covered" not in reason:
             raise ValueError(f"{file}: not a safetensors file: {reason:.200}") from None
-    tensors, end = [], len(header)
+    tensors, size, end = [], file.stat().st_size, len(header)
     entries.pop("__metadata__", None)
     for name, entry in sorted(entries.items(), key=lambda e: e[1]["data_offsets"]):
         dtype, shape = entry["dtype"], tuple(entry["shape"])
-        if dtype not in DTYPES:
-            wanted = f"wanted {', '.join(DTYPES)}"
-            raise ValueError(f"{file}: {name} has dtype {dtype}, {wanted}")
-        if any(n >= 2**31 for n in shape):
-            raise ValueError(f"{file}: {name} has a shape beyond 2**31, {shape}")
+        if dtype not in DTYPES or any(n >= 2**31 for n in shape):
+            wanted = f"wanted {', '.join(DTYPES)} below 2**31"
+            raise ValueError(
+                f"{file}: {name} has dtype {dtype} {list(shape)}, {wanted}"
+            )
         start, end = (len(header) + offset for offset in entry["data_offsets"])
         tensors.append(TensorInfo(name, dtype, shape, file, start, end - start))
     if end != size:
@@ -376,8 +368,7 @@ def read_header(file: Path) -> list[TensorInfo]:
 
 def read_metadata(file: Path) -> dict[str, str]:
     """Return the texts that a sound safetensors file carries beside its tensors."""
-    limit = JSON_VALUES + file.stat().st_size // 100
-    return parse_json(header_bytes(file)[8:], limit).get("__metadata__", {})
+    return split_header(file)[1].get("__metadata__", {})
 
 
 def list_tensors(
@@ -388,20 +379,18 @@ def list_tensors(
     Raises ValueError for an unsound file, and for a name that stands in two files;
     given a list of problems, adds the errors to it and goes on with the next file.
     """
-    tensors, found = {}, []
+    tensors = {}
     for file in weight_files(folder):
         try:
             for info in read_header(file):
                 if info.name in tensors:
-                    files = f"{tensors[info.name].file.name} and {file.name}"
-                    raise ValueError(f"{folder}: {info.name} is in both {files}")
+                    both = f"{tensors[info.name].file.name} and {file.name}"
+                    raise ValueError(f"{folder}: {info.name} is in both {both}")
                 tensors[info.name] = info
         except (OSError, ValueError) as error:
-            found.append(error)
-    if found and problems is None:
-        raise found[0]
-    if found:
-        problems += found
+            if problems is None:
+                raise
+            problems.append(error)
     return tensors
 
 
@@ -552,11 +541,15 @@ def quantize(
 
 def scaling_number(scaling: dict, key: str, default: float | None = None) -> float:
     """Return a number of rope_scaling. Raises ValueError if it is not positive."""
-    value = scaling.get(key)
-    value = default if value is None else value
+    value = default if scaling.get(key) is None else scaling[key]
     if type(value) not in (int, float) or not 0 < value < 2**31:
         raise ValueError(f"rope_scaling: {key} must be positive, got {value!r:.80}")
     return value
+
+
+def ramp(x: float, low: float, high: float) -> float:
+    """Return 0 below low, 1 above high, and what lies on the line between."""
+    return min(max((x - low) / (high - low), 0.0), 1.0)
 
 
 def llama3_frequencies(frequencies: list[float], scaling: dict) -> list[float]:
@@ -572,8 +565,7 @@ def llama3_frequencies(frequencies: list[float], scaling: dict) -> list[float]:
     context = scaling_number(scaling, "original_max_position_embeddings")
     if low >= high:
         raise ValueError(f"rope_scaling: low_freq_factor {low} must be below {high}")
-    turns = [context * frequency / (2 * math.pi) for frequency in frequencies]
-    keep = [min(max((t - low) / (high - low), 0.0), 1.0) for t in turns]
+    keep = [ramp(context * f / (2 * math.pi), low, high) for f in frequencies]
     return [f * (k + (1 - k) / factor) for f, k in zip(frequencies, keep)]
 
 
@@ -586,32 +578,26 @@ def yarn_frequencies(
     turn beta_fast and beta_slow times; and queries and keys are scaled.
     Source: [7] section 3, as Hugging Face's modeling_rope_utils has it.
     """
-    half = len(frequencies)
-    factor = scaling_number(scaling, "factor")
-    context = scaling_number(scaling, "original_max_position_embeddings", max_position)
+    number, half = functools.partial(scaling_number, scaling), len(frequencies)
+    factor = number("factor")
+    context = number("original_max_position_embeddings", max_position)
     # The index (of 2 * half) whose pair turns `beta` times within the context.
     low, high = (
         half * math.log(context / (beta * 2 * math.pi)) / math.log(theta)
-        for beta in (
-            scaling_number(scaling, "beta_fast", 32),
-            scaling_number(scaling, "beta_slow", 1),
-        )
+        for beta in (number("beta_fast", 32), number("beta_slow", 1))
     )
     if scaling.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, 2 * half - 1)
-    width = high - low or 0.001
-    slow = [min(max((i - low) / width, 0.0), 1.0) for i in range(half)]
+    slow = [ramp(i, low, high if high != low else low + 0.001) for i in range(half)]
     slowed = [f * (1 - s + s / factor) for f, s in zip(frequencies, slow)]
     if scaling.get("attention_factor") is not None:
-        return slowed, scaling_number(scaling, "attention_factor")
-    log = math.log(max(factor, 1.0))
-    if scaling.get("mscale") and scaling.get("mscale_all_dim"):
-        over = 0.1 * scaling_number(scaling, "mscale") * log + 1
-        return slowed, over / (
-            0.1 * scaling_number(scaling, "mscale_all_dim") * log + 1
-        )
-    return slowed, 0.1 * log + 1
+        return slowed, number("attention_factor")
+    log, ratio = 0.1 * math.log(max(factor, 1.0)), ("mscale", "mscale_all_dim")
+    if all(map(scaling.get, ratio)):
+        over, under = (number(key) * log + 1 for key in ratio)
+        return slowed, over / under
+    return slowed, log + 1
 
 
 def rope_frequencies(
@@ -636,9 +622,8 @@ def rope_frequencies(
         return llama3_frequencies(frequencies, scaling), 1.0
     if kind == "yarn":
         return yarn_frequencies(frequencies, theta, max_position, scaling)
-    raise ValueError(
-        f"rope_type must be default, linear, llama3 or yarn, got {kind!r:.80}"
-    )
+    wanted = "default, linear, llama3 or yarn"
+    raise ValueError(f"rope_type must be {wanted}, got {kind!r:.80}")
 
 
 class RoPE:
@@ -660,21 +645,13 @@ class RoPE:
         frequencies, factor = rope_frequencies(head_dim, theta, max_position, scaling)
         # Dot products of queries and keys carry the factor twice.
         self.score_factor = factor**2
-        self.dims, self.traditional = head_dim, traditional
         # mx.fast.rope divides positions by its table. Made of numbers, it is not lazy:
         # a lazy array could be evaluated only in the thread that made it.
-        self.periods = mx.array([1 / f for f in frequencies], mx.float32)
+        periods = mx.array([1 / f for f in frequencies], mx.float32)
+        self.options = {"dims": head_dim, "traditional": traditional, "freqs": periods}
 
     def __call__(self, x: mx.array, offset: int = 0) -> mx.array:
-        return mx.fast.rope(
-            x,
-            self.dims,
-            traditional=self.traditional,
-            base=None,
-            scale=1.0,
-            offset=offset,
-            freqs=self.periods,
-        )
+        return mx.fast.rope(x, base=None, scale=1.0, offset=offset, **self.options)
 
 
 # -----------------------------------------------------------------------------
