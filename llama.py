@@ -1462,15 +1462,13 @@ def find_folder(model: str | Path) -> Path:
     if Path(model).is_dir():
         return Path(model)
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(model)):
-        raise FileNotFoundError(
-            f"{model}: no such folder, and not of the form org/name"
-        )
+        found = "no such folder, and not of the form org/name"
+        raise FileNotFoundError(f"{model}: {found}")
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    home = os.environ.get("HF_HOME") or Path(home, "huggingface")
-    hub = Path(os.environ.get("HF_HUB_CACHE") or Path(home, "hub"))
+    home = os.environ.get("HF_HOME") or f"{home}/huggingface"
+    hub = Path(os.environ.get("HF_HUB_CACHE") or f"{home}/hub")
     repo = hub / f"models--{str(model).replace('/', '--')}"
-    main = repo / "refs" / "main"
-    if main.is_file():
+    if (main := repo / "refs" / "main").is_file():
         snapshot = repo / "snapshots" / main.read_text().strip()
         if snapshot.is_dir():
             return snapshot
@@ -1488,22 +1486,25 @@ def build_model(args: ModelArgs, tensors: Mapping[str, TensorInfo]) -> Llama:
     entry of its own for it. Raises ValueError naming the layer that cannot be built.
     """
     model = Llama(replace(args, tie_word_embeddings="lm_head.weight" not in tensors))
-    settings = args.quantization or {}
-    swaps = []
+    usual, swaps = args.quantization or {}, []
     for path, layer in dense_layers(model):
-        if f"{path}.scales" in tensors:
-            own = settings.get(path)
-            own = own if isinstance(own, dict) else settings
-            if not own:
-                raise ValueError(f"{path} has scales, but config.json no quantization")
-            try:
-                numbers = own.get("group_size", 64), own.get("bits", 4)
-                layer = quantized_like(layer, *numbers, own.get("mode", "affine"))
-            except (TypeError, ValueError) as error:
-                raise ValueError(f"{path}: {error}") from None
-            swaps.append((path, layer))
+        if f"{path}.scales" not in tensors:
+            continue
+        own = usual[path] if isinstance(usual.get(path), dict) else usual
+        if not own:
+            raise ValueError(f"{path} has scales, but config.json no quantization")
+        settings = {"group_size": 64, "bits": 4, "mode": "affine"}
+        settings = {key: own.get(key, settings[key]) for key in settings}
+        try:
+            swaps.append((path, quantized_like(layer, **settings)))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path}: {error}") from None
     model.update_modules(tree_unflatten(swaps))
     return model
+
+
+# What a file may hold where a model has an array of a dtype.
+STORED_AS = {mx.float32: ("F32", "F16", "BF16"), mx.uint32: ("U32",), mx.uint8: ("U8",)}
 
 
 def mismatches(model: Llama, tensors: Mapping[str, TensorInfo]) -> list[str]:
@@ -1511,29 +1512,26 @@ def mismatches(model: Llama, tensors: Mapping[str, TensorInfo]) -> list[str]:
     wanted = dict(tree_flatten(model.parameters()))
     # Old checkpoints carry the rotary frequencies, which are computed here.
     found = {name for name in tensors if not name.endswith("rotary_emb.inv_freq")}
-    dtypes = {
-        mx.float32: ("F32", "F16", "BF16"),
-        mx.uint32: ("U32",),
-        mx.uint8: ("U8",),
-    }
     shapes = []
     for name in sorted(found & wanted.keys()):
-        info, array = tensors[name], wanted[name]
-        if info.shape != array.shape or info.dtype not in dtypes[array.dtype]:
+        info, shape, dtypes = (
+            tensors[name],
+            wanted[name].shape,
+            STORED_AS[wanted[name].dtype],
+        )
+        if info.shape != shape or info.dtype not in dtypes:
             got = f"{info.dtype} {list(info.shape)}"
-            want = f"{'/'.join(dtypes[array.dtype])} {list(array.shape)}"
-            shapes.append(f"{name} is {got}, wanted {want}")
+            shapes.append(f"{name} is {got}, wanted {'/'.join(dtypes)} {list(shape)}")
     kinds = {
         "missing": sorted(wanted.keys() - found),
         "unexpected": sorted(found - wanted.keys()),
         "not as config.json says": shapes,
     }
-    lines = []
-    for kind, names in kinds.items():
-        if names:
-            shown = ", ".join(names[:4]) + (", ..." if names[4:] else "")
-            lines.append(f"{len(names)} tensors {kind}: {shown}")
-    return lines
+    return [
+        f"{len(names)} tensors {kind}: {', '.join(names[:4])}{', ...' * (len(names) > 4)}"
+        for kind, names in kinds.items()
+        if names
+    ]
 
 
 def examine(
@@ -1552,9 +1550,9 @@ def examine(
         if not config.exists():
             raise FileNotFoundError(f"{folder}: no config.json")
         args = ModelArgs.from_dict(read_json(config))
-        if args.num_hidden_layers > max(len(tensors), 1000):  # do not even begin
+        if (layers := args.num_hidden_layers) > max(len(tensors), 1000):  # for ever
             found = f"there are {len(tensors)} tensors"
-            raise ValueError(f"num_hidden_layers is {args.num_hidden_layers}, {found}")
+            raise ValueError(f"num_hidden_layers is {layers}, {found}")
         model = build_model(args, tensors)
         if not problems and (wrong := mismatches(model, tensors)):
             problems.append(ValueError(f"{folder}: {'; '.join(wrong)}"))
@@ -1673,15 +1671,13 @@ def wired_memory(nbytes: int) -> Iterator[None]:
     is needed and 2 GB, at most what Metal recommends. Does nothing elsewhere.
     """
     limit = recommended_memory()
-    if limit is None:
-        yield
-        return
-    before = mx.set_wired_limit(min(limit, nbytes + 2_000_000_000))
+    before = limit and mx.set_wired_limit(min(limit, nbytes + 2_000_000_000))
     try:
         yield
     finally:
-        mx.synchronize()  # nothing may be running that counts on it
-        mx.set_wired_limit(before)
+        if limit:
+            mx.synchronize()  # nothing may be running that counts on it
+            mx.set_wired_limit(before)
 
 
 # -----------------------------------------------------------------------------
