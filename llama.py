@@ -876,14 +876,11 @@ LLAMA3_SPLIT = (
 )
 
 # tiktoken's regular expressions overflow their stack on a run of some 500,000 spaces,
-# so longer runs than this are cut.
-LONGEST_RUN = 65_536
-
-SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # how SentencePiece writes a space
-
+# so longer runs than this are cut; and one of 500,000 characters takes minutes.
+LONGEST_RUN, LONGEST_SPLIT = 65_536, 2000
 MOST_TOKENS = 262_144  # a larger vocabulary is not read
 EMPTY = 2**31  # rank of no text, over which tiktoken would panic if it had none
-LONGEST_SPLIT = 2000  # characters of a split's regular expression; Llama 3's has 119
+SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # how SentencePiece writes a space
 
 
 @dataclass(frozen=True)
@@ -906,29 +903,32 @@ def split_pattern(pre_tokenizer: dict) -> str:
     Raises ValueError for what it cannot express, rather than guess: a wrong split would
     only show as slightly worse text.
     """
-    steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
-    first, last = steps[0], steps[-1]
-    kinds = [step.get("type") for step in steps]
-    if kinds[-1] == "ByteLevel" and not last.get("add_prefix_space"):
-        if last.get("use_regex", True):
-            if kinds == ["ByteLevel"]:
-                return GPT2_SPLIT
-            if kinds == ["Digits", "ByteLevel"]:
-                # Digits are cut out first, so text ends before one as at its end.
-                digits = r"\p{N}" if first.get("individual_digits") else r"\p{N}+"
-                rest = GPT2_SPLIT.replace(r"| ?\p{N}+", "")
-                return digits + "|" + rest.replace(r"(?!\S)", r"(?![^\s\p{N}])")
-        elif kinds == ["Split", "ByteLevel"]:
-            pattern, behavior = first["pattern"], first.get("behavior")
+    *steps, last = pre_tokenizer.get("pretokenizers") or [pre_tokenizer]
+    match [*steps, {"add_prefix_space": False, "use_regex": True} | last]:
+        case [{"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}]:
+            return GPT2_SPLIT
+        case [
+            {"type": "Digits", "individual_digits": alone},
+            {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True},
+        ]:
+            # Digits are cut out first, so text ends before one as at its end.
+            rest = GPT2_SPLIT.replace(r"| ?\p{N}+", "")
+            rest = rest.replace(r"(?!\S)", r"(?![^\s\p{N}])")
+            return (r"\p{N}|" if alone else r"\p{N}+|") + rest
+        case [
+            {"type": "Split", "pattern": pattern, "behavior": behavior} as split,
+            {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
+        ] if (behavior, split.get("invert", False)) in SPLITS_INTO_PIECES:
             regex = pattern.get("Regex", re.escape(pattern.get("String", "")))
-            if len(regex) > LONGEST_SPLIT:  # it would take minutes and gigabytes
+            if len(regex) > LONGEST_SPLIT:
                 raise ValueError(f"a split of {len(regex):,} characters")
-            # Matches are pieces, and so is the text between them, which tiktoken
-            # would drop: a run of what does not begin a match.
-            kept = {"Isolated": False, "Removed": True}.get(behavior)
-            if kept is first.get("invert", False):
-                return f"{regex}|(?:(?!{regex})(?s:.))+"
+            # tiktoken would drop the text between: a run of what begins no match.
+            return f"{regex}|(?:(?!{regex})(?s:.))+"
     raise ValueError(f"unknown pre_tokenizer {json.dumps(pre_tokenizer):.200}")
+
+
+# Behavior and invert of a Split whose matches are pieces, as is the text between them.
+SPLITS_INTO_PIECES = (("Isolated", False), ("Removed", True))
 
 
 def byte_level(spec: dict, vocab: dict[str, int], merged: list[str]) -> Vocabulary:
@@ -942,19 +942,20 @@ def byte_level(spec: dict, vocab: dict[str, int], merged: list[str]) -> Vocabula
     others = [b for b in range(256) if b not in printable]
     byte_of = {b: b for b in printable} | {256 + n: b for n, b in enumerate(others)}
     pieces = [chr(code) for code in byte_of] + merged
-    if spec["model"].get("ignore_merges"):
-        pieces += sorted(vocab, key=vocab.get)  # also whole words that no merge makes
-    pieces = list(dict.fromkeys(pieces))
     if missing := [piece for piece in pieces[:256] if piece not in vocab]:
         raise ValueError(f"the vocabulary lacks the bytes {missing}")
-    ranks = {p.translate(byte_of).encode("latin-1"): n for n, p in enumerate(pieces)}
-    ids = [vocab[piece] for piece in pieces]
+    if spec["model"].get("ignore_merges"):
+        pieces += sorted(vocab, key=vocab.get)  # also whole words that no merge makes
+    ids = {p.translate(byte_of).encode("latin-1"): vocab[p] for p in pieces}
     form = (spec.get("normalizer") or {}).get("type")
     if form not in (None, "NFC", "NFD", "NFKC", "NFKD"):
         raise ValueError(f"unknown normalizer {form!r:.80}")
-    split = split_pattern(spec.get("pre_tokenizer") or {})
     return Vocabulary(
-        ranks, split, [(i,) for i in ids], dict(zip(ids, ranks)), form=form
+        ranks={piece: n for n, piece in enumerate(ids)},
+        split=split_pattern(spec.get("pre_tokenizer") or {}),
+        ids=[(i,) for i in ids.values()],
+        text={i: piece for piece, i in ids.items()},
+        form=form,
     )
 
 
@@ -968,8 +969,8 @@ def byte_fallback(spec: dict, vocab: dict[str, int], merged: list[str]) -> Vocab
     byte_ids = [vocab.get(f"<0x{b:02X}>") for b in range(256)]
     if None in byte_ids:
         raise ValueError(f"the vocabulary lacks <0x{byte_ids.index(None):02X}>")
-    pieces = [bytes([b]) for b in range(256)]
     characters = [piece.encode() for piece in vocab if len(piece) == 1]
+    pieces = [bytes([b]) for b in range(256)]
     pieces += [c[:end] for c in characters for end in range(2, len(c))]
     pieces += characters + [piece.encode() for piece in merged]
     ranks = {piece: n for n, piece in enumerate(dict.fromkeys(pieces))}
@@ -993,21 +994,6 @@ def byte_fallback(spec: dict, vocab: dict[str, int], merged: list[str]) -> Vocab
     return Vocabulary(ranks, pattern, ids, text, SPACE, prefix)
 
 
-def rank_file(file: Path, tokens: int) -> Vocabulary:
-    """Return the vocabulary of Meta's tokenizer.model: lines of base64 and rank."""
-    lines = read_bounded(file, 40 * tokens).splitlines()
-    try:
-        pairs = [line.split() for line in lines]
-        ranks = {base64.b64decode(token): int(rank) for token, rank in pairs}
-    except ValueError:
-        wanted = "wanted lines of base64 and rank; a SentencePiece model is not read"
-        raise ValueError(f"{file}: {wanted}, it needs its tokenizer.json") from None
-    if sorted(ranks.values()) != list(range(len(pairs))):
-        raise ValueError(f"{file}: wanted the ranks 0 to {len(pairs) - 1}, each once")
-    text = {rank: token for token, rank in ranks.items()}
-    return Vocabulary(ranks, LLAMA3_SPLIT, [(n,) for n in range(len(text))], text)
-
-
 def read_vocabulary(spec: dict) -> Vocabulary:
     """Return the vocabulary that a tokenizer.json describes.
 
@@ -1017,7 +1003,7 @@ def read_vocabulary(spec: dict) -> Vocabulary:
     # "a b" before tokenizers 0.20, ["a", "b"] since
     merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
     extras = ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
-    if model.get("type") != "BPE" or any(model.get(key) for key in extras):
+    if model.get("type") != "BPE" or any(map(model.get, extras)):
         raise ValueError(f"wanted plain BPE, got type {model.get('type')!r:.80}")
     if not merges:
         raise ValueError("no merges")
@@ -1029,6 +1015,49 @@ def read_vocabulary(spec: dict) -> Vocabulary:
         raise ValueError("the ids of the vocabulary must be whole numbers, each once")
     kind = byte_fallback if model.get("byte_fallback") else byte_level
     return kind(spec, vocab, merged)
+
+
+def rank_file(file: Path, tokens: int) -> Vocabulary:
+    """Return the vocabulary of Meta's tokenizer.model: lines of base64 and rank."""
+    lines = read_bounded(file, 40 * tokens).splitlines()
+    try:
+        pairs = [line.split() for line in lines]
+        ranks = {base64.b64decode(token): int(rank) for token, rank in pairs}
+    except ValueError:
+        wanted = "wanted lines of base64 and rank; a SentencePiece model is not read"
+        raise ValueError(f"{file}: {wanted}, it needs its tokenizer.json") from None
+    if sorted(ranks.values()) != list(range(len(lines))):
+        raise ValueError(f"{file}: wanted the ranks 0 to {len(lines) - 1}, each once")
+    text = {rank: token for token, rank in ranks.items()}
+    return Vocabulary(ranks, LLAMA3_SPLIT, [(n,) for n in range(len(text))], text)
+
+
+# The control tokens behind the ranks of Meta's tokenizer.model: their places among 256.
+LLAMA3_TOKENS = {"<|begin_of_text|>": 0, "<|end_of_text|>": 1, "<|eom_id|>": 8}
+LLAMA3_TOKENS |= {"<|start_header_id|>": 6, "<|end_header_id|>": 7, "<|eot_id|>": 9}
+
+
+def read_tokenizer(
+    folder: Path, tokens: int
+) -> tuple[Vocabulary, list[dict], str | None]:
+    """Return a folder's vocabulary, its added tokens, as tokenizer.json has them, and
+    the one that is put before every text, if any. tokens: how many there may be."""
+    file, ranks = folder / "tokenizer.json", folder / "tokenizer.model"
+    if file.exists():
+        spec = read_json(file, tokens=tokens)
+        post = spec.get("post_processor") or {}
+        parts = [step.get("single") for step in post.get("processors", [post])]
+        starts = [part[0].get("SpecialToken") for part in parts if part]
+        first = next((start["id"] for start in starts if start), None)
+        return read_vocabulary(spec), spec.get("added_tokens") or [], first
+    if not ranks.exists():
+        raise FileNotFoundError(f"{folder}: no tokenizer.json and no tokenizer.model")
+    vocabulary = rank_file(ranks, tokens)
+    added = [
+        {"content": name, "id": len(vocabulary.ranks) + n, "special": True}
+        for name, n in LLAMA3_TOKENS.items()
+    ]
+    return vocabulary, added, "<|begin_of_text|>"
 
 
 @dataclass(frozen=True)
@@ -1050,39 +1079,25 @@ class ChatFormat:
     strip: tuple[str, ...] = ()  # roles whose contents lose the white space around
 
 
-def header(role: str) -> str:
-    return f"<|start_header_id|>{role}<|end_header_id|>\n\n"
-
-
-LLAMA3 = ChatFormat(
-    system=header("system") + "{}<|eot_id|>",
-    user=header("user") + "{}<|eot_id|>",
-    reply=header("assistant"),
-    assistant="{}<|eot_id|>",
-    bos=True,
-    strip=("system", "user", "assistant"),
-)
+ROLES = ("system", "user", "assistant")
+HEADER = "<|start_header_id|>%s<|end_header_id|>\n\n"
 DATES = "Cutting Knowledge Date: December 2023\nToday Date: {date}\n\n"
-LLAMA31 = {"system": header("system") + DATES + "{}<|eot_id|>", "default_system": ""}
-MISTRAL = ChatFormat(
-    system="{}\n\n",
-    system_in="last",
-    user="[INST] {}[/INST]",
-    assistant=" {}{eos}",
-    bos=True,
-    strip=("assistant",),
-)
-MISTRAL1 = {"user": "[INST] {} [/INST]", "assistant": "{}{eos}"}
 CHAT_FORMATS = {
-    "llama3": LLAMA3,
-    "llama3.1": replace(LLAMA3, **LLAMA31),
+    "llama3": ChatFormat(
+        system=HEADER % "system" + "{}<|eot_id|>",
+        user=HEADER % "user" + "{}<|eot_id|>",
+        reply=HEADER % "assistant",
+        assistant="{}<|eot_id|>",
+        bos=True,
+        strip=ROLES,
+    ),
     # Every exchange of Llama 2 opens with a BOS, as a document of its own.
     "llama2": ChatFormat(
         system="<<SYS>>\n{}\n<</SYS>>\n\n",
         system_in="first",
         user="{bos}[INST] {} [/INST]",
         assistant=" {} {eos}",
-        strip=("system", "user", "assistant"),
+        strip=ROLES,
     ),
     "chatml": ChatFormat(
         system="<|im_start|>system\n{}<|im_end|>\n",
@@ -1096,8 +1111,37 @@ CHAT_FORMATS = {
         reply="<|assistant|>\n",
         assistant="{}{eos}\n",
     ),
-    "mistral-v3": MISTRAL,
-    "mistral": replace(MISTRAL, system_in="first", strip=(), **MISTRAL1),
+    "mistral": ChatFormat(
+        system="{}\n\n",
+        system_in="first",
+        user="[INST] {} [/INST]",
+        assistant="{}{eos}",
+        bos=True,
+    ),
+    "mistral-v3": ChatFormat(
+        system="{}\n\n",
+        system_in="last",
+        user="[INST] {}[/INST]",
+        assistant=" {}{eos}",
+        bos=True,
+        strip=("assistant",),
+    ),
+}
+CHAT_FORMATS["llama3.1"] = replace(
+    CHAT_FORMATS["llama3"],
+    system=HEADER % "system" + DATES + "{}<|eot_id|>",
+    default_system="",
+)
+
+# What the template of a family, and of none before it, has in its text.
+FAMILIES = {
+    "llama3.1": ("<|start_header_id|>", "Cutting Knowledge Date"),
+    "llama3": ("<|start_header_id|>",),
+    "chatml": ("<|im_start|>",),
+    "zephyr": ("<|assistant|>", "eos_token"),
+    "llama2": ("<<SYS>>",),
+    "mistral": ("'[INST] ' + message['content'] + ' [/INST]'",),
+    "mistral-v3": ("'[INST] ' + message['content'] + '[/INST]'",),
 }
 
 
@@ -1107,27 +1151,36 @@ def recognise_format(template: str) -> tuple[str | None, ChatFormat | None]:
     Templates are never run: what tells the families apart is looked for in their text.
     """
     template = template.replace('"', "'").replace("\\n", "\n")
-    name, changes = None, {"bos": "bos_token" in template}
-    if "<|start_header_id|>" in template:
-        name = "llama3.1" if "Cutting Knowledge Date" in template else "llama3"
-        fixed = re.search(r"date_string = '(\d\d? \w{3} \d{4})'", template)
-        if fixed and "strftime_now" not in template:
-            changes["date"] = fixed[1]
-    elif "<|im_start|>" in template:
-        name = "chatml"
-        default = re.search(r"<\|im_start\|>system\n([^'{}]+)<\|im_end\|>", template)
-        changes["default_system"] = default and default[1]
-    elif "<|assistant|>" in template and "eos_token" in template:
-        name = "zephyr"
-    elif "<<SYS>>" in template:
-        name, changes = "llama2", {}
-    elif "'[INST] ' + message['content'] + ' [/INST]'" in template:
-        name = "mistral"
-        if "eos_token + ' '" in template:  # 7B-Instruct-v0.1
-            changes["assistant"] = "{}{eos} "
-    elif "'[INST] ' + message['content'] + '[/INST]'" in template:
-        name = "mistral-v3"
-    return name, name and replace(CHAT_FORMATS[name], **changes)
+    for name, marks in FAMILIES.items():
+        if all(mark in template for mark in marks):
+            break
+    else:
+        return None, None
+    changes = {"bos": "bos_token" in template and name != "llama2"}
+    fixed = re.search(r"date_string = '(\d\d? \w{3} \d{4})'", template)
+    if fixed and "strftime_now" not in template:
+        changes["date"] = fixed[1]
+    if own := re.search(r"<\|im_start\|>system\n([^'{}]+)<\|im_end\|>", template):
+        changes["default_system"] = own[1]
+    if name == "mistral" and "eos_token + ' '" in template:  # 7B-Instruct-v0.1
+        changes["assistant"] = "{}{eos} "
+    return name, replace(CHAT_FORMATS[name], **changes)
+
+
+def read_format(folder: Path, settings: dict) -> tuple[str | None, ChatFormat | None]:
+    """Return the name and the format of a folder's chat template.
+
+    (None, None) if it has none, ("unknown", None) if it is not known.
+    """
+    jinja, file = settings.get("chat_template"), folder / "chat_template.jinja"
+    if file.exists():
+        jinja = read_bounded(file, JSON_BYTES).decode()
+    if isinstance(jinja, list):  # several, by name
+        jinja = {entry["name"]: entry["template"] for entry in jinja}["default"]
+    if jinja is None:
+        return None, None
+    name, chat_format = recognise_format(jinja)
+    return name or "unknown", chat_format
 
 
 def arrange(messages: list[dict], chat: ChatFormat) -> list[tuple[str, str]]:
@@ -1138,7 +1191,7 @@ def arrange(messages: list[dict], chat: ChatFormat) -> list[tuple[str, str]]:
     turns = [(message.get("role"), message.get("content")) for message in messages]
     roles = [role for role, _ in turns]
     for n, (role, content) in enumerate(turns):
-        if role not in ("system", "user", "assistant") or (role == "system" and n):
+        if role not in ROLES or (role == "system" and n):
             wanted = "system (first only), user or assistant"
             raise ValueError(f"message {n}: role must be {wanted}, got {role!r:.80}")
         if not isinstance(content, str):
@@ -1148,7 +1201,7 @@ def arrange(messages: list[dict], chat: ChatFormat) -> list[tuple[str, str]]:
     system = turns.pop(0)[1] if roles[0] == "system" else chat.default_system
     if chat.system_in is None:
         return turns if system is None else [("system", system), *turns]
-    if any(role != ("user", "assistant")[n % 2] for n, (role, _) in enumerate(turns)):
+    if any(role != ROLES[1 + n % 2] for n, (role, _) in enumerate(turns)):
         raise ValueError(f"user and assistant must alternate, got roles {roles}")
     if system is not None:
         n = 0 if chat.system_in == "first" else -1
@@ -1178,97 +1231,30 @@ class TextStream:
         return self._decoder.decode(b"", True)
 
 
-# Names that end a reply wherever they are control tokens: folders often name only one
-# of the ids that their model was trained to stop with.
-STOP_NAMES = ("<|eot_id|>", "<|eom_id|>", "<|end_of_text|>")
-STOP_NAMES += ("<|im_end|>", "<|endoftext|>", "</s>")
-
-# The control tokens behind the ranks of Meta's tokenizer.model: their places among 256.
-LLAMA3_TOKENS = {"<|begin_of_text|>": 0, "<|end_of_text|>": 1, "<|eom_id|>": 8}
-LLAMA3_TOKENS |= {"<|start_header_id|>": 6, "<|end_header_id|>": 7, "<|eot_id|>": 9}
-
-# What, in a chat format, is a control token. Mistral's [INST] is one since version 3.
-CONTROL = re.compile(
-    r"(<\|(?:start_header_id|end_header_id|eot_id|im_start|im_end)\|>"
-    r"|\[/?INST\]|\{bos\}|\{eos\})"
-)
-
-
-def read_tokenizer(
-    folder: Path, tokens: int
-) -> tuple[Vocabulary, list[dict], str | None]:
-    """Return a folder's vocabulary, its added tokens, as tokenizer.json has them, and
-    the one that is put before every text, if any. tokens: how many there may be."""
-    file, ranks = folder / "tokenizer.json", folder / "tokenizer.model"
-    if file.exists():
-        spec = read_json(file, tokens=tokens)
-        try:
-            vocabulary = read_vocabulary(spec)
-        except ValueError as error:
-            raise ValueError(f"{file}: {error}") from None
-        steps = spec.get("post_processor") or {}
-        for step in steps.get("processors", [steps]):
-            for part in (step.get("single") or [])[:1]:
-                if "SpecialToken" in part:
-                    first = part["SpecialToken"]["id"]
-                    return vocabulary, spec.get("added_tokens") or [], first
-        return vocabulary, spec.get("added_tokens") or [], None
-    if not ranks.exists():
-        raise FileNotFoundError(f"{folder}: no tokenizer.json and no tokenizer.model")
-    vocabulary = rank_file(ranks, tokens)
-    added = [
-        {"content": name, "id": len(vocabulary.ranks) + n, "special": True}
-        for name, n in LLAMA3_TOKENS.items()
-    ]
-    return vocabulary, added, "<|begin_of_text|>"
-
-
-def read_format(folder: Path, settings: dict) -> tuple[str | None, ChatFormat | None]:
-    """Return the name and the format of a folder's chat template.
-
-    (None, None) if it has none, ("unknown", None) if it is not known.
-    """
-    jinja = settings.get("chat_template")
-    if (folder / "chat_template.jinja").exists():
-        jinja = read_bounded(folder / "chat_template.jinja", JSON_BYTES).decode()
-    if isinstance(jinja, list):  # several, by name
-        jinja = {entry["name"]: entry["template"] for entry in jinja}["default"]
-    if jinja is None:
-        return None, None
-    name, chat_format = recognise_format(jinja)
-    return name or "unknown", chat_format
-
-
 def tokenizer_settings(folder: Path, template: str | None) -> dict:
     """Return Tokenizer's arguments, gathered from the files of a folder."""
-
-    def read(name: str, *, tokens: int = 0) -> dict:
-        path = folder / f"{name}.json"
-        return read_json(path, tokens=tokens) if path.exists() else {}
-
-    config, generation = read("config"), read("generation_config")
+    paths = [folder / f"{name}.json" for name in ("config", "generation_config")]
+    config, generation = (read_json(path) if path.exists() else {} for path in paths)
     # A vocabulary may be as large as the embedding: rows of at least 16 bytes.
     weights = [file for file in folder.glob("*.safetensors") if file.is_file()]
     rows = sum(file.stat().st_size for file in weights) // 16 or MOST_TOKENS
     tokens = min(rows, config.get("vocab_size", rows), MOST_TOKENS)
-    settings = read("tokenizer_config", tokens=tokens)
+    path = folder / "tokenizer_config.json"
+    settings = read_json(path, tokens=tokens) if path.exists() else {}
     vocabulary, added, first = read_tokenizer(folder, tokens)
     special = {token["content"]: token["id"] for token in added}
-    bos, eos = (
-        special.get(token["content"] if isinstance(token, dict) else token)
-        for token in (settings.get("bos_token", first), settings.get("eos_token"))
-    )
-    bos = config.get("bos_token_id") if bos is None else bos
-    stops = [eos]
-    for stop in (config.get("eos_token_id"), generation.get("eos_token_id")):
-        stops += stop if isinstance(stop, list) else [stop]
-    stops = [stop for stop in stops if stop is not None]
-    ids = [*special.values(), *stops, *([] if bos is None else [bos])]
+    named = (settings.get("bos_token", first), settings.get("eos_token"))
+    bos, eos = (special.get(t["content"] if isinstance(t, dict) else t) for t in named)
+    bos, stops = config.get("bos_token_id") if bos is None else bos, [eos]
+    for ids in (config.get("eos_token_id"), generation.get("eos_token_id")):
+        stops += ids if isinstance(ids, list) else [ids]
+    stops = [i for i in stops if i is not None]
+    ids = [*special.values(), *stops, 0 if bos is None else bos]
     if not all(type(i) is int and 0 <= i < 2**31 for i in ids):
-        raise ValueError(f"{folder}: token ids must be whole numbers, got {ids!r:.200}")
+        raise ValueError(f"token ids must be whole numbers, got {ids!r:.200}")
     size, rows = max(vocabulary.text) + 1, config.get("vocab_size", math.inf)
     if size > rows:
-        raise ValueError(f"{folder}: the tokenizer has {size} ids, the model {rows}")
+        raise ValueError(f"the tokenizer has {size} ids, the model {rows}")
     chat_format = CHAT_FORMATS.get(template)
     if template is None:
         template, chat_format = read_format(folder, settings)
@@ -1284,6 +1270,18 @@ def tokenizer_settings(folder: Path, template: str | None) -> dict:
         "chat_format": chat_format,
         "source": str(folder),
     }
+
+
+# Names that end a reply wherever they are control tokens: folders often name only one
+# of the ids that their model was trained to stop with.
+STOP_NAMES = ("<|eot_id|>", "<|eom_id|>", "<|end_of_text|>")
+STOP_NAMES += ("<|im_end|>", "<|endoftext|>", "</s>")
+
+# What, in a chat format, is a control token. Mistral's [INST] is one since version 3.
+CONTROL = re.compile(
+    r"(<\|(?:start_header_id|end_header_id|eot_id|im_start|im_end)\|>"
+    r"|\[/?INST\]|\{bos\}|\{eos\})"
+)
 
 
 @dataclass(eq=False)
@@ -1302,17 +1300,15 @@ class Tokenizer:
     source: str = "this tokenizer"  # in messages
 
     def __post_init__(self):
-        special = self.special_tokens
-        names = [name for name in STOP_NAMES if name in special]
-        self.stop_tokens = {*self.stop_tokens, *(special[name] for name in names)}
+        special, own = self.special_tokens, self.vocabulary
+        self.stop_tokens = {*self.stop_tokens}
+        self.stop_tokens |= {special[name] for name in STOP_NAMES if name in special}
         self.bos_prefix = [self.bos] if self.adds_bos and self.bos is not None else []
-        self._text = self.vocabulary.text | dict.fromkeys(special.values(), b"")
+        self._text = own.text | dict.fromkeys(special.values(), b"")
         self._text |= {special[name]: name.encode() for name in self.visible}
+        ranks = own.ranks | {b"": EMPTY}
         self._bpe = tiktoken.Encoding(
-            "llama.py",
-            pat_str=self.vocabulary.split,
-            mergeable_ranks=self.vocabulary.ranks | {b"": EMPTY},
-            special_tokens={},
+            "llama.py", pat_str=own.split, mergeable_ranks=ranks, special_tokens={}
         )
 
     @classmethod
@@ -1324,18 +1320,17 @@ class Tokenizer:
         template: a name in CHAT_FORMATS, used whatever the folder says.
         Raises FileNotFoundError or ValueError naming the file at fault.
         """
-        folder = Path(folder)
         if template not in (None, *CHAT_FORMATS):
             names = ", ".join(CHAT_FORMATS)
             raise ValueError(f"template must be one of {names}, got {template!r:.80}")
         try:
-            return cls(**tokenizer_settings(folder, template))
-        except ValueError as error:
-            where = "" if str(folder) in str(error) else f"{folder}: tokenizer: "
-            raise ValueError(f"{where}{error}") from None
-        except (AttributeError, IndexError, KeyError, TypeError) as error:
+            return cls(**tokenizer_settings(Path(folder), template))
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            if str(folder) in str(error):
+                raise
             # A part of another type than it should be; which one, the error says.
-            raise ValueError(f"{folder}: tokenizer files: {error!r}") from error
+            found = error if isinstance(error, ValueError) else repr(error)
+            raise ValueError(f"{folder}: tokenizer files: {found}") from error
 
     def encode(self, text: str, *, first: bool = True) -> list[int]:
         """Return the ids of ordinary text: never a special id, and no BOS.
@@ -1343,27 +1338,26 @@ class Tokenizer:
         first: whether the text begins a document; SentencePiece-style vocabularies
         put a space before it then, so that its first word is a word like any other.
         """
-        vocabulary, space = self.vocabulary, self.vocabulary.space
-        if vocabulary.form:
-            text = unicodedata.normalize(vocabulary.form, text)
-        text = text.replace(" ", space)
-        missing = vocabulary.prefix == "always" or not text.startswith(space)
-        if first and text and vocabulary.prefix is not None and missing:
-            text = space + text
-        cuts = []
+        own = self.vocabulary
+        text = unicodedata.normalize(own.form, text) if own.form else text
+        text = text.replace(" ", own.space)
+        if first and text and own.prefix is not None:
+            if own.prefix == "always" or not text.startswith(own.space):
+                text = own.space + text
+        cuts = [0]
         if len(text) > LONGEST_RUN:
             for run in re.finditer(r"\s+", text):
                 cuts += range(run.start() + LONGEST_RUN, run.end(), LONGEST_RUN)
-        pieces = (text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)]))
-        # encode_ordinary would do, but panics, which Rust prints, where this raises.
-        encode = functools.partial(self._bpe.encode, disallowed_special=())
-        try:
-            ranks = [*itertools.chain.from_iterable(map(encode, pieces))]
-        except ValueError as error:
-            raise ValueError(f"{self.source}: the split fails: {error}") from None
+        ranks = []
+        for start, end in zip(cuts, [*cuts[1:], None]):
+            try:
+                # encode_ordinary panics, which Rust prints, where this raises.
+                ranks += self._bpe.encode(text[start:end], disallowed_special=())
+            except ValueError as error:
+                raise ValueError(f"{self.source}: the split fails: {error}") from None
         if EMPTY in ranks:
             raise ValueError(f"{self.source}: the split fails: it matches no text")
-        return [i for rank in ranks for i in vocabulary.ids[rank]]
+        return [i for rank in ranks for i in own.ids[rank]]
 
     def encode_chat(
         self,
@@ -1379,7 +1373,8 @@ class Tokenizer:
         other ids than the cache holds.
         Raises ValueError for messages out of order, or where no format is known.
         """
-        chat = self.require_format()
+        chat, replies = self.require_format(), replies or {}
+        date = chat.date or datetime.date.today().strftime("%d %b %Y")
         # Parts are text or ids. None: a reply begins here, and what precedes it is
         # encoded on its own, exactly as when the reply had not been written.
         parts = [[self.bos]] if chat.bos and self.bos is not None else []
@@ -1387,13 +1382,11 @@ class Tokenizer:
             before, after = getattr(chat, role).split("{}")
             if role == "assistant":
                 parts += [*self._parts(chat.reply), None]
-                if content in (replies or {}):
+                if content in replies:
                     parts += [replies[content], *self._parts(after.lstrip(" "))]
                     continue
-            if role == "system" and "{date}" in before:
-                date = chat.date or datetime.date.today().strftime("%d %b %Y")
-                before = before.replace("{date}", date)
             content = content.strip() if role in chat.strip else content
+            before = before.replace("{date}", date)
             parts += [*self._parts(before), content, *self._parts(after)]
         return self._join([*parts, *self._parts(chat.reply)])
 
