@@ -218,16 +218,14 @@ class ModelArgs:
 
         Raises ValueError naming the keys and values that this file cannot honour.
         """
+        config = {"quantization": config.get("quantization_config")} | config
         wrong = [
             f"{key} must be {json.dumps(known[0])}, got {config.get(key)!r:.80}"
             for key, known in SUPPORTED.items()
             if config.get(key) not in known
         ]
         values = {entry.name: config.get(entry.name) for entry in fields(cls)}
-        values["quantization"] = config.get(
-            "quantization", config.get("quantization_config")
-        )
-        values = {k: v for k, v in values.items() if v is not None}
+        values = {name: value for name, value in values.items() if value is not None}
         required = (entry.name for entry in fields(cls) if entry.default is MISSING)
         wrong += [f"{name} is missing" for name in required if name not in values]
         if wrong:
@@ -903,32 +901,29 @@ def split_pattern(pre_tokenizer: dict) -> str:
     Raises ValueError for what it cannot express, rather than guess: a wrong split would
     only show as slightly worse text.
     """
-    *steps, last = pre_tokenizer.get("pretokenizers") or [pre_tokenizer]
-    match [*steps, {"add_prefix_space": False, "use_regex": True} | last]:
-        case [{"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}]:
-            return GPT2_SPLIT
-        case [
-            {"type": "Digits", "individual_digits": alone},
-            {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True},
-        ]:
-            # Digits are cut out first, so text ends before one as at its end.
-            rest = GPT2_SPLIT.replace(r"| ?\p{N}+", "")
-            rest = rest.replace(r"(?!\S)", r"(?![^\s\p{N}])")
-            return (r"\p{N}|" if alone else r"\p{N}+|") + rest
-        case [
-            {"type": "Split", "pattern": pattern, "behavior": behavior} as split,
-            {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
-        ] if (behavior, split.get("invert", False)) in SPLITS_INTO_PIECES:
-            regex = pattern.get("Regex", re.escape(pattern.get("String", "")))
-            if len(regex) > LONGEST_SPLIT:
-                raise ValueError(f"a split of {len(regex):,} characters")
-            # tiktoken would drop the text between: a run of what begins no match.
-            return f"{regex}|(?:(?!{regex})(?s:.))+"
+    steps = pre_tokenizer.get("pretokenizers") or [pre_tokenizer]
+    first, last = steps[0], {"add_prefix_space": False, "use_regex": True} | steps[-1]
+    kinds = [last["use_regex"], *(step.get("type") for step in steps)]
+    # Matches of these are pieces, and so is the text between them.
+    whole = (first.get("behavior"), first.get("invert", False))
+    whole = whole in (("Isolated", False), ("Removed", True))
+    if last["add_prefix_space"]:
+        pass
+    elif kinds == [True, "ByteLevel"]:
+        return GPT2_SPLIT
+    elif kinds == [True, "Digits", "ByteLevel"]:
+        # Digits are cut out first, so text ends before one as at its end.
+        digits = r"\p{N}" if first.get("individual_digits") else r"\p{N}+"
+        rest = GPT2_SPLIT.replace(r"| ?\p{N}+", "")
+        return digits + "|" + rest.replace(r"(?!\S)", r"(?![^\s\p{N}])")
+    elif kinds == [False, "Split", "ByteLevel"] and whole:
+        regex = first["pattern"].get("Regex")
+        regex = re.escape(first["pattern"]["String"]) if regex is None else regex
+        if len(regex) > LONGEST_SPLIT:
+            raise ValueError(f"a split of {len(regex):,} characters")
+        # tiktoken would drop the text between: a run of what begins no match.
+        return f"{regex}|(?:(?!{regex})(?s:.))+"
     raise ValueError(f"unknown pre_tokenizer {json.dumps(pre_tokenizer):.200}")
-
-
-# Behavior and invert of a Split whose matches are pieces, as is the text between them.
-SPLITS_INTO_PIECES = (("Isolated", False), ("Removed", True))
 
 
 def byte_level(spec: dict, vocab: dict[str, int], merged: list[str]) -> Vocabulary:
@@ -1017,24 +1012,28 @@ def read_vocabulary(spec: dict) -> Vocabulary:
     return kind(spec, vocab, merged)
 
 
-def rank_file(file: Path, tokens: int) -> Vocabulary:
-    """Return the vocabulary of Meta's tokenizer.model: lines of base64 and rank."""
-    lines = read_bounded(file, 40 * tokens).splitlines()
-    try:
-        pairs = [line.split() for line in lines]
-        ranks = {base64.b64decode(token): int(rank) for token, rank in pairs}
-    except ValueError:
-        wanted = "wanted lines of base64 and rank; a SentencePiece model is not read"
-        raise ValueError(f"{file}: {wanted}, it needs its tokenizer.json") from None
-    if sorted(ranks.values()) != list(range(len(lines))):
-        raise ValueError(f"{file}: wanted the ranks 0 to {len(lines) - 1}, each once")
-    text = {rank: token for token, rank in ranks.items()}
-    return Vocabulary(ranks, LLAMA3_SPLIT, [(n,) for n in range(len(text))], text)
-
-
 # The control tokens behind the ranks of Meta's tokenizer.model: their places among 256.
 LLAMA3_TOKENS = {"<|begin_of_text|>": 0, "<|end_of_text|>": 1, "<|eom_id|>": 8}
 LLAMA3_TOKENS |= {"<|start_header_id|>": 6, "<|end_header_id|>": 7, "<|eot_id|>": 9}
+
+
+def rank_file(file: Path, tokens: int) -> tuple[Vocabulary, list[dict], str]:
+    """Return what read_tokenizer does of Meta's tokenizer.model: lines of base64 and
+    rank."""
+    lines = read_bounded(file, 40 * tokens).splitlines()
+    try:
+        pairs = [line.split() for line in lines]
+        text = {int(rank): base64.b64decode(token) for token, rank in pairs}
+    except ValueError:
+        wanted = "wanted lines of base64 and rank; a SentencePiece model is not read"
+        raise ValueError(f"{file}: {wanted}, it needs its tokenizer.json") from None
+    ranks, V = {token: rank for rank, token in text.items()}, len(lines)
+    if sorted(ranks.values()) != list(range(V)):
+        raise ValueError(f"{file}: wanted the ranks 0 to {V - 1}, each once")
+    names = LLAMA3_TOKENS.items()
+    added = [{"content": name, "id": V + n, "special": True} for name, n in names]
+    ids = [(rank,) for rank in range(V)]
+    return Vocabulary(ranks, LLAMA3_SPLIT, ids, text), added, "<|begin_of_text|>"
 
 
 def read_tokenizer(
@@ -1043,21 +1042,17 @@ def read_tokenizer(
     """Return a folder's vocabulary, its added tokens, as tokenizer.json has them, and
     the one that is put before every text, if any. tokens: how many there may be."""
     file, ranks = folder / "tokenizer.json", folder / "tokenizer.model"
-    if file.exists():
-        spec = read_json(file, tokens=tokens)
-        post = spec.get("post_processor") or {}
-        parts = [step.get("single") for step in post.get("processors", [post])]
-        starts = [part[0].get("SpecialToken") for part in parts if part]
-        first = next((start["id"] for start in starts if start), None)
-        return read_vocabulary(spec), spec.get("added_tokens") or [], first
-    if not ranks.exists():
-        raise FileNotFoundError(f"{folder}: no tokenizer.json and no tokenizer.model")
-    vocabulary = rank_file(ranks, tokens)
-    added = [
-        {"content": name, "id": len(vocabulary.ranks) + n, "special": True}
-        for name, n in LLAMA3_TOKENS.items()
-    ]
-    return vocabulary, added, "<|begin_of_text|>"
+    if not file.exists():
+        if not ranks.exists():
+            names = "no tokenizer.json and no tokenizer.model"
+            raise FileNotFoundError(f"{folder}: {names}")
+        return rank_file(ranks, tokens)
+    spec = read_json(file, tokens=tokens)
+    post = spec.get("post_processor") or {}
+    parts = [step.get("single") for step in post.get("processors", [post])]
+    starts = [part[0].get("SpecialToken") for part in parts if part]
+    first = next((start["id"] for start in starts if start), None)
+    return read_vocabulary(spec), spec.get("added_tokens") or [], first
 
 
 @dataclass(frozen=True)
@@ -1080,17 +1075,20 @@ class ChatFormat:
 
 
 ROLES = ("system", "user", "assistant")
-HEADER = "<|start_header_id|>%s<|end_header_id|>\n\n"
+
+
+def by_role(turn: str, **other) -> ChatFormat:
+    """Return the format that writes all messages alike, {role} being whose it is."""
+    system, user, assistant = (turn.replace("{role}", role) for role in ROLES)
+    reply, end = assistant.split("{}")
+    return ChatFormat(user, "{}" + end, reply, system, **other)
+
+
+LLAMA3 = "<|start_header_id|>{role}<|end_header_id|>\n\n{}<|eot_id|>"
 DATES = "Cutting Knowledge Date: December 2023\nToday Date: {date}\n\n"
+MISTRAL = {"system": "{}\n\n", "bos": True}
 CHAT_FORMATS = {
-    "llama3": ChatFormat(
-        system=HEADER % "system" + "{}<|eot_id|>",
-        user=HEADER % "user" + "{}<|eot_id|>",
-        reply=HEADER % "assistant",
-        assistant="{}<|eot_id|>",
-        bos=True,
-        strip=ROLES,
-    ),
+    "llama3": by_role(LLAMA3, bos=True, strip=ROLES),
     # Every exchange of Llama 2 opens with a BOS, as a document of its own.
     "llama2": ChatFormat(
         system="<<SYS>>\n{}\n<</SYS>>\n\n",
@@ -1099,37 +1097,20 @@ CHAT_FORMATS = {
         assistant=" {} {eos}",
         strip=ROLES,
     ),
-    "chatml": ChatFormat(
-        system="<|im_start|>system\n{}<|im_end|>\n",
-        user="<|im_start|>user\n{}<|im_end|>\n",
-        reply="<|im_start|>assistant\n",
-        assistant="{}<|im_end|>\n",
-    ),
-    "zephyr": ChatFormat(
-        system="<|system|>\n{}{eos}\n",
-        user="<|user|>\n{}{eos}\n",
-        reply="<|assistant|>\n",
-        assistant="{}{eos}\n",
-    ),
-    "mistral": ChatFormat(
-        system="{}\n\n",
-        system_in="first",
-        user="[INST] {} [/INST]",
-        assistant="{}{eos}",
-        bos=True,
-    ),
+    "chatml": by_role("<|im_start|>{role}\n{}<|im_end|>\n"),
+    "zephyr": by_role("<|{role}|>\n{}{eos}\n"),
+    "mistral": ChatFormat("[INST] {} [/INST]", "{}{eos}", system_in="first", **MISTRAL),
     "mistral-v3": ChatFormat(
-        system="{}\n\n",
+        "[INST] {}[/INST]",
+        " {}{eos}",
         system_in="last",
-        user="[INST] {}[/INST]",
-        assistant=" {}{eos}",
-        bos=True,
         strip=("assistant",),
+        **MISTRAL,
     ),
 }
 CHAT_FORMATS["llama3.1"] = replace(
     CHAT_FORMATS["llama3"],
-    system=HEADER % "system" + DATES + "{}<|eot_id|>",
+    system=LLAMA3.replace("{role}", "system").replace("{}", DATES + "{}"),
     default_system="",
 )
 
@@ -1341,13 +1322,12 @@ class Tokenizer:
         own = self.vocabulary
         text = unicodedata.normalize(own.form, text) if own.form else text
         text = text.replace(" ", own.space)
-        if first and text and own.prefix is not None:
-            if own.prefix == "always" or not text.startswith(own.space):
-                text = own.space + text
+        missing = own.prefix == "always" or not text.startswith(own.space)
+        if first and text and own.prefix is not None and missing:
+            text = own.space + text
         cuts = [0]
-        if len(text) > LONGEST_RUN:
-            for run in re.finditer(r"\s+", text):
-                cuts += range(run.start() + LONGEST_RUN, run.end(), LONGEST_RUN)
+        for run in re.finditer(r"\s+", text):
+            cuts += range(run.start() + LONGEST_RUN, run.end(), LONGEST_RUN)
         ranks = []
         for start, end in zip(cuts, [*cuts[1:], None]):
             try:
