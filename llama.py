@@ -903,22 +903,21 @@ def split_pattern(pre_tokenizer: dict) -> str:
     """
     steps = pre_tokenizer.get("pretokenizers") or [pre_tokenizer]
     first, last = steps[0], {"add_prefix_space": False, "use_regex": True} | steps[-1]
-    kinds = [last["use_regex"], *(step.get("type") for step in steps)]
-    # Matches of these are pieces, and so is the text between them.
-    whole = (first.get("behavior"), first.get("invert", False))
-    whole = whole in (("Isolated", False), ("Removed", True))
-    if last["add_prefix_space"]:
-        pass
-    elif kinds == [True, "ByteLevel"]:
+    kinds = [last["add_prefix_space"], last["use_regex"]]
+    kinds += [step.get("type") for step in steps]
+    if kinds == [False, True, "ByteLevel"]:
         return GPT2_SPLIT
-    elif kinds == [True, "Digits", "ByteLevel"]:
+    if kinds == [False, True, "Digits", "ByteLevel"]:
         # Digits are cut out first, so text ends before one as at its end.
         digits = r"\p{N}" if first.get("individual_digits") else r"\p{N}+"
         rest = GPT2_SPLIT.replace(r"| ?\p{N}+", "")
         return digits + "|" + rest.replace(r"(?!\S)", r"(?![^\s\p{N}])")
-    elif kinds == [False, "Split", "ByteLevel"] and whole:
-        regex = first["pattern"].get("Regex")
-        regex = re.escape(first["pattern"]["String"]) if regex is None else regex
+    # Inverted or not, its matches must be pieces, and so must the text between.
+    wanted = {"Isolated": False, "Removed": True}.get(first.get("behavior"))
+    whole = wanted is first.get("invert", False)
+    if kinds == [False, False, "Split", "ByteLevel"] and whole:
+        pattern = first["pattern"]
+        regex = pattern.get("Regex", re.escape(pattern.get("String", "")))
         if len(regex) > LONGEST_SPLIT:
             raise ValueError(f"a split of {len(regex):,} characters")
         # tiktoken would drop the text between: a run of what begins no match.
@@ -984,7 +983,8 @@ def byte_fallback(spec: dict, vocab: dict[str, int], merged: list[str]) -> Vocab
         rules = {"always": "missing", "first": "start", "never": None}
         prefix, words = rules[split["prepend_scheme"]], split.get("split", True)
     else:
-        raise ValueError(f"unknown normalizer {normalizer} and pre_tokenizer {split}")
+        found = f"normalizer {normalizer!r:.200} and pre_tokenizer {split!r:.200}"
+        raise ValueError(f"unknown {found}")
     pattern = f"{SPACE}[^{SPACE}]*|[^{SPACE}]+" if words else r"(?s:.+)"
     return Vocabulary(ranks, pattern, ids, text, SPACE, prefix)
 
