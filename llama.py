@@ -106,18 +106,22 @@ def read_bounded(path: Path, limit: int) -> bytes:
     return path.read_bytes()
 
 
-def parse_json(data: bytes, limit: int) -> dict:
-    """Return the JSON object in bytes. Raises ValueError if they hold none, or more
-    values than `limit`, which are counted before they are made."""
+def parse_json(data: bytes, limit: int, source: object) -> dict:
+    """Return the JSON object in bytes.
+
+    Raises ValueError naming the source if they hold none, or more values than `limit`,
+    which are counted before they are made.
+    """
     values = sum(map(data.count, (b",", b":", b"[", b"{")))
     if values > limit:
-        raise ValueError(f"{values:,} values, wanted at most {limit:,}")
+        raise ValueError(f"{source}: {values:,} values, wanted at most {limit:,}")
     try:
         value = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"not valid JSON: {error}") from None
+        raise ValueError(f"{source}: not valid JSON: {error}") from None
     if not isinstance(value, dict):
-        raise ValueError(f"wanted a JSON object, got {type(value).__name__}")
+        got = type(value).__name__
+        raise ValueError(f"{source}: wanted a JSON object, got {got}")
     return value
 
 
@@ -127,10 +131,7 @@ def read_json(path: Path, *, tokens: int = 0) -> dict:
     Raises ValueError if it holds none, or more than belongs to a model.
     """
     data = read_bounded(path, JSON_BYTES + tokens * BYTES_PER_TOKEN)
-    try:
-        return parse_json(data, JSON_VALUES + tokens * VALUES_PER_TOKEN)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+    return parse_json(data, JSON_VALUES + tokens * VALUES_PER_TOKEN, path)
 
 
 # What config.json may say where it is not a matter of size; the first is the usual.
@@ -298,39 +299,36 @@ def weight_files(folder: Path) -> list[Path]:
     beside them are not read. Raises FileNotFoundError if one is missing, ValueError
     for a name that is not a plain file name: an index must not point elsewhere.
     """
-    index, single = (
-        folder / "model.safetensors.index.json",
-        folder / "model.safetensors",
-    )
-    if not index.exists():
-        if not single.exists():
-            raise FileNotFoundError(f"{folder}: no model.safetensors, and no index")
-        return [single]
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f"{index}: weight_map must be an object that names files")
-    for name in weight_map.values():
-        if not re.fullmatch(r"[\w.-]+\.safetensors", str(name)):
-            wanted = "wanted plain names that end in .safetensors"
-            raise ValueError(f"{index}: {wanted}, got {name!r:.80}")
-    files = [folder / name for name in sorted(set(weight_map.values()))]
-    if missing := ", ".join(file.name for file in files if not file.exists()):
-        raise FileNotFoundError(f"{folder}: download incomplete? missing {missing}")
-    return files
+    index, weight_map = folder / "model.safetensors.index.json", None
+    if index.exists():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ValueError(f"{index}: weight_map must be an object that names files")
+        for name in weight_map.values():
+            if not re.fullmatch(r"[\w.-]+\.safetensors", str(name)):
+                wanted = "wanted plain names that end in .safetensors"
+                raise ValueError(f"{index}: {wanted}, got {name!r:.80}")
+    names = sorted(set(weight_map.values())) if weight_map else ["model.safetensors"]
+    if missing := [name for name in names if not (folder / name).exists()]:
+        found = f"no {', '.join(missing)}; download incomplete?"
+        raise FileNotFoundError(f"{folder}: {found}")
+    return [folder / name for name in names]
 
 
 def split_header(file: Path) -> tuple[bytes, dict]:
-    """Return the bytes before the tensors of a safetensors file, and their JSON."""
-    size = file.stat().st_size
+    """Return the bytes before the tensors of a safetensors file, and their JSON, which
+    may grow with the file, as a session's does. Raises ValueError naming the file."""
+    size, unsound = file.stat().st_size, f"{file}: not a safetensors file"
     with open(file, "rb") as stream:
         prefix = stream.read(8)
         if prefix == b"version ":  # https://git-lfs.github.com/spec/v1
-            raise ValueError("a git-lfs pointer, no weights; run git lfs pull")
+            raise ValueError(f"{file}: a git-lfs pointer, no weights; run git lfs pull")
         length, limit = int.from_bytes(prefix, "little"), 2_000_000 + size // 10
         if length > limit:
-            raise ValueError(f"wanted a header of at most {limit:,}, got {length:,}")
+            wanted = f"a header of at most {limit:,} bytes, got {length:,}"
+            raise ValueError(f"{unsound}: wanted {wanted}")
         header = stream.read(length)
-    return prefix + header, parse_json(header, JSON_VALUES + size // 100)
+    return prefix + header, parse_json(header, JSON_VALUES + size // 100, unsound)
 
 
 def read_header(file: Path) -> list[TensorInfo]:
@@ -341,10 +339,10 @@ def read_header(file: Path) -> list[TensorInfo]:
     one is that the data is absent, and the file's size is checked here.
     Raises ValueError naming the file if it is not sound.
     """
+    header, entries = split_header(file)
     try:
-        header, entries = split_header(file)
         safetensors.deserialize(header)
-    except (ValueError, safetensors.SafetensorError) as error:
+    except safetensors.SafetensorError as error:
         reason = str(error).removeprefix("Error while deserializing: ")
         if "not fully covered" not in reason:
             raise ValueError(f"{file}: not a safetensors file: {reason:.200}") from None
@@ -353,10 +351,9 @@ def read_header(file: Path) -> list[TensorInfo]:
     for name, entry in sorted(entries.items(), key=lambda e: e[1]["data_offsets"]):
         dtype, shape = entry["dtype"], tuple(entry["shape"])
         if dtype not in DTYPES or any(n >= 2**31 for n in shape):
-            wanted = f"wanted {', '.join(DTYPES)} below 2**31"
-            raise ValueError(
-                f"{file}: {name} has dtype {dtype} {list(shape)}, {wanted}"
-            )
+            wanted = f"wanted {', '.join(DTYPES)}, sizes below 2**31"
+            got = f"{name} has dtype {dtype}, shape {list(shape)}"
+            raise ValueError(f"{file}: {got}; {wanted}")
         start, end = (len(header) + offset for offset in entry["data_offsets"])
         tensors.append(TensorInfo(name, dtype, shape, file, start, end - start))
     if end != size:
