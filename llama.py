@@ -1233,9 +1233,8 @@ def tokenizer_settings(folder: Path, template: str | None) -> dict:
     size, rows = max(vocabulary.text) + 1, config.get("vocab_size", math.inf)
     if size > rows:
         raise ValueError(f"the tokenizer has {size} ids, the model {rows}")
-    chat_format = CHAT_FORMATS.get(template)
-    if template is None:
-        template, chat_format = read_format(folder, settings)
+    own = read_format(folder, settings) if template is None else None
+    template, chat_format = own or (template, CHAT_FORMATS[template])
     return {
         "vocabulary": vocabulary,
         "special_tokens": special,
@@ -1298,17 +1297,19 @@ class Tokenizer:
         template: a name in CHAT_FORMATS, used whatever the folder says.
         Raises FileNotFoundError or ValueError naming the file at fault.
         """
+        folder = Path(folder)
         if template not in (None, *CHAT_FORMATS):
             names = ", ".join(CHAT_FORMATS)
             raise ValueError(f"template must be one of {names}, got {template!r:.80}")
         try:
-            return cls(**tokenizer_settings(Path(folder), template))
-        except (AttributeError, LookupError, TypeError, ValueError) as error:
-            if str(folder) in str(error):
-                raise
+            return cls(**tokenizer_settings(folder, template))
+        except ValueError as error:
+            where = f"{folder}: tokenizer files: "
+            where = "" if str(error).startswith(str(folder)) else where
+            raise ValueError(f"{where}{error}") from None
+        except (AttributeError, LookupError, TypeError) as error:
             # A part of another type than it should be; which one, the error says.
-            found = error if isinstance(error, ValueError) else repr(error)
-            raise ValueError(f"{folder}: tokenizer files: {found}") from error
+            raise ValueError(f"{folder}: tokenizer files: {error!r}") from error
 
     def encode(self, text: str, *, first: bool = True) -> list[int]:
         """Return the ids of ordinary text: never a special id, and no BOS.
@@ -1484,14 +1485,10 @@ def mismatches(model: Llama, tensors: Mapping[str, TensorInfo]) -> list[str]:
     found = {name for name in tensors if not name.endswith("rotary_emb.inv_freq")}
     shapes = []
     for name in sorted(found & wanted.keys()):
-        info, shape, dtypes = (
-            tensors[name],
-            wanted[name].shape,
-            STORED_AS[wanted[name].dtype],
-        )
-        if info.shape != shape or info.dtype not in dtypes:
-            got = f"{info.dtype} {list(info.shape)}"
-            shapes.append(f"{name} is {got}, wanted {'/'.join(dtypes)} {list(shape)}")
+        info, shape = tensors[name], wanted[name].shape
+        if info.shape != shape or info.dtype not in STORED_AS[wanted[name].dtype]:
+            want = f"{'/'.join(STORED_AS[wanted[name].dtype])} {list(shape)}"
+            shapes.append(f"{name} is {info.dtype} {list(info.shape)}, wanted {want}")
     kinds = {
         "missing": sorted(wanted.keys() - found),
         "unexpected": sorted(found - wanted.keys()),
@@ -1520,7 +1517,7 @@ def examine(
         if not config.exists():
             raise FileNotFoundError(f"{folder}: no config.json")
         args = ModelArgs.from_dict(read_json(config))
-        if (layers := args.num_hidden_layers) > max(len(tensors), 1000):  # for ever
+        if (layers := args.num_hidden_layers) > max(len(tensors), 1000):  # do not begin
             found = f"there are {len(tensors)} tensors"
             raise ValueError(f"num_hidden_layers is {layers}, {found}")
         model = build_model(args, tensors)

@@ -1562,6 +1562,16 @@ def test_vocabularies_that_are_not_understood_are_refused(change, error, tmp_pat
     assert str(tmp_path) in str(caught.value)
 
 
+def test_a_folder_of_a_short_name_is_named_too(tmp_path, monkeypatch):
+    """Wherever its letters stand in an error already."""
+    monkeypatch.chdir(tmp_path)
+    changes = ({"added_tokens": [{"id": 3}]}, {"model": {"merges": []}})
+    for change, error in zip(changes, ("KeyError", "no merges"), strict=True):
+        folder = write_tokenizer(Path("e"), small_spec(**change))
+        with pytest.raises(ValueError, match=f"^e: tokenizer files: {error}"):
+            llama.Tokenizer.from_folder(f"./{folder}")
+
+
 @pytest.mark.parametrize(
     ("step", "text", "pieces"),
     [
