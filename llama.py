@@ -872,7 +872,7 @@ LLAMA3_SPLIT = (
 
 # tiktoken's regular expressions overflow their stack on a run of some 500,000 spaces,
 # so longer runs than this are cut; and one of 500,000 characters takes minutes.
-LONGEST_RUN, LONGEST_SPLIT = 65_536, 2000
+LONGEST_RUN, LONGEST_SPLIT = 65_536, 500
 MOST_TOKENS = 262_144  # a larger vocabulary is not read
 EMPTY = 2**31  # rank of no text, over which tiktoken would panic if it had none
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # how SentencePiece writes a space
@@ -915,8 +915,10 @@ def split_pattern(pre_tokenizer: dict) -> str:
     if kinds == [False, False, "Split", "ByteLevel"] and whole:
         pattern = first["pattern"]
         regex = pattern.get("Regex", re.escape(pattern.get("String", "")))
-        if len(regex) > LONGEST_SPLIT:
-            raise ValueError(f"a split of {len(regex):,} characters")
+        size, counts = len(regex), len(re.findall(r"\{\d", regex))
+        if size > LONGEST_SPLIT or counts > 2:  # compiled, these swell
+            found = f"{size:,} characters and {counts} counted repeats"
+            raise ValueError(f"the split's {found} are too many")
         # tiktoken would drop the text between: a run of what begins no match.
         return f"{regex}|(?:(?!{regex})(?s:.))+"
     raise ValueError(f"unknown pre_tokenizer {json.dumps(pre_tokenizer):.200}")
