@@ -1021,17 +1021,17 @@ def rank_file(file: Path, tokens: int) -> tuple[Vocabulary, list[dict], str]:
     rank."""
     lines = read_bounded(file, 40 * tokens).splitlines()
     try:
-        pairs = [line.split() for line in lines]
+        pairs = map(bytes.split, lines)
         text = {int(rank): base64.b64decode(token) for token, rank in pairs}
     except ValueError:
         wanted = "wanted lines of base64 and rank; a SentencePiece model is not read"
         raise ValueError(f"{file}: {wanted}, it needs its tokenizer.json") from None
-    ranks, V = {token: rank for rank, token in text.items()}, len(lines)
-    if sorted(ranks.values()) != list(range(V)):
-        raise ValueError(f"{file}: wanted the ranks 0 to {V - 1}, each once")
-    names = LLAMA3_TOKENS.items()
-    added = [{"content": name, "id": V + n, "special": True} for name, n in names]
-    ids = [(rank,) for rank in range(V)]
+    ranks, size = {token: rank for rank, token in text.items()}, len(lines)
+    if sorted(ranks.values()) != list(range(size)):
+        raise ValueError(f"{file}: wanted the ranks 0 to {size - 1}, each once")
+    places = LLAMA3_TOKENS.items()
+    added = [{"content": t, "id": size + n, "special": True} for t, n in places]
+    ids = [(rank,) for rank in range(size)]
     return Vocabulary(ranks, LLAMA3_SPLIT, ids, text), added, "<|begin_of_text|>"
 
 
@@ -1372,13 +1372,12 @@ class Tokenizer:
 
     def require_format(self) -> ChatFormat:
         """Return the chat format. Raises ValueError if there is none."""
-        if self.chat_format is None:
-            found = "is a base model, it has no chat template"
-            if self.template is not None:
-                found = "has a chat template that is not known here"
-            advice = f"use --raw, or --template with one of {', '.join(CHAT_FORMATS)}"
-            raise ValueError(f"{self.source} {found}: {advice}")
-        return self.chat_format
+        if self.chat_format is not None:
+            return self.chat_format
+        base = "is a base model, it has no chat template"
+        found = "has a chat template that is not known here" if self.template else base
+        advice = f"use --raw, or --template with one of {', '.join(CHAT_FORMATS)}"
+        raise ValueError(f"{self.source} {found}: {advice}")
 
     def _parts(self, text: str) -> list[str | list[int]]:
         """Return a piece of a chat format as text, and ids of control tokens."""
