@@ -1538,6 +1538,14 @@ def test_ignore_merges_takes_a_whole_word_that_no_merge_makes(ignore, tmp_path):
     assert ids == ([300] if ignore else [vocab["x"], vocab["y"]])
 
 
+def test_two_spellings_of_a_piece_do_not_shift_the_text_of_others(tmp_path):
+    """A plain space stands for itself, as U+0120, its usual spelling, does."""
+    vocab = small_spec()["model"]["vocab"] | {" ": 300, "xy": 301}
+    spec = small_spec(model={"vocab": vocab, "ignore_merges": True})
+    own = llama.Tokenizer.from_folder(write_tokenizer(tmp_path, spec))
+    assert own.decode(own.encode("xy")) == own.decode([301]) == "xy"
+
+
 @pytest.mark.parametrize(
     ("change", "error"),
     [
@@ -3415,6 +3423,31 @@ def test_json_made_to_swell_takes_little_memory(name, size, folder, tmp_path, ca
             with within(5, whole * 3 // 2 + 50_000_000):
                 assert llama.main(words) in (0, 1)
             assert "Traceback" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("claim", [2**18, 2**31, None])
+def test_a_vocabulary_is_no_larger_than_the_weights_have_room_for(
+    claim, folder, tmp_path
+):
+    """Whatever config.json claims, or where it says nothing."""
+    spoilt = shutil.copytree(folder, tmp_path / "m")
+    config = json.loads((spoilt / "config.json").read_text()) | {"vocab_size": claim}
+    config = config if claim else without(config, "vocab_size")
+    (spoilt / "config.json").write_text(json.dumps(config))
+    file = spoilt / "tokenizer.json"
+    file.write_bytes(swollen(file.read_bytes(), '"ab",', 4_000_000))
+    with pytest.raises(ValueError, match=r"tokenizer\.json: .* values, wanted at most"):
+        llama.Tokenizer.from_folder(spoilt)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model", "chat_template.jinja"])
+def test_other_files_of_a_tokenizer_have_limits_too(name, folder, tmp_path):
+    spoilt = shutil.copytree(folder, tmp_path / "m")
+    if name == "tokenizer.model":
+        (spoilt / "tokenizer.json").unlink()
+    (spoilt / name).write_bytes(b"AA== 0\n" * 1_000_000)
+    with pytest.raises(ValueError, match=rf"{name}: 7,000,000 bytes, wanted at most"):
+        llama.Tokenizer.from_folder(spoilt)
 
 
 # What tiktoken, asked in another way, panics over: Rust then prints lines of its own.
