@@ -443,6 +443,17 @@ def test_a_file_without_a_json_object_is_refused_by_name(tmp_path, content):
         llama.read_json(tmp_path / "config.json")
 
 
+def test_json_as_large_as_the_largest_vocabularies_have_it_is_read(tmp_path):
+    """262,144 tokens and 500,000 merges, as pairs, one word to a line."""
+    vocab = {f"{n:x}": n for n in range(262_144)}
+    merges = [["Ġthe", f"{n:x}"] for n in range(500_000)]
+    spec = {"model": {"vocab": vocab, "merges": merges}}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec, indent=2))
+    assert llama.read_json(tmp_path / "tokenizer.json", tokens=262_144) == spec
+    with pytest.raises(ValueError, match=r"tokenizer\.json: .* wanted at most"):
+        llama.read_json(tmp_path / "tokenizer.json", tokens=32_000)
+
+
 # The counts that the models' publisher reports.
 PUBLISHED = {"1b": 1_235_814_400, "3b": 3_212_749_824, "8b": 8_030_261_248}
 PUBLISHED |= {"70b": 70_553_706_496, "405b": 405_853_388_800}
@@ -556,6 +567,18 @@ def test_a_damaged_file_is_refused_with_a_value_error_or_not_at_all(tmp_path):
 def test_safetensors_still_says_what_read_header_waits_for():
     with pytest.raises(safetensors.SafetensorError, match="not fully covered"):
         safetensors.deserialize(file_of(ONE))
+
+
+def test_a_header_of_405b_quantized_is_read(tmp_path):
+    layers = range(llama.PRESETS["405b"].num_hidden_layers)
+    parts = [f"self_attn.{name}_proj" for name in "qkvo"]
+    parts += ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "input_layernorm"]
+    names = [f"model.layers.{n}.{part}" for n in layers for part in parts]
+    kinds = ("weight", "scales", "biases")
+    header = {
+        f"{name}.{kind}": entry("F32", [0], 0, 0) for name in names for kind in kinds
+    }
+    assert len(llama.read_header(written(tmp_path, file_of(header)))) == len(header)
 
 
 def test_a_missing_shard_is_named(tmp_path):
@@ -1544,6 +1567,14 @@ def test_ignore_merges_takes_a_whole_word_that_no_merge_makes(ignore, tmp_path):
     assert ids == ([300] if ignore else [vocab["x"], vocab["y"]])
 
 
+def test_two_spellings_of_a_piece_do_not_shift_the_text_of_others(tmp_path):
+    """A plain space stands for itself, as U+0120, its usual spelling, does."""
+    vocab = small_spec()["model"]["vocab"] | {" ": 300, "xy": 301}
+    spec = small_spec(model={"vocab": vocab, "ignore_merges": True})
+    own = llama.Tokenizer.from_folder(write_tokenizer(tmp_path, spec))
+    assert own.decode(own.encode("xy")) == own.decode([301]) == "xy"
+
+
 @pytest.mark.parametrize(
     ("change", "error"),
     [
@@ -1566,6 +1597,16 @@ def test_vocabularies_that_are_not_understood_are_refused(change, error, tmp_pat
     with pytest.raises(ValueError, match=error) as caught:
         llama.Tokenizer.from_folder(folder)
     assert str(tmp_path) in str(caught.value)
+
+
+def test_a_folder_of_a_short_name_is_named_too(tmp_path, monkeypatch):
+    """Wherever its letters stand in an error already."""
+    monkeypatch.chdir(tmp_path)
+    changes = ({"added_tokens": [{"id": 3}]}, {"model": {"merges": []}})
+    for change, error in zip(changes, ("KeyError", "no merges"), strict=True):
+        folder = write_tokenizer(Path("e"), small_spec(**change))
+        with pytest.raises(ValueError, match=f"^e: tokenizer files: {error}"):
+            llama.Tokenizer.from_folder(f"./{folder}")
 
 
 @pytest.mark.parametrize(
@@ -3431,8 +3472,23 @@ def places(value: object) -> Iterator[tuple[dict | list, object]]:
             yield from places(value[key])
 
 
+# A few bytes of JSON that become many in memory, to be repeated.
+SWELLING = ("[],", "{},", '{"":0},', '"ab",', "0.5,", '["ab","cd"],')
+SWELLING += ("[" * 900 + "]" * 900 + ",", '{"":' * 900 + "0" + "}" * 900 + ",")
+
+
+def swollen(data: bytes, unit: str, size: int) -> bytes:
+    """A JSON object with an entry more: a list of `unit`, again and again."""
+    entry = ', "swollen": [' + unit * (size // len(unit)) + "0]}"
+    return data.rstrip()[:-1] + entry.encode()
+
+
 def mutated_json(data: bytes, rng: random.Random) -> bytes:
-    """JSON with a value replaced, removed, doubled or moved, or nested too deep."""
+    """JSON with a value replaced, removed, doubled or moved, nested too deep, or
+    swollen."""
+    if rng.random() < 0.1:
+        size = rng.choice((100_000, 1_000_000, 4_000_000, 20_000_000))
+        return swollen(data, rng.choice(SWELLING), size)
     value = json.loads(data)
     found = list(places(value))
     # Vocabularies have thousands of places; the rest should be met as often.
@@ -3580,19 +3636,83 @@ def test_a_spoilt_folder_is_used_or_refused_in_one_line(
     assert refused > cases // 2
 
 
-def test_a_split_that_tiktoken_cannot_run_is_an_error(tmp_path):
-    pattern = {"Regex": "(?=a)"}
-    step = {
-        "type": "Split",
-        "pattern": pattern,
-        "behavior": "Isolated",
-        "invert": False,
-    }
+@pytest.mark.parametrize("size", [1_000_000, 4_900_000, 50_000_000])
+@pytest.mark.parametrize(
+    "name",
+    ["config", "generation_config", "tokenizer_config", "tokenizer"]
+    + ["model.safetensors.index", "model"],
+)
+def test_json_made_to_swell_takes_little_memory(name, size, folder, tmp_path, capfd):
+    """Whether it is then used or refused."""
+    spoilt = shutil.copytree(folder, tmp_path / "m")
+    write_index(spoilt, {"a": "model.safetensors"})
+    file = spoilt / (f"{name}.json" if name != "model" else "model.safetensors")
+    sound = file.read_bytes() if file.exists() else b'{"top_k": 5}'
+    at = 8 + int.from_bytes(sound[:8], "little")
+    for unit in SWELLING:
+        if name == "model":
+            header = swollen(sound[8:at], unit, size)
+            file.write_bytes(file_of(header, sound[at:]))
+        else:
+            file.write_bytes(swollen(sound, unit, size))
+        whole = sum(part.stat().st_size for part in spoilt.iterdir())
+        talk = ["chat", str(spoilt), "--raw", "--prompt", "x", "--max-tokens", "1"]
+        for words in (["inspect", str(spoilt)], talk):
+            with within(5, whole * 3 // 2 + 50_000_000):
+                assert llama.main(words) in (0, 1)
+            assert "Traceback" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("claim", [2**18, 2**31, None])
+def test_a_vocabulary_is_no_larger_than_the_weights_have_room_for(
+    claim, folder, tmp_path
+):
+    """Whatever config.json claims, or where it says nothing."""
+    spoilt = shutil.copytree(folder, tmp_path / "m")
+    config = json.loads((spoilt / "config.json").read_text()) | {"vocab_size": claim}
+    config = config if claim else without(config, "vocab_size")
+    (spoilt / "config.json").write_text(json.dumps(config))
+    file = spoilt / "tokenizer.json"
+    file.write_bytes(swollen(file.read_bytes(), '"ab",', 4_000_000))
+    with pytest.raises(ValueError, match=r"tokenizer\.json: .* values, wanted at most"):
+        llama.Tokenizer.from_folder(spoilt)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model", "chat_template.jinja"])
+def test_other_files_of_a_tokenizer_have_limits_too(name, folder, tmp_path):
+    spoilt = shutil.copytree(folder, tmp_path / "m")
+    if name == "tokenizer.model":
+        (spoilt / "tokenizer.json").unlink()
+    (spoilt / name).write_bytes(b"AA== 0\n" * 1_000_000)
+    with pytest.raises(ValueError, match=rf"{name}: 7,000,000 bytes, wanted at most"):
+        llama.Tokenizer.from_folder(spoilt)
+
+
+# What tiktoken, asked in another way, panics over: Rust then prints lines of its own.
+UNFIT_SPLITS = [
+    ("(?=a)", "it matches no text"),
+    (r"\b", "it matches no text"),
+    ("(?:a|aa)+$(?<!a)", "Max limit for backtracking"),
+    ("(?:" * 100, "Pattern too deeply nested"),
+    (r"\p{L}{1000}", "error building NFA"),
+    ("(?=a)" * 100_000, "the split's 500,000 characters"),
+    (r"(?=\p{L}{60})" * 30, "30 counted repeats"),  # 230 MB
+]
+
+
+@pytest.mark.parametrize(("regex", "words"), UNFIT_SPLITS)
+def test_a_split_that_tiktoken_cannot_run_is_told_in_one_line(
+    regex, words, folder, tmp_path
+):
+    spoilt = shutil.copytree(folder, tmp_path / "m")
+    step = {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated"}
     last = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
-    spec = small_spec(pre_tokenizer={"type": "Sequence", "pretokenizers": [step, last]})
-    broken = llama.Tokenizer.from_folder(write_tokenizer(tmp_path, spec))
-    with pytest.raises(ValueError, match="the split fails"):
-        broken.encode("aaa")
+    split = {"type": "Sequence", "pretokenizers": [step, last]}
+    hostile(tokenizer={"pre_tokenizer": split})(spoilt)
+    done = command("chat", spoilt, "--raw", "--prompt", "a" * 60, "--max-tokens", "1")
+    [line] = done.stderr.decode().splitlines()
+    assert line.startswith("llama.py: error: ") and words in line
+    assert (done.returncode, done.stdout) == (1, b"")
 
 
 @pytest.fixture(autouse=True)
