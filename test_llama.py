@@ -2288,7 +2288,7 @@ def test_lookup_reads_what_is_copied_many_tokens_at_a_time():
     # The past counts too, where the cache holds it.
     model, past = Repeating(6, 1000), list(range(6)) * 4
     cache = model.make_cache(64)
-    llama.prefill(model, past[:-1], cache, step=8)
+    llama.prefill(model, past[:-1], cache, step=32)
     lookup = llama.Lookup(5, past[:-1])
     run(llama.generate(model, past[-1:], cache=cache, max_tokens=20, lookup=lookup))
     assert len(model.calls) < 8
