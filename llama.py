@@ -1978,6 +1978,19 @@ def launch(
     return Step(drafts, sampled, samplers, logits[:, -1])
 
 
+def agreed(step: Step, cache: list) -> list[int]:
+    """Wait for a step; return the ids to keep, and take rejected drafts back.
+
+    A draft is right where the sampler picked it too; what was picked after it holds.
+    """
+    values = step.sampled.tolist()
+    right = (draft == value for draft, value in zip(step.drafts, values))
+    kept = values[: 1 + sum(itertools.takewhile(bool, right))]
+    for layer in cache if len(kept) < len(values) else ():
+        layer.trim(len(values) - len(kept))
+    return kept
+
+
 def decode(
     model: Callable,
     logits: mx.array,
@@ -1991,56 +2004,48 @@ def decode(
 ) -> Iterator[int]:
     """Yield one id after another, the first sampled from logits (1, V).
 
-    The arguments, and what it returns in the end, are those of generate. Drafts of
-    lookup are read together with the token before them: one is kept while the sampler,
-    run on the model's own logits, picks the same, so the text is what it would be.
+    The arguments, and what it returns in the end, are those of generate. Drafts are
+    read together with the token before them, and kept while the sampler, run on the
+    model's own logits, picks the same: the text is what it would be without them.
     """
-    start = end = cache[0].offset  # end: of what the cache is to hold
-    limit = start + (math.inf if max_tokens is None else max_tokens)
+    end = cache[0].offset  # of what the cache is to hold
+    limit = end + (math.inf if max_tokens is None else max_tokens)
     step = Step([], sampler(logits), [sampler], logits)
     mx.async_eval(step.sampled)
     try:
-        while True:
-            # Python works while the device does: where the last token is kept whatever
-            # it is, the step that reads it is launched before its value is known. Then
-            # the first draft stands for that value.
-            room = min(cache[0].capacity, limit - 1) - cache[0].offset
+        for count in itertools.count(1):
             ahead = None
+            room = min(cache[0].capacity, limit - 1) - cache[0].offset
             if not step.drafts and room > 0:
+                # Whatever the one token is, it is kept: the step that reads it is
+                # launched before it is known, so that Python works while the device
+                # does. Until then the first draft stands for it.
                 drafts = lookup.drafts()[1:room] if lookup else []
                 ahead = launch(model, step.sampled, drafts, cache, step.samplers[0])
-            values = step.sampled.tolist()
-            agreed = (draft == value for draft, value in zip(step.drafts, values))
-            kept = 1 + sum(itertools.takewhile(bool, agreed))
-            for value in values[:kept]:
+            kept = agreed(step, cache)
+            for value in kept:
                 if value in stop_tokens:
                     return "stop"
                 end += 1
                 yield value
                 if end == limit:
                     return "length"
-                if (end - start) % 256 == 0:
-                    require_numbers(step.logits)
-                    mx.clear_cache()  # buffers of past sizes would pile up
             if cancelled is not None and cancelled():
                 return "cancelled"
-            if lookup is not None:
-                lookup.extend(values[:kept])
-                lookup.accepted += kept - 1
-            if step.drafts:
-                for layer in cache:
-                    layer.trim(len(values) - kept)
-                room = min(cache[0].capacity, limit - 1) - cache[0].offset
-                if room > 0:
-                    token, sampler = (
-                        step.sampled[kept - 1 : kept],
-                        step.samplers[kept - 1],
-                    )
-                    drafts = lookup.drafts()[: room - 1]
-                    ahead = launch(model, token, drafts, cache, sampler)
+            if lookup:
+                lookup.extend(kept)
+                lookup.accepted += len(kept) - 1
+            room = min(cache[0].capacity, limit - 1) - cache[0].offset
+            if step.drafts and room > 0:
+                last, drafts = len(kept) - 1, lookup.drafts()[: room - 1]
+                token, sampler = step.sampled[last : last + 1], step.samplers[last]
+                ahead = launch(model, token, drafts, cache, sampler)
             if ahead is None:
                 return "context"
             step = ahead
+            if count % 256 == 0:
+                require_numbers(step.logits)
+                mx.clear_cache()  # buffers of past sizes would pile up
     finally:
         for layer in cache:  # the step that was launched ahead is not wanted
             layer.trim(max(layer.offset - end, 0))
@@ -2072,10 +2077,10 @@ def generate(
     Raises ValueError if the prompt is empty or does not fit the cache, and if the model
     computes no numbers: asked of the first token, and of one in 256.
     """
-    counts = {"max_tokens": (max_tokens, 0), "prefill_step": (prefill_step, 1)}
-    for name, (value, least) in counts.items():
-        if value is not None and value < least:
-            raise ValueError(f"{name} must be at least {least}, got {value}")
+    if max_tokens is not None and max_tokens < 0:
+        raise ValueError(f"max_tokens must be at least 0, got {max_tokens}")
+    if prefill_step is not None and prefill_step < 1:
+        raise ValueError(f"prefill_step must be at least 1, got {prefill_step}")
     if cache is None:
         longest = model.args.max_position_embeddings
         longest = longest if max_tokens is None else len(prompt) + max_tokens
