@@ -57,6 +57,7 @@ import base64
 import codecs
 import collections
 import contextlib
+import copy
 import datetime
 import difflib
 import functools
@@ -70,6 +71,7 @@ import queue
 import re
 import signal
 import socket
+import statistics
 import sys
 import threading
 import time
@@ -95,24 +97,46 @@ from mlx.utils import tree_flatten, tree_unflatten
 # -----------------------------------------------------------------------------
 
 
-LARGEST_JSON = 50_000_000  # bytes; the vocabulary of Llama 3 takes 7 million
+# Parsed, a value takes up to 120 bytes and a character up to 8, so a few bytes can be
+# made to swell forty-fold. The files of a model hold less than this of both; those of a
+# tokenizer grow with its vocabulary (Llama 3's: 9 values, 60 to 160 bytes a token).
+JSON_BYTES, JSON_VALUES = 5_000_000, 100_000
+BYTES_PER_TOKEN, VALUES_PER_TOKEN = 200, 12
 
 
-def read_json(path: Path) -> dict:
-    """Return the JSON object in a file.
+def read_bounded(path: Path, limit: int) -> bytes:
+    """Return what is in a file. Raises ValueError if it has more bytes than `limit`."""
+    if (size := path.stat().st_size) > limit:
+        raise ValueError(f"{path}: {size:,} bytes, wanted at most {limit:,}")
+    return path.read_bytes()
 
-    Raises ValueError if it holds none, or is larger than any that belongs to a model.
+
+def parse_json(data: bytes, limit: int, source: object) -> dict:
+    """Return the JSON object in bytes.
+
+    Raises ValueError naming the source if they hold none, or more values than `limit`,
+    which are counted before they are made.
     """
-    size = path.stat().st_size
-    if size > LARGEST_JSON:  # parsed, it would be many times that
-        raise ValueError(f"{path}: {size:,} bytes, wanted at most {LARGEST_JSON:,}")
+    values = sum(map(data.count, (b",", b":", b"[", b"{")))
+    if values > limit:
+        raise ValueError(f"{source}: {values:,} values, wanted at most {limit:,}")
     try:
-        value = json.loads(path.read_bytes())
+        value = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not valid JSON: {error}") from None
+        raise ValueError(f"{source}: not valid JSON: {error}") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{path}: wanted a JSON object, got {type(value).__name__}")
+        got = type(value).__name__
+        raise ValueError(f"{source}: wanted a JSON object, got {got}")
     return value
+
+
+def read_json(path: Path, *, tokens: int = 0) -> dict:
+    """Return the JSON object in a file, which may describe a vocabulary of `tokens`.
+
+    Raises ValueError if it holds none, or more than belongs to a model.
+    """
+    data = read_bounded(path, JSON_BYTES + tokens * BYTES_PER_TOKEN)
+    return parse_json(data, JSON_VALUES + tokens * VALUES_PER_TOKEN, path)
 
 
 # What config.json may say where it is not a matter of size; the first is the usual.
@@ -133,7 +157,7 @@ KINDS = {
 
 
 def rotary_settings(config: dict) -> dict:
-    """Return rope_theta, if given, and rope_scaling, from either layout of config.json:
+    """Return rope_scaling and, if given, rope_theta, from either layout of config.json:
     side by side, or both in the rope_parameters of transformers 5.
 
     Raises ValueError naming the key and the value that cannot be honoured.
@@ -146,10 +170,6 @@ def rotary_settings(config: dict) -> dict:
     if rope.get("partial_rotary_factor", 1) != 1:
         raise ValueError(f"{key}: partial_rotary_factor must be 1, got {rope!r:.200}")
     theta = rope.get("rope_theta", config.get("rope_theta"))
-    # Llama 1 and 2 leave rope_theta out and mean 10000. A Llama 3 without it has lost
-    # it, and would read well for a page before falling apart.
-    if theta is None and config["vocab_size"] >= 128_000:
-        raise ValueError("rope_theta is missing; a Llama 3 vocabulary needs it")
     kind = rope.get("rope_type", rope.get("type", "default"))  # new, old spelling
     rope = {k: v for k, v in rope.items() if k not in ("rope_theta", "type")}
     scaling = None if kind == "default" else rope | {"rope_type": kind}
@@ -180,25 +200,23 @@ class ModelArgs:
     def __post_init__(self):
         wrong = []
         for entry in fields(self):
-            value, kind = getattr(self, entry.name), entry.type
-            optional = get_args(kind)  # of int | None
-            wanted, fits = KINDS[optional[0] if optional else kind]
+            value, optional = getattr(self, entry.name), get_args(entry.type)
+            wanted, fits = KINDS[optional[0] if optional else entry.type]
             if not (fits(value) or (optional and value is None)):
                 wrong.append(f"{entry.name} must be {wanted}, got {value!r:.80}")
         if wrong:
             raise ValueError("; ".join(wrong))
-        D, H, derive = self.hidden_size, self.num_attention_heads, object.__setattr__
-        derive(self, "num_key_value_heads", self.num_key_value_heads or H)
-        derive(self, "head_dim", self.head_dim or D // H)
-        if H * self.head_dim >= 2**31:
-            raise ValueError(f"{H} heads of head_dim {self.head_dim} are too many")
-        if H % self.num_key_value_heads:
-            got = f"got {self.num_key_value_heads}"
-            raise ValueError(f"num_key_value_heads must divide the {H} heads, {got}")
+        H = self.num_attention_heads
+        Hkv, Dh = self.num_key_value_heads or H, self.head_dim or self.hidden_size // H
+        object.__setattr__(self, "num_key_value_heads", Hkv)
+        object.__setattr__(self, "head_dim", Dh)
+        if H % Hkv:
+            raise ValueError(f"num_key_value_heads must divide {H} heads, got {Hkv}")
         # Rotary embedding turns pairs, and no attention kernel has wider heads.
-        if self.head_dim % 2 or not 0 < self.head_dim <= 1024:
-            wanted = "even and at most 1024"
-            raise ValueError(f"head_dim must be {wanted}, got {self.head_dim}")
+        if Dh % 2 or not 0 < Dh <= 1024:
+            raise ValueError(f"head_dim must be even and at most 1024, got {Dh}")
+        if H * Dh >= 2**31:
+            raise ValueError(f"{H} heads of head_dim {Dh} are too many")
 
     @classmethod
     def from_dict(cls, config: dict) -> "ModelArgs":
@@ -206,47 +224,42 @@ class ModelArgs:
 
         Raises ValueError naming the keys and values that this file cannot honour.
         """
-        wrong = []
-        for key, supported in SUPPORTED.items():
-            if config.get(key) not in supported:
-                got = f"got {config.get(key)!r:.80}"
-                wrong.append(f"{key} must be {json.dumps(supported[0])}, {got}")
-        names = {entry.name for entry in fields(cls)}
-        values = {k: v for k, v in config.items() if k in names and v is not None}
-        for entry in fields(cls):
-            if entry.default is MISSING and entry.name not in values:
-                wrong.append(f"{entry.name} is missing")
-        values["quantization"] = config.get(
-            "quantization", config.get("quantization_config")
-        )
+        config = {"quantization": config.get("quantization_config")} | config
+        wrong = [
+            f"{key} must be {json.dumps(known[0])}, got {config.get(key)!r:.80}"
+            for key, known in SUPPORTED.items()
+            if config.get(key) not in known
+        ]
+        values = {entry.name: config.get(entry.name) for entry in fields(cls)}
+        values = {name: value for name, value in values.items() if value is not None}
+        required = (entry.name for entry in fields(cls) if entry.default is MISSING)
+        wrong += [f"{name} is missing" for name in required if name not in values]
         if wrong:
             raise ValueError("; ".join(wrong))
-        cls(**(values | {"rope_scaling": None}))  # their types, before they are used
-        return cls(**(values | rotary_settings(config)))
+        values |= rotary_settings(config)
+        args = cls(**values)
+        # Llama 1 and 2 leave rope_theta out and mean 10000. A Llama 3 without it has
+        # lost it, and would read well for a page before falling apart.
+        if "rope_theta" not in values and args.vocab_size >= 128_000:
+            raise ValueError("rope_theta is missing; a Llama 3 vocabulary needs it")
+        return args
 
 
-LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
-
-
-def llama3_args(D: int, F: int, layers: int, H: int, **other) -> ModelArgs:
+def llama3_args(
+    D: int, F: int, layers: int, H: int, *, scaling: float = 8.0, **other: int
+) -> ModelArgs:
     """Return the arguments of a Llama 3.x: what all its sizes share, and these."""
-    shared = {"vocab_size": 128_256, "num_key_value_heads": 8, "head_dim": 128}
-    shared |= {"rms_norm_eps": 1e-5, "max_position_embeddings": 131_072}
-    shared |= {"rope_theta": 500_000.0, "rope_scaling": LLAMA3_ROPE}
-    return ModelArgs(D, F, layers, H, **(shared | other))
+    rope = {"rope_type": "llama3", "factor": scaling, "low_freq_factor": 1.0}
+    rope |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+    shared = {"vocab_size": 128_256, "num_key_value_heads": 8, "rms_norm_eps": 1e-5}
+    shared |= {"max_position_embeddings": 131_072, "rope_theta": 500_000.0}
+    return ModelArgs(D, F, layers, H, rope_scaling=rope, **shared, **other)
 
 
 # The published shapes: 8b, 70b and 405b of Llama 3.1 [1, table 3], 1b and 3b of 3.2.
-SMALL = {"rope_scaling": LLAMA3_ROPE | {"factor": 32.0}, "tie_word_embeddings": True}
 PRESETS = {
-    "1b": llama3_args(2048, 8192, 16, 32, head_dim=64, **SMALL),
-    "3b": llama3_args(3072, 8192, 28, 24, **SMALL),
+    "1b": llama3_args(2048, 8192, 16, 32, scaling=32.0, tie_word_embeddings=True),
+    "3b": llama3_args(3072, 8192, 28, 24, scaling=32.0, tie_word_embeddings=True),
     "8b": llama3_args(4096, 14336, 32, 32),
     "70b": llama3_args(8192, 28672, 80, 64),
     "405b": llama3_args(16384, 53248, 126, 128),
@@ -293,22 +306,36 @@ def weight_files(folder: Path) -> list[Path]:
     beside them are not read. Raises FileNotFoundError if one is missing, ValueError
     for a name that is not a plain file name: an index must not point elsewhere.
     """
-    index = folder / "model.safetensors.index.json"
-    if not index.exists():
-        if not (folder / "model.safetensors").exists():
-            raise FileNotFoundError(f"{folder}: no model.safetensors, and no index")
-        return [folder / "model.safetensors"]
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f"{index}: weight_map must be an object that names files")
-    for name in weight_map.values():
-        if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+\.safetensors", name):
-            wanted = "wanted plain names that end in .safetensors"
-            raise ValueError(f"{index}: {wanted}, got {name!r:.80}")
-    files = [folder / name for name in sorted(set(weight_map.values()))]
-    if missing := ", ".join(file.name for file in files if not file.exists()):
-        raise FileNotFoundError(f"{folder}: download incomplete? missing {missing}")
-    return files
+    index, weight_map = folder / "model.safetensors.index.json", None
+    if index.exists():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ValueError(f"{index}: weight_map must be an object that names files")
+        for name in weight_map.values():
+            if not re.fullmatch(r"[\w.-]+\.safetensors", str(name)):
+                wanted = "wanted plain names that end in .safetensors"
+                raise ValueError(f"{index}: {wanted}, got {name!r:.80}")
+    names = sorted(set(weight_map.values())) if weight_map else ["model.safetensors"]
+    if missing := [name for name in names if not (folder / name).exists()]:
+        found = f"no {', '.join(missing)}; download incomplete?"
+        raise FileNotFoundError(f"{folder}: {found}")
+    return [folder / name for name in names]
+
+
+def split_header(file: Path) -> tuple[bytes, dict]:
+    """Return the bytes before the tensors of a safetensors file, and their JSON, which
+    may grow with the file, as a session's does. Raises ValueError naming the file."""
+    size, unsound = file.stat().st_size, f"{file}: not a safetensors file"
+    with open(file, "rb") as stream:
+        prefix = stream.read(8)
+        if prefix == b"version ":  # https://git-lfs.github.com/spec/v1
+            raise ValueError(f"{file}: a git-lfs pointer, no weights; run git lfs pull")
+        length, limit = int.from_bytes(prefix, "little"), 2_000_000 + size // 10
+        if length > limit:
+            wanted = f"a header of at most {limit:,} bytes, got {length:,}"
+            raise ValueError(f"{unsound}: wanted {wanted}")
+        header = stream.read(length)
+    return prefix + header, parse_json(header, JSON_VALUES + size // 100, unsound)
 
 
 def read_header(file: Path) -> list[TensorInfo]:
@@ -319,33 +346,22 @@ def read_header(file: Path) -> list[TensorInfo]:
     one is that the data is absent, and the file's size is checked here.
     Raises ValueError naming the file if it is not sound.
     """
-    size = file.stat().st_size
-    with open(file, "rb") as stream:
-        prefix = stream.read(8)
-        if prefix == b"version ":  # https://git-lfs.github.com/spec/v1
-            raise ValueError(f"{file}: a git-lfs pointer, no weights; run git lfs pull")
-        length = int.from_bytes(prefix, "little")
-        if length > LARGEST_JSON:
-            wanted = f"a header of at most {LARGEST_JSON:,} bytes, got {length:,}"
-            raise ValueError(f"{file}: not a safetensors file: wanted {wanted}")
-        header = stream.read(length)
+    header, entries = split_header(file)
     try:
-        safetensors.deserialize(prefix + header)
+        safetensors.deserialize(header)
     except safetensors.SafetensorError as error:
         reason = str(error).removeprefix("Error while deserializing: ")
         if "not fully covered" not in reason:
-            raise ValueError(f"{file}: not a safetensors file: {reason}") from None
-    tensors, end = [], 8 + length
-    entries = json.loads(header)
+            raise ValueError(f"{file}: not a safetensors file: {reason:.200}") from None
+    tensors, size, end = [], file.stat().st_size, len(header)
     entries.pop("__metadata__", None)
     for name, entry in sorted(entries.items(), key=lambda e: e[1]["data_offsets"]):
         dtype, shape = entry["dtype"], tuple(entry["shape"])
-        if dtype not in DTYPES:
-            wanted = f"wanted {', '.join(DTYPES)}"
-            raise ValueError(f"{file}: {name} has dtype {dtype}, {wanted}")
-        if any(n >= 2**31 for n in shape):
-            raise ValueError(f"{file}: {name} has a shape beyond 2**31, {shape}")
-        start, end = (8 + length + offset for offset in entry["data_offsets"])
+        if dtype not in DTYPES or any(n >= 2**31 for n in shape):
+            wanted = f"wanted {', '.join(DTYPES)}, sizes below 2**31"
+            got = f"{name} has dtype {dtype}, shape {list(shape)}"
+            raise ValueError(f"{file}: {got}; {wanted}")
+        start, end = (len(header) + offset for offset in entry["data_offsets"])
         tensors.append(TensorInfo(name, dtype, shape, file, start, end - start))
     if end != size:
         raise ValueError(f"{file}: truncated or edited? {size} bytes, wanted {end}")
@@ -354,10 +370,7 @@ def read_header(file: Path) -> list[TensorInfo]:
 
 def read_metadata(file: Path) -> dict[str, str]:
     """Return the texts that a sound safetensors file carries beside its tensors."""
-    with open(file, "rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        header = stream.read(min(length, file.stat().st_size))
-    return json.loads(header).get("__metadata__", {})
+    return split_header(file)[1].get("__metadata__", {})
 
 
 def list_tensors(
@@ -368,20 +381,18 @@ def list_tensors(
     Raises ValueError for an unsound file, and for a name that stands in two files;
     given a list of problems, adds the errors to it and goes on with the next file.
     """
-    tensors, found = {}, []
+    tensors = {}
     for file in weight_files(folder):
         try:
             for info in read_header(file):
                 if info.name in tensors:
-                    files = f"{tensors[info.name].file.name} and {file.name}"
-                    raise ValueError(f"{folder}: {info.name} is in both {files}")
+                    both = f"{tensors[info.name].file.name} and {file.name}"
+                    raise ValueError(f"{folder}: {info.name} is in both {both}")
                 tensors[info.name] = info
         except (OSError, ValueError) as error:
-            found.append(error)
-    if found and problems is None:
-        raise found[0]
-    if found:
-        problems += found
+            if problems is None:
+                raise
+            problems.append(error)
     return tensors
 
 
@@ -434,6 +445,9 @@ QUANTIZATION_MODES = {
 }
 
 
+MANY_ROWS = 128  # measured on an H200
+
+
 def check_quantization(group_size: int, bits: int, mode: str) -> None:
     """Raise ValueError if MLX has no kernel for the settings."""
     sizes, widths = QUANTIZATION_MODES.get(mode, ((), ()))
@@ -466,6 +480,9 @@ class QuantizedMatrix(nn.Module):
         """Return x W^T for x (..., columns), unpacking W on the fly."""
         packed = self.weight, self.scales, self.get("biases")
         settings = {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
+        # On CUDA it takes less time to unpack all of W first, once x has many rows.
+        if x.size // x.shape[-1] >= MANY_ROWS and mx.cuda.is_available():
+            return x @ mx.dequantize(*packed, **settings).T
         return mx.quantized_matmul(x, *packed, transpose=True, **settings)
 
 
@@ -535,11 +552,15 @@ def quantize(
 
 def scaling_number(scaling: dict, key: str, default: float | None = None) -> float:
     """Return a number of rope_scaling. Raises ValueError if it is not positive."""
-    value = scaling.get(key)
-    value = default if value is None else value
+    value = default if scaling.get(key) is None else scaling[key]
     if type(value) not in (int, float) or not 0 < value < 2**31:
         raise ValueError(f"rope_scaling: {key} must be positive, got {value!r:.80}")
     return value
+
+
+def ramp(x: float, low: float, high: float) -> float:
+    """Return 0 below low, 1 above high, and what lies on the line between."""
+    return min(max((x - low) / (high - low), 0.0), 1.0)
 
 
 def llama3_frequencies(frequencies: list[float], scaling: dict) -> list[float]:
@@ -555,8 +576,7 @@ def llama3_frequencies(frequencies: list[float], scaling: dict) -> list[float]:
     context = scaling_number(scaling, "original_max_position_embeddings")
     if low >= high:
         raise ValueError(f"rope_scaling: low_freq_factor {low} must be below {high}")
-    turns = [context * frequency / (2 * math.pi) for frequency in frequencies]
-    keep = [min(max((t - low) / (high - low), 0.0), 1.0) for t in turns]
+    keep = [ramp(context * f / (2 * math.pi), low, high) for f in frequencies]
     return [f * (k + (1 - k) / factor) for f, k in zip(frequencies, keep)]
 
 
@@ -569,32 +589,26 @@ def yarn_frequencies(
     turn beta_fast and beta_slow times; and queries and keys are scaled.
     Source: [7] section 3, as Hugging Face's modeling_rope_utils has it.
     """
-    half = len(frequencies)
-    factor = scaling_number(scaling, "factor")
-    context = scaling_number(scaling, "original_max_position_embeddings", max_position)
+    number, half = functools.partial(scaling_number, scaling), len(frequencies)
+    factor = number("factor")
+    context = number("original_max_position_embeddings", max_position)
     # The index (of 2 * half) whose pair turns `beta` times within the context.
     low, high = (
         half * math.log(context / (beta * 2 * math.pi)) / math.log(theta)
-        for beta in (
-            scaling_number(scaling, "beta_fast", 32),
-            scaling_number(scaling, "beta_slow", 1),
-        )
+        for beta in (number("beta_fast", 32), number("beta_slow", 1))
     )
     if scaling.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, 2 * half - 1)
-    width = high - low or 0.001
-    slow = [min(max((i - low) / width, 0.0), 1.0) for i in range(half)]
+    slow = [ramp(i, low, high if high != low else low + 0.001) for i in range(half)]
     slowed = [f * (1 - s + s / factor) for f, s in zip(frequencies, slow)]
     if scaling.get("attention_factor") is not None:
-        return slowed, scaling_number(scaling, "attention_factor")
-    log = math.log(max(factor, 1.0))
-    if scaling.get("mscale") and scaling.get("mscale_all_dim"):
-        over = 0.1 * scaling_number(scaling, "mscale") * log + 1
-        return slowed, over / (
-            0.1 * scaling_number(scaling, "mscale_all_dim") * log + 1
-        )
-    return slowed, 0.1 * log + 1
+        return slowed, number("attention_factor")
+    log, ratio = 0.1 * math.log(max(factor, 1.0)), ("mscale", "mscale_all_dim")
+    if all(map(scaling.get, ratio)):
+        over, under = (number(key) * log + 1 for key in ratio)
+        return slowed, over / under
+    return slowed, log + 1
 
 
 def rope_frequencies(
@@ -619,9 +633,8 @@ def rope_frequencies(
         return llama3_frequencies(frequencies, scaling), 1.0
     if kind == "yarn":
         return yarn_frequencies(frequencies, theta, max_position, scaling)
-    raise ValueError(
-        f"rope_type must be default, linear, llama3 or yarn, got {kind!r:.80}"
-    )
+    wanted = "default, linear, llama3 or yarn"
+    raise ValueError(f"rope_type must be {wanted}, got {kind!r:.80}")
 
 
 class RoPE:
@@ -643,21 +656,13 @@ class RoPE:
         frequencies, factor = rope_frequencies(head_dim, theta, max_position, scaling)
         # Dot products of queries and keys carry the factor twice.
         self.score_factor = factor**2
-        self.dims, self.traditional = head_dim, traditional
         # mx.fast.rope divides positions by its table. Made of numbers, it is not lazy:
         # a lazy array could be evaluated only in the thread that made it.
-        self.periods = mx.array([1 / f for f in frequencies], mx.float32)
+        periods = mx.array([1 / f for f in frequencies], mx.float32)
+        self.options = {"dims": head_dim, "traditional": traditional, "freqs": periods}
 
     def __call__(self, x: mx.array, offset: int = 0) -> mx.array:
-        return mx.fast.rope(
-            x,
-            self.dims,
-            traditional=self.traditional,
-            base=None,
-            scale=1.0,
-            offset=offset,
-            freqs=self.periods,
-        )
+        return mx.fast.rope(x, base=None, scale=1.0, offset=offset, **self.options)
 
 
 # -----------------------------------------------------------------------------
@@ -730,10 +735,14 @@ class KVCache:
 # -----------------------------------------------------------------------------
 
 
+FEW_ROWS, LONG = 16, 128  # tokens: at most, of drafts; at least, of a prompt
+
+
 class Attention(nn.Module):
     """Grouped-query attention [3]: H / Hkv query heads share a key/value head.
 
-    softmax(Q K^T / sqrt(Dh)) V over the past and this call's tokens.
+    softmax(Q K^T / sqrt(Dh)) V over the past and this call's tokens, x (B, L, D). One
+    token each may come as (B, D): a matrix saves MLX two views at every product.
     """
 
     def __init__(self, args: ModelArgs, rope: RoPE):
@@ -748,24 +757,54 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(D, Hkv * args.head_dim, bias=bias)
         self.o_proj = nn.Linear(H * args.head_dim, D, bias=bias)
 
+    def split(self, x: mx.array, heads: int) -> mx.array:
+        """Return (B, L, heads * Dh), or (B, heads * Dh), as (B, heads, L, Dh)."""
+        if x.ndim == 2:  # the order is the same where L is 1: nothing to transpose
+            return x.reshape(x.shape[0], heads, 1, -1)
+        return x.reshape(*x.shape[:2], heads, -1).swapaxes(1, 2)
+
+    def attend(self, queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
+        """Return (B, H, L, Dh), a mean of values for each query.
+
+        "causal" lines the last query up with the last key: query i of L sees the S - L
+        tokens before this call and 0 .. i of its own. One query sees all.
+        """
+        L, S = queries.shape[2], keys.shape[2]
+        mask = "causal" if L > 1 else None
+        if not (1 < L <= FEW_ROWS and mx.cuda.is_available()):
+            return mx.fast.scaled_dot_product_attention(
+                queries, keys, values, scale=self.scale, mask=mask
+            )
+        # cuDNN takes some 60 ms to plan for every new pair of L and S, but for one
+        # query over a KVCache: there the plan of the last token serves again.
+        rows = (
+            self.attend(queries[:, :, n : n + 1], keys[:, :, :end], values[:, :, :end])
+            for n, end in enumerate(range(S - L + 1, S + 1))
+        )
+        return mx.concatenate([*rows], axis=2)
+
     def __call__(self, x: mx.array, cache: KVCache | None = None) -> mx.array:
-        B, L, _ = x.shape
-        queries, keys, values = self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        # (B, L, heads * Dh) -> (B, heads, L, Dh)
-        queries = queries.reshape(B, L, self.n_heads, -1).swapaxes(1, 2)
-        keys = keys.reshape(B, L, self.n_kv_heads, -1).swapaxes(1, 2)
-        values = values.reshape(B, L, self.n_kv_heads, -1).swapaxes(1, 2)
+        queries = self.split(self.q_proj(x), self.n_heads)
+        keys = self.split(self.k_proj(x), self.n_kv_heads)
+        values = self.split(self.v_proj(x), self.n_kv_heads)
 
         offset = 0 if cache is None else cache.offset
         queries, keys = self.rope(queries, offset), self.rope(keys, offset)
         if cache is not None:
             keys, values = cache.update_and_fetch(keys, values)
-        # "causal" lines the last query up with the last key: query i of L sees the
-        # offset tokens before this call and 0 .. i of its own. One query sees all.
-        x = mx.fast.scaled_dot_product_attention(
-            queries, keys, values, scale=self.scale, mask="causal" if L > 1 else None
-        )
-        return self.o_proj(x.swapaxes(1, 2).reshape(B, L, -1))
+        attended = self.attend(queries, keys, values)
+        if x.ndim == 3:
+            attended = attended.swapaxes(1, 2)
+        return self.o_proj(attended.reshape(*x.shape[:-1], -1))
+
+
+def swiglu(gate: mx.array, up: mx.array) -> mx.array:
+    """Return silu(gate) * up."""
+    return gate * mx.sigmoid(gate) * up
+
+
+# One kernel instead of three; the CPU backend would run a compiler to make it.
+fused_swiglu = mx.compile(swiglu, shapeless=True)
 
 
 class MLP(nn.Module):
@@ -779,8 +818,9 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(F, D, bias=bias)
 
     def __call__(self, x: mx.array) -> mx.array:
-        gate = self.gate_proj(x)
-        return self.down_proj(gate * mx.sigmoid(gate) * self.up_proj(x))
+        on_cpu = mx.default_device() == mx.cpu
+        activation = swiglu if on_cpu else fused_swiglu
+        return self.down_proj(activation(self.gate_proj(x), self.up_proj(x)))
 
 
 class TransformerBlock(nn.Module):
@@ -798,7 +838,10 @@ class TransformerBlock(nn.Module):
 
 
 class LlamaModel(nn.Module):
-    """The stack without its head: tokens (B, L) -> normed residual stream (B, L, D)."""
+    """The stack without its head: tokens (B, L) -> normed residual stream (B, L, D).
+
+    Tokens (B,), one each, give (B, D).
+    """
 
     def __init__(self, args: ModelArgs):
         super().__init__()
@@ -821,8 +864,16 @@ class LlamaModel(nn.Module):
     ) -> mx.array:
         # An embedding in mxfp4 has no dtype of its own: the norms set the stream's.
         x = self.embed_tokens(tokens).astype(self.norm.weight.dtype)
+        # A long part of a prompt is computed as its layers are built, one in advance:
+        # all at once, the device would hold what every layer made until the last.
+        long = tokens.ndim == 2 and tokens.size >= LONG
+        step_by_step, before = cache is not None and long, x
         cache = cache or [None] * len(self.layers)
         for layer, layer_cache in zip(self.layers, cache, strict=True):
+            if step_by_step:
+                mx.async_eval(x)
+                mx.eval(before)
+                before = x
             x = layer(x, layer_cache)
         return self.norm(x)
 
@@ -854,12 +905,12 @@ class Llama(nn.Module):
         is the largest matrix and prefill needs its last row alone; None keeps all.
         Returns (B, L or n, V) in the dtype of the weights.
         """
-        x = self.model(tokens, cache)
-        if logits_to_keep is not None:
+        one = tokens.shape[1] == 1
+        x = self.model(tokens[:, 0] if one else tokens, cache)
+        if logits_to_keep is not None and not one:
             x = x[:, x.shape[1] - logits_to_keep :]
-        if "lm_head" in self:
-            return self.lm_head(x)
-        return self.model.embed_tokens.as_linear(x)
+        head = self.lm_head if "lm_head" in self else self.model.embed_tokens.as_linear
+        return head(x)[:, None] if one else head(x)
 
     def make_cache(self, capacity: int) -> list[KVCache]:
         """Return an empty cache for `capacity` tokens, one per layer."""
@@ -882,9 +933,10 @@ LLAMA3_SPLIT = (
 )
 
 # tiktoken's regular expressions overflow their stack on a run of some 500,000 spaces,
-# so longer runs than this are cut.
-LONGEST_RUN = 65_536
-
+# so longer runs than this are cut; and one of 500,000 characters takes minutes.
+LONGEST_RUN, LONGEST_SPLIT = 65_536, 500
+MOST_TOKENS = 262_144  # a larger vocabulary is not read
+EMPTY = 2**31  # rank of no text, over which tiktoken would panic if it had none
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # how SentencePiece writes a space
 
 
@@ -908,26 +960,29 @@ def split_pattern(pre_tokenizer: dict) -> str:
     Raises ValueError for what it cannot express, rather than guess: a wrong split would
     only show as slightly worse text.
     """
-    steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
-    first, last = steps[0], steps[-1]
-    kinds = [step.get("type") for step in steps]
-    if kinds[-1] == "ByteLevel" and not last.get("add_prefix_space"):
-        if last.get("use_regex", True):
-            if kinds == ["ByteLevel"]:
-                return GPT2_SPLIT
-            if kinds == ["Digits", "ByteLevel"]:
-                # Digits are cut out first, so text ends before one as at its end.
-                digits = r"\p{N}" if first.get("individual_digits") else r"\p{N}+"
-                rest = GPT2_SPLIT.replace(r"| ?\p{N}+", "")
-                return digits + "|" + rest.replace(r"(?!\S)", r"(?![^\s\p{N}])")
-        elif kinds == ["Split", "ByteLevel"]:
-            pattern, behavior = first["pattern"], first.get("behavior")
-            regex = pattern.get("Regex", re.escape(pattern.get("String", "")))
-            # Matches are pieces, and so is the text between them, which tiktoken
-            # would drop: a run of what does not begin a match.
-            kept = {"Isolated": False, "Removed": True}.get(behavior)
-            if kept is first.get("invert", False):
-                return f"{regex}|(?:(?!{regex})(?s:.))+"
+    steps = pre_tokenizer.get("pretokenizers") or [pre_tokenizer]
+    first, last = steps[0], {"add_prefix_space": False, "use_regex": True} | steps[-1]
+    kinds = [last["add_prefix_space"], last["use_regex"]]
+    kinds += [step.get("type") for step in steps]
+    if kinds == [False, True, "ByteLevel"]:
+        return GPT2_SPLIT
+    if kinds == [False, True, "Digits", "ByteLevel"]:
+        # Digits are cut out first, so text ends before one as at its end.
+        digits = r"\p{N}" if first.get("individual_digits") else r"\p{N}+"
+        rest = GPT2_SPLIT.replace(r"| ?\p{N}+", "")
+        return digits + "|" + rest.replace(r"(?!\S)", r"(?![^\s\p{N}])")
+    # Inverted or not, its matches must be pieces, and so must the text between.
+    wanted = {"Isolated": False, "Removed": True}.get(first.get("behavior"))
+    whole = wanted is first.get("invert", False)
+    if kinds == [False, False, "Split", "ByteLevel"] and whole:
+        pattern = first["pattern"]
+        regex = pattern.get("Regex", re.escape(pattern.get("String", "")))
+        size, counts = len(regex), len(re.findall(r"\{\d", regex))
+        if size > LONGEST_SPLIT or counts > 2:  # compiled, these swell
+            found = f"{size:,} characters and {counts} counted repeats"
+            raise ValueError(f"the split's {found} are too many")
+        # tiktoken would drop the text between: a run of what begins no match.
+        return f"{regex}|(?:(?!{regex})(?s:.))+"
     raise ValueError(f"unknown pre_tokenizer {json.dumps(pre_tokenizer):.200}")
 
 
@@ -942,19 +997,20 @@ def byte_level(spec: dict, vocab: dict[str, int], merged: list[str]) -> Vocabula
     others = [b for b in range(256) if b not in printable]
     byte_of = {b: b for b in printable} | {256 + n: b for n, b in enumerate(others)}
     pieces = [chr(code) for code in byte_of] + merged
-    if spec["model"].get("ignore_merges"):
-        pieces += sorted(vocab, key=vocab.get)  # also whole words that no merge makes
-    pieces = list(dict.fromkeys(pieces))
     if missing := [piece for piece in pieces[:256] if piece not in vocab]:
         raise ValueError(f"the vocabulary lacks the bytes {missing}")
-    ranks = {p.translate(byte_of).encode("latin-1"): n for n, p in enumerate(pieces)}
-    ids = [vocab[piece] for piece in pieces]
+    if spec["model"].get("ignore_merges"):
+        pieces += sorted(vocab, key=vocab.get)  # also whole words that no merge makes
+    ids = {p.translate(byte_of).encode("latin-1"): vocab[p] for p in pieces}
     form = (spec.get("normalizer") or {}).get("type")
     if form not in (None, "NFC", "NFD", "NFKC", "NFKD"):
         raise ValueError(f"unknown normalizer {form!r:.80}")
-    split = split_pattern(spec.get("pre_tokenizer") or {})
     return Vocabulary(
-        ranks, split, [(i,) for i in ids], dict(zip(ids, ranks)), form=form
+        ranks={piece: n for n, piece in enumerate(ids)},
+        split=split_pattern(spec.get("pre_tokenizer") or {}),
+        ids=[(i,) for i in ids.values()],
+        text={i: piece for piece, i in ids.items()},
+        form=form,
     )
 
 
@@ -968,8 +1024,8 @@ def byte_fallback(spec: dict, vocab: dict[str, int], merged: list[str]) -> Vocab
     byte_ids = [vocab.get(f"<0x{b:02X}>") for b in range(256)]
     if None in byte_ids:
         raise ValueError(f"the vocabulary lacks <0x{byte_ids.index(None):02X}>")
-    pieces = [bytes([b]) for b in range(256)]
     characters = [piece.encode() for piece in vocab if len(piece) == 1]
+    pieces = [bytes([b]) for b in range(256)]
     pieces += [c[:end] for c in characters for end in range(2, len(c))]
     pieces += characters + [piece.encode() for piece in merged]
     ranks = {piece: n for n, piece in enumerate(dict.fromkeys(pieces))}
@@ -988,23 +1044,10 @@ def byte_fallback(spec: dict, vocab: dict[str, int], merged: list[str]) -> Vocab
         rules = {"always": "missing", "first": "start", "never": None}
         prefix, words = rules[split["prepend_scheme"]], split.get("split", True)
     else:
-        raise ValueError(f"unknown normalizer {normalizer} and pre_tokenizer {split}")
+        found = f"normalizer {normalizer!r:.200} and pre_tokenizer {split!r:.200}"
+        raise ValueError(f"unknown {found}")
     pattern = f"{SPACE}[^{SPACE}]*|[^{SPACE}]+" if words else r"(?s:.+)"
     return Vocabulary(ranks, pattern, ids, text, SPACE, prefix)
-
-
-def rank_file(file: Path) -> Vocabulary:
-    """Return the vocabulary of Meta's tokenizer.model: lines of base64 and rank."""
-    try:
-        pairs = [line.split() for line in file.read_bytes().splitlines()]
-        ranks = {base64.b64decode(token): int(rank) for token, rank in pairs}
-    except ValueError:
-        wanted = "wanted lines of base64 and rank; a SentencePiece model is not read"
-        raise ValueError(f"{file}: {wanted}, it needs its tokenizer.json") from None
-    if sorted(ranks.values()) != list(range(len(pairs))):
-        raise ValueError(f"{file}: wanted the ranks 0 to {len(pairs) - 1}, each once")
-    text = {rank: token for token, rank in ranks.items()}
-    return Vocabulary(ranks, LLAMA3_SPLIT, [(n,) for n in range(len(text))], text)
 
 
 def read_vocabulary(spec: dict) -> Vocabulary:
@@ -1016,7 +1059,7 @@ def read_vocabulary(spec: dict) -> Vocabulary:
     # "a b" before tokenizers 0.20, ["a", "b"] since
     merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
     extras = ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
-    if model.get("type") != "BPE" or any(model.get(key) for key in extras):
+    if model.get("type") != "BPE" or any(map(model.get, extras)):
         raise ValueError(f"wanted plain BPE, got type {model.get('type')!r:.80}")
     if not merges:
         raise ValueError("no merges")
@@ -1028,6 +1071,49 @@ def read_vocabulary(spec: dict) -> Vocabulary:
         raise ValueError("the ids of the vocabulary must be whole numbers, each once")
     kind = byte_fallback if model.get("byte_fallback") else byte_level
     return kind(spec, vocab, merged)
+
+
+# The control tokens behind the ranks of Meta's tokenizer.model: their places among 256.
+LLAMA3_TOKENS = {"<|begin_of_text|>": 0, "<|end_of_text|>": 1, "<|eom_id|>": 8}
+LLAMA3_TOKENS |= {"<|start_header_id|>": 6, "<|end_header_id|>": 7, "<|eot_id|>": 9}
+
+
+def rank_file(file: Path, tokens: int) -> tuple[Vocabulary, list[dict], str]:
+    """Return what read_tokenizer does of Meta's tokenizer.model: lines of base64 and
+    rank."""
+    lines = read_bounded(file, 40 * tokens).splitlines()
+    try:
+        pairs = map(bytes.split, lines)
+        text = {int(rank): base64.b64decode(token) for token, rank in pairs}
+    except ValueError:
+        wanted = "wanted lines of base64 and rank; a SentencePiece model is not read"
+        raise ValueError(f"{file}: {wanted}, it needs its tokenizer.json") from None
+    ranks, size = {token: rank for rank, token in text.items()}, len(lines)
+    if sorted(ranks.values()) != list(range(size)):
+        raise ValueError(f"{file}: wanted the ranks 0 to {size - 1}, each once")
+    places = LLAMA3_TOKENS.items()
+    added = [{"content": t, "id": size + n, "special": True} for t, n in places]
+    ids = [(rank,) for rank in range(size)]
+    return Vocabulary(ranks, LLAMA3_SPLIT, ids, text), added, "<|begin_of_text|>"
+
+
+def read_tokenizer(
+    folder: Path, tokens: int
+) -> tuple[Vocabulary, list[dict], str | None]:
+    """Return a folder's vocabulary, its added tokens, as tokenizer.json has them, and
+    the one that is put before every text, if any. tokens: how many there may be."""
+    file, ranks = folder / "tokenizer.json", folder / "tokenizer.model"
+    if not file.exists():
+        if not ranks.exists():
+            names = "no tokenizer.json and no tokenizer.model"
+            raise FileNotFoundError(f"{folder}: {names}")
+        return rank_file(ranks, tokens)
+    spec = read_json(file, tokens=tokens)
+    post = spec.get("post_processor") or {}
+    parts = [step.get("single") for step in post.get("processors", [post])]
+    starts = [part[0].get("SpecialToken") for part in parts if part]
+    first = next((start["id"] for start in starts if start), None)
+    return read_vocabulary(spec), spec.get("added_tokens") or [], first
 
 
 @dataclass(frozen=True)
@@ -1049,54 +1135,55 @@ class ChatFormat:
     strip: tuple[str, ...] = ()  # roles whose contents lose the white space around
 
 
-def header(role: str) -> str:
-    return f"<|start_header_id|>{role}<|end_header_id|>\n\n"
+ROLES = ("system", "user", "assistant")
 
 
-LLAMA3 = ChatFormat(
-    system=header("system") + "{}<|eot_id|>",
-    user=header("user") + "{}<|eot_id|>",
-    reply=header("assistant"),
-    assistant="{}<|eot_id|>",
-    bos=True,
-    strip=("system", "user", "assistant"),
-)
+def by_role(turn: str, **other) -> ChatFormat:
+    """Return the format that writes all messages alike, {role} being whose it is."""
+    system, user, assistant = (turn.replace("{role}", role) for role in ROLES)
+    reply, end = assistant.split("{}")
+    return ChatFormat(user, "{}" + end, reply, system, **other)
+
+
+LLAMA3 = "<|start_header_id|>{role}<|end_header_id|>\n\n{}<|eot_id|>"
 DATES = "Cutting Knowledge Date: December 2023\nToday Date: {date}\n\n"
-LLAMA31 = {"system": header("system") + DATES + "{}<|eot_id|>", "default_system": ""}
-MISTRAL = ChatFormat(
-    system="{}\n\n",
-    system_in="last",
-    user="[INST] {}[/INST]",
-    assistant=" {}{eos}",
-    bos=True,
-    strip=("assistant",),
-)
-MISTRAL1 = {"user": "[INST] {} [/INST]", "assistant": "{}{eos}"}
+MISTRAL = {"system": "{}\n\n", "bos": True}
 CHAT_FORMATS = {
-    "llama3": LLAMA3,
-    "llama3.1": replace(LLAMA3, **LLAMA31),
+    "llama3": by_role(LLAMA3, bos=True, strip=ROLES),
     # Every exchange of Llama 2 opens with a BOS, as a document of its own.
     "llama2": ChatFormat(
         system="<<SYS>>\n{}\n<</SYS>>\n\n",
         system_in="first",
         user="{bos}[INST] {} [/INST]",
         assistant=" {} {eos}",
-        strip=("system", "user", "assistant"),
+        strip=ROLES,
     ),
-    "chatml": ChatFormat(
-        system="<|im_start|>system\n{}<|im_end|>\n",
-        user="<|im_start|>user\n{}<|im_end|>\n",
-        reply="<|im_start|>assistant\n",
-        assistant="{}<|im_end|>\n",
+    "chatml": by_role("<|im_start|>{role}\n{}<|im_end|>\n"),
+    "zephyr": by_role("<|{role}|>\n{}{eos}\n"),
+    "mistral": ChatFormat("[INST] {} [/INST]", "{}{eos}", system_in="first", **MISTRAL),
+    "mistral-v3": ChatFormat(
+        "[INST] {}[/INST]",
+        " {}{eos}",
+        system_in="last",
+        strip=("assistant",),
+        **MISTRAL,
     ),
-    "zephyr": ChatFormat(
-        system="<|system|>\n{}{eos}\n",
-        user="<|user|>\n{}{eos}\n",
-        reply="<|assistant|>\n",
-        assistant="{}{eos}\n",
-    ),
-    "mistral-v3": MISTRAL,
-    "mistral": replace(MISTRAL, system_in="first", strip=(), **MISTRAL1),
+}
+CHAT_FORMATS["llama3.1"] = replace(
+    CHAT_FORMATS["llama3"],
+    system=LLAMA3.replace("{role}", "system").replace("{}", DATES + "{}"),
+    default_system="",
+)
+
+# What the template of a family, and of none before it, has in its text.
+FAMILIES = {
+    "llama3.1": ("<|start_header_id|>", "Cutting Knowledge Date"),
+    "llama3": ("<|start_header_id|>",),
+    "chatml": ("<|im_start|>",),
+    "zephyr": ("<|assistant|>", "eos_token"),
+    "llama2": ("<<SYS>>",),
+    "mistral": ("'[INST] ' + message['content'] + ' [/INST]'",),
+    "mistral-v3": ("'[INST] ' + message['content'] + '[/INST]'",),
 }
 
 
@@ -1106,27 +1193,36 @@ def recognise_format(template: str) -> tuple[str | None, ChatFormat | None]:
     Templates are never run: what tells the families apart is looked for in their text.
     """
     template = template.replace('"', "'").replace("\\n", "\n")
-    name, changes = None, {"bos": "bos_token" in template}
-    if "<|start_header_id|>" in template:
-        name = "llama3.1" if "Cutting Knowledge Date" in template else "llama3"
-        fixed = re.search(r"date_string = '(\d\d? \w{3} \d{4})'", template)
-        if fixed and "strftime_now" not in template:
-            changes["date"] = fixed[1]
-    elif "<|im_start|>" in template:
-        name = "chatml"
-        default = re.search(r"<\|im_start\|>system\n([^'{}]+)<\|im_end\|>", template)
-        changes["default_system"] = default and default[1]
-    elif "<|assistant|>" in template and "eos_token" in template:
-        name = "zephyr"
-    elif "<<SYS>>" in template:
-        name, changes = "llama2", {}
-    elif "'[INST] ' + message['content'] + ' [/INST]'" in template:
-        name = "mistral"
-        if "eos_token + ' '" in template:  # 7B-Instruct-v0.1
-            changes["assistant"] = "{}{eos} "
-    elif "'[INST] ' + message['content'] + '[/INST]'" in template:
-        name = "mistral-v3"
-    return name, name and replace(CHAT_FORMATS[name], **changes)
+    for name, marks in FAMILIES.items():
+        if all(mark in template for mark in marks):
+            break
+    else:
+        return None, None
+    changes = {"bos": "bos_token" in template and name != "llama2"}
+    fixed = re.search(r"date_string = '(\d\d? \w{3} \d{4})'", template)
+    if fixed and "strftime_now" not in template:
+        changes["date"] = fixed[1]
+    if own := re.search(r"<\|im_start\|>system\n([^'{}]+)<\|im_end\|>", template):
+        changes["default_system"] = own[1]
+    if name == "mistral" and "eos_token + ' '" in template:  # 7B-Instruct-v0.1
+        changes["assistant"] = "{}{eos} "
+    return name, replace(CHAT_FORMATS[name], **changes)
+
+
+def read_format(folder: Path, settings: dict) -> tuple[str | None, ChatFormat | None]:
+    """Return the name and the format of a folder's chat template.
+
+    (None, None) if it has none, ("unknown", None) if it is not known.
+    """
+    jinja, file = settings.get("chat_template"), folder / "chat_template.jinja"
+    if file.exists():
+        jinja = read_bounded(file, JSON_BYTES).decode()
+    if isinstance(jinja, list):  # several, by name
+        jinja = {entry["name"]: entry["template"] for entry in jinja}["default"]
+    if jinja is None:
+        return None, None
+    name, chat_format = recognise_format(jinja)
+    return name or "unknown", chat_format
 
 
 def arrange(messages: list[dict], chat: ChatFormat) -> list[tuple[str, str]]:
@@ -1137,7 +1233,7 @@ def arrange(messages: list[dict], chat: ChatFormat) -> list[tuple[str, str]]:
     turns = [(message.get("role"), message.get("content")) for message in messages]
     roles = [role for role, _ in turns]
     for n, (role, content) in enumerate(turns):
-        if role not in ("system", "user", "assistant") or (role == "system" and n):
+        if role not in ROLES or (role == "system" and n):
             wanted = "system (first only), user or assistant"
             raise ValueError(f"message {n}: role must be {wanted}, got {role!r:.80}")
         if not isinstance(content, str):
@@ -1147,7 +1243,7 @@ def arrange(messages: list[dict], chat: ChatFormat) -> list[tuple[str, str]]:
     system = turns.pop(0)[1] if roles[0] == "system" else chat.default_system
     if chat.system_in is None:
         return turns if system is None else [("system", system), *turns]
-    if any(role != ("user", "assistant")[n % 2] for n, (role, _) in enumerate(turns)):
+    if any(role != ROLES[1 + n % 2] for n, (role, _) in enumerate(turns)):
         raise ValueError(f"user and assistant must alternate, got roles {roles}")
     if system is not None:
         n = 0 if chat.system_in == "first" else -1
@@ -1177,91 +1273,32 @@ class TextStream:
         return self._decoder.decode(b"", True)
 
 
-# Names that end a reply wherever they are control tokens: folders often name only one
-# of the ids that their model was trained to stop with.
-STOP_NAMES = ("<|eot_id|>", "<|eom_id|>", "<|end_of_text|>")
-STOP_NAMES += ("<|im_end|>", "<|endoftext|>", "</s>")
-
-# The control tokens behind the ranks of Meta's tokenizer.model: their places among 256.
-LLAMA3_TOKENS = {"<|begin_of_text|>": 0, "<|end_of_text|>": 1, "<|eom_id|>": 8}
-LLAMA3_TOKENS |= {"<|start_header_id|>": 6, "<|end_header_id|>": 7, "<|eot_id|>": 9}
-
-# What, in a chat format, is a control token. Mistral's [INST] is one since version 3.
-CONTROL = re.compile(
-    r"(<\|(?:start_header_id|end_header_id|eot_id|im_start|im_end)\|>"
-    r"|\[/?INST\]|\{bos\}|\{eos\})"
-)
-
-
-def read_tokenizer(folder: Path) -> tuple[Vocabulary, list[dict], str | None]:
-    """Return a folder's vocabulary, its added tokens, as tokenizer.json has them, and
-    the one that is put before every text, if any."""
-    file, ranks = folder / "tokenizer.json", folder / "tokenizer.model"
-    if file.exists():
-        spec = read_json(file)
-        try:
-            vocabulary = read_vocabulary(spec)
-        except ValueError as error:
-            raise ValueError(f"{file}: {error}") from None
-        steps = spec.get("post_processor") or {}
-        for step in steps.get("processors", [steps]):
-            for part in (step.get("single") or [])[:1]:
-                if "SpecialToken" in part:
-                    first = part["SpecialToken"]["id"]
-                    return vocabulary, spec.get("added_tokens") or [], first
-        return vocabulary, spec.get("added_tokens") or [], None
-    if not ranks.exists():
-        raise FileNotFoundError(f"{folder}: no tokenizer.json and no tokenizer.model")
-    vocabulary = rank_file(ranks)
-    added = [
-        {"content": name, "id": len(vocabulary.ranks) + n, "special": True}
-        for name, n in LLAMA3_TOKENS.items()
-    ]
-    return vocabulary, added, "<|begin_of_text|>"
-
-
-def read_format(folder: Path, settings: dict) -> tuple[str | None, ChatFormat | None]:
-    """Return the name and the format of a folder's chat template.
-
-    (None, None) if it has none, ("unknown", None) if it is not known.
-    """
-    jinja = settings.get("chat_template")
-    if (folder / "chat_template.jinja").exists():
-        jinja = (folder / "chat_template.jinja").read_text("utf-8")
-    if isinstance(jinja, list):  # several, by name
-        jinja = {entry["name"]: entry["template"] for entry in jinja}["default"]
-    if jinja is None:
-        return None, None
-    name, chat_format = recognise_format(jinja)
-    return name or "unknown", chat_format
-
-
 def tokenizer_settings(folder: Path, template: str | None) -> dict:
     """Return Tokenizer's arguments, gathered from the files of a folder."""
-    names = ("config", "generation_config", "tokenizer_config")
-    paths = [folder / f"{name}.json" for name in names]
-    found = (read_json(path) if path.exists() else {} for path in paths)
-    config, generation, settings = found
-    vocabulary, added, first = read_tokenizer(folder)
+    paths = [folder / f"{name}.json" for name in ("config", "generation_config")]
+    config, generation = (read_json(path) if path.exists() else {} for path in paths)
+    # A vocabulary may be as large as the embedding: rows of at least 16 bytes.
+    weights = [file for file in folder.glob("*.safetensors") if file.is_file()]
+    rows = sum(file.stat().st_size for file in weights) // 16 or MOST_TOKENS
+    tokens = min(rows, config.get("vocab_size", rows), MOST_TOKENS)
+    path = folder / "tokenizer_config.json"
+    settings = read_json(path, tokens=tokens) if path.exists() else {}
+    vocabulary, added, first = read_tokenizer(folder, tokens)
     special = {token["content"]: token["id"] for token in added}
-    bos, eos = (
-        special.get(token["content"] if isinstance(token, dict) else token)
-        for token in (settings.get("bos_token", first), settings.get("eos_token"))
-    )
-    bos = config.get("bos_token_id") if bos is None else bos
-    stops = [eos]
-    for stop in (config.get("eos_token_id"), generation.get("eos_token_id")):
-        stops += stop if isinstance(stop, list) else [stop]
-    stops = [stop for stop in stops if stop is not None]
-    ids = [*special.values(), *stops, *([] if bos is None else [bos])]
+    named = (settings.get("bos_token", first), settings.get("eos_token"))
+    bos, eos = (special.get(t["content"] if isinstance(t, dict) else t) for t in named)
+    bos, stops = config.get("bos_token_id") if bos is None else bos, [eos]
+    for ids in (config.get("eos_token_id"), generation.get("eos_token_id")):
+        stops += ids if isinstance(ids, list) else [ids]
+    stops = [i for i in stops if i is not None]
+    ids = [*special.values(), *stops, 0 if bos is None else bos]
     if not all(type(i) is int and 0 <= i < 2**31 for i in ids):
-        raise ValueError(f"{folder}: token ids must be whole numbers, got {ids!r:.200}")
+        raise ValueError(f"token ids must be whole numbers, got {ids!r:.200}")
     size, rows = max(vocabulary.text) + 1, config.get("vocab_size", math.inf)
     if size > rows:
-        raise ValueError(f"{folder}: the tokenizer has {size} ids, the model {rows}")
-    chat_format = CHAT_FORMATS.get(template)
-    if template is None:
-        template, chat_format = read_format(folder, settings)
+        raise ValueError(f"the tokenizer has {size} ids, the model {rows}")
+    own = read_format(folder, settings) if template is None else None
+    template, chat_format = own or (template, CHAT_FORMATS[template])
     return {
         "vocabulary": vocabulary,
         "special_tokens": special,
@@ -1274,6 +1311,18 @@ def tokenizer_settings(folder: Path, template: str | None) -> dict:
         "chat_format": chat_format,
         "source": str(folder),
     }
+
+
+# Names that end a reply wherever they are control tokens: folders often name only one
+# of the ids that their model was trained to stop with.
+STOP_NAMES = ("<|eot_id|>", "<|eom_id|>", "<|end_of_text|>")
+STOP_NAMES += ("<|im_end|>", "<|endoftext|>", "</s>")
+
+# What, in a chat format, is a control token. Mistral's [INST] is one since version 3.
+CONTROL = re.compile(
+    r"(<\|(?:start_header_id|end_header_id|eot_id|im_start|im_end)\|>"
+    r"|\[/?INST\]|\{bos\}|\{eos\})"
+)
 
 
 @dataclass(eq=False)
@@ -1292,17 +1341,15 @@ class Tokenizer:
     source: str = "this tokenizer"  # in messages
 
     def __post_init__(self):
-        special = self.special_tokens
-        names = [name for name in STOP_NAMES if name in special]
-        self.stop_tokens = {*self.stop_tokens, *(special[name] for name in names)}
+        special, own = self.special_tokens, self.vocabulary
+        self.stop_tokens = {*self.stop_tokens}
+        self.stop_tokens |= {special[name] for name in STOP_NAMES if name in special}
         self.bos_prefix = [self.bos] if self.adds_bos and self.bos is not None else []
-        self._text = self.vocabulary.text | dict.fromkeys(special.values(), b"")
+        self._text = own.text | dict.fromkeys(special.values(), b"")
         self._text |= {special[name]: name.encode() for name in self.visible}
+        ranks = own.ranks | {b"": EMPTY}
         self._bpe = tiktoken.Encoding(
-            "llama.py",
-            pat_str=self.vocabulary.split,
-            mergeable_ranks=self.vocabulary.ranks,
-            special_tokens={},
+            "llama.py", pat_str=own.split, mergeable_ranks=ranks, special_tokens={}
         )
 
     @classmethod
@@ -1321,9 +1368,10 @@ class Tokenizer:
         try:
             return cls(**tokenizer_settings(folder, template))
         except ValueError as error:
-            where = "" if str(folder) in str(error) else f"{folder}: tokenizer: "
+            where = f"{folder}: tokenizer files: "
+            where = "" if str(error).startswith(str(folder)) else where
             raise ValueError(f"{where}{error}") from None
-        except (AttributeError, IndexError, KeyError, TypeError) as error:
+        except (AttributeError, LookupError, TypeError) as error:
             # A part of another type than it should be; which one, the error says.
             raise ValueError(f"{folder}: tokenizer files: {error!r}") from error
 
@@ -1333,25 +1381,25 @@ class Tokenizer:
         first: whether the text begins a document; SentencePiece-style vocabularies
         put a space before it then, so that its first word is a word like any other.
         """
-        vocabulary, space = self.vocabulary, self.vocabulary.space
-        if vocabulary.form:
-            text = unicodedata.normalize(vocabulary.form, text)
-        text = text.replace(" ", space)
-        missing = vocabulary.prefix == "always" or not text.startswith(space)
-        if first and text and vocabulary.prefix is not None and missing:
-            text = space + text
-        cuts = []
-        if len(text) > LONGEST_RUN:
-            for run in re.finditer(r"\s+", text):
-                cuts += range(run.start() + LONGEST_RUN, run.end(), LONGEST_RUN)
-        pieces = (text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)]))
-        try:
-            ranks = [n for piece in pieces for n in self._bpe.encode_ordinary(piece)]
-        except BaseException as error:
-            if type(error).__name__ != "PanicException":  # tiktoken's; no Exception
-                raise
-            raise ValueError(f"{self.source}: the split fails: {error}") from None
-        return [i for rank in ranks for i in vocabulary.ids[rank]]
+        own = self.vocabulary
+        text = unicodedata.normalize(own.form, text) if own.form else text
+        text = text.replace(" ", own.space)
+        missing = own.prefix == "always" or not text.startswith(own.space)
+        if first and text and own.prefix is not None and missing:
+            text = own.space + text
+        cuts = [0]
+        for run in re.finditer(r"\s+", text):
+            cuts += range(run.start() + LONGEST_RUN, run.end(), LONGEST_RUN)
+        ranks = []
+        for start, end in zip(cuts, [*cuts[1:], None]):
+            try:
+                # encode_ordinary panics, which Rust prints, where this raises.
+                ranks += self._bpe.encode(text[start:end], disallowed_special=())
+            except ValueError as error:
+                raise ValueError(f"{self.source}: the split fails: {error}") from None
+        if EMPTY in ranks:
+            raise ValueError(f"{self.source}: the split fails: it matches no text")
+        return [i for rank in ranks for i in own.ids[rank]]
 
     def encode_chat(
         self,
@@ -1367,7 +1415,8 @@ class Tokenizer:
         other ids than the cache holds.
         Raises ValueError for messages out of order, or where no format is known.
         """
-        chat = self.require_format()
+        chat, replies = self.require_format(), replies or {}
+        date = chat.date or datetime.date.today().strftime("%d %b %Y")
         # Parts are text or ids. None: a reply begins here, and what precedes it is
         # encoded on its own, exactly as when the reply had not been written.
         parts = [[self.bos]] if chat.bos and self.bos is not None else []
@@ -1375,25 +1424,22 @@ class Tokenizer:
             before, after = getattr(chat, role).split("{}")
             if role == "assistant":
                 parts += [*self._parts(chat.reply), None]
-                if content in (replies or {}):
+                if content in replies:
                     parts += [replies[content], *self._parts(after.lstrip(" "))]
                     continue
-            if role == "system" and "{date}" in before:
-                date = chat.date or datetime.date.today().strftime("%d %b %Y")
-                before = before.replace("{date}", date)
             content = content.strip() if role in chat.strip else content
+            before = before.replace("{date}", date)
             parts += [*self._parts(before), content, *self._parts(after)]
         return self._join([*parts, *self._parts(chat.reply)])
 
     def require_format(self) -> ChatFormat:
         """Return the chat format. Raises ValueError if there is none."""
-        if self.chat_format is None:
-            found = "is a base model, it has no chat template"
-            if self.template is not None:
-                found = "has a chat template that is not known here"
-            advice = f"use --raw, or --template with one of {', '.join(CHAT_FORMATS)}"
-            raise ValueError(f"{self.source} {found}: {advice}")
-        return self.chat_format
+        if self.chat_format is not None:
+            return self.chat_format
+        base = "is a base model, it has no chat template"
+        found = "has a chat template that is not known here" if self.template else base
+        advice = f"use --raw, or --template with one of {', '.join(CHAT_FORMATS)}"
+        raise ValueError(f"{self.source} {found}: {advice}")
 
     def _parts(self, text: str) -> list[str | list[int]]:
         """Return a piece of a chat format as text, and ids of control tokens."""
@@ -1450,15 +1496,13 @@ def find_folder(model: str | Path) -> Path:
     if Path(model).is_dir():
         return Path(model)
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(model)):
-        raise FileNotFoundError(
-            f"{model}: no such folder, and not of the form org/name"
-        )
+        found = "no such folder, and not of the form org/name"
+        raise FileNotFoundError(f"{model}: {found}")
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    home = os.environ.get("HF_HOME") or Path(home, "huggingface")
-    hub = Path(os.environ.get("HF_HUB_CACHE") or Path(home, "hub"))
+    home = os.environ.get("HF_HOME") or f"{home}/huggingface"
+    hub = Path(os.environ.get("HF_HUB_CACHE") or f"{home}/hub")
     repo = hub / f"models--{str(model).replace('/', '--')}"
-    main = repo / "refs" / "main"
-    if main.is_file():
+    if (main := repo / "refs" / "main").is_file():
         snapshot = repo / "snapshots" / main.read_text().strip()
         if snapshot.is_dir():
             return snapshot
@@ -1476,22 +1520,25 @@ def build_model(args: ModelArgs, tensors: Mapping[str, TensorInfo]) -> Llama:
     entry of its own for it. Raises ValueError naming the layer that cannot be built.
     """
     model = Llama(replace(args, tie_word_embeddings="lm_head.weight" not in tensors))
-    settings = args.quantization or {}
-    swaps = []
+    usual, swaps = args.quantization or {}, []
     for path, layer in dense_layers(model):
-        if f"{path}.scales" in tensors:
-            own = settings.get(path)
-            own = own if isinstance(own, dict) else settings
-            if not own:
-                raise ValueError(f"{path} has scales, but config.json no quantization")
-            try:
-                numbers = own.get("group_size", 64), own.get("bits", 4)
-                layer = quantized_like(layer, *numbers, own.get("mode", "affine"))
-            except (TypeError, ValueError) as error:
-                raise ValueError(f"{path}: {error}") from None
-            swaps.append((path, layer))
+        if f"{path}.scales" not in tensors:
+            continue
+        own = usual[path] if isinstance(usual.get(path), dict) else usual
+        if not own:
+            raise ValueError(f"{path} has scales, but config.json no quantization")
+        settings = {"group_size": 64, "bits": 4, "mode": "affine"}
+        settings = {key: own.get(key, settings[key]) for key in settings}
+        try:
+            swaps.append((path, quantized_like(layer, **settings)))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path}: {error}") from None
     model.update_modules(tree_unflatten(swaps))
     return model
+
+
+# What a file may hold where a model has an array of a dtype.
+STORED_AS = {mx.float32: ("F32", "F16", "BF16"), mx.uint32: ("U32",), mx.uint8: ("U8",)}
 
 
 def mismatches(model: Llama, tensors: Mapping[str, TensorInfo]) -> list[str]:
@@ -1499,29 +1546,22 @@ def mismatches(model: Llama, tensors: Mapping[str, TensorInfo]) -> list[str]:
     wanted = dict(tree_flatten(model.parameters()))
     # Old checkpoints carry the rotary frequencies, which are computed here.
     found = {name for name in tensors if not name.endswith("rotary_emb.inv_freq")}
-    dtypes = {
-        mx.float32: ("F32", "F16", "BF16"),
-        mx.uint32: ("U32",),
-        mx.uint8: ("U8",),
-    }
     shapes = []
     for name in sorted(found & wanted.keys()):
-        info, array = tensors[name], wanted[name]
-        if info.shape != array.shape or info.dtype not in dtypes[array.dtype]:
-            got = f"{info.dtype} {list(info.shape)}"
-            want = f"{'/'.join(dtypes[array.dtype])} {list(array.shape)}"
-            shapes.append(f"{name} is {got}, wanted {want}")
+        info, shape = tensors[name], wanted[name].shape
+        if info.shape != shape or info.dtype not in STORED_AS[wanted[name].dtype]:
+            want = f"{'/'.join(STORED_AS[wanted[name].dtype])} {list(shape)}"
+            shapes.append(f"{name} is {info.dtype} {list(info.shape)}, wanted {want}")
     kinds = {
         "missing": sorted(wanted.keys() - found),
         "unexpected": sorted(found - wanted.keys()),
         "not as config.json says": shapes,
     }
-    lines = []
-    for kind, names in kinds.items():
-        if names:
-            shown = ", ".join(names[:4]) + (", ..." if names[4:] else "")
-            lines.append(f"{len(names)} tensors {kind}: {shown}")
-    return lines
+    return [
+        f"{len(names)} tensors {kind}: {', '.join(names[:4])}{', ...' * (len(names) > 4)}"
+        for kind, names in kinds.items()
+        if names
+    ]
 
 
 def examine(
@@ -1540,9 +1580,9 @@ def examine(
         if not config.exists():
             raise FileNotFoundError(f"{folder}: no config.json")
         args = ModelArgs.from_dict(read_json(config))
-        if args.num_hidden_layers > max(len(tensors), 1000):  # do not even begin
+        if (layers := args.num_hidden_layers) > max(len(tensors), 1000):  # do not begin
             found = f"there are {len(tensors)} tensors"
-            raise ValueError(f"num_hidden_layers is {args.num_hidden_layers}, {found}")
+            raise ValueError(f"num_hidden_layers is {layers}, {found}")
         model = build_model(args, tensors)
         if not problems and (wrong := mismatches(model, tensors)):
             problems.append(ValueError(f"{folder}: {'; '.join(wrong)}"))
@@ -1656,7 +1696,7 @@ def require_memory(weights: int, cache: int) -> str | None:
     needed, there, limit = weights + cache, machine_memory(), recommended_memory()
     parts = f"{weights / 1e9:.2f} GB of weights and {cache / 1e9:.2f} GB of cache"
     if needed > there:
-        advice = "--ctx sets the size of the cache"
+        advice = "--ctx (of info: --prompt-tokens) sets the size of the cache"
         raise ValueError(f"{parts} do not fit {there / 1e9:.2f} GB of memory; {advice}")
     if limit is None or needed < 0.9 * limit:
         return None
@@ -1673,15 +1713,13 @@ def wired_memory(nbytes: int) -> Iterator[None]:
     is needed and 2 GB, at most what Metal recommends. Does nothing elsewhere.
     """
     limit = recommended_memory()
-    if limit is None:
-        yield
-        return
-    before = mx.set_wired_limit(min(limit, nbytes + 2_000_000_000))
+    before = limit and mx.set_wired_limit(min(limit, nbytes + 2_000_000_000))
     try:
         yield
     finally:
-        mx.synchronize()  # nothing may be running that counts on it
-        mx.set_wired_limit(before)
+        if limit:
+            mx.synchronize()  # nothing may be running that counts on it
+            mx.set_wired_limit(before)
 
 
 # -----------------------------------------------------------------------------
@@ -1765,6 +1803,59 @@ def new_seed() -> int:
     return int.from_bytes(os.urandom(4), "little")
 
 
+@dataclass
+class Sampler:
+    """A function from logits (B, V) to tokens (B,), lazy like any MLX code.
+
+    Its state is a key, split for every token, and which tokens were seen; both appear
+    on first use, in the thread that samples. A copy goes on from where it was made.
+    """
+
+    temperature: float  # 0 is greedy, the likeliest token
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    repetition_penalty: float | None
+    seed: int
+    prompt: Sequence[int]
+    key: mx.array | None = None
+    seen: mx.array | None = None  # (B, V), bool
+
+    def __call__(self, logits: mx.array) -> mx.array:
+        # 16-bit cumulative sums would misjudge the tail, so float32 from here on.
+        logits = logits.astype(mx.float32)
+        if self.repetition_penalty is not None:
+            logits = self.penalize(logits)
+        if self.temperature < 1e-30:  # 0, or what float32 cannot divide by
+            token = mx.argmax(logits, axis=-1)
+        else:
+            token = self.draw(logits)
+        if self.seen is not None:
+            self.seen = self.seen | (mx.arange(logits.shape[-1]) == token[:, None])
+        return token
+
+    def penalize(self, logits: mx.array) -> mx.array:
+        if self.seen is None:
+            self.seen = mx.zeros(logits.shape, mx.bool_)
+            if len(self.prompt):
+                self.seen[:, mx.array(self.prompt)] = True
+        return apply_repetition_penalty(logits, self.seen, self.repetition_penalty)
+
+    def draw(self, logits: mx.array) -> mx.array:
+        logprobs = (logits - logits.max(axis=-1, keepdims=True)) / self.temperature
+        logprobs = logprobs - mx.logsumexp(logprobs, axis=-1, keepdims=True)
+        if self.top_k is not None:
+            logprobs = apply_top_k(logprobs, int(self.top_k))
+        if self.top_p is not None and self.top_p < 1:
+            logprobs = apply_top_p(logprobs, self.top_p)
+        if self.min_p is not None:
+            logprobs = apply_min_p(logprobs, self.min_p)
+        if self.key is None:
+            self.key = mx.random.key(self.seed)
+        self.key, now = mx.random.split(self.key)
+        return mx.random.categorical(logprobs, key=now)
+
+
 def make_sampler(
     *,
     temperature: float = 0.6,
@@ -1774,56 +1865,20 @@ def make_sampler(
     repetition_penalty: float | None = None,
     seed: int | None = None,
     prompt: Sequence[int] = (),
-) -> Callable[[mx.array], mx.array]:
-    """Return a function from logits (B, V) to tokens (B,), lazy like any MLX code.
+) -> Sampler:
+    """Return a Sampler.
 
-    temperature: 0 is greedy, the likeliest token. top_k: at least 1. top_p, min_p: in
-    (0, 1]. repetition_penalty: positive, above 1 discourages; it counts the tokens
-    sampled so far and those of `prompt`. seed: the same seed draws the same tokens;
-    None draws anew each time. None turns a filter off.
+    temperature: 0 is greedy. top_k: at least 1. top_p, min_p: in (0, 1].
+    repetition_penalty: positive, above 1 discourages; it counts the tokens sampled so
+    far and those of `prompt`. seed: the same seed draws the same tokens; None draws
+    anew each time. None turns a filter off.
     Raises ValueError with the interval and the value for an option outside it.
     """
-    check_sampling(
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-    )
-    # The state: a key that is split per token, and which tokens were seen. Both are
-    # made on first use, in the thread that samples.
-    key, seen = None, None
-
-    def sampler(logits: mx.array) -> mx.array:
-        nonlocal key, seen
-        # 16-bit cumulative sums would misjudge the tail, so float32 from here on.
-        logits = logits.astype(mx.float32)
-        if repetition_penalty not in (None, 1):
-            if seen is None:
-                seen = mx.zeros(logits.shape, mx.bool_)
-                if len(prompt):
-                    seen[:, mx.array(prompt)] = True
-            logits = apply_repetition_penalty(logits, seen, repetition_penalty)
-        if temperature < 1e-30:  # 0, or what float32 cannot divide by
-            token = mx.argmax(logits, axis=-1)
-        else:
-            logprobs = (logits - logits.max(axis=-1, keepdims=True)) / temperature
-            logprobs = logprobs - mx.logsumexp(logprobs, axis=-1, keepdims=True)
-            if top_k is not None:
-                logprobs = apply_top_k(logprobs, int(top_k))
-            if top_p is not None and top_p < 1:
-                logprobs = apply_top_p(logprobs, top_p)
-            if min_p is not None:
-                logprobs = apply_min_p(logprobs, min_p)
-            if key is None:
-                key = mx.random.key(new_seed() if seed is None else seed)
-            key, now = mx.random.split(key)
-            token = mx.random.categorical(logprobs, key=now)
-        if seen is not None:
-            seen = seen | (mx.arange(seen.shape[-1]) == token[:, None])
-        return token
-
-    return sampler
+    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    options |= {"min_p": min_p, "repetition_penalty": repetition_penalty}
+    check_sampling(**options)
+    seed = new_seed() if seed is None else seed
+    return Sampler(**options, seed=seed, prompt=prompt)
 
 
 # -----------------------------------------------------------------------------
@@ -1844,12 +1899,23 @@ def require_numbers(logits: mx.array) -> None:
         raise ValueError(f"the model's output is not a number; {advice}")
 
 
+def default_prefill_step() -> int:
+    """Return how many tokens to read at a time here.
+
+    A step cannot be interrupted: a CPU takes seconds for a long one, and gains nothing.
+    CUDA gains, since there a step costs some 25 ms of launches whatever its length.
+    """
+    if mx.default_device() == mx.cpu:
+        return 32
+    return 2048 if mx.cuda.is_available() else 512
+
+
 def prefill(
     model: Callable,
     prompt: Sequence[int],
     cache: list,
     *,
-    step: int = 512,
+    step: int,
     progress: Callable[[int, int], None] | None = None,
     cancelled: Callable[[], bool] | None = None,
 ) -> mx.array | None:
@@ -1872,46 +1938,133 @@ def prefill(
     return logits
 
 
+class Lookup:
+    """Drafts of what comes next: the n tokens that followed when the last 8 (or n, if
+    that is less) occurred before. So copying, which much of writing is, is foreseen
+    without a second model, and text that repeats nothing is left in peace.
+
+    Source: github.com/apoorvumang/prompt-lookup-decoding.
+    """
+
+    def __init__(self, n: int, ids: Iterable[int] = ()):
+        if n < 1:
+            raise ValueError(f"n must be at least 1, got {n}")
+        self.n, self.same, self.ids = n, min(n, 8), []
+        self.after = {}  # as many ids as must be the same: where what followed begins
+        self.accepted = 0  # drafts that the model agreed with
+        self.extend(ids)
+
+    def extend(self, ids: Iterable[int]) -> None:
+        """Append ids to the text."""
+        for token in ids:
+            self.after[tuple(self.ids[-self.same :])] = len(self.ids)
+            self.ids.append(token)
+
+    def drafts(self) -> list[int]:
+        """Return n ids, or none. What ends with the text is taken to go on in circles."""
+        at = self.after.get(tuple(self.ids[-self.same :]), len(self.ids))
+        following = self.ids[at : at + self.n]
+        return [*itertools.islice(itertools.cycle(following), self.n)]
+
+
+class Step(NamedTuple):
+    """A pass over one token and drafts of those that follow it, launched."""
+
+    drafts: list[int]
+    sampled: mx.array  # (1 + len(drafts),), what follows each
+    samplers: list[Callable]  # as they are after each
+    logits: mx.array  # (1, V) after the last
+
+
+def launch(
+    model: Callable,
+    token: mx.array,
+    drafts: list[int],
+    cache: list,
+    sampler: Callable[[mx.array], mx.array],
+) -> Step:
+    """Return the step that reads token (1,) and drafts, without waiting for it."""
+    tokens = token[:, None]
+    if drafts:
+        tokens = mx.concatenate([tokens, mx.array([drafts], tokens.dtype)], axis=1)
+    rows = tokens.shape[1]
+    logits, sampled, samplers = model(tokens, cache, logits_to_keep=rows), [], []
+    for row in range(rows):
+        sampler = copy.copy(sampler)  # its state, for when later rows are rejected
+        sampled.append(sampler(logits[:, row]))
+        samplers.append(sampler)
+    sampled = mx.concatenate(sampled) if drafts else sampled[0]
+    mx.async_eval(sampled)
+    return Step(drafts, sampled, samplers, logits[:, -1])
+
+
+def agreed(step: Step, cache: list) -> list[int]:
+    """Wait for a step; return the ids to keep, and take rejected drafts back.
+
+    A draft is right where the sampler picked it too; what was picked after it holds.
+    """
+    values = step.sampled.tolist()
+    right = (draft == value for draft, value in zip(step.drafts, values))
+    kept = values[: 1 + sum(itertools.takewhile(bool, right))]
+    for layer in cache if len(kept) < len(values) else ():
+        layer.trim(len(values) - len(kept))
+    return kept
+
+
 def decode(
     model: Callable,
     logits: mx.array,
     cache: list,
     sampler: Callable[[mx.array], mx.array],
     *,
+    lookup: Lookup | None,
     max_tokens: int | None,
     stop_tokens: Iterable[int],
     cancelled: Callable[[], bool] | None,
 ) -> Iterator[int]:
     """Yield one id after another, the first sampled from logits (1, V).
 
-    The arguments, and what it returns in the end, are those of generate.
+    The arguments, and what it returns in the end, are those of generate. Drafts are
+    read together with the token before them, and kept while the sampler, run on the
+    model's own logits, picks the same: the text is what it would be without them.
     """
     end = cache[0].offset  # of what the cache is to hold
-    token = sampler(logits)
-    mx.async_eval(token)
+    limit = end + (math.inf if max_tokens is None else max_tokens)
+    step = Step([], sampler(logits), [sampler], logits)
+    mx.async_eval(step.sampled)
     try:
         for count in itertools.count(1):
-            # Build and launch the step that reads this token before waiting for the
-            # token itself: Python then works while the device does.
-            following = None
-            if count != max_tokens and cache[0].offset < cache[0].capacity:
-                logits = model(token[:, None], cache, logits_to_keep=1)[:, -1]
-                following = sampler(logits)
-                mx.async_eval(following)
-            value = token.item()
-            if value in stop_tokens:
-                return "stop"
-            end += 1
-            yield value
-            if count == max_tokens:
-                return "length"
-            if following is None:
-                return "context"
+            ahead = None
+            room = min(cache[0].capacity, limit - 1) - cache[0].offset
+            if not step.drafts and room > 0:
+                # Whatever the one token is, it is kept: the step that reads it is
+                # launched before it is known, so that Python works while the device
+                # does. Until then the first draft stands for it.
+                drafts = lookup.drafts()[1:room] if lookup else []
+                ahead = launch(model, step.sampled, drafts, cache, step.samplers[0])
+            kept = agreed(step, cache)
+            for value in kept:
+                if value in stop_tokens:
+                    return "stop"
+                end += 1
+                yield value
+                if end == limit:
+                    return "length"
             if cancelled is not None and cancelled():
                 return "cancelled"
-            token = following
+            if lookup:
+                lookup.extend(kept)
+                lookup.accepted += len(kept) - 1
+            room = min(cache[0].capacity, limit - 1) - cache[0].offset
+            if step.drafts and room > 0:
+                last, drafts = len(kept) - 1, lookup.drafts()[: room - 1]
+                token, sampler = step.sampled[last : last + 1], step.samplers[last]
+                ahead = launch(model, token, drafts, cache, sampler)
+            if ahead is None:
+                return "context"
+            step = ahead
             if count % 256 == 0:
-                require_numbers(logits)
+                require_numbers(step.logits)
                 mx.clear_cache()  # buffers of past sizes would pile up
     finally:
         for layer in cache:  # the step that was launched ahead is not wanted
@@ -1925,8 +2078,9 @@ def generate(
     max_tokens: int | None = None,
     sampler: Callable[[mx.array], mx.array] | None = None,
     cache: list | None = None,
+    lookup: Lookup | None = None,
     stop_tokens: Iterable[int] = (),
-    prefill_step: int = 512,
+    prefill_step: int | None = None,
     progress: Callable[[int, int], None] | None = None,
     cancelled: Callable[[], bool] | None = None,
 ) -> Iterator[int]:
@@ -1935,17 +2089,18 @@ def generate(
     prompt: at least one id. max_tokens: None goes on until something else ends it.
     sampler: logits (1, V) -> (1,); None is greedy. cache: what precedes the prompt, is
     continued in place; None makes one. stop_tokens: ids that end the text, not yielded.
-    prefill_step, progress, cancelled: see prefill.
+    prefill_step, progress, cancelled: see prefill. lookup: drafts tokens, from what it
+    holds, the prompt, and the tokens themselves; None does not.
     Returns, as a generator does, why it ended: "stop", "length" (max_tokens),
     "context" (the cache is full) or "cancelled". However it ends, the cache then holds
     the prompt and what was yielded, except perhaps the last token: its offset tells.
     Raises ValueError if the prompt is empty or does not fit the cache, and if the model
     computes no numbers: asked of the first token, and of one in 256.
     """
-    counts = {"max_tokens": (max_tokens, 0), "prefill_step": (prefill_step, 1)}
-    for name, (value, least) in counts.items():
-        if value is not None and value < least:
-            raise ValueError(f"{name} must be at least {least}, got {value}")
+    if max_tokens is not None and max_tokens < 0:
+        raise ValueError(f"max_tokens must be at least 0, got {max_tokens}")
+    if prefill_step is not None and prefill_step < 1:
+        raise ValueError(f"prefill_step must be at least 1, got {prefill_step}")
     if cache is None:
         longest = model.args.max_position_embeddings
         longest = longest if max_tokens is None else len(prompt) + max_tokens
@@ -1954,17 +2109,21 @@ def generate(
     if not 0 < len(prompt) <= room:
         wanted = f"1 to {room} tokens, what the context has left"
         raise ValueError(f"the prompt must have {wanted}, got {len(prompt)}")
-    steps = {"step": prefill_step, "progress": progress, "cancelled": cancelled}
-    logits = prefill(model, prompt, cache, **steps)
+    steps = {"step": prefill_step or default_prefill_step(), "progress": progress}
+    logits = prefill(model, prompt, cache, **steps, cancelled=cancelled)
     if logits is None:
         return "cancelled"
     if max_tokens == 0:
         return "length"
     require_numbers(logits)
     sampler = sampler or functools.partial(mx.argmax, axis=-1)
+    if lookup is not None:
+        lookup.extend(prompt)
     ends = {"max_tokens": max_tokens, "stop_tokens": frozenset(stop_tokens)}
     return (
-        yield from decode(model, logits, cache, sampler, **ends, cancelled=cancelled)
+        yield from decode(
+            model, logits, cache, sampler, lookup=lookup, **ends, cancelled=cancelled
+        )
     )
 
 
@@ -2110,7 +2269,7 @@ def broadcast(group: mx.distributed.Group, message: dict) -> dict:
     return json.loads(bytes(mx.distributed.all_sum(data, group=group).tolist()))
 
 
-def agreed(
+def cancelled_by_any(
     group: mx.distributed.Group, stop: Callable[[], bool], tokens: Sequence[int]
 ) -> Callable[[], bool]:
     """Return a function that tells all ranks alike whether one of them wants to stop.
@@ -2218,6 +2377,7 @@ class Stats:
     prompt_tokens: int = 0  # of the whole conversation
     reused_tokens: int = 0  # of these, already in the cache
     generation_tokens: int = 0
+    accepted_tokens: int = 0  # of these, drafts of prompt lookup that were right
     time_to_first_token_s: float = 0.0  # from the request on
     prefill_tps: float = 0.0
     decode_tps: float = 0.0
@@ -2297,6 +2457,7 @@ class Request:
     ids: list[int]
     options: dict
     sampling: dict
+    lookup: int  # tokens to draft, 0 for none
     stream: TextStream
     events: queue.SimpleQueue = field(default_factory=queue.SimpleQueue)
     stopped: threading.Event = field(default_factory=threading.Event)
@@ -2304,7 +2465,8 @@ class Request:
 
     def message(self) -> dict:
         """Return what other ranks need of it, for JSON."""
-        return {name: getattr(self, name) for name in ("ids", "options", "sampling")}
+        names = ("ids", "options", "sampling", "lookup")
+        return {name: getattr(self, name) for name in names}
 
     def finish(self, outcome: "Stats | Exception") -> None:
         """Send the last event, twice: a Ctrl-C can strike whoever waits for it between
@@ -2433,10 +2595,7 @@ class Worker(threading.Thread):
         weights = memory_of(kept, item_size)
         self.warning, self.nbytes = require_memory(weights, cache), weights + cache
         self.model = load(self.folder, dtype=dtype, progress=self.report)
-        # A step cannot be interrupted. Short ones cost nothing on a CPU, where a long
-        # one takes many seconds.
-        on_cpu = mx.default_device() == mx.cpu
-        self.prefill_step = prefill_step or (32 if on_cpu else 512)
+        self.prefill_step = prefill_step
         self.forget()
         return args
 
@@ -2465,13 +2624,15 @@ class Worker(threading.Thread):
         started, ids = time.perf_counter(), request.ids
         mx.reset_peak_memory()
         reused, tokens = self.reuse(ids), []
+        lookup = Lookup(request.lookup, ids[:reused]) if request.lookup else None
         cancelled = functools.partial(self.unwanted, request)
         if self.group is not None:
-            cancelled = agreed(self.group, cancelled, tokens)
+            cancelled = cancelled_by_any(self.group, cancelled, tokens)
         generation = generate(
             self.model,
             ids[reused:],
             cache=self.cache,
+            lookup=lookup,
             prefill_step=self.prefill_step,
             progress=lambda *step: request.events.put(Progress(*step)),
             cancelled=cancelled,
@@ -2500,6 +2661,7 @@ class Worker(threading.Thread):
             prompt_tokens=len(ids),
             reused_tokens=reused,
             generation_tokens=len(tokens),
+            accepted_tokens=lookup.accepted if lookup else 0,
             time_to_first_token_s=first - request.submitted,
             prefill_tps=(len(ids) - reused) / (first - started) if tokens else 0.0,
             decode_tps=(len(tokens) - 1) / elapsed if elapsed else 0.0,
@@ -2619,8 +2781,8 @@ class Engine:
 
     model: a folder or org/name. tokenizer: None is the folder's. context: tokens of
     cache, allocated once; None is the model's longest, at most 8192. dtype: see
-    load_model. prefill_step: see prefill; None is 512, on a CPU 32. progress: called
-    with the bytes loaded, and in all. group: the ranks that share the model, see
+    load_model. prefill_step: see prefill; None is default_prefill_step(). progress:
+    called with the bytes loaded, and in all. group: the ranks that share the model, see
     section 11; rank 0 is asked, the others follow. Returns when the model is loaded;
     raises what Tokenizer.from_folder and load_model raise.
 
@@ -2692,12 +2854,14 @@ class Engine:
         min_p: float | None = None,
         repetition_penalty: float | None = None,
         seed: int | None = None,
+        lookup: int | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> Reply:
         """Return at once with the reply to ids.
 
         max_tokens: None goes on to the end of the turn, or of the context. Sampling:
-        see make_sampler; None is the folder's default. progress: called, by whoever
+        see make_sampler; None is the folder's default. lookup: tokens drafted at a time,
+        see Lookup; 0 is off, None is 15 on a GPU, off on a CPU. progress: called, by whoever
         iterates, with the tokens of the prompt read, and in all. drop_space: see
         Tokenizer.stream.
         Raises ValueError for options out of range or a prompt that does not fit,
@@ -2711,8 +2875,11 @@ class Engine:
         if max(ids) >= self.args.vocab_size:
             size = self.args.vocab_size
             raise ValueError(f"the prompt has id {max(ids)}, the model {size} ids")
-        if max_tokens is not None and max_tokens < 0:
-            raise ValueError(f"max_tokens must be at least 0, got {max_tokens}")
+        if lookup is None:  # reading 16 tokens takes a CPU 16 times as long as one
+            lookup = 0 if mx.default_device() == mx.cpu else 15
+        for name, value in (("max_tokens", max_tokens), ("lookup", lookup)):
+            if value is not None and value < 0:
+                raise ValueError(f"{name} must be at least 0, got {value}")
         given = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
         given |= {"min_p": min_p, "repetition_penalty": repetition_penalty}
         given = {name: value for name, value in given.items() if value is not None}
@@ -2722,7 +2889,8 @@ class Engine:
         options = {"max_tokens": max_tokens}
         options["stop_tokens"] = sorted(self.tokenizer.stop_tokens)
         stream, reply = self.tokenizer.stream(drop_space=drop_space), Reply(progress)
-        request = Request(ids, options, sampling, stream, reply.events, reply.stopped)
+        asked = (ids, options, sampling, lookup, stream, reply.events, reply.stopped)
+        request = Request(*asked)
         with self._lock:  # nothing may be asked after the worker's last request
             self._require_worker()
             self._taken.append(reply.taken)
@@ -2887,33 +3055,52 @@ def weight_bytes(model: Llama, bits: int, item_size: int = 2) -> int:
 
 
 def copy_bandwidth() -> float:
-    """Return the bytes per second, read and written, of a copy on this device."""
+    """Return the bytes per second, read and written, of copying on this device."""
     on_cpu = mx.default_device() == mx.cpu
-    array = mx.zeros(2**23 if on_cpu else 2**26)
+    array = mx.zeros(2**23 if on_cpu else 2**27)
     mx.eval(array)
-    best = math.inf
+    best, copies = math.inf, 1 if on_cpu else 8  # several, as a launch takes its time
     for _ in range(3):
         started = time.perf_counter()
-        mx.eval(array + 1)
+        for _ in range(copies):
+            array = array + 1
+        mx.eval(array)
         best = min(best, time.perf_counter() - started)
-    return 2 * array.nbytes / best
+    return 2 * array.nbytes * copies / best
+
+
+def reading_speed(bits: int) -> float:
+    """Return the bytes of weights per second that products with a vector read here."""
+    side, dtype = 8192, mx.bfloat16
+    if mx.default_device() == mx.cpu:
+        side, dtype = 768, mx.float32
+    layer = nn.Linear(side, side, bias=False)
+    layer.set_dtype(dtype)
+    layer = layer if bits == 16 else layer.to_quantized(64, bits)
+    mx.eval(layer.parameters())
+    nbytes = sum(array.nbytes for _, array in tree_flatten(layer.parameters()))
+    best = math.inf
+    for _ in range(3):
+        vectors = [mx.ones((1, side), dtype) for _ in range(4)]
+        started = time.perf_counter()
+        mx.eval([layer(vector) for vector in vectors])
+        best = min(best, time.perf_counter() - started)
+    return len(vectors) * nbytes / best
 
 
 def verdict(
-    weights: int, cache: int, longest: int, memory: int, bandwidth: float
+    weights: int, cache: int, longest: int, memory: int, speed: float
 ) -> tuple[int, str]:
     """Return the longest context that fits, and in words whether a model does.
 
-    weights: bytes. cache: bytes a token. Every token reads all weights, so the
-    bandwidth bounds the speed.
+    weights: bytes, all read for every token, at speed. cache: bytes a token.
     """
     context = max(0, min((memory - weights) // cache, longest))
     if context == 0:
         return 0, "does not fit"
     usual = weights + cache * min(longest, DEFAULT_CONTEXT)
     word = "fits" if usual <= 0.8 * memory else "tight"
-    speed = f"up to {bandwidth / weights:,.1f} tokens/s"
-    return context, f"{word}, context {context:,}, {speed}"
+    return context, f"{word}, context {context:,}, ~{speed / weights:,.1f} tokens/s"
 
 
 def describe(model: str | None) -> dict:
@@ -2929,11 +3116,10 @@ def describe(model: str | None) -> dict:
         args, stored = skeleton.args, sum(info.nbytes for info in tensors.values())
     dense = Llama(args)
     cache, memory = kv_bytes_per_token(args, item_size), machine_memory()
-    machine = (args.max_position_embeddings, memory, copy_bandwidth())
-    verdicts = {
-        bits: verdict(weight_bytes(dense, bits, item_size), cache, *machine)
-        for bits in (16, 8, 4)
-    }
+    longest, verdicts = args.max_position_embeddings, {}
+    for bits in (16, 8, 4):
+        size = weight_bytes(dense, bits, item_size)
+        verdicts[bits] = verdict(size, cache, longest, memory, reading_speed(bits))
     return {
         "model": model or "stories",
         "folder": folder and str(folder),
@@ -2949,9 +3135,122 @@ def describe(model: str | None) -> dict:
     }
 
 
+def random_model(args: ModelArgs, bits: int | None) -> Llama:
+    """Return a model of random weights, in 16 bits (on a CPU in float32) or quantized.
+
+    The largest are made first, while there is room: what it takes to make one is never
+    more than what is still to come.
+    """
+    model, dtype = Llama(args), default_dtype() or mx.bfloat16
+    layers = sorted(dense_layers(model), key=lambda entry: -entry[1].weight.size)
+    block = mx.random.randint(0, 256, (65_536,), mx.uint8).view(mx.uint32)
+    for path, layer in layers:
+        rows, columns = layer.weight.shape
+        if bits and columns % 64 == 0:
+            layer = quantized_like(layer, 64, bits, "affine")
+            scale, words = 2 / (2**bits * math.sqrt(columns)), layer.weight.size
+            packed = mx.tile(block, -(-words // block.size))[:words]
+            layer.weight = packed.reshape(rows, -1)
+            layer.scales = mx.full(layer.scales.shape, scale, dtype)
+            layer.biases = layer.scales * -(2.0 ** (bits - 1))
+            model.update_modules(tree_unflatten([(path, layer)]))
+        else:
+            layer.set_dtype(dtype)
+        mx.eval(layer.parameters())
+    model.set_dtype(dtype)  # the norms
+    mx.eval(model.parameters())
+    return model
+
+
+def measure(model: Llama, prompt_tokens: int, generation_tokens: int) -> dict:
+    """Return how fast a model is here: medians of three runs, after one to warm up.
+
+    Greedy, over a prompt of random ids. Speeds in tokens/s, gbps in 1e9 bytes of weights
+    read a second, bandwidth_share of what copying reaches, peak_gb while running.
+    """
+    sizes = {name: array.nbytes for name, array in tree_flatten(model.parameters())}
+    embedding = sum(n for name, n in sizes.items() if "embed_tokens" in name)
+    # Of an embedding that is not the head too, a token reads one row.
+    read = sum(sizes.values()) - (embedding if "lm_head" in model else 0)
+    ids = mx.random.randint(0, model.args.vocab_size, (prompt_tokens,)).tolist()
+    progress, bandwidth, runs = ProgressLine("measuring"), copy_bandwidth(), []
+    mx.reset_peak_memory()
+    for run in range(4):
+        cache = model.make_cache(prompt_tokens + generation_tokens)
+        started, times = time.perf_counter(), []
+        for _ in generate(model, ids, cache=cache, max_tokens=generation_tokens):
+            times.append(time.perf_counter())
+            progress(run * generation_tokens + len(times), 4 * generation_tokens)
+        first, last = times[0] - started, times[-1] - times[0]
+        runs.append((first, (generation_tokens - 1) / last))
+    progress.clear()
+    first, decode_tps = (statistics.median(values) for values in zip(*runs[1:]))
+    return {
+        "prompt_tokens": prompt_tokens,
+        "generation_tokens": generation_tokens,
+        "prefill_tps": prompt_tokens / first,
+        "decode_tps": decode_tps,
+        "time_to_first_token_s": first,
+        "gbps": read * decode_tps / 1e9,
+        "bandwidth_share": read * decode_tps / bandwidth,
+        "weights_gb": sum(sizes.values()) / 1e9,
+        "active_gb": mx.get_active_memory() / 1e9,
+        "peak_gb": mx.get_peak_memory() / 1e9,
+    }
+
+
+def measured(options: argparse.Namespace, found: dict) -> dict:
+    """Return what `measure` says of a preset, with random weights, or a model.
+
+    Raises ValueError if it does not fit this machine.
+    """
+    args, total = ModelArgs(**found["config"]), options.prompt_tokens
+    total += options.generation_tokens
+    if total > args.max_position_embeddings:
+        wanted = f"at most {args.max_position_embeddings}, what the model was made for"
+        raise ValueError(f"prompt and generation have {total} tokens, wanted {wanted}")
+    item_size = (default_dtype() or mx.bfloat16).size
+    cache = total * kv_bytes_per_token(args, item_size)
+    if found["folder"] is None:
+        size = weight_bytes(Llama(args), options.bits or 16, item_size)
+        require_memory(size, cache)
+        model = random_model(args, options.bits)
+    else:
+        folder = Path(found["folder"])
+        require_memory(memory_of(list_tensors(folder).values(), item_size), cache)
+        progress = ProgressLine("loading")
+        model = load_model(folder, progress=progress)
+        progress.clear()
+    return measure(model, options.prompt_tokens, options.generation_tokens)
+
+
+def measured_rows(name: str, device: str, found: dict) -> list[tuple[str, str]]:
+    """Return what was measured as rows of a table, the last one to paste elsewhere."""
+    prompt, generation = found["prompt_tokens"], found["generation_tokens"]
+    speeds = f"{found['prefill_tps']:,.1f} | {found['decode_tps']:,.1f}"
+    numbers = f"{found['weights_gb']:.2f} | {speeds} | {found['gbps']:,.1f}"
+    share = f"{100 * found['bandwidth_share']:.0f} % of what copying reaches here"
+    first = f"the first after {found['time_to_first_token_s']:.2f} s"
+    peak = f"{found['peak_gb']:.2f} GB, {found['active_gb']:.2f} GB at the end"
+    return [
+        ("prefill", f"{found['prefill_tps']:,.1f} tokens/s, {prompt} tokens"),
+        (
+            "decode",
+            f"{found['decode_tps']:,.1f} tokens/s, {generation} tokens, {first}",
+        ),
+        ("reads", f"{found['gbps']:,.1f} GB/s of weights, {share}"),
+        ("peak", peak),
+        ("as a row", f"| {name} | {device} | {numbers} | {found['peak_gb']:.2f} |"),
+    ]
+
+
 def cmd_info(options: argparse.Namespace) -> int:
     """Print what a preset or a model is, what it needs, and what fits here."""
     found = describe(options.model)
+    if options.bits and (found["folder"] or not options.measure):
+        options.usage("--bits is for --measure of one of " + ", ".join(PRESETS))
+    if options.measure:
+        found["measured"] = measured(options, found)
     if options.json:
         print(json.dumps(found, indent=2))
         return 0
@@ -2978,6 +3277,9 @@ def cmd_info(options: argparse.Namespace) -> int:
     for bits, nbytes in found["weight_bytes"].items():
         words = found["verdict"][bits]
         rows.append(("weights", f"{bits:2} bits {gigabytes(nbytes):>9}: {words}"))
+    if options.measure:
+        name = Path(found["model"]).name
+        rows += measured_rows(name, found["device"], found["measured"])
     print_table(rows)
     return 0
 
@@ -3092,11 +3394,12 @@ def early_end(stats: Stats) -> str | None:
 
 
 def stats_lines(stats: Stats, seed: int) -> str:
-    """Return statistics as two lines that fit a terminal."""
+    """Return statistics as lines that fit a terminal."""
+    copied = f", {stats.accepted_tokens} looked up" if stats.accepted_tokens else ""
     return (
         f"prompt {stats.prompt_tokens} (reused {stats.reused_tokens}) at "
         f"{stats.prefill_tps:.0f} tokens/s, reply {stats.generation_tokens} at "
-        f"{stats.decode_tps:.1f} tokens/s\nfirst after "
+        f"{stats.decode_tps:.1f} tokens/s{copied}\nfirst after "
         f"{stats.time_to_first_token_s:.2f} s, context {stats.context_used} of "
         f"{stats.context}, peak {gigabytes(stats.peak_memory)}, seed {seed}"
         + (f", {stats.ranks} ranks" if stats.ranks > 1 else "")
@@ -3111,7 +3414,8 @@ def answer(
     Ctrl-C stops it; what was printed by then is the reply.
     """
     progress = ProgressLine("reading the prompt")
-    settings = {name: getattr(options, name) for name in (*INTERVALS, "max_tokens")}
+    names = (*INTERVALS, "max_tokens", "lookup")
+    settings = {name: getattr(options, name) for name in names}
     settings |= {"seed": seed, "progress": progress}
     if options.raw:
         text = "".join(message["content"] for message in messages)
@@ -3541,6 +3845,21 @@ def build_parser() -> argparse.ArgumentParser:
         sub.add_argument("model", nargs="?", metavar="MODEL", help=where)
         option = sub.add_argument
         option("--json", action="store_true", help="print JSON instead of text")
+        if name == "info":
+            option(
+                "--measure",
+                action="store_true",
+                help="run it here; a preset with random weights",
+            )
+            for flag, default in (
+                ("--prompt-tokens", 512),
+                ("--generation-tokens", 128),
+            ):
+                text = f"of --measure; default: {default}"
+                option(
+                    flag, metavar="N", type=whole_number(2), default=default, help=text
+                )
+            option("--bits", type=int, choices=(4, 8), help="of --measure; default: 16")
         if name == "inspect":
             option("--check", action="store_true", help="also look for NaN in all data")
     # The rest is chat's. None, the default of each, leaves it to the model's folder.
@@ -3559,7 +3878,13 @@ def build_parser() -> argparse.ArgumentParser:
         ("--repetition-penalty", "R", float, "(0, inf), above 1 penalizes; default: 1"),
         ("--seed", "N", number, "repeats a run exactly; default: a new one"),
         ("--ctx", "N", count, "context, tokens; default: the model's, up to 8192"),
-        ("--prefill-step", "N", count, "tokens; default: 512, on a CPU 32"),
+        ("--lookup", "N", number, "tokens to draft; 0: none; default: 15, on a CPU 0"),
+        (
+            "--prefill-step",
+            "N",
+            count,
+            "tokens; default: 512, on CUDA 2048, on a CPU 32",
+        ),
         (
             "--dtype",
             "D",

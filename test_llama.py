@@ -53,6 +53,7 @@ from mlx.utils import tree_flatten
 import llama
 
 HERE = Path(llama.__file__).parent
+STORIES = HERE / "stories"
 DATA = Path(os.environ.get("LLAMA_TEST_DATA", "") or "/nonexistent")
 needs_data = pytest.mark.skipif(
     not DATA.is_dir(), reason="LLAMA_TEST_DATA names no folder of real models"
@@ -444,6 +445,17 @@ def test_a_file_without_a_json_object_is_refused_by_name(tmp_path, content):
         llama.read_json(tmp_path / "config.json")
 
 
+def test_json_as_large_as_the_largest_vocabularies_have_it_is_read(tmp_path):
+    """262,144 tokens and 500,000 merges, as pairs, one word to a line."""
+    vocab = {f"{n:x}": n for n in range(262_144)}
+    merges = [["Ġthe", f"{n:x}"] for n in range(500_000)]
+    spec = {"model": {"vocab": vocab, "merges": merges}}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec, indent=2))
+    assert llama.read_json(tmp_path / "tokenizer.json", tokens=262_144) == spec
+    with pytest.raises(ValueError, match=r"tokenizer\.json: .* wanted at most"):
+        llama.read_json(tmp_path / "tokenizer.json", tokens=32_000)
+
+
 # The counts that the models' publisher reports.
 PUBLISHED = {"1b": 1_235_814_400, "3b": 3_212_749_824, "8b": 8_030_261_248}
 PUBLISHED |= {"70b": 70_553_706_496, "405b": 405_853_388_800}
@@ -557,6 +569,18 @@ def test_a_damaged_file_is_refused_with_a_value_error_or_not_at_all(tmp_path):
 def test_safetensors_still_says_what_read_header_waits_for():
     with pytest.raises(safetensors.SafetensorError, match="not fully covered"):
         safetensors.deserialize(file_of(ONE))
+
+
+def test_a_header_of_405b_quantized_is_read(tmp_path):
+    layers = range(llama.PRESETS["405b"].num_hidden_layers)
+    parts = [f"self_attn.{name}_proj" for name in "qkvo"]
+    parts += ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "input_layernorm"]
+    names = [f"model.layers.{n}.{part}" for n in layers for part in parts]
+    kinds = ("weight", "scales", "biases")
+    header = {
+        f"{name}.{kind}": entry("F32", [0], 0, 0) for name in names for kind in kinds
+    }
+    assert len(llama.read_header(written(tmp_path, file_of(header)))) == len(header)
 
 
 def test_a_missing_shard_is_named(tmp_path):
@@ -1057,6 +1081,34 @@ def test_a_folder_of_mlx_lm_gives_its_logits(tmp_path, bits, group_size, mode, F
     assert_close(in_parts(own, tokens, (9, 10)), wanted, 1e-3)
 
 
+def test_a_long_part_of_a_prompt_is_computed_as_its_layers_are_built(monkeypatch):
+    model = fill(llama.Llama(llama.ModelArgs.from_dict(CONFIG)), CONFIG)
+    tokens = mx.array(random_tokens(CONFIG, length=140))
+    wanted, order, launch, wait = model(tokens), [], mx.async_eval, mx.eval
+    monkeypatch.setattr(mx, "async_eval", lambda x: order.append("go") or launch(x))
+    monkeypatch.setattr(mx, "eval", lambda x: order.append("wait") or wait(x))
+    got = model(tokens, model.make_cache(140))
+    # The embedding, and the first of two layers; the last is left to who asks for it.
+    assert order == ["go", "wait", "go", "wait"]
+    assert_close(got, np.array(wanted), 1e-5)
+    model(tokens), model(tokens[:, :127], model.make_cache(140))
+    assert len(order) == 4  # not without a cache, as in training; not for a few
+
+
+def test_what_is_done_otherwise_on_cuda_gives_the_same(monkeypatch):
+    model = fill(llama.Llama(llama.ModelArgs.from_dict(WIDE)), WIDE)
+    llama.quantize(model, group_size=32, bits=8)
+    tokens = mx.array(random_tokens(WIDE, batch=2, length=200))
+    wanted = model(tokens)
+    monkeypatch.setattr(mx.cuda, "is_available", lambda: True)
+    calls, dequantize = [], mx.dequantize
+    spy = lambda *args, **options: calls.append(1) or dequantize(*args, **options)
+    monkeypatch.setattr(mx, "dequantize", spy)
+    cuts = (180, 183, 184)  # many rows; few, one by one; one; few
+    assert_close(in_parts(model, tokens, cuts), np.array(wanted), 1e-4)
+    assert len(calls) > 10
+
+
 # -----------------------------------------------------------------------------
 # 7. Tokenizer
 # -----------------------------------------------------------------------------
@@ -1517,6 +1569,14 @@ def test_ignore_merges_takes_a_whole_word_that_no_merge_makes(ignore, tmp_path):
     assert ids == ([300] if ignore else [vocab["x"], vocab["y"]])
 
 
+def test_two_spellings_of_a_piece_do_not_shift_the_text_of_others(tmp_path):
+    """A plain space stands for itself, as U+0120, its usual spelling, does."""
+    vocab = small_spec()["model"]["vocab"] | {" ": 300, "xy": 301}
+    spec = small_spec(model={"vocab": vocab, "ignore_merges": True})
+    own = llama.Tokenizer.from_folder(write_tokenizer(tmp_path, spec))
+    assert own.decode(own.encode("xy")) == own.decode([301]) == "xy"
+
+
 @pytest.mark.parametrize(
     ("change", "error"),
     [
@@ -1539,6 +1599,16 @@ def test_vocabularies_that_are_not_understood_are_refused(change, error, tmp_pat
     with pytest.raises(ValueError, match=error) as caught:
         llama.Tokenizer.from_folder(folder)
     assert str(tmp_path) in str(caught.value)
+
+
+def test_a_folder_of_a_short_name_is_named_too(tmp_path, monkeypatch):
+    """Wherever its letters stand in an error already."""
+    monkeypatch.chdir(tmp_path)
+    changes = ({"added_tokens": [{"id": 3}]}, {"model": {"merges": []}})
+    for change, error in zip(changes, ("KeyError", "no merges"), strict=True):
+        folder = write_tokenizer(Path("e"), small_spec(**change))
+        with pytest.raises(ValueError, match=f"^e: tokenizer files: {error}"):
+            llama.Tokenizer.from_folder(f"./{folder}")
 
 
 @pytest.mark.parametrize(
@@ -2139,6 +2209,162 @@ def test_weights_that_are_not_numbers_end_the_run(folder, tmp_path):
     assert "not a number" in refusal("chat", broken, "--prompt", "x")
 
 
+@pytest.mark.parametrize(
+    ("ids", "n", "wanted"),
+    [
+        ([1, 2, 3, 4, 1, 2], 2, [3, 4]),
+        ([1, 2, 3, 1, 2, 4, 1, 2], 2, [4, 1]),  # the last time counts
+        ([1, 2, 3, 1, 2], 2, [3, 1]),
+        ([1, 2, 3], 2, []),
+        ([5, 6, 6, 6], 2, [6, 6]),  # in circles
+        ([1, 2, 3, 1, 2, 3], 3, [1, 2, 3]),
+        ([7, 8, 9, 8], 2, []),  # two must be the same
+        ([7, 8, 9, 8], 1, [9]),
+        ([1, 2], 3, []),
+        ([], 1, []),
+        # However many are drafted, eight that are the same are enough.
+        ([*range(20), *range(8)], 15, [*range(8, 20), 0, 1, 2]),
+        ([*range(20), *range(1, 8)], 15, []),
+    ],
+)
+def test_drafts_are_what_followed_the_same_tokens_before(ids, n, wanted):
+    assert llama.Lookup(n, ids).drafts() == wanted
+    lookup = llama.Lookup(n)
+    for token in ids:
+        lookup.extend([token])
+    assert lookup.drafts() == wanted
+
+
+def test_a_lookup_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="n must be at least 1, got 0"):
+        llama.Lookup(0)
+
+
+class Repeating(CountingModel):
+    """Counts to `period` over and over, but for some places where it says 20."""
+
+    def __init__(self, period: int, odd: int):
+        super().__init__()
+        self.period, self.odd = period, odd
+
+    def __call__(self, tokens, cache, logits_to_keep):
+        start = cache[0].offset
+        logits = super().__call__(tokens, cache, logits_to_keep)
+        places = mx.arange(start, cache[0].offset)[-logits_to_keep:]
+        following = mx.where(places % self.odd == 0, 20, (places + 1) % self.period)
+        return (mx.arange(32) == following[None, :, None]).astype(mx.float32) + logits
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 7])
+@pytest.mark.parametrize("odd", [5, 13, 1000])
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"max_tokens": count} for count in (1, 2, 3, 30, 31, 32, 33)),
+        *({"capacity": size} for size in (3, 4, 5, 40, 41, 43)),
+        {"stop_tokens": {20}},
+    ],
+)
+def test_lookup_changes_neither_the_text_nor_the_cache(n, odd, options):
+    options, found = dict(options), []
+    capacity = options.pop("capacity", 64)
+    for lookup in (None, llama.Lookup(n)):
+        model = Repeating(6, odd)
+        cache = model.make_cache(capacity)
+        generation = llama.generate(
+            model, [2, 3], cache=cache, lookup=lookup, **options
+        )
+        tokens, reason = run(generation)
+        assert held(cache) in ([2, 3, *tokens], [2, 3, *tokens][:-1])
+        assert cache[0].offset <= capacity
+        found.append((tokens, reason))
+    assert found[0] == found[1]
+
+
+def test_lookup_reads_what_is_copied_many_tokens_at_a_time():
+    plain, ahead, lookup = Repeating(6, 1000), Repeating(6, 1000), llama.Lookup(5)
+    run(llama.generate(plain, [2, 3], max_tokens=60))
+    run(llama.generate(ahead, [2, 3], max_tokens=60, lookup=lookup))
+    assert len(plain.calls) == 60 and len(ahead.calls) < 25
+    assert lookup.accepted > 35
+    # The past counts too, where the cache holds it.
+    model, past = Repeating(6, 1000), list(range(6)) * 4
+    cache = model.make_cache(64)
+    llama.prefill(model, past[:-1], cache, step=32)
+    lookup = llama.Lookup(5, past[:-1])
+    run(llama.generate(model, past[-1:], cache=cache, max_tokens=20, lookup=lookup))
+    assert len(model.calls) < 8
+
+
+def test_lookup_that_finds_nothing_takes_the_same_steps():
+    plain, with_lookup = CountingModel(), CountingModel()
+    run(llama.generate(plain, [1], max_tokens=25))
+    run(llama.generate(with_lookup, [1], max_tokens=25, lookup=llama.Lookup(2)))
+    assert with_lookup.calls == plain.calls == [1] * 25
+
+
+def test_a_generation_with_drafts_that_is_dropped_leaves_the_cache_in_order():
+    for count in range(1, 40):
+        model = Repeating(6, 13)
+        cache = model.make_cache(64)
+        options = {"cache": cache, "lookup": llama.Lookup(3)}
+        generation = llama.generate(model, [2, 3], **options)
+        tokens = list(itertools.islice(generation, count))
+        generation.close()
+        assert held(cache) in ([2, 3, *tokens], [2, 3, *tokens][:-1])
+
+
+class Chain(CountingModel):
+    """A Markov chain of three tokens: most often 0, 1, 2, 0, 1, 2, ..."""
+
+    table = np.array([[0.1, 0.8, 0.1], [0.05, 0.05, 0.9], [0.85, 0.1, 0.05]])
+
+    def __call__(self, tokens, cache, logits_to_keep):
+        super().__call__(tokens, cache, logits_to_keep)
+        return mx.log(mx.array(self.table))[tokens[:, -logits_to_keep:]]
+
+
+@pytest.mark.parametrize("options", [{}, {"repetition_penalty": 1.2}, {"top_k": 2}])
+def test_with_lookup_the_same_tokens_are_drawn(options):
+    texts, calls = [], []
+    for lookup in (None, llama.Lookup(2), llama.Lookup(4)):
+        model = Chain()
+        sampler = llama.make_sampler(temperature=1, top_p=None, seed=3, **options)
+        generation = {"sampler": sampler, "cache": model.make_cache(512)}
+        generation |= {"max_tokens": 400, "lookup": lookup}
+        texts.append(run(llama.generate(model, [0], **generation))[0])
+        calls.append(len(model.calls))
+    assert texts[0] == texts[1] == texts[2]
+    assert max(calls[1:]) < calls[0]
+
+
+def test_with_lookup_tokens_have_the_probabilities_of_the_model():
+    model, count = Chain(), 6000
+    sampler = llama.make_sampler(temperature=1, top_p=None, seed=5)
+    options = {"sampler": sampler, "lookup": llama.Lookup(3)}
+    options |= {"cache": model.make_cache(count + 1), "max_tokens": count}
+    tokens = [0, *run(llama.generate(model, [0], **options))[0]]
+    assert len(model.calls) < 0.6 * count
+    pairs = collections.Counter(itertools.pairwise(tokens))
+    for before in range(3):
+        total = sum(pairs[before, after] for after in range(3))
+        for after in range(3):
+            p = Chain.table[before, after]
+            # Five standard deviations: by chance, once in two million.
+            error = abs(pairs[before, after] - total * p)
+            assert error < 5 * math.sqrt(total * p * (1 - p))
+
+
+def test_lookup_copies_a_real_text():
+    model, tokenizer = llama.load(STORIES)
+    ids = [tokenizer.bos, *tokenizer.encode("Tom had a red ball. " * 8)]
+    options = {"max_tokens": 60, "stop_tokens": tokenizer.stop_tokens}
+    lookup = llama.Lookup(4)
+    plain = run(llama.generate(model, ids, **options))
+    assert run(llama.generate(model, ids, lookup=lookup, **options)) == plain
+    assert lookup.accepted > 5
+
+
 @needs_data
 def test_greedy_text_of_a_real_model_is_that_of_transformers():
     transformers, torch = peer("transformers"), peer("torch")
@@ -2410,11 +2636,11 @@ message = {"ids": [*range(300)], "text": "\u00e9"}
 assert llama.broadcast(group, message if rank == 0 else {}) == message
 assert llama.broadcast(group, {}) == {}
 tokens = []
-stop = llama.agreed(group, lambda: rank == 1 and len(tokens) == 2, tokens)
+stop = llama.cancelled_by_any(group, lambda: rank == 1 and len(tokens) == 2, tokens)
 for token in range(4):
     print(stop())
     tokens.append(token)
-stop = llama.agreed(group, lambda: False, [5 + rank])
+stop = llama.cancelled_by_any(group, lambda: False, [5 + rank])
 stop()
 try:
     stop()
@@ -2940,9 +3166,6 @@ def test_the_main_job_streams_a_story():
     assert done.stderr == b"[stopped: 60 tokens, as --max-tokens says]\n"
 
 
-STORIES = HERE / "stories"
-
-
 def test_the_built_in_model_tells_a_story_of_what_it_is_asked_for():
     asked = "Tell me a story about a cat and a boat."
     done = command("chat", "--temperature", 0, "--prompt", asked)
@@ -3203,10 +3426,10 @@ def test_info_describes_a_preset(name, capsys):
     ("weights", "cache", "wanted"),
     [
         (100, 1, (0, "does not fit")),
-        (99, 1, (1, "tight, context 1, up to 5.1 tokens/s")),
-        (60, 1, (40, "tight, context 40, up to 8.3 tokens/s")),
-        (60, 0.5, (50, "tight, context 50, up to 8.3 tokens/s")),
-        (50, 0.5, (50, "fits, context 50, up to 10.0 tokens/s")),
+        (99, 1, (1, "tight, context 1, ~5.1 tokens/s")),
+        (60, 1, (40, "tight, context 40, ~8.3 tokens/s")),
+        (60, 0.5, (50, "tight, context 50, ~8.3 tokens/s")),
+        (50, 0.5, (50, "fits, context 50, ~10.0 tokens/s")),
     ],
 )
 def test_the_verdict_says_whether_a_model_fits(weights, cache, wanted):
@@ -3235,6 +3458,62 @@ def test_info_predicts_the_bytes_of_a_quantized_folder(tmp_path, capsys):
     predicted = json.loads(capsys.readouterr().out)["weight_bytes"]
     llama.quantize(model, bits=4)
     assert predicted["4"] == sum(a.nbytes for _, a in tree_flatten(model.parameters()))
+
+
+@pytest.mark.parametrize("bits", [None, 4, 8])
+def test_random_models_are_made_in_no_more_than_their_own_memory(bits):
+    args = llama.ModelArgs(256, 1024, 2, 4, 20_000, num_key_value_heads=2)
+    gc.collect()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    model = llama.random_model(args, bits)
+    size = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
+    assert size == llama.weight_bytes(llama.Llama(args), bits or 16, 4)
+    assert mx.get_peak_memory() - before < 1.1 * size
+    logits = model(mx.array(np.arange(64)[None]))
+    assert 0.01 < mx.std(logits).item() < 10  # neither nothing nor noise
+
+
+@pytest.mark.parametrize("what", ["preset", "folder"])
+def test_measuring_tells_the_speed_of_this_machine(what, folder, monkeypatch, capsys):
+    small = llama.ModelArgs(64, 128, 2, 4, 320, num_key_value_heads=2)
+    monkeypatch.setitem(llama.PRESETS, "8b", small)
+    words = ["info", "8b" if what == "preset" else str(folder), "--measure"]
+    words += ["--prompt-tokens", "20", "--generation-tokens", "5"]
+    bits = ["--bits", "4"] if what == "preset" else []
+    started = time.perf_counter()
+    assert llama.main([*words, *bits, "--json"]) == 0
+    elapsed = time.perf_counter() - started
+    found = json.loads(capsys.readouterr().out)["measured"]
+    assert found["prefill_tps"] == pytest.approx(20 / found["time_to_first_token_s"])
+    # Three runs at least took their medians; all of them, no longer than the command.
+    run = found["time_to_first_token_s"] + 4 / found["decode_tps"]
+    assert 0 < 2 * run < elapsed
+    weights = found["gbps"] * 1e9 / found["decode_tps"]
+    if what == "preset":  # of the embedding, which is not the head, nothing is read
+        dense = llama.Llama(small)
+        read = llama.weight_bytes(dense, 4, 4) - llama.weight_bytes(
+            dense.model.embed_tokens, 4, 4
+        )
+        assert weights == pytest.approx(read)
+    else:
+        assert 0 < weights <= found["weights_gb"] * 1e9 * 1.001
+    assert 0 < found["bandwidth_share"] < 1
+    assert found["weights_gb"] <= found["active_gb"] <= found["peak_gb"]
+    assert llama.main([*words, *bits]) == 0
+    out = capsys.readouterr().out.splitlines()
+    row = next(line for line in out if line.startswith("as a row"))
+    assert row.count("|") == 8 and len(row) <= 80
+
+
+def test_measuring_refuses_what_does_not_fit(monkeypatch, capsys):
+    monkeypatch.setattr(llama, "machine_memory", lambda: 10**9)
+    assert llama.main(["info", "8b", "--measure", "--bits", "8"]) == 1
+    assert "GB of weights and 0.17 GB of cache do not" in capsys.readouterr().err
+    words = ["--measure", "--prompt-tokens", "131072"]
+    assert llama.main(["info", "8b", *words]) == 1
+    assert "have 131200 tokens, wanted at most 131072" in capsys.readouterr().err
+    assert llama.main(["info", "8b", "--bits", "8"]) == 2
 
 
 def test_inspect_lists_what_a_folder_holds(folder, capsys):
@@ -3530,8 +3809,23 @@ def places(value: object) -> Iterator[tuple[dict | list, object]]:
             yield from places(value[key])
 
 
+# A few bytes of JSON that become many in memory, to be repeated.
+SWELLING = ("[],", "{},", '{"":0},', '"ab",', "0.5,", '["ab","cd"],')
+SWELLING += ("[" * 900 + "]" * 900 + ",", '{"":' * 900 + "0" + "}" * 900 + ",")
+
+
+def swollen(data: bytes, unit: str, size: int) -> bytes:
+    """A JSON object with an entry more: a list of `unit`, again and again."""
+    entry = ', "swollen": [' + unit * (size // len(unit)) + "0]}"
+    return data.rstrip()[:-1] + entry.encode()
+
+
 def mutated_json(data: bytes, rng: random.Random) -> bytes:
-    """JSON with a value replaced, removed, doubled or moved, or nested too deep."""
+    """JSON with a value replaced, removed, doubled or moved, nested too deep, or
+    swollen."""
+    if rng.random() < 0.1:
+        size = rng.choice((100_000, 1_000_000, 4_000_000, 20_000_000))
+        return swollen(data, rng.choice(SWELLING), size)
     value = json.loads(data)
     found = list(places(value))
     # Vocabularies have thousands of places; the rest should be met as often.
@@ -3679,19 +3973,83 @@ def test_a_spoilt_folder_is_used_or_refused_in_one_line(
     assert refused > cases // 2
 
 
-def test_a_split_that_tiktoken_cannot_run_is_an_error(tmp_path):
-    pattern = {"Regex": "(?=a)"}
-    step = {
-        "type": "Split",
-        "pattern": pattern,
-        "behavior": "Isolated",
-        "invert": False,
-    }
+@pytest.mark.parametrize("size", [1_000_000, 4_900_000, 50_000_000])
+@pytest.mark.parametrize(
+    "name",
+    ["config", "generation_config", "tokenizer_config", "tokenizer"]
+    + ["model.safetensors.index", "model"],
+)
+def test_json_made_to_swell_takes_little_memory(name, size, folder, tmp_path, capfd):
+    """Whether it is then used or refused."""
+    spoilt = shutil.copytree(folder, tmp_path / "m")
+    write_index(spoilt, {"a": "model.safetensors"})
+    file = spoilt / (f"{name}.json" if name != "model" else "model.safetensors")
+    sound = file.read_bytes() if file.exists() else b'{"top_k": 5}'
+    at = 8 + int.from_bytes(sound[:8], "little")
+    for unit in SWELLING:
+        if name == "model":
+            header = swollen(sound[8:at], unit, size)
+            file.write_bytes(file_of(header, sound[at:]))
+        else:
+            file.write_bytes(swollen(sound, unit, size))
+        whole = sum(part.stat().st_size for part in spoilt.iterdir())
+        talk = ["chat", str(spoilt), "--raw", "--prompt", "x", "--max-tokens", "1"]
+        for words in (["inspect", str(spoilt)], talk):
+            with within(5, whole * 3 // 2 + 50_000_000):
+                assert llama.main(words) in (0, 1)
+            assert "Traceback" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("claim", [2**18, 2**31, None])
+def test_a_vocabulary_is_no_larger_than_the_weights_have_room_for(
+    claim, folder, tmp_path
+):
+    """Whatever config.json claims, or where it says nothing."""
+    spoilt = shutil.copytree(folder, tmp_path / "m")
+    config = json.loads((spoilt / "config.json").read_text()) | {"vocab_size": claim}
+    config = config if claim else without(config, "vocab_size")
+    (spoilt / "config.json").write_text(json.dumps(config))
+    file = spoilt / "tokenizer.json"
+    file.write_bytes(swollen(file.read_bytes(), '"ab",', 4_000_000))
+    with pytest.raises(ValueError, match=r"tokenizer\.json: .* values, wanted at most"):
+        llama.Tokenizer.from_folder(spoilt)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model", "chat_template.jinja"])
+def test_other_files_of_a_tokenizer_have_limits_too(name, folder, tmp_path):
+    spoilt = shutil.copytree(folder, tmp_path / "m")
+    if name == "tokenizer.model":
+        (spoilt / "tokenizer.json").unlink()
+    (spoilt / name).write_bytes(b"AA== 0\n" * 1_000_000)
+    with pytest.raises(ValueError, match=rf"{name}: 7,000,000 bytes, wanted at most"):
+        llama.Tokenizer.from_folder(spoilt)
+
+
+# What tiktoken, asked in another way, panics over: Rust then prints lines of its own.
+UNFIT_SPLITS = [
+    ("(?=a)", "it matches no text"),
+    (r"\b", "it matches no text"),
+    ("(?:a|aa)+$(?<!a)", "Max limit for backtracking"),
+    ("(?:" * 100, "Pattern too deeply nested"),
+    (r"\p{L}{1000}", "error building NFA"),
+    ("(?=a)" * 100_000, "the split's 500,000 characters"),
+    (r"(?=\p{L}{60})" * 30, "30 counted repeats"),  # 230 MB
+]
+
+
+@pytest.mark.parametrize(("regex", "words"), UNFIT_SPLITS)
+def test_a_split_that_tiktoken_cannot_run_is_told_in_one_line(
+    regex, words, folder, tmp_path
+):
+    spoilt = shutil.copytree(folder, tmp_path / "m")
+    step = {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated"}
     last = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
-    spec = small_spec(pre_tokenizer={"type": "Sequence", "pretokenizers": [step, last]})
-    broken = llama.Tokenizer.from_folder(write_tokenizer(tmp_path, spec))
-    with pytest.raises(ValueError, match="the split fails"):
-        broken.encode("aaa")
+    split = {"type": "Sequence", "pretokenizers": [step, last]}
+    hostile(tokenizer={"pre_tokenizer": split})(spoilt)
+    done = command("chat", spoilt, "--raw", "--prompt", "a" * 60, "--max-tokens", "1")
+    [line] = done.stderr.decode().splitlines()
+    assert line.startswith("llama.py: error: ") and words in line
+    assert (done.returncode, done.stdout) == (1, b"")
 
 
 @pytest.fixture(autouse=True)

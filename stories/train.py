@@ -13,9 +13,8 @@ is the one that chats, unchanged.
 1. The teacher writes stories: free ones, and ones whose opening we give, so that we
    know what each is about.
 2. A vocabulary is made from them, and the model trained on plain stories.
-3. Half-trained, it judges the stories with a given opening; the likelier ones stay.
-4. They become conversations, and training goes on with both to its end.
-5. The model is stored in 8 bits, and measured against its teacher.
+3. The better ones become conversations, and training goes on with both to its end.
+4. The model is stored in 8 bits, and measured against its teacher.
 """
 
 import argparse
@@ -86,9 +85,9 @@ WINDOW, ROWS = 1024, 32  # tokens in a row of a batch, rows
 PLAIN_STEPS, CHAT_STEPS = 800, 1600
 PEAK, WARMUP, DECAY = 2e-3, 200, 0.1  # learning rate, its first steps, weight decay
 DROPOUT = 0.1
-FREE, OPENED, BATCH = 10, 18, 4096  # batches of stories that the teacher writes
-KEEP = 0.5  # of the stories with a given opening
-REAL, RETOLD = 3, 10  # times that real stories are read as they are, and retold
+FREE, OPENED, BATCH = 10, 26, 4096  # batches of stories that the teacher writes
+REAL, RETOLD = 3, 4  # times that real stories are read as they are, and retold
+TOLD = 3  # times that a story with a given opening is told
 CHATTER = 15_000  # conversations without a story
 
 # What is said, but for the stories; and words that a story can be about, of which those
@@ -125,6 +124,9 @@ def a(words: str) -> str:
 
 NOUN_OF = {form: noun for noun in NOUNS for form in (noun, plural(noun))}
 WORD = re.compile(r"[A-Za-z]+")
+SELF = re.compile(  # a word said twice, who meets or calls himself
+    r"\b(\w+) \1\b|\b([A-Z]\w+) and \2\b|\b([A-Z]\w+) (?:said|asked)[^\"]*, \"[^\"]*\b\3\b"
+)
 
 
 # Stories: real ones, and what they are about.
@@ -367,8 +369,8 @@ def named(rng: random.Random) -> tuple[str, str, list[str]]:
 
 def told(story: str, words: Iterable[str], opening: str, known: set[str]) -> bool:
     """Say whether a story fits for a conversation: its length, its end, its words all
-    used twice and one of them after the opening, nobody meeting himself in a sentence,
-    no crowd of names, and no word that is none."""
+    used twice and one of them after the opening, nobody meeting himself or speaking to
+    himself, no sentence said twice, no crowd of names, and no word that is none."""
     rest = story[len(opening) :].lower()
     if not (500 < len(story) < 1150 and story[-1] in '.!?"'):
         return False
@@ -380,14 +382,20 @@ def told(story: str, words: Iterable[str], opening: str, known: set[str]) -> boo
         return False
     if len({*GIRLS, *BOYS} & {*WORD.findall(story)}) > 2 or not counts.keys() <= known:
         return False
-    if re.search(r"\b(\w+) \1\b", rest):
+    if SELF.search(story):
         return False
     sentences = re.split(r"(?<=[.!?])\W+", story)
-    if len(set(sentences)) < len(sentences) - 1:
+    if len(set(sentences)) < len(sentences):
         return False
     twice = sum(max(mentions(s).values(), default=0) > 1 for s in sentences)
     often = max((counts[noun] for noun in mentions(story)), default=0)
     return twice <= 1 and often <= max(8, sum(counts.values()) // 14)
+
+
+def known_words(real: list[str]) -> set[str]:
+    """Return the words that a story may have, in small letters."""
+    words = {word.lower() for story in real for word in WORD.findall(story)}
+    return words | {name.lower() for name in GIRLS + BOYS} | NOUN_OF.keys()
 
 
 # The teacher, and sampling from any model.
@@ -447,11 +455,11 @@ class WideRoPE:
         return mx.concatenate([one * cos - other * sin, other * cos + one * sin], -1)
 
 
-def write_stories(
-    folder: Path, real: list[str], rng: random.Random
-) -> tuple[list[str], list[dict]]:
+def write_stories(folder: Path, real: list[str]) -> tuple[list[str], list[dict]]:
     """Return what the teacher writes: free stories, and stories with a given opening
     as {"ask", "words", "story"}, some of them with a "sequel"."""
+    rng = random.Random(SEED)
+    mx.random.seed(SEED)
     teacher, tokenizer = llama.load(folder, dtype=mx.float32)
     for layer in teacher.model.layers:
         layer.self_attn.rope = WideRoPE(layer.self_attn.rope)
@@ -477,8 +485,7 @@ def write_stories(
     def tidy(text: str) -> str:
         return re.sub(r"\s*\n\s*", "\n\n", text)
 
-    known = {word.lower() for story in real for word in WORD.findall(story)}
-    known |= {name.lower() for name in GIRLS + BOYS} | NOUN_OF.keys()
+    known = known_words(real)
     # As warm as the teacher was trained: this is where the model learns the language.
     free = [tidy(t) for t in write([""] * FREE * BATCH, 1.0) if t and len(t) > 200]
     asked = [
@@ -751,22 +758,6 @@ class Trainer:
 # Measures.
 
 
-def likelihood(model: llama.Llama, rows: list[list[int]]) -> list[float]:
-    """Return the nats of each row of ids, but for its first."""
-    order = sorted(range(len(rows)), key=lambda n: len(rows[n]))
-    nats = [0.0] * len(rows)
-    for at in range(0, len(rows), 128):
-        some = order[at : at + 128]
-        width = -(-max(len(rows[n]) for n in some) // 64) * 64 + 1
-        batch = mx.array([rows[n] + [0] * (width - len(rows[n])) for n in some])
-        lengths = mx.array([len(rows[n]) for n in some])
-        inside = mx.arange(1, width) < lengths[:, None]
-        sums = (cross_entropy(model, batch) * inside).sum(axis=1)
-        for n, value in zip(some, sums.tolist()):
-            nats[n] = value
-    return nats
-
-
 def bits_per_byte(
     model: llama.Llama, tokenizer: llama.Tokenizer, text: str, window: int
 ) -> float:
@@ -865,39 +856,38 @@ def say(text: str) -> None:
 BEGIN = time.perf_counter()
 
 
-def talks(opened: list[dict], real: list[str], rng: random.Random) -> list[str]:
+def talks(
+    opened: list[dict], free: list[str], real: list[str], rng: random.Random
+) -> list[str]:
     """Return conversations: about what the teacher wrote, about real stories retold,
     and about nothing."""
-    opened = rng.sample(opened, len(opened))
-    texts, n = [], 0
-    while n < len(opened):
+    known = known_words(real)
+    free = [story for story in free if told(story, [], "", known)]
+    anew = [retold(story, rng) for _ in range(RETOLD) for story in real]
+    items = opened * TOLD + [
+        {"ask": request_for(story, rng), "words": subjects(story), "story": story}
+        for story in free + anew
+    ]
+    rng.shuffle(items)
+    texts = [render(chatter(rng), rng) for _ in range(CHATTER)]
+    while items:
         count = rng.choice((1, 1, 2, 3))
-        texts.append(render(conversation(opened[n : n + count], rng), rng))
-        n += count
-    for _ in range(RETOLD):
-        told_anew = []
-        for story in real:
-            new = retold(story, rng)
-            ask = request_for(new, rng)
-            told_anew.append({"ask": ask, "words": subjects(new), "story": new})
-        rng.shuffle(told_anew)
-        for n in range(0, len(told_anew), 2):
-            texts.append(render(conversation(told_anew[n : n + 2], rng), rng))
-    texts += [render(chatter(rng), rng) for _ in range(CHATTER)]
+        texts.append(render(conversation(items[-count:], rng), rng))
+        del items[-count:]
     return texts
 
 
 def train(teacher: Path, file: Path, samples: Path | None = None) -> llama.Llama:
     """Return the trained model in bfloat16; save its tokenizer in FOLDER."""
-    rng = random.Random(SEED)
-    mx.random.seed(SEED)
     real, validation, _ = read_stories(file)
     if samples and samples.exists():
         free, opened = json.loads(samples.read_text())
     else:
-        free, opened = write_stories(teacher, real, rng)
+        free, opened = write_stories(teacher, real)
         if samples:
             samples.write_text(json.dumps([free, opened]))
+    rng = random.Random(SEED)
+    mx.random.seed(SEED)
     say(f"{len(real):,} real stories; of the teacher {len(free):,} free ones,")
     followed = sum("sequel" in item for item in opened)
     say(f"{len(opened):,} opened ones that fit, {followed:,} with a sequel")
@@ -919,15 +909,8 @@ def train(teacher: Path, file: Path, samples: Path | None = None) -> llama.Llama
 
     half = trainer.in_bfloat16()
     say(f"{bits_per_byte(half, tokenizer, validation, WINDOW):.4f} bits per byte")
-    rows = fast.encode_batch_fast(
-        [plain(o["story"]) for o in opened], add_special_tokens=False
-    )
-    nats = likelihood(half, [row.ids for row in rows])
-    order = sorted(range(len(opened)), key=lambda n: nats[n] / len(opened[n]["story"]))
-    opened = [opened[n] for n in order[: int(len(order) * KEEP)]]
-    say(f"kept {len(opened):,} of them")
 
-    conversations = talks(opened, real, rng)
+    conversations = talks(opened, free, real, rng)
     stories = conversations + [plain(s) for s in free[::2] + real * REAL]
     rng.shuffle(stories)
     documents = Documents(fast, stories)
