@@ -78,7 +78,7 @@ import time
 import unicodedata
 import weakref
 import zlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import NamedTuple, TextIO, get_args
@@ -1601,17 +1601,16 @@ def default_dtype() -> mx.Dtype | None:
 
 
 def read_weights(
-    tensors: Collection[TensorInfo],
+    model: Llama,
+    tensors: Mapping[str, TensorInfo],
     dtype: mx.Dtype | None,
     progress: Callable[[int, int], None] | None,
-) -> list[tuple[str, mx.array]]:
-    """Return the names of tensors and their values, mapped in and evaluated.
-
-    dtype, progress: see load_model.
-    """
-    dtype, done, weights = dtype or default_dtype(), 0, []
-    total = sum(info.nbytes for info in tensors)
-    for info, mapped in map_tensors(tensors):
+) -> None:
+    """Give a model its weights, mapped in and evaluated; arguments: see load_model."""
+    dtype, wanted = dtype or default_dtype(), dict(tree_flatten(model.parameters()))
+    wanted = [info for info in tensors.values() if info.name in wanted]
+    done, total, weights = 0, sum(info.nbytes for info in wanted), []
+    for info, mapped in map_tensors(wanted):
         packed = info.dtype in ("U32", "U8")
         array = mapped if packed or dtype is None else mapped.astype(dtype)
         # Evaluated one by one, or a cast would hold both copies of all weights; while
@@ -1622,7 +1621,7 @@ def read_weights(
         done += info.nbytes
         if progress is not None:
             progress(done, total)
-    return weights
+    model.load_weights(weights)
 
 
 def load_model(
@@ -1640,9 +1639,7 @@ def load_model(
     model, tensors, problems = examine(Path(folder))
     if problems:
         raise problems[0]
-    wanted = {name for name, _ in tree_flatten(model.parameters())}
-    wanted = [info for info in tensors.values() if info.name in wanted]
-    model.load_weights(read_weights(wanted, dtype, progress))
+    read_weights(model, tensors, dtype, progress)
     return model
 
 
@@ -2135,11 +2132,6 @@ def generate(
 # uses: 1-8
 # -----------------------------------------------------------------------------
 
-# Matrices are cut by rows, which are outputs (0), or by columns, inputs (1): so what
-# gate and up put out on a rank is what down takes in there. The others stay whole.
-CUTS = dict.fromkeys(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), 0)
-CUTS |= dict.fromkeys(("o_proj", "down_proj"), 1)
-
 
 class SummedLinear(nn.Module):
     """A linear layer cut by columns: x W^T is the sum of what the ranks compute."""
@@ -2156,115 +2148,80 @@ class SummedLinear(nn.Module):
 
 
 def sum_over_ranks(model: Llama, group: mx.distributed.Group) -> None:
-    """Put the sums into the model of a rank: one after attention, one after the MLP."""
+    """Put the sums into a rank's model: one after attention, one after the MLP."""
     for block in model.model.layers:
         block.self_attn.o_proj = SummedLinear(block.self_attn.o_proj, group)
         block.mlp.down_proj = SummedLinear(block.mlp.down_proj, group)
 
 
 def rank_args(args: ModelArgs, n: int) -> ModelArgs:
-    """Return the shape of the model that each of n ranks runs: its heads, its F.
+    """Return the shape of what each of n ranks runs: its heads, its part of F.
 
     Raises ValueError if n does not divide them.
     """
-    H, Hkv, F = (
-        args.num_attention_heads,
-        args.num_key_value_heads,
-        args.intermediate_size,
-    )
-    if H % n or Hkv % n or F % n:
-        parts = f"{H} heads, {Hkv} key/value heads and an MLP of {F}"
+    names = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
+    sizes = {name: getattr(args, name) for name in names}
+    if any(size % n for size in sizes.values()):
+        parts = "{} heads, {} key/value heads and an MLP of {}".format(*sizes.values())
         raise ValueError(f"{n} ranks cannot share {parts} evenly")
-    parts = {"num_attention_heads": H // n, "num_key_value_heads": Hkv // n}
-    return replace(args, intermediate_size=F // n, **parts)
+    return replace(args, **{name: size // n for name, size in sizes.items()})
 
 
 def rank_share(
-    tensors: Mapping[str, TensorInfo], group: mx.distributed.Group
-) -> dict[str, TensorInfo]:
-    """Return what this rank keeps of a model's tensors: it reads nothing else.
+    model: Llama,
+    tensors: Mapping[str, TensorInfo],
+    group: mx.distributed.Group | None,
+) -> tuple[Llama, dict[str, TensorInfo]]:
+    """Return what this rank runs of a model, without weights, and where these lie.
 
-    A packed matrix is cut between groups, whose scales and biases go with them.
-    Raises ValueError naming the layer if the ranks cannot share it.
+    q, k, v, gate and up are cut by rows, which are outputs; o and down, which take
+    those in, by columns; the rest is whole. A packed matrix is cut between groups.
+    Raises ValueError if the ranks cannot share it. group: None is a rank alone.
     """
-    rank, n, share = group.rank(), group.size(), {}
-    for name, info in tensors.items():
-        path, _, part = name.rpartition(".")
-        axis = CUTS.get(path.rpartition(".")[2])
+    if group is None:
+        return model, tensors
+    model, share = build_model(rank_args(model.args, group.size()), tensors), {}
+    for name, array in tree_flatten(model.parameters()):
+        info, shape = tensors[name], array.shape
+        if shape != info.shape:  # then one axis is n times as long in the file
+            nbytes, stride = info.nbytes // group.size(), None
+            step = nbytes
+            if shape[0] == info.shape[0]:  # some columns: a part of each row
+                stride, step = info.nbytes // shape[0], nbytes // shape[0]
+            at = info.start + group.rank() * step
+            info = replace(info, shape=shape, start=at, nbytes=nbytes, stride=stride)
         share[name] = info
-        if axis is None or (axis and part == "bias"):
-            continue
-        size = tensors.get(f"{path}.scales", info).shape[axis]
-        if size % n:
-            kind = "groups of columns" if f"{path}.scales" in tensors else "columns"
-            kind = kind if axis else "rows"
-            raise ValueError(f"{path}: {n} ranks cannot share {size} {kind}")
-        shape, nbytes = list(info.shape), info.nbytes // n
-        shape[axis] //= n
-        stride = info.nbytes // info.shape[0] if axis else None
-        start = info.start + rank * (stride // n if axis else nbytes)
-        cut = {"shape": tuple(shape), "start": start, "nbytes": nbytes}
-        share[name] = replace(info, **cut, stride=stride)
-    return share
+    return model, share
 
 
 def load_rank(
     folder: str | Path,
-    group: mx.distributed.Group,
+    group: mx.distributed.Group | None,
     *,
     dtype: mx.Dtype | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Llama:
-    """Return this rank's share of a folder's model: load_model for one rank of many.
+    """Return a rank's share of a folder's model, which is all that it reads.
 
     It is called, and its logits are, as those of the whole; all ranks must call it with
-    the same tokens. The cache that it makes holds the keys and values of its own heads.
+    the same tokens. Its cache is that of its own heads. Otherwise: see load_model.
     """
     model, tensors, problems = examine(Path(folder))
     if problems:
         raise problems[0]
-    wanted = {name for name, _ in tree_flatten(model.parameters())}
-    tensors = {name: info for name, info in tensors.items() if name in wanted}
-    args, share = rank_args(model.args, group.size()), rank_share(tensors, group)
-    model = build_model(args, share)
-    model.load_weights(read_weights(share.values(), dtype, progress))
-    sum_over_ranks(model, group)
+    model, tensors = rank_share(model, tensors, group)
+    read_weights(model, tensors, dtype, progress)
+    if group:
+        sum_over_ranks(model, group)
     return model
 
 
-@contextlib.contextmanager
-def together(group: mx.distributed.Group | None) -> Iterator[None]:
-    """End the block on all ranks alike: what fails on one fails on all.
-
-    The first rank to fail raises its error, rank 0 one that names that rank, and the
-    others SystemExit, as there is no more to say. group: None is a rank alone.
-    """
-    error = None
-    try:
-        yield
-    except Exception as caught:
-        error = caught
-    if group is not None:
-        rank, n = group.rank(), group.size()
-        mine = mx.array([int(error is not None and r == rank) for r in range(n)])
-        failed = mx.distributed.all_sum(mine, group=group).tolist()
-        first = failed.index(1) if any(failed) else rank
-        if first != rank:
-            error = SystemExit(1)
-            if rank == 0:
-                error = RuntimeError(f"rank {first} of {n} failed; it says why")
-    if error is not None:
-        raise error
-
-
-def broadcast(group: mx.distributed.Group, message: dict) -> dict:
-    """Return on every rank what rank 0 gives: an object of JSON, or {}, which costs
-    less. What the other ranks give is not used."""
-    lead = group.rank() == 0
-    data = json.dumps(message).encode() if lead and message else b""
+def broadcast(group: mx.distributed.Group, message: list) -> list:
+    """Return on every rank the list, for JSON, that rank 0 gives."""
+    data = json.dumps(message).encode() if group.rank() == 0 and message else b""
     length = mx.distributed.all_sum(mx.array([len(data)]), group=group).item()
-    if length == 0:
-        return {}
+    if length == 0:  # an empty list, as mostly: one sum is enough
+        return []
     data = mx.array(list(data or bytes(length)), mx.uint8)
     return json.loads(bytes(mx.distributed.all_sum(data, group=group).tolist()))
 
@@ -2272,24 +2229,24 @@ def broadcast(group: mx.distributed.Group, message: dict) -> dict:
 def cancelled_by_any(
     group: mx.distributed.Group, stop: Callable[[], bool], tokens: Sequence[int]
 ) -> Callable[[], bool]:
-    """Return a function that tells all ranks alike whether one of them wants to stop.
+    """Return a `cancelled` for generate: whether a rank wants to stop, alike on all.
 
-    tokens: those sampled so far. While there are any, it answers the question before,
-    as the answer to this one comes after the step that was launched ahead.
-    The function raises RuntimeError if the ranks have sampled different tokens.
+    tokens: those sampled so far. It answers the question before: the answer to this one
+    comes only after the step that was launched ahead.
+    It raises RuntimeError if the ranks have sampled different tokens.
     """
-    asked = collections.deque()
+    before = None
 
     def cancelled() -> bool:
-        last = tokens[-1] if tokens else 0
+        nonlocal before
+        asked, last = before, tokens[-1] if tokens else 0
         answer = mx.array([int(stop()), last])
         answer = mx.distributed.all_sum(answer, group=group)
         mx.async_eval(answer)
-        asked.append((last, answer))
-        if tokens and len(asked) == 1:
+        before = answer, last
+        if asked is None:
             return False
-        last, answer = asked.popleft()
-        wanted, total = answer.tolist()
+        (wanted, total), last = asked[0].tolist(), asked[1]
         if total != last * group.size():
             raise RuntimeError(f"not all ranks have sampled the token {last}")
         return wanted > 0
@@ -2297,36 +2254,26 @@ def cancelled_by_any(
     return cancelled
 
 
-def connections() -> Iterator[socket.socket]:
-    """Yield the network connections of this process, those of MLX among them."""
-    for number in map(int, os.listdir("/dev/fd")):
-        with contextlib.suppress(OSError):  # no socket, or not connected
-            connection = socket.fromfd(number, socket.AF_INET, socket.SOCK_STREAM)
-            if isinstance(connection.getpeername(), tuple):  # not a path
-                yield connection
-
-
-def stands(connection: socket.socket) -> bool:
-    """Return whether the other side has not ended a connection. Takes nothing from it."""
+def lost(number: int) -> bool:
+    """Return whether a file descriptor is not that of a connection, or the other side
+    has ended it. Takes nothing from it."""
     try:
-        return connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) != b""
+        with socket.fromfd(number, socket.AF_INET, socket.SOCK_STREAM) as connection:
+            return connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
     except OSError as error:
-        return isinstance(error, BlockingIOError)
+        return not isinstance(error, BlockingIOError)  # nothing to take at the moment
 
 
-GRACE = 3  # seconds for a rank to end by itself once another has
-
-
-def watch(ring: Sequence[socket.socket], rank: int) -> None:
+def watch(ring: Sequence[int], rank: int) -> None:
     """End this process when a connection of MLX's ring has ended.
 
     The ring tells that only to what waits for the other rank at that moment. What was
     launched ahead of it then waits for ever, and this process with it.
     """
-    while all(map(stands, ring)):
+    while not any(map(lost, ring)):
         time.sleep(0.5)
-    time.sleep(GRACE)
-    if rank == 0 and callable(signal.getsignal(signal.SIGTERM)):
+    time.sleep(3)  # to end by itself, as it does when all is done
+    if callable(signal.getsignal(signal.SIGTERM)):
         # It may be waiting for a line to be typed, on a terminal that it must restore.
         signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)
         time.sleep(1)
@@ -2339,26 +2286,28 @@ def join_ranks() -> mx.distributed.Group | None:
     """Return the group of ranks that mlx.launch, or mpirun, has started this process
     as one of, when all are there; None for a process of its own.
 
-    Call it in the main thread. From then on a rank other than 0 ends when rank 0 tells
-    it to, when a connection is lost, or by a signal other than Ctrl-C's, at once.
+    Call it in the main thread. From then on Ctrl-C is rank 0's to take, and other
+    signals end the process at once, but for rank 0 at a terminal.
     """
     if os.environ.keys().isdisjoint({"MLX_RANK", "OMPI_COMM_WORLD_RANK"}):
         return None
-    # While MLX waits for the others no handler of Python's is called.
+    # While MLX waits, for the others now and for a dead one later, no handler of
+    # Python's is called, or what it begins does not end.
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     handlers = [signal.signal(number, signal.SIG_DFL) for number in numbers]
+    opened = set(os.listdir("/dev/fd"))
     group = mx.distributed.init(strict=True)
+    ring = map(int, set(os.listdir("/dev/fd")) - opened)
+    ring = [number for number in ring if not lost(number)]
+    if "MLX_HOSTFILE" in os.environ:  # what others' connections mean, who knows
+        threading.Thread(target=watch, args=(ring, group.rank()), daemon=True).start()
     if group.rank() > 0:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's, rank 0's to take
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
     else:
         for number, handler in zip(numbers, handlers):
-            signal.signal(number, handler)
-    if (
-        "MLX_HOSTFILE" in os.environ
-    ):  # the ring; what others' connections mean, who knows
-        ring = [*connections()]
-        threading.Thread(target=watch, args=(ring, group.rank()), daemon=True).start()
-    return group if group.size() > 1 else None
+            if number == signal.SIGINT or os.isatty(0):
+                signal.signal(number, handler)
+    return group
 
 
 # -----------------------------------------------------------------------------
@@ -2458,15 +2407,14 @@ class Request:
     options: dict
     sampling: dict
     lookup: int  # tokens to draft, 0 for none
-    stream: TextStream
+    drop_space: bool  # see Tokenizer.stream
     events: queue.SimpleQueue = field(default_factory=queue.SimpleQueue)
     stopped: threading.Event = field(default_factory=threading.Event)
     submitted: float = field(default_factory=time.perf_counter)
 
-    def message(self) -> dict:
-        """Return what other ranks need of it, for JSON."""
-        names = ("ids", "options", "sampling", "lookup")
-        return {name: getattr(self, name) for name in names}
+    def told(self) -> list:
+        """Return what the other ranks are told, which make their own of it."""
+        return [self.ids, self.options, self.sampling, self.lookup, self.drop_space]
 
     def finish(self, outcome: "Stats | Exception") -> None:
         """Send the last event, twice: a Ctrl-C can strike whoever waits for it between
@@ -2509,7 +2457,6 @@ def read_session(file: Path) -> dict:
 
 
 TICK = 0.05  # seconds; how often ranks with nothing to do meet
-PATIENCE = 10  # seconds that a rank which is to end waits for one that may be gone
 
 
 class Worker(threading.Thread):
@@ -2518,23 +2465,21 @@ class Worker(threading.Thread):
     def __init__(
         self,
         folder: Path,
+        tokenizer: Tokenizer,
         context: int | None,
         group: mx.distributed.Group | None,
-        new_stream: Callable[[], TextStream],
         **options,
     ):
         super().__init__(name="llama worker", daemon=True)
-        self.folder, self.context, self.options = folder, context, options
-        self.group, self.new_stream, self.failure = group, new_stream, None
+        self.folder, self.tokenizer, self.context = folder, tokenizer, context
+        self.group, self.options, self.failure = group, options, None
         self.events = queue.SimpleQueue()  # of the load: Progress; ModelArgs or error
         self.requests = queue.SimpleQueue()  # Request or function; None to end
         self.closing = threading.Event()
 
     def run(self) -> None:
         try:
-            with together(self.group):
-                args = self.load(**self.options)
-            self.events.put(args)
+            self.load(**self.options)
             with wired_memory(self.nbytes):
                 while (request := self.next_request()) is not None:
                     if not isinstance(request, Request):
@@ -2545,10 +2490,10 @@ class Worker(threading.Thread):
                     except Exception as error:  # its asker's; the next may do better
                         self.forget()
                         request.finish(error)
-                        if self.group is not None and not isinstance(error, ValueError):
-                            raise  # which all ranks have; after others, none is in step
+                        if self.group and not isinstance(error, ValueError):
+                            raise  # ValueErrors all ranks have; others leave them apart
                     request = None  # what it holds is not needed until the next
-        except (Exception, SystemExit) as error:
+        except Exception as error:
             self.failure = error
             self.events.put(error)
         finally:
@@ -2557,25 +2502,24 @@ class Worker(threading.Thread):
             mx.clear_streams()
 
     def next_request(self) -> "Request | Callable | None":
-        """Return what is to be done next, on every rank what rank 0 is asked."""
-        while self.group is not None:
-            request, message = None, {}
+        """Return what is to be done next: on every rank what rank 0 is asked."""
+        while self.group:
+            request, told = None, []
             if self.group.rank() > 0:
                 time.sleep(TICK)
             else:
                 with contextlib.suppress(queue.Empty):
                     request = self.requests.get(timeout=TICK)
-                    message = {"end": True} if request is None else request.message()
+                    told.append(request and request.told())
             # Also when there is nothing to do: ranks that wait for one another in MLX
             # take a core each, and that one has gone is found only where they meet.
-            message = broadcast(self.group, message)
-            if self.group.rank() > 0 and "ids" in message:
-                return Request(**message, stream=self.new_stream())
-            if message:
+            for asked in broadcast(self.group, told):
+                if asked and self.group.rank() > 0:
+                    request = Request(*asked)
                 return request
         return self.requests.get()
 
-    def load(self, dtype: mx.Dtype | None, prefill_step: int | None) -> ModelArgs:
+    def load(self, dtype: mx.Dtype | None, prefill_step: int | None) -> None:
         model, tensors, problems = examine(self.folder)
         if problems:
             raise problems[0]
@@ -2585,19 +2529,16 @@ class Worker(threading.Thread):
         if not 1 <= self.context <= longest:
             wanted = f"[1, {longest}], what the model was made for"
             raise ValueError(f"the context must be in {wanted}, got {self.context}")
-        own, kept, load = args, tensors.values(), load_model
-        if self.group is not None:
-            own = rank_args(args, self.group.size())
-            kept = rank_share(tensors, self.group).values()
-            load = functools.partial(load_rank, group=self.group)
+        model, tensors = rank_share(model, tensors, self.group)
         item_size = (dtype or default_dtype() or mx.bfloat16).size
-        cache = self.context * kv_bytes_per_token(own, item_size)
-        weights = memory_of(kept, item_size)
+        cache = self.context * kv_bytes_per_token(model.args, item_size)
+        weights = memory_of(tensors.values(), item_size)
         self.warning, self.nbytes = require_memory(weights, cache), weights + cache
-        self.model = load(self.folder, dtype=dtype, progress=self.report)
+        options = {"dtype": dtype, "progress": self.report}
+        self.model = load_rank(self.folder, self.group, **options)
         self.prefill_step = prefill_step
         self.forget()
-        return args
+        self.events.put(args)
 
     def report(self, done: int, total: int) -> None:
         self.events.put(Progress(done, total))
@@ -2624,9 +2565,10 @@ class Worker(threading.Thread):
         started, ids = time.perf_counter(), request.ids
         mx.reset_peak_memory()
         reused, tokens = self.reuse(ids), []
+        stream = self.tokenizer.stream(drop_space=request.drop_space)
         lookup = Lookup(request.lookup, ids[:reused]) if request.lookup else None
         cancelled = functools.partial(self.unwanted, request)
-        if self.group is not None:
+        if self.group:
             cancelled = cancelled_by_any(self.group, cancelled, tokens)
         generation = generate(
             self.model,
@@ -2645,7 +2587,7 @@ class Worker(threading.Thread):
                 tokens.append(next(generation))
                 times.append(time.perf_counter())
                 piece.ids.append(tokens[-1])
-                piece.text += request.stream.add(tokens[-1])
+                piece.text += stream.add(tokens[-1])
                 if piece.text:
                     request.events.put(piece)
                     piece = Piece()
@@ -2653,7 +2595,7 @@ class Worker(threading.Thread):
             reason = end.value
         offset = self.cache[0].offset
         self.cached = (ids + tokens)[:offset]
-        piece.text += request.stream.close()
+        piece.text += stream.close()
         request.events.put(piece)
         first = times[1] if tokens else started
         elapsed = times[-1] - first
@@ -2669,7 +2611,7 @@ class Worker(threading.Thread):
             context=self.context,
             peak_memory=mx.get_peak_memory(),
             finish_reason=reason,
-            ranks=1 if self.group is None else self.group.size(),
+            ranks=self.group.size() if self.group else 1,
         )
         request.finish(stats)
 
@@ -2762,18 +2704,14 @@ def default_sampling(folder: Path) -> dict[str, float]:
 
 def shut_down(worker: Worker) -> None:
     """End a worker: cancel what it does and wait until it is gone."""
-    worker.closing.set()
+    if not worker.group or worker.group.rank() == 0:  # which tells the others
+        worker.closing.set()
     worker.requests.put(None)
     if worker is threading.current_thread():  # where garbage may be collected
         return
-    patience = None if worker.group is None else PATIENCE
     while worker.is_alive():
         with contextlib.suppress(KeyboardInterrupt):  # it ends with the step it is in
-            worker.join(patience)
-            if worker.is_alive():
-                # In MLX, which waits for ever for a machine that has fallen silent.
-                print("llama.py: error: another rank does not answer", file=sys.stderr)
-                os._exit(1)
+            worker.join()
 
 
 class Engine:
@@ -2782,9 +2720,10 @@ class Engine:
     model: a folder or org/name. tokenizer: None is the folder's. context: tokens of
     cache, allocated once; None is the model's longest, at most 8192. dtype: see
     load_model. prefill_step: see prefill; None is default_prefill_step(). progress:
-    called with the bytes loaded, and in all. group: the ranks that share the model, see
-    section 11; rank 0 is asked, the others follow. Returns when the model is loaded;
-    raises what Tokenizer.from_folder and load_model raise.
+    called with the bytes loaded, and in all. group: the ranks that share the model, from
+    join_ranks; rank 0 is asked, the others answer with it until it closes its engine.
+    Returns when the model is loaded; raises what Tokenizer.from_folder and load_model
+    raise.
 
     Attributes: tokenizer, args (a ModelArgs), context, defaults (make_sampler's
     options where a request gives none), warning (about memory, or None).
@@ -2801,15 +2740,13 @@ class Engine:
         progress: Callable[[int, int], None] | None = None,
         group: mx.distributed.Group | None = None,
     ):
-        with together(group):
-            folder = find_folder(model)
-            self.tokenizer = tokenizer or Tokenizer.from_folder(folder)
-            self.defaults = default_sampling(folder)
+        folder = find_folder(model)
+        self.tokenizer = tokenizer or Tokenizer.from_folder(folder)
+        self.defaults = default_sampling(folder)
         self._taken = collections.deque(maxlen=256)  # the Piece of each past reply
         self._lock = threading.Lock()
         options = {"dtype": dtype, "prefill_step": prefill_step}
-        new_stream = functools.partial(self.tokenizer.stream, drop_space=True)
-        self._worker = Worker(folder, context, group, new_stream, **options)
+        self._worker = Worker(folder, self.tokenizer, context, group, **options)
         # Also when the engine is dropped, and at exit: a thread that is still in MLX
         # when the interpreter goes makes the process abort.
         self._shut_down = weakref.finalize(self, shut_down, self._worker)
@@ -2818,7 +2755,7 @@ class Engine:
             while isinstance(event := self._worker.events.get(), Progress):
                 if progress is not None:
                     progress(*event)
-            if isinstance(event, BaseException):
+            if isinstance(event, Exception):
                 raise event
         except BaseException:
             self.close()
@@ -2888,9 +2825,8 @@ class Engine:
         sampling["seed"] = new_seed() if seed is None else seed
         options = {"max_tokens": max_tokens}
         options["stop_tokens"] = sorted(self.tokenizer.stop_tokens)
-        stream, reply = self.tokenizer.stream(drop_space=drop_space), Reply(progress)
-        asked = (ids, options, sampling, lookup, stream, reply.events, reply.stopped)
-        request = Request(*asked)
+        asked, reply = (ids, options, sampling, lookup, drop_space), Reply(progress)
+        request = Request(*asked, reply.events, reply.stopped)
         with self._lock:  # nothing may be asked after the worker's last request
             self._require_worker()
             self._taken.append(reply.taken)
@@ -2914,16 +2850,17 @@ class Engine:
         return self._on_worker(functools.partial(self._worker.restore, Path(file)))
 
     def _require_worker(self) -> None:
-        if not self._shut_down.alive or self._worker.failure is not None:
+        worker = self._worker
+        if not self._shut_down.alive or worker.failure:
             raise RuntimeError("the engine is closed")
-        if self._worker.group is not None and self._worker.group.rank() > 0:
+        if worker.group and worker.group.rank() > 0:
             raise RuntimeError("only rank 0 can be asked; the others follow")
 
     def _on_worker(self, task: Callable) -> dict | None:
         """Have the worker do a task, after what it was asked before; return what the
         task returns, or raise what it raises."""
         answer = queue.SimpleQueue()
-        if self._worker.group is not None:
+        if self._worker.group:
             raise ValueError("a session is kept by one rank, which has the whole cache")
         with self._lock:
             self._require_worker()
@@ -2936,14 +2873,6 @@ class Engine:
         """Let `chat` use these ids for an assistant's message that is this text."""
         self._taken.append(piece)
 
-    def follow(self) -> None:
-        """Wait for the end of the worker, and raise what has ended it, if anything: on
-        a rank other than 0 that is all there is to do, until rank 0 closes its engine.
-        """
-        self._worker.join()
-        if self._worker.failure is not None:
-            raise self._worker.failure
-
     def close(self) -> None:
         """End the worker, cancelling what it does, and wait for it. Idempotent."""
         with self._lock:
@@ -2954,7 +2883,8 @@ class Engine:
 
     def __exit__(self, *_exception) -> None:
         self.close()
-        self.follow()
+        if self._worker.failure:  # which a rank other than 0 has no reply to tell
+            raise self._worker.failure
 
 
 # -----------------------------------------------------------------------------
@@ -3209,17 +3139,21 @@ def measured(options: argparse.Namespace, found: dict) -> dict:
     if total > args.max_position_embeddings:
         wanted = f"at most {args.max_position_embeddings}, what the model was made for"
         raise ValueError(f"prompt and generation have {total} tokens, wanted {wanted}")
-    item_size = (default_dtype() or mx.bfloat16).size
+    group, item_size = options.group, (default_dtype() or mx.bfloat16).size
+    args = rank_args(args, group.size() if group else 1)
     cache = total * kv_bytes_per_token(args, item_size)
     if found["folder"] is None:
         size = weight_bytes(Llama(args), options.bits or 16, item_size)
         require_memory(size, cache)
         model = random_model(args, options.bits)
+        if group:
+            sum_over_ranks(model, group)
     else:
         folder = Path(found["folder"])
-        require_memory(memory_of(list_tensors(folder).values(), item_size), cache)
+        _, tensors = rank_share(*examine(folder)[:2], group)
+        require_memory(memory_of(tensors.values(), item_size), cache)
         progress = ProgressLine("loading")
-        model = load_model(folder, progress=progress)
+        model = load_rank(folder, group, progress=progress)
         progress.clear()
     return measure(model, options.prompt_tokens, options.generation_tokens)
 
@@ -3240,6 +3174,7 @@ def measured_rows(name: str, device: str, found: dict) -> list[tuple[str, str]]:
         ),
         ("reads", f"{found['gbps']:,.1f} GB/s of weights, {share}"),
         ("peak", peak),
+        ("ranks", f"{found['ranks']}; bytes are those of one"),
         ("as a row", f"| {name} | {device} | {numbers} | {found['peak_gb']:.2f} |"),
     ]
 
@@ -3250,7 +3185,11 @@ def cmd_info(options: argparse.Namespace) -> int:
     if options.bits and (found["folder"] or not options.measure):
         options.usage("--bits is for --measure of one of " + ", ".join(PRESETS))
     if options.measure:
+        mx.random.seed(0)  # all ranks read the same ids
         found["measured"] = measured(options, found)
+        found["measured"]["ranks"] = options.group.size() if options.group else 1
+    if options.group and options.group.rank() > 0:
+        return 0  # rank 0 tells it
     if options.json:
         print(json.dumps(found, indent=2))
         return 0
@@ -3571,7 +3510,7 @@ class Chat:
         if source.parent.name == "snapshots":  # of the Hugging Face cache
             note(f"{self.options.model}, revision {source.name}")
         keys = "Ctrl-C stops a reply, Ctrl-D quits"
-        if self.options.group is not None and not sys.stdin.isatty():
+        if self.options.group and not sys.stdin.isatty():
             # mlx.launch passes on what is typed, but not Ctrl-D, and ends at Ctrl-C.
             signal.signal(signal.SIGINT, end_by_signal)
             keys = "Ctrl-C quits"
@@ -3771,7 +3710,7 @@ def read_prompt(options: argparse.Namespace) -> str | None:
 
     What mlx.launch pipes in is what is typed at its terminal, and does not end.
     """
-    if sys.stdin.isatty() or options.group is not None:
+    if sys.stdin.isatty() or options.group:
         return options.prompt
     try:
         piped = sys.stdin.buffer.read().decode().removesuffix("\n")
@@ -3791,17 +3730,16 @@ def cmd_chat(options: argparse.Namespace) -> int:
     if options.dtype not in (None, *FLOATS):
         options.usage(f"--dtype must be one of {', '.join(FLOATS)}")
     seed = new_seed() if options.seed is None else options.seed
-    follower = options.group is not None and options.group.rank() > 0
-    with together(options.group):
-        folder = choose_folder(options.model)
-        tokenizer = Tokenizer.from_folder(folder, template=options.template)
-        if not options.raw:
-            tokenizer.require_format()  # now, rather than after loading a large model
-        prompt = None if follower else read_prompt(options)
-        if prompt == "":
-            raise ValueError("the prompt is empty")
-        if options.session and options.group is not None:
-            raise ValueError("--session needs one rank, which has the whole cache")
+    follower = options.group and options.group.rank() > 0
+    folder = choose_folder(options.model)
+    tokenizer = Tokenizer.from_folder(folder, template=options.template)
+    if not options.raw:
+        tokenizer.require_format()  # now, rather than after loading a large model
+    if options.session and options.group:
+        raise ValueError("--session needs one rank, which has the whole cache")
+    prompt = None if follower else read_prompt(options)
+    if prompt == "":
+        raise ValueError("the prompt is empty")
     progress = ProgressLine("loading")
     with Engine(
         folder,
@@ -3814,8 +3752,7 @@ def cmd_chat(options: argparse.Namespace) -> int:
     ) as engine:
         progress.clear()
         if follower:
-            engine.follow()
-            return 0
+            return 0  # when rank 0 has closed its engine
         if engine.warning:
             note(engine.warning)
         chat = Chat(engine, options, seed)
@@ -3908,11 +3845,9 @@ def run(argv: Sequence[str] | None) -> int:
     rank = ""
     try:
         options = build_parser().parse_args(argv)
-        options.group = group = join_ranks()
-        if group is not None:
-            rank = f"rank {group.rank()} of {group.size()}: "
-            if group.rank() > 0 and options.run is not cmd_chat:
-                return 0  # rank 0 tells what there is to tell
+        if options.run is cmd_chat or "measure" in options and options.measure:
+            options.group = group = join_ranks()
+            rank = f"rank {group.rank()} of {group.size()}: " if group else ""
         status = options.run(options)
         sys.stdout.flush()
     except SystemExit as end:  # argparse's, or that of a signal
