@@ -1603,10 +1603,11 @@ def default_dtype() -> mx.Dtype | None:
 def read_weights(
     model: Llama,
     tensors: Mapping[str, TensorInfo],
-    dtype: mx.Dtype | None,
-    progress: Callable[[int, int], None] | None,
+    *,
+    dtype: mx.Dtype | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Give a model its weights, mapped in and evaluated; arguments: see load_model."""
+    """Give a model its weights, mapped in and evaluated; options: see load_model."""
     dtype, wanted = dtype or default_dtype(), dict(tree_flatten(model.parameters()))
     wanted = [info for info in tensors.values() if info.name in wanted]
     done, total, weights = 0, sum(info.nbytes for info in wanted), []
@@ -1639,7 +1640,7 @@ def load_model(
     model, tensors, problems = examine(Path(folder))
     if problems:
         raise problems[0]
-    read_weights(model, tensors, dtype, progress)
+    read_weights(model, tensors, dtype=dtype, progress=progress)
     return model
 
 
@@ -2132,11 +2133,13 @@ def generate(
 # uses: 1-8
 # -----------------------------------------------------------------------------
 
+Group = mx.distributed.Group
+
 
 class SummedLinear(nn.Module):
     """A linear layer cut by columns: x W^T is the sum of what the ranks compute."""
 
-    def __init__(self, layer: nn.Module, group: mx.distributed.Group):
+    def __init__(self, layer: nn.Module, group: Group):
         super().__init__()
         self.group, self.layer = group, layer
         if "bias" in layer:  # it belongs to the sum, not to each part
@@ -2147,7 +2150,7 @@ class SummedLinear(nn.Module):
         return x + self.bias if "bias" in self else x
 
 
-def sum_over_ranks(model: Llama, group: mx.distributed.Group) -> None:
+def sum_over_ranks(model: Llama, group: Group) -> None:
     """Put the sums into a rank's model: one after attention, one after the MLP."""
     for block in model.model.layers:
         block.self_attn.o_proj = SummedLinear(block.self_attn.o_proj, group)
@@ -2170,7 +2173,7 @@ def rank_args(args: ModelArgs, n: int) -> ModelArgs:
 def rank_share(
     model: Llama,
     tensors: Mapping[str, TensorInfo],
-    group: mx.distributed.Group | None,
+    group: Group | None,
 ) -> tuple[Llama, dict[str, TensorInfo]]:
     """Return what this rank runs of a model, without weights, and where these lie.
 
@@ -2181,8 +2184,9 @@ def rank_share(
     if group is None:
         return model, tensors
     model, share = build_model(rank_args(model.args, group.size()), tensors), {}
-    for name, array in tree_flatten(model.parameters()):
-        info, shape = tensors[name], array.shape
+    shapes = {name: array.shape for name, array in tree_flatten(model.parameters())}
+    for name, info in tensors.items():
+        shape = shapes.get(name, info.shape)
         if shape != info.shape:  # then one axis is n times as long in the file
             nbytes, stride = info.nbytes // group.size(), None
             step = nbytes
@@ -2194,29 +2198,23 @@ def rank_share(
     return model, share
 
 
-def load_rank(
-    folder: str | Path,
-    group: mx.distributed.Group | None,
-    *,
-    dtype: mx.Dtype | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> Llama:
+def load_rank(folder: str | Path, group: Group | None, **options) -> Llama:
     """Return a rank's share of a folder's model, which is all that it reads.
 
     It is called, and its logits are, as those of the whole; all ranks must call it with
-    the same tokens. Its cache is that of its own heads. Otherwise: see load_model.
+    the same tokens. Its cache is that of its own heads. options: see load_model.
     """
     model, tensors, problems = examine(Path(folder))
     if problems:
         raise problems[0]
     model, tensors = rank_share(model, tensors, group)
-    read_weights(model, tensors, dtype, progress)
+    read_weights(model, tensors, **options)
     if group:
         sum_over_ranks(model, group)
     return model
 
 
-def broadcast(group: mx.distributed.Group, message: list) -> list:
+def broadcast(group: Group, message: list) -> list:
     """Return on every rank the list, for JSON, that rank 0 gives."""
     data = json.dumps(message).encode() if group.rank() == 0 and message else b""
     length = mx.distributed.all_sum(mx.array([len(data)]), group=group).item()
@@ -2227,7 +2225,7 @@ def broadcast(group: mx.distributed.Group, message: list) -> list:
 
 
 def cancelled_by_any(
-    group: mx.distributed.Group, stop: Callable[[], bool], tokens: Sequence[int]
+    group: Group, stop: Callable[[], bool], tokens: Sequence[int]
 ) -> Callable[[], bool]:
     """Return a `cancelled` for generate: whether a rank wants to stop, alike on all.
 
@@ -2235,18 +2233,18 @@ def cancelled_by_any(
     comes only after the step that was launched ahead.
     It raises RuntimeError if the ranks have sampled different tokens.
     """
-    before = None
+    asked = []  # the sums over all ranks on their way, and the token of this one
 
     def cancelled() -> bool:
-        nonlocal before
-        asked, last = before, tokens[-1] if tokens else 0
+        last = tokens[-1] if tokens else 0
         answer = mx.array([int(stop()), last])
         answer = mx.distributed.all_sum(answer, group=group)
         mx.async_eval(answer)
-        before = answer, last
-        if asked is None:
+        asked.append((answer, last))
+        if len(asked) == 1:
             return False
-        (wanted, total), last = asked[0].tolist(), asked[1]
+        answer, last = asked.pop(0)
+        wanted, total = answer.tolist()
         if total != last * group.size():
             raise RuntimeError(f"not all ranks have sampled the token {last}")
         return wanted > 0
@@ -2255,8 +2253,8 @@ def cancelled_by_any(
 
 
 def lost(number: int) -> bool:
-    """Return whether a file descriptor is not that of a connection, or the other side
-    has ended it. Takes nothing from it."""
+    """Return whether a file descriptor is no connection, or one that the other side has
+    ended. Takes nothing from it."""
     try:
         with socket.fromfd(number, socket.AF_INET, socket.SOCK_STREAM) as connection:
             return connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
@@ -2272,7 +2270,7 @@ def watch(ring: Sequence[int], rank: int) -> None:
     """
     while not any(map(lost, ring)):
         time.sleep(0.5)
-    time.sleep(3)  # to end by itself, as it does when all is done
+    time.sleep(2)  # to end by itself, as it does when all is done
     if callable(signal.getsignal(signal.SIGTERM)):
         # It may be waiting for a line to be typed, on a terminal that it must restore.
         signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)
@@ -2282,7 +2280,7 @@ def watch(ring: Sequence[int], rank: int) -> None:
     os._exit(1)
 
 
-def join_ranks() -> mx.distributed.Group | None:
+def join_ranks() -> Group | None:
     """Return the group of ranks that mlx.launch, or mpirun, has started this process
     as one of, when all are there; None for a process of its own.
 
@@ -2291,8 +2289,8 @@ def join_ranks() -> mx.distributed.Group | None:
     """
     if os.environ.keys().isdisjoint({"MLX_RANK", "OMPI_COMM_WORLD_RANK"}):
         return None
-    # While MLX waits, for the others now and for a dead one later, no handler of
-    # Python's is called, or what it begins does not end.
+    # No handler of Python's is called while MLX waits: now for the others, and in the
+    # end perhaps for one that has died.
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     handlers = [signal.signal(number, signal.SIG_DFL) for number in numbers]
     opened = set(os.listdir("/dev/fd"))
@@ -2467,7 +2465,7 @@ class Worker(threading.Thread):
         folder: Path,
         tokenizer: Tokenizer,
         context: int | None,
-        group: mx.distributed.Group | None,
+        group: Group | None,
         **options,
     ):
         super().__init__(name="llama worker", daemon=True)
@@ -2738,7 +2736,7 @@ class Engine:
         dtype: mx.Dtype | None = None,
         prefill_step: int | None = None,
         progress: Callable[[int, int], None] | None = None,
-        group: mx.distributed.Group | None = None,
+        group: Group | None = None,
     ):
         folder = find_folder(model)
         self.tokenizer = tokenizer or Tokenizer.from_folder(folder)
@@ -3858,7 +3856,9 @@ def run(argv: Sequence[str] | None) -> int:
         status = 0
     except (MemoryError, OSError, RuntimeError, ValueError) as error:
         line = printable(" ".join(str(error).split()))
-        print(f"llama.py: error: {rank}{line}", file=sys.stderr)
+        print(f"llama.py: error: {rank}{line}", file=sys.stderr, flush=True)
+        if rank:
+            time.sleep(0.5)  # a launcher ends the others as soon as one has ended
         status = 1
     return status
 
