@@ -2216,7 +2216,7 @@ def load_rank(folder: str | Path, group: Group | None, **options) -> Llama:
 
 def broadcast(group: Group, message: list) -> list:
     """Return on every rank the list, for JSON, that rank 0 gives."""
-    data = json.dumps(message).encode() if group.rank() == 0 and message else b""
+    data = json.dumps(message).encode() if message and group.rank() == 0 else b""
     length = mx.distributed.all_sum(mx.array([len(data)]), group=group).item()
     if length == 0:  # an empty list, as mostly: one sum is enough
         return []
@@ -2262,7 +2262,12 @@ def lost(number: int) -> bool:
         return not isinstance(error, BlockingIOError)  # nothing to take at the moment
 
 
-def watch(ring: Sequence[int], rank: int) -> None:
+def connections() -> set[int]:
+    """Return the file descriptors of this process's connections."""
+    return {number for number in map(int, os.listdir("/dev/fd")) if not lost(number)}
+
+
+def watch(ring: Iterable[int], rank: int) -> None:
     """End this process when a connection of MLX's ring has ended.
 
     The ring tells that only to what waits for the other rank at that moment. What was
@@ -2293,11 +2298,9 @@ def join_ranks() -> Group | None:
     # end perhaps for one that has died.
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     handlers = [signal.signal(number, signal.SIG_DFL) for number in numbers]
-    opened = set(os.listdir("/dev/fd"))
-    group = mx.distributed.init(strict=True)
-    ring = map(int, set(os.listdir("/dev/fd")) - opened)
-    ring = [number for number in ring if not lost(number)]
+    before, group = connections(), mx.distributed.init(strict=True)
     if "MLX_HOSTFILE" in os.environ:  # what others' connections mean, who knows
+        ring = connections() - before
         threading.Thread(target=watch, args=(ring, group.rank()), daemon=True).start()
     if group.rank() > 0:
         signal.signal(signal.SIGINT, signal.SIG_IGN)

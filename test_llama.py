@@ -2602,12 +2602,24 @@ def test_what_ranks_cannot_share_is_named(tmp_path):
         llama.rank_share(model, tensors, rank_of(0, 4))
 
 
+def test_a_connection_is_lost_when_the_other_side_ends_it():
+    near, far = socket.socketpair()
+    with near, socket.socket() as unconnected:
+        number = far.fileno()
+        assert {near.fileno(), number} <= llama.connections()
+        far.sendall(b"x")
+        assert not llama.lost(near.fileno()) and near.recv(1) == b"x"
+        far.close()
+        for each in near.fileno(), number, unconnected.fileno():
+            assert llama.lost(each) and each not in llama.connections()
+
+
 MESSAGES = """
 import llama
 group = llama.join_ranks()
 rank = group.rank()
 message = [[*range(300)], "\u00e9", None]
-assert llama.broadcast(group, message if rank == 0 else []) == message
+assert llama.broadcast(group, message if rank == 0 else ["unheard"]) == message
 assert llama.broadcast(group, []) == []
 tokens = []
 stop = llama.cancelled_by_any(group, lambda: rank == 1 and len(tokens) == 2, tokens)
@@ -3053,7 +3065,7 @@ def turns(engine: llama.Engine) -> list:
     collections.deque(first, 0)
     said = {"role": "assistant", "content": first.text}
     messages = [*USER, said, {"role": "user", "content": "More?"}]
-    second = engine.chat(messages, temperature=0.5, seed=2, max_tokens=12, lookup=1)
+    second = engine.chat(messages, temperature=0.5, seed=2, max_tokens=12, lookup=2)
     text, stats = "".join(second), second.stats
     return [first.text, first.stats.finish_reason, text, stats.reused_tokens > 20]
 
