@@ -3175,7 +3175,6 @@ def measured_rows(name: str, device: str, found: dict) -> list[tuple[str, str]]:
         ),
         ("reads", f"{found['gbps']:,.1f} GB/s of weights, {share}"),
         ("peak", peak),
-        ("ranks", f"{found['ranks']}; bytes are those of one"),
         ("as a row", f"| {name} | {device} | {numbers} | {found['peak_gb']:.2f} |"),
     ]
 
@@ -3220,6 +3219,8 @@ def cmd_info(options: argparse.Namespace) -> int:
     if options.measure:
         name = Path(found["model"]).name
         rows += measured_rows(name, found["device"], found["measured"])
+        if (ranks := found["measured"]["ranks"]) > 1:
+            rows.append(("ranks", f"{ranks}; bytes are those of one"))
     print_table(rows)
     return 0
 
