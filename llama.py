@@ -3471,73 +3471,69 @@ def cmd_chat(options: argparse.Namespace) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """Return a parser whose help is a screen of 24 lines and 80 columns."""
+    number, count, size = whole_number(0), whole_number(1), whole_number(2)
+    where = "a folder, or org/name as downloaded; default: stories/"
+    # Rows: name and metavar, help; type, default and choices where there are any. None,
+    # the default of most, leaves it to the model's folder.
+    info = (
+        ("--measure", "run it here; a preset with random weights"),
+        ("--prompt-tokens N", "of --measure, at least 2; default: 512", size, 512),
+        ("--generation-tokens N", "of --measure, at least 2; default: 128", size, 128),
+        ("--bits N", "of random weights, 4 or 8; default: 16", int, None, (4, 8)),
+    )
+    inspect = (("--check", "also look for NaN in all data"),)
+    chat = (
+        ("--prompt TEXT", "answer this, with all that is piped in, and end"),
+        ("--system TEXT", "instructions before the conversation"),
+        ("--session FILE", "go on with this conversation, and keep it there"),
+        ("--raw", "continue the text, with no chat format"),
+        ("--template NAME", f"{', '.join(CHAT_FORMATS)}; default: the model's"),
+        ("--max-tokens N", "longest reply, tokens; default: no limit", number),
+        ("--temperature T", "[0, inf), 0 is greedy; default: model's or 0.6", float),
+        ("--top-k K", "[1, inf), the K likeliest; default: model's or all", int),
+        ("--top-p P", "(0, 1], likeliest that hold P; default: model's or 0.9", float),
+        ("--min-p P", "(0, 1], of the likeliest's; default: model's or none", float),
+        ("--repetition-penalty R", "(0, inf), 1 is none; default: model's or 1", float),
+        ("--seed N", "repeats a run exactly; default: a new one", number),
+        ("--ctx N", "context, tokens; default: the model's, up to 8192", count),
+        ("--lookup N", "tokens to draft, 0 is none; default: 15, on a CPU 0", number),
+        ("--prefill-step N", "tokens; default: 512, on CUDA 2048, on a CPU 32", count),
+        ("--dtype D", f"{' '.join(FLOATS)}; default: file's, CPU float32"),
+        ("--stats", "print speed and memory to stderr"),
+    )
+    layout = functools.partial(argparse.HelpFormatter, max_help_position=26, width=80)
     parser = argparse.ArgumentParser(
-        prog="llama.py", description="Run Llama-family models with Apple's MLX."
+        prog="llama.py",
+        description="Run Llama-family models with Apple's MLX.",
+        epilog="example: python llama.py chat",
+        formatter_class=layout,
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for name, run, text, example in (
-        ("info", cmd_info, "describe a model, and what fits here", "info 8b"),
-        ("inspect", cmd_inspect, "list and check a model folder", "inspect ./model"),
-        ("chat", cmd_chat, "talk to a model", 'chat ./model --prompt "Hi!"'),
+    for run, example, text, rows in (
+        (cmd_info, "info 8b", "describe a model, and what fits here", info),
+        (cmd_inspect, "inspect ./model", "list and check a model folder", inspect),
+        (cmd_chat, 'chat ./model --prompt "Hi!"', "talk to a model", chat),
     ):
-        example = f"example: python llama.py {example}"
-        sub = commands.add_parser(name, help=text, description=text, epilog=example)
+        name = example.split()[0]
+        sub = commands.add_parser(
+            name,
+            help=text,
+            usage=f"llama.py {name} [MODEL] [options]",
+            epilog=f"example: python llama.py {example}",
+            formatter_class=layout,
+            add_help=False,
+        )
         sub.set_defaults(run=run, usage=sub.error)
-        where = "a folder, or org/name in the Hugging Face cache; default: stories/"
-        if name == "info":
-            where = f"one of {', '.join(PRESETS)}, {where}"
-        sub.add_argument("model", nargs="?", metavar="MODEL", help=where)
-        option = sub.add_argument
-        option("--json", action="store_true", help="print JSON instead of text")
-        if name == "info":
-            option(
-                "--measure",
-                action="store_true",
-                help="run it here; a preset with random weights",
-            )
-            for flag, default in (
-                ("--prompt-tokens", 512),
-                ("--generation-tokens", 128),
-            ):
-                text = f"of --measure; default: {default}"
-                option(
-                    flag, metavar="N", type=whole_number(2), default=default, help=text
-                )
-            option("--bits", type=int, choices=(4, 8), help="of --measure; default: 16")
-        if name == "inspect":
-            option("--check", action="store_true", help="also look for NaN in all data")
-    # The rest is chat's. None, the default of each, leaves it to the model's folder.
-    option("--raw", action="store_true", help="continue the text, with no chat format")
-    option("--stats", action="store_true", help="print speed and memory to stderr")
-    number, count, names = whole_number(0), whole_number(1), ", ".join(CHAT_FORMATS)
-    for flag, metavar, kind, text in (
-        ("--prompt", "TEXT", str, "answer this, with all that is piped in, and end"),
-        ("--system", "TEXT", str, "instructions before the conversation"),
-        ("--template", "NAME", str, f"{names}; default: the folder's"),
-        ("--max-tokens", "N", number, "longest reply, tokens; default: no limit"),
-        ("--temperature", "T", float, "[0, inf), 0 is greedy; default: 0.6"),
-        ("--top-k", "K", int, "[1, inf), only the K likeliest; default: all"),
-        ("--top-p", "P", float, "(0, 1], the likeliest that hold P; default: 0.9"),
-        ("--min-p", "P", float, "(0, 1], of the likeliest's odds; default: none"),
-        ("--repetition-penalty", "R", float, "(0, inf), above 1 penalizes; default: 1"),
-        ("--seed", "N", number, "repeats a run exactly; default: a new one"),
-        ("--ctx", "N", count, "context, tokens; default: the model's, up to 8192"),
-        ("--lookup", "N", number, "tokens to draft; 0: none; default: 15, on a CPU 0"),
-        (
-            "--prefill-step",
-            "N",
-            count,
-            "tokens; default: 512, on CUDA 2048, on a CPU 32",
-        ),
-        (
-            "--dtype",
-            "D",
-            str,
-            f"{', '.join(FLOATS)}; default: the files', on a CPU float32",
-        ),
-        ("--session", "FILE", str, "go on with this conversation, and keep it there"),
-    ):
-        option(flag, metavar=metavar, type=kind, help=text)
+        option = sub.add_argument_group().add_argument  # one list, without headings
+        option("-h", "--help", action="help", help=argparse.SUPPRESS)
+        model = f"{', '.join(PRESETS)}, {where}" if rows is info else where
+        option("model", nargs="?", metavar="MODEL", help=model)
+        for names, text, *rest in (*rows, ("--json", "print JSON instead of text")):
+            flag, *metavar = names.split()
+            keys = ("metavar", "type", "default", "choices")
+            more = dict(zip(keys, (*metavar, *rest))) or {"action": "store_true"}
+            option(flag, help=text, **more)
     return parser
 
 

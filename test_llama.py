@@ -3099,12 +3099,22 @@ def test_the_verdict_says_whether_a_model_fits(weights, cache, wanted):
     assert llama.verdict(weights, cache, 50, 100, 500.0) == wanted
 
 
-@pytest.mark.parametrize("words", [("info", "405b"), ("inspect",), ("chat", "--help")])
-def test_tables_and_help_fit_80_columns(words, folder, monkeypatch, capsys):
-    monkeypatch.setenv("COLUMNS", "80")
+@pytest.mark.parametrize("words", [("info", "405b"), ("inspect",)])
+def test_tables_fit_80_columns(words, folder, monkeypatch, capsys):
     monkeypatch.setattr(llama, "choose_folder", lambda _: folder)
     llama.main(words)
     assert max(map(len, capsys.readouterr().out.splitlines()[1:])) <= 80
+
+
+@pytest.mark.parametrize("words", [(), ("info",), ("inspect",), ("chat",)])
+def test_help_is_one_screen_and_has_an_example(words, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert llama.main([*words, "--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 24 and max(map(len, lines)) <= 80
+    example = lines[-1].partition("example: python llama.py ")[2]
+    options = llama.build_parser().parse_args(shlex.split(example))
+    assert options.run.__name__.endswith(words or ("chat",))
 
 
 def test_memory_is_predicted_from_the_files(tmp_path):
