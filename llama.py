@@ -1773,7 +1773,7 @@ def check_sampling(**options: float | None) -> None:
         inside = inside and (closed or value > least)
         inside = inside and (name != "top_k" or value == int(value))
         if value is not None and not inside:
-            interval = f"{'[' if closed else '('}{least}, {greatest:g}]"
+            interval = f"{'[' if closed else '('}{least}, {greatest:.0f}]"
             kind = ", a whole number" if name == "top_k" else ""
             raise ValueError(f"{name} must be in {interval}{kind}, got {value!r:.80}")
 
@@ -2362,16 +2362,16 @@ class Worker(threading.Thread):
         )
         request.finish(stats)
 
-    def save(self, file: Path, notes: dict) -> None:
+    def save(self, file: Path, notes: dict, tokens: int | None) -> None:
         """Write the cache, what it holds and notes to a file, whole or not at all."""
-        arrays, held = {}, len(self.cached)
+        arrays, held = {}, len(self.cached[:tokens])
         for n, layer in enumerate(self.cache if held else []):
             arrays[f"{n}.keys"] = mx.contiguous(layer.keys[..., :held, :])
             arrays[f"{n}.values"] = mx.contiguous(layer.values[..., :held, :])
         session = {
             "fingerprint": fingerprint(self.folder),
             "checksums": {name: checksum(array) for name, array in arrays.items()},
-            "ids": self.cached,
+            "ids": self.cached[:held],
             "notes": notes,
         }
         # Under another name until it is on the disk: a crash leaves the last one.
@@ -2574,13 +2574,15 @@ class Engine:
             self._worker.requests.put(request)
         return reply
 
-    def save(self, file: str | Path, notes: dict) -> None:
+    def save(self, file: str | Path, notes: dict, *, tokens: int | None = None) -> None:
         """Write the conversation to a file: cache, ids, and notes, which JSON can hold.
 
+        tokens: how many of the cache's, from its beginning; None is all of them.
         The file appears whole or not at all, whatever happens meanwhile.
         Raises OSError.
         """
-        self._on_worker(functools.partial(self._worker.save, Path(file), notes))
+        task = functools.partial(self._worker.save, Path(file), notes, tokens)
+        self._on_worker(task)
 
     def restore(self, file: str | Path) -> dict:
         """Fill the cache from a file that `save` wrote; return its notes.
@@ -2655,6 +2657,16 @@ def note(text: str) -> None:
     if coloured(sys.stderr):
         text = f"\x1b[2m{text}\x1b[0m"
     print(text, file=sys.stderr, flush=True)
+
+
+def complain(error: Exception) -> None:
+    """Print an error as one line; of one of the system's, what it is about and what."""
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        about = "" if error.filename is None else f"{error.filename}: "
+        text = about + error.strerror
+    line = printable(" ".join(text.split()))
+    print(f"llama.py: error: {line}", file=sys.stderr, flush=True)
 
 
 class ProgressLine:
@@ -2764,18 +2776,32 @@ def verdict(
     return context, f"{word}, context {context:,}, ~{speed / weights:,.1f} tokens/s"
 
 
+PARTS = {  # where parameters are, by what their names contain
+    ".mlp.": "MLP",
+    ".self_attn.": "attention",
+    "embed_tokens": "vocabulary",
+    "lm_head": "vocabulary",
+}
+
+
 def describe(model: str | None) -> dict:
     """Return what `info` tells of a preset or a model."""
     args, stored, folder = PRESETS.get(model), None, None
     # In memory: the CPU computes in float32, so all that is not packed doubles.
     item_size = 4 if mx.default_device() == mx.cpu else 2
     if args is None:
-        folder = choose_folder(model)
+        try:
+            folder = choose_folder(model)
+        except FileNotFoundError as error:
+            message = f"{error}, nor one of {', '.join(PRESETS)}"
+            raise FileNotFoundError(message) from None
         skeleton, tensors, problems = examine(folder)
         if problems:
             raise problems[0]
         args, stored = skeleton.args, sum(info.nbytes for info in tensors.values())
-    dense = Llama(args)
+    dense, parts = Llama(args), collections.Counter()
+    for name, array in tree_flatten(dense.parameters()):
+        parts[next((PARTS[k] for k in PARTS if k in name), "norms")] += array.size
     cache, memory = kv_bytes_per_token(args, item_size), machine_memory()
     longest, verdicts = args.max_position_embeddings, {}
     for bits in (16, 8, 4):
@@ -2785,7 +2811,8 @@ def describe(model: str | None) -> dict:
         "model": model or "stories",
         "folder": folder and str(folder),
         "config": asdict(args),
-        "parameters": sum(array.size for _, array in tree_flatten(dense.parameters())),
+        "parameters": parts.total(),
+        "parameters_of": dict(parts.most_common()),
         "weight_bytes": {bits: weight_bytes(dense, bits) for bits in verdicts},
         "stored_bytes": stored,
         "kv_bytes_per_token": cache,
@@ -2905,6 +2932,14 @@ def measured_rows(name: str, device: str, found: dict) -> list[tuple[str, str]]:
     ]
 
 
+def bars(sizes: dict[str, int]) -> Iterator[str]:
+    """Yield names, their shares of the sum in percent, and those as bars."""
+    for name, size in sizes.items():
+        share = 100 * size / sum(sizes.values())
+        if share >= 1:
+            yield f"{name:10} {share:3.0f} % {round(share / 2) * '#'}"
+
+
 def cmd_info(options: argparse.Namespace) -> int:
     """Print what a preset or a model is, what it needs, and what fits here."""
     found = describe(options.model)
@@ -2930,6 +2965,7 @@ def cmd_info(options: argparse.Namespace) -> int:
         ("positions", f"{args.max_position_embeddings:,} tokens"),
         ("rotary", f"theta {args.rope_theta:,.0f}, {scaling} scaling"),
         ("parameters", f"{found['parameters']:,}"),
+        *(("bytes in", text) for text in bars(found["parameters_of"])),
         ("cache", f"{kv:,} bytes a token, {gigabytes(kv * usual)} for {usual:,}"),
         ("memory here", f"{gigabytes(found['memory_bytes'])}, {found['device']}"),
     ]
@@ -3015,10 +3051,10 @@ def cmd_inspect(options: argparse.Namespace) -> int:
     rows = [("folder", found["folder"])]
     for name, size in found["files"].items():
         rows.append(("files", f"{gigabytes(size):>9}  {name}"))
-    # The layers of a stack look alike: a row for all tensors that differ in number.
+    # The layers of a stack look alike: a row for all tensors that differ in its number.
     groups = collections.defaultdict(list)
     for t in found["tensors"]:
-        name = re.sub(r"\.\d+\.", ".*.", t["name"]).removeprefix("model.")
+        name = re.sub(r"^(model\.)?(layers\.\d+\.)?", "", t["name"])
         kind = f"{name.removesuffix('.weight')} {t['dtype']} {list(t['shape'])}"
         groups[kind].append(t["bytes"])
     for kind, sizes in sorted(groups.items(), key=lambda group: -sum(group[1])):
@@ -3042,14 +3078,14 @@ def cmd_inspect(options: argparse.Namespace) -> int:
     return status
 
 
-CHOICES = "/undo and /reset make room; --ctx sets its size"
+CHOICES = "/undo and /reset make room"
 
 
 def early_end(stats: Stats) -> str | None:
     """Return why a reply ended before the model ended it, None if it did not."""
     return {
         "length": f"{stats.generation_tokens} tokens, as --max-tokens says",
-        "context": f"the context of {stats.context} tokens is full; {CHOICES}",
+        "context": f"the context of {stats.context} tokens is full; {CHOICES}; --ctx sets its size",
         "cancelled": "Ctrl-C",
     }.get(stats.finish_reason)
 
@@ -3205,11 +3241,15 @@ class LineEditor:
         return text
 
 
+def counted(turns: list) -> str:
+    return "1 turn" if len(turns) == 1 else f"{len(turns)} turns"
+
+
 class Chat:
     """A conversation: its turns, and on a terminal its commands.
 
     The commands, which begin with a slash, are the methods named do_; the first line of
-    a command's docstring is its help.
+    a command's docstring is its help, and says in capitals what it takes.
     """
 
     def __init__(self, engine: Engine, options: argparse.Namespace, seed: int):
@@ -3239,8 +3279,8 @@ class Chat:
                 self.take(text)
             except KeyboardInterrupt:  # before or after a reply; that handles its own
                 note("")
-            except (OSError, ValueError, argparse.ArgumentTypeError) as error:
-                note(f"llama.py: error: {error}")
+            except (OSError, ValueError) as error:
+                complain(error)
 
     def take(self, text: str) -> None:
         """Do what a typed text says: a command, or a message to the model."""
@@ -3250,7 +3290,15 @@ class Chat:
                 near = difflib.get_close_matches(name, self.commands, 1)
                 hint = f"did you mean /{near[0]}?" if near else "/help lists them"
                 raise ValueError(f"no command /{name}; {hint} (// sends a slash)")
-            self.commands[name](argument.strip())
+            command, argument = self.commands[name], argument.strip()
+            wanted = re.match("[A-Z]*", command.__doc__)[0]
+            if argument and not wanted:
+                raise ValueError(f"/{name} takes nothing, got {argument!r}")
+            if wanted in ("FILE", "PATH") and not argument:
+                raise ValueError(f"/{name} wants a {wanted}")
+            command(argument)
+            if name in ("reset", "set", "system", "undo"):
+                self.keep()
         elif text.strip():
             text = text[1:] if text.startswith("//") else text
             self.ask("\n\n".join([*self.attached, text]), self.seed)
@@ -3270,17 +3318,23 @@ class Chat:
             raise ValueError(f"{error}{choices}") from None
         self.seed = (seed + 1) % 2**64
         self.turns.append((text, reply.taken, reply.stats, seed))
-        if self.options.session:
-            self.save_session(Path(self.options.session))
+        self.keep()
         used, size = reply.stats.context_used, reply.stats.context
         if used > 0.9 * size and reply.stats.finish_reason != "context":
-            note(f"the context is {100 * used // size} % full: {CHOICES}")
+            note(
+                f"the context is {100 * used // size} % full: {CHOICES}; --ctx sets its size"
+            )
         return reply
 
     def last(self) -> tuple[str, Piece, Stats, int]:
         if not self.turns:
             raise ValueError("the conversation is empty")
         return self.turns[-1]
+
+    def keep(self) -> None:
+        """Bring the file of --session up to date."""
+        if self.options.session:
+            self.save_session(Path(self.options.session))
 
     def save_session(self, file: Path) -> None:
         notes = {
@@ -3292,7 +3346,8 @@ class Chat:
             "settings": {name: getattr(self.options, name) for name in INTERVALS},
             "seed": self.seed,
         }
-        self.engine.save(file, notes)
+        used = self.turns[-1][2].context_used if self.turns else 0
+        self.engine.save(file, notes, tokens=used)  # and nothing that was forgotten
 
     def do_load(self, path: str) -> None:
         """FILE, goes on with the conversation of a session file"""
@@ -3303,7 +3358,7 @@ class Chat:
             notes = read_session(file)["notes"]  # its text may still be of use
             if not sys.stdin.isatty():
                 raise
-            note(f"llama.py: error: {error}")
+            complain(error)
             try:
                 wanted = input("Read its text anew? [y/N] ").strip().lower()
             except (EOFError, KeyboardInterrupt):
@@ -3327,7 +3382,7 @@ class Chat:
                 setattr(self.options, name, value)
         for _, piece, *_ in turns:
             self.engine.remember(piece)
-        note(f"{file}: {len(turns)} turns")
+        note(f"{file}: {counted(turns)}")
 
     def do_help(self, _: str) -> None:
         """lists these commands"""
@@ -3337,10 +3392,11 @@ class Chat:
     def do_system(self, text: str) -> None:
         """TEXT, instructions before the conversation; without TEXT, none"""
         self.system = text
+        note(f"from now on: {text!r}" if text else "no instructions")
 
     def do_reset(self, _: str) -> None:
         """forgets the conversation, but not the instructions"""
-        note(f"{len(self.turns)} turns forgotten")
+        note(f"{counted(self.turns)} forgotten")
         self.turns, self.attached = [], []
 
     def do_undo(self, _: str) -> None:
@@ -3368,7 +3424,7 @@ class Chat:
         note(f"{len(text)} characters go before the next message")
 
     def do_save(self, path: str) -> None:
-        """FILE, a session that /load takes; with .md, Markdown to read. A new file"""
+        """FILE, a new one: a session for /load, or as FILE.md Markdown to read"""
         file = Path(path).expanduser()
         if file.exists():
             raise FileExistsError(f"{file} exists; choose another name")
@@ -3380,33 +3436,38 @@ class Chat:
                 parts += [("user", user), ("assistant", piece.text)]
             text = "\n\n".join(f"## {role}\n\n{content}" for role, content in parts)
             file.write_text(text + "\n", "utf-8")
-        note(f"{len(self.turns)} turns written to {file}")
+        note(f"{counted(self.turns)} written to {file}")
 
     def do_stats(self, _: str) -> None:
         """shows speed and memory of the last reply"""
         note(stats_lines(*self.last()[2:]))
 
     def do_set(self, text: str) -> None:
-        """NAME VALUE, a sampling option, max_tokens or seed; without, shows them"""
-        name, _, value = text.replace("-", "_").partition(" ")
+        """NAME VALUE, of sampling, max_tokens or seed; without, shows them"""
+        name, _, value = text.partition(" ")
+        name, value = name.replace("-", "_"), value.strip()
         if not text:
             for name in (*INTERVALS, "max_tokens"):
                 given = getattr(self.options, name)
                 default = self.engine.defaults.get(name, "off")
                 note(f"{name:18} {default if given is None else given}")
             note(f"{'seed':18} {self.seed}")
-        elif name == "seed":
-            self.seed = whole_number(0)(value)
-        elif name == "max_tokens":
-            self.options.max_tokens = whole_number(0)(value)
-        elif name in INTERVALS:
-            number = float(value)
-            check_sampling(**{name: number})
-            setattr(self.options, name, int(number) if name == "top_k" else number)
-        else:
+            return
+        if name not in (*INTERVALS, "max_tokens", "seed"):
             raise ValueError(
                 f"no option {name}; {', '.join(INTERVALS)}, max_tokens, seed"
             )
+        whole = name in ("max_tokens", "seed")
+        try:
+            number = whole_number(0)(value) if whole else float(value)
+        except (argparse.ArgumentTypeError, ValueError):
+            wanted = "a whole number of at least 0" if whole else "a number"
+            raise ValueError(f"{name} must be {wanted}, got {value!r}") from None
+        if not whole:
+            check_sampling(**{name: number})
+        number = int(number) if name == "top_k" else number
+        setattr(self if name == "seed" else self.options, name, number)
+        note(f"{name} is {number}")
 
     def do_context(self, _: str) -> None:
         """shows how full the context is, and what each turn took"""
@@ -3419,6 +3480,7 @@ class Chat:
     def do_private(self, _: str) -> None:
         """keeps what is typed from now on out of the history file"""
         self.editor.private = True
+        note("what is typed now stays out of the history")
 
 
 def read_prompt(options: argparse.Namespace) -> str | None:
@@ -3443,6 +3505,10 @@ def cmd_chat(options: argparse.Namespace) -> int:
     if options.dtype not in (None, *FLOATS):
         options.usage(f"--dtype must be one of {', '.join(FLOATS)}")
     seed = new_seed() if options.seed is None else options.seed
+    if options.session:
+        home = Path(options.session).absolute().parent
+        if not home.is_dir():  # now, rather than after the first reply
+            raise FileNotFoundError(f"{home}: no such folder")
     folder = choose_folder(options.model)
     tokenizer = Tokenizer.from_folder(folder, template=options.template)
     if not options.raw:
@@ -3556,8 +3622,7 @@ def run(argv: Sequence[str] | None) -> int:
     except BrokenPipeError:  # who read the output has gone
         status = 0
     except (MemoryError, OSError, RuntimeError, ValueError) as error:
-        line = printable(" ".join(str(error).split()))
-        print(f"llama.py: error: {line}", file=sys.stderr)
+        complain(error)
         status = 1
     return status
 
@@ -3577,7 +3642,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Nothing more can be written: say so, if it is not that the reader has gone,
         # and let the flush at exit go where it does no harm.
         if not isinstance(error, BrokenPipeError) and status == 0:
-            print(f"llama.py: error: {error}", file=sys.stderr)
+            complain(error)
             status = 1
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return status
