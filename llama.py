@@ -3216,7 +3216,7 @@ class LineEditor:
     def read(self) -> str | None:
         """Return a message, or None at Ctrl-D. Ctrl-C clears what was typed.
 
-        Lines between two \"\"\" are one message, and so is what is pasted.
+        Lines between two \"\"\" are one message; so is what is pasted, however it begins.
         """
         lines = []
         while True:
@@ -3231,7 +3231,7 @@ class LineEditor:
                 continue
             text = "\n".join(lines)
             block = text.strip().removeprefix('"""')
-            if block == text.strip():
+            if block == text.strip() or "\n" in lines[0]:
                 break
             if block.endswith('"""'):
                 text = block.removesuffix('"""').strip("\n")
@@ -3364,7 +3364,7 @@ class Chat:
             except (EOFError, KeyboardInterrupt):
                 wanted = "no"
             if wanted not in ("y", "yes"):
-                return
+                raise ValueError(f"{file} stays as it is") from None
         try:
             turns = [
                 (str(user), Piece(**piece), Stats(**stats), int(seed))

@@ -3870,7 +3870,7 @@ def test_lines_pasted_or_between_quotes_are_one_message(folder, state):
     chat = Terminal("chat", folder, "--max-tokens", 2)
     chat.wait_for("\x1b[?2004h")  # which asks the terminal to mark what is pasted
     for typed in (
-        "\x1b[200~one\ntwo\x1b[201~\r",
+        '\x1b[200~"""one\ntwo\x1b[201~\r',
         '"""\rthree\rfour"""\r',
         "y" * 300 + "\r",
     ):
@@ -3890,7 +3890,7 @@ def test_lines_pasted_or_between_quotes_are_one_message(folder, state):
     assert chat.status() == 0
     lines = (state / "history").read_text().splitlines()
     typed = [json.loads(line) for line in lines]
-    assert typed == ["one\ntwo", "three\nfour", "y" * 300, "/context", "/private"]
+    assert typed == ['"""one\ntwo', "three\nfour", "y" * 300, "/context", "/private"]
     assert (state / "history").stat().st_mode & 0o777 == 0o600
 
 
@@ -3936,6 +3936,13 @@ def test_a_session_with_another_model_offers_its_text(folder, tmp_path):
     assert command("chat", other, *words, "--prompt", "x").returncode == 0
     line = refusal("chat", folder, *words, "--prompt", "y")
     assert "a session with another model" in line
+    before = session.read_bytes()
+    for no in ("\r", CTRL_C, CTRL_D):  # and no reply takes the place of what is there
+        chat = Terminal("chat", folder, *words)
+        chat.wait_for("[y/N] ")
+        chat.type(no)
+        chat.wait_for(f"llama.py: error: {session} stays as it is")
+        assert chat.status() == 1 and session.read_bytes() == before
     chat = Terminal("chat", folder, *words)
     chat.wait_for("a session with another model")
     chat.wait_for("[y/N] ")
