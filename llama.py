@@ -3177,7 +3177,8 @@ class LineEditor:
             self.readline = None
             return
         self.readline = readline
-        readline.parse_and_bind("set enable-bracketed-paste on")
+        paste = "on" if styled(sys.stdout) else "off"  # it takes an escape
+        readline.parse_and_bind(f"set enable-bracketed-paste {paste}")
         readline.parse_and_bind("tab: complete")
         readline.set_completer_delims(" ")
         readline.set_completer(self.complete)
