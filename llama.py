@@ -1774,7 +1774,7 @@ def check_sampling(**options: float | None) -> None:
         inside = inside and (closed or value > least)
         inside = inside and (name != "top_k" or value == int(value))
         if value is not None and not inside:
-            interval = f"{'[' if closed else '('}{least}, {greatest:g}]"
+            interval = f"{'[' if closed else '('}{least}, {greatest:.0f}]"
             kind = ", a whole number" if name == "top_k" else ""
             raise ValueError(f"{name} must be in {interval}{kind}, got {value!r:.80}")
 
@@ -2586,16 +2586,16 @@ class Worker(threading.Thread):
         )
         request.finish(stats)
 
-    def save(self, file: Path, notes: dict) -> None:
+    def save(self, file: Path, notes: dict, tokens: int | None) -> None:
         """Write the cache, what it holds and notes to a file, whole or not at all."""
-        arrays, held = {}, len(self.cached)
+        arrays, held = {}, len(self.cached[:tokens])
         for n, layer in enumerate(self.cache if held else []):
             arrays[f"{n}.keys"] = mx.contiguous(layer.keys[..., :held, :])
             arrays[f"{n}.values"] = mx.contiguous(layer.values[..., :held, :])
         session = {
             "fingerprint": fingerprint(self.folder),
             "checksums": {name: checksum(array) for name, array in arrays.items()},
-            "ids": self.cached,
+            "ids": self.cached[:held],
             "notes": notes,
         }
         # Under another name until it is on the disk: a crash leaves the last one.
@@ -2798,13 +2798,15 @@ class Engine:
             self._worker.requests.put(request)
         return reply
 
-    def save(self, file: str | Path, notes: dict) -> None:
+    def save(self, file: str | Path, notes: dict, *, tokens: int | None = None) -> None:
         """Write the conversation to a file: cache, ids, and notes, which JSON can hold.
 
+        tokens: how many of the cache's, from its beginning; None is all of them.
         The file appears whole or not at all, whatever happens meanwhile.
         Raises OSError.
         """
-        self._on_worker(functools.partial(self._worker.save, Path(file), notes))
+        task = functools.partial(self._worker.save, Path(file), notes, tokens)
+        self._on_worker(task)
 
     def restore(self, file: str | Path) -> dict:
         """Fill the cache from a file that `save` wrote; return its notes.
@@ -2879,6 +2881,16 @@ def note(text: str) -> None:
     if coloured(sys.stderr):
         text = f"\x1b[2m{text}\x1b[0m"
     print(text, file=sys.stderr, flush=True)
+
+
+def complain(error: Exception) -> None:
+    """Print an error as one line; of one of the system's, what it is about and what."""
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        about = "" if error.filename is None else f"{error.filename}: "
+        text = about + error.strerror
+    line = printable(" ".join(text.split()))
+    print(f"llama.py: error: {line}", file=sys.stderr, flush=True)
 
 
 class ProgressLine:
@@ -2988,18 +3000,32 @@ def verdict(
     return context, f"{word}, context {context:,}, ~{speed / weights:,.1f} tokens/s"
 
 
+PARTS = {  # where parameters are, by what their names contain
+    ".mlp.": "MLP",
+    ".self_attn.": "attention",
+    "embed_tokens": "vocabulary",
+    "lm_head": "vocabulary",
+}
+
+
 def describe(model: str | None) -> dict:
     """Return what `info` tells of a preset or a model."""
     args, stored, folder = PRESETS.get(model), None, None
     # In memory: the CPU computes in float32, so all that is not packed doubles.
     item_size = 4 if mx.default_device() == mx.cpu else 2
     if args is None:
-        folder = choose_folder(model)
+        try:
+            folder = choose_folder(model)
+        except FileNotFoundError as error:
+            message = f"{error}, nor one of {', '.join(PRESETS)}"
+            raise FileNotFoundError(message) from None
         skeleton, tensors, problems = examine(folder)
         if problems:
             raise problems[0]
         args, stored = skeleton.args, sum(info.nbytes for info in tensors.values())
-    dense = Llama(args)
+    dense, parts = Llama(args), collections.Counter()
+    for name, array in tree_flatten(dense.parameters()):
+        parts[next((PARTS[k] for k in PARTS if k in name), "norms")] += array.size
     cache, memory = kv_bytes_per_token(args, item_size), machine_memory()
     longest, verdicts = args.max_position_embeddings, {}
     for bits in (16, 8, 4):
@@ -3009,7 +3035,8 @@ def describe(model: str | None) -> dict:
         "model": model or "stories",
         "folder": folder and str(folder),
         "config": asdict(args),
-        "parameters": sum(array.size for _, array in tree_flatten(dense.parameters())),
+        "parameters": parts.total(),
+        "parameters_of": dict(parts.most_common()),
         "weight_bytes": {bits: weight_bytes(dense, bits) for bits in verdicts},
         "stored_bytes": stored,
         "kv_bytes_per_token": cache,
@@ -3130,6 +3157,14 @@ def measured_rows(name: str, device: str, found: dict) -> list[tuple[str, str]]:
     ]
 
 
+def bars(sizes: dict[str, int]) -> Iterator[str]:
+    """Yield names, their shares of the sum in percent, and those as bars."""
+    for name, size in sizes.items():
+        share = 100 * size / sum(sizes.values())
+        if share >= 1:
+            yield f"{name:10} {share:3.0f} % {round(share / 2) * '#'}"
+
+
 def cmd_info(options: argparse.Namespace) -> int:
     """Print what a preset or a model is, what it needs, and what fits here."""
     found = describe(options.model)
@@ -3155,6 +3190,7 @@ def cmd_info(options: argparse.Namespace) -> int:
         ("positions", f"{args.max_position_embeddings:,} tokens"),
         ("rotary", f"theta {args.rope_theta:,.0f}, {scaling} scaling"),
         ("parameters", f"{found['parameters']:,}"),
+        *(("bytes in", text) for text in bars(found["parameters_of"])),
         ("cache", f"{kv:,} bytes a token, {gigabytes(kv * usual)} for {usual:,}"),
         ("memory here", f"{gigabytes(found['memory_bytes'])}, {found['device']}"),
     ]
@@ -3240,10 +3276,10 @@ def cmd_inspect(options: argparse.Namespace) -> int:
     rows = [("folder", found["folder"])]
     for name, size in found["files"].items():
         rows.append(("files", f"{gigabytes(size):>9}  {name}"))
-    # The layers of a stack look alike: a row for all tensors that differ in number.
+    # The layers of a stack look alike: a row for all tensors that differ in its number.
     groups = collections.defaultdict(list)
     for t in found["tensors"]:
-        name = re.sub(r"\.\d+\.", ".*.", t["name"]).removeprefix("model.")
+        name = re.sub(r"^(model\.)?(layers\.\d+\.)?", "", t["name"])
         kind = f"{name.removesuffix('.weight')} {t['dtype']} {list(t['shape'])}"
         groups[kind].append(t["bytes"])
     for kind, sizes in sorted(groups.items(), key=lambda group: -sum(group[1])):
@@ -3267,14 +3303,14 @@ def cmd_inspect(options: argparse.Namespace) -> int:
     return status
 
 
-CHOICES = "/undo and /reset make room; --ctx sets its size"
+CHOICES = "/undo and /reset make room"
 
 
 def early_end(stats: Stats) -> str | None:
     """Return why a reply ended before the model ended it, None if it did not."""
     return {
         "length": f"{stats.generation_tokens} tokens, as --max-tokens says",
-        "context": f"the context of {stats.context} tokens is full; {CHOICES}",
+        "context": f"the context of {stats.context} tokens is full; {CHOICES}; --ctx sets its size",
         "cancelled": "Ctrl-C",
     }.get(stats.finish_reason)
 
@@ -3366,7 +3402,8 @@ class LineEditor:
             self.readline = None
             return
         self.readline = readline
-        readline.parse_and_bind("set enable-bracketed-paste on")
+        paste = "on" if styled(sys.stdout) else "off"  # it takes an escape
+        readline.parse_and_bind(f"set enable-bracketed-paste {paste}")
         readline.parse_and_bind("tab: complete")
         readline.set_completer_delims(" ")
         readline.set_completer(self.complete)
@@ -3405,7 +3442,7 @@ class LineEditor:
     def read(self) -> str | None:
         """Return a message, or None at Ctrl-D. Ctrl-C clears what was typed.
 
-        Lines between two \"\"\" are one message, and so is what is pasted.
+        Lines between two \"\"\" are one message; so is what is pasted, however it begins.
         """
         lines = []
         while True:
@@ -3420,7 +3457,7 @@ class LineEditor:
                 continue
             text = "\n".join(lines)
             block = text.strip().removeprefix('"""')
-            if block == text.strip():
+            if block == text.strip() or "\n" in lines[0]:
                 break
             if block.endswith('"""'):
                 text = block.removesuffix('"""').strip("\n")
@@ -3430,11 +3467,15 @@ class LineEditor:
         return text
 
 
+def counted(turns: list) -> str:
+    return "1 turn" if len(turns) == 1 else f"{len(turns)} turns"
+
+
 class Chat:
     """A conversation: its turns, and on a terminal its commands.
 
     The commands, which begin with a slash, are the methods named do_; the first line of
-    a command's docstring is its help.
+    a command's docstring is its help, and says in capitals what it takes.
     """
 
     def __init__(self, engine: Engine, options: argparse.Namespace, seed: int):
@@ -3464,8 +3505,8 @@ class Chat:
                 self.take(text)
             except KeyboardInterrupt:  # before or after a reply; that handles its own
                 note("")
-            except (OSError, ValueError, argparse.ArgumentTypeError) as error:
-                note(f"llama.py: error: {error}")
+            except (OSError, ValueError) as error:
+                complain(error)
 
     def take(self, text: str) -> None:
         """Do what a typed text says: a command, or a message to the model."""
@@ -3475,7 +3516,15 @@ class Chat:
                 near = difflib.get_close_matches(name, self.commands, 1)
                 hint = f"did you mean /{near[0]}?" if near else "/help lists them"
                 raise ValueError(f"no command /{name}; {hint} (// sends a slash)")
-            self.commands[name](argument.strip())
+            command, argument = self.commands[name], argument.strip()
+            wanted = re.match("[A-Z]*", command.__doc__)[0]
+            if argument and not wanted:
+                raise ValueError(f"/{name} takes nothing, got {argument!r}")
+            if wanted in ("FILE", "PATH") and not argument:
+                raise ValueError(f"/{name} wants a {wanted}")
+            command(argument)
+            if name in ("reset", "set", "system", "undo"):
+                self.keep()
         elif text.strip():
             text = text[1:] if text.startswith("//") else text
             self.ask("\n\n".join([*self.attached, text]), self.seed)
@@ -3495,17 +3544,23 @@ class Chat:
             raise ValueError(f"{error}{choices}") from None
         self.seed = (seed + 1) % 2**64
         self.turns.append((text, reply.taken, reply.stats, seed))
-        if self.options.session:
-            self.save_session(Path(self.options.session))
+        self.keep()
         used, size = reply.stats.context_used, reply.stats.context
         if used > 0.9 * size and reply.stats.finish_reason != "context":
-            note(f"the context is {100 * used // size} % full: {CHOICES}")
+            note(
+                f"the context is {100 * used // size} % full: {CHOICES}; --ctx sets its size"
+            )
         return reply
 
     def last(self) -> tuple[str, Piece, Stats, int]:
         if not self.turns:
             raise ValueError("the conversation is empty")
         return self.turns[-1]
+
+    def keep(self) -> None:
+        """Bring the file of --session up to date."""
+        if self.options.session:
+            self.save_session(Path(self.options.session))
 
     def save_session(self, file: Path) -> None:
         notes = {
@@ -3517,7 +3572,8 @@ class Chat:
             "settings": {name: getattr(self.options, name) for name in INTERVALS},
             "seed": self.seed,
         }
-        self.engine.save(file, notes)
+        used = self.turns[-1][2].context_used if self.turns else 0
+        self.engine.save(file, notes, tokens=used)  # and nothing that was forgotten
 
     def do_load(self, path: str) -> None:
         """FILE, goes on with the conversation of a session file"""
@@ -3528,13 +3584,13 @@ class Chat:
             notes = read_session(file)["notes"]  # its text may still be of use
             if not sys.stdin.isatty():
                 raise
-            note(f"llama.py: error: {error}")
+            complain(error)
             try:
                 wanted = input("Read its text anew? [y/N] ").strip().lower()
             except (EOFError, KeyboardInterrupt):
                 wanted = "no"
             if wanted not in ("y", "yes"):
-                return
+                raise ValueError(f"{file} stays as it is") from None
         try:
             turns = [
                 (str(user), Piece(**piece), Stats(**stats), int(seed))
@@ -3552,7 +3608,7 @@ class Chat:
                 setattr(self.options, name, value)
         for _, piece, *_ in turns:
             self.engine.remember(piece)
-        note(f"{file}: {len(turns)} turns")
+        note(f"{file}: {counted(turns)}")
 
     def do_help(self, _: str) -> None:
         """lists these commands"""
@@ -3562,10 +3618,11 @@ class Chat:
     def do_system(self, text: str) -> None:
         """TEXT, instructions before the conversation; without TEXT, none"""
         self.system = text
+        note(f"from now on: {text!r}" if text else "no instructions")
 
     def do_reset(self, _: str) -> None:
         """forgets the conversation, but not the instructions"""
-        note(f"{len(self.turns)} turns forgotten")
+        note(f"{counted(self.turns)} forgotten")
         self.turns, self.attached = [], []
 
     def do_undo(self, _: str) -> None:
@@ -3593,7 +3650,7 @@ class Chat:
         note(f"{len(text)} characters go before the next message")
 
     def do_save(self, path: str) -> None:
-        """FILE, a session that /load takes; with .md, Markdown to read. A new file"""
+        """FILE, a new one: a session for /load, or as FILE.md Markdown to read"""
         file = Path(path).expanduser()
         if file.exists():
             raise FileExistsError(f"{file} exists; choose another name")
@@ -3605,33 +3662,38 @@ class Chat:
                 parts += [("user", user), ("assistant", piece.text)]
             text = "\n\n".join(f"## {role}\n\n{content}" for role, content in parts)
             file.write_text(text + "\n", "utf-8")
-        note(f"{len(self.turns)} turns written to {file}")
+        note(f"{counted(self.turns)} written to {file}")
 
     def do_stats(self, _: str) -> None:
         """shows speed and memory of the last reply"""
         note(stats_lines(*self.last()[2:]))
 
     def do_set(self, text: str) -> None:
-        """NAME VALUE, a sampling option, max_tokens or seed; without, shows them"""
-        name, _, value = text.replace("-", "_").partition(" ")
+        """NAME VALUE, of sampling, max_tokens or seed; without, shows them"""
+        name, _, value = text.partition(" ")
+        name, value = name.replace("-", "_"), value.strip()
         if not text:
             for name in (*INTERVALS, "max_tokens"):
                 given = getattr(self.options, name)
                 default = self.engine.defaults.get(name, "off")
                 note(f"{name:18} {default if given is None else given}")
             note(f"{'seed':18} {self.seed}")
-        elif name == "seed":
-            self.seed = whole_number(0)(value)
-        elif name == "max_tokens":
-            self.options.max_tokens = whole_number(0)(value)
-        elif name in INTERVALS:
-            number = float(value)
-            check_sampling(**{name: number})
-            setattr(self.options, name, int(number) if name == "top_k" else number)
-        else:
+            return
+        if name not in (*INTERVALS, "max_tokens", "seed"):
             raise ValueError(
                 f"no option {name}; {', '.join(INTERVALS)}, max_tokens, seed"
             )
+        whole = name in ("max_tokens", "seed")
+        try:
+            number = whole_number(0)(value) if whole else float(value)
+        except (argparse.ArgumentTypeError, ValueError):
+            wanted = "a whole number of at least 0" if whole else "a number"
+            raise ValueError(f"{name} must be {wanted}, got {value!r}") from None
+        if not whole:
+            check_sampling(**{name: number})
+        number = int(number) if name == "top_k" else number
+        setattr(self if name == "seed" else self.options, name, number)
+        note(f"{name} is {number}")
 
     def do_context(self, _: str) -> None:
         """shows how full the context is, and what each turn took"""
@@ -3644,6 +3706,7 @@ class Chat:
     def do_private(self, _: str) -> None:
         """keeps what is typed from now on out of the history file"""
         self.editor.private = True
+        note("what is typed now stays out of the history")
 
 
 def read_prompt(options: argparse.Namespace) -> str | None:
@@ -3668,6 +3731,10 @@ def cmd_chat(options: argparse.Namespace) -> int:
     if options.dtype not in (None, *FLOATS):
         options.usage(f"--dtype must be one of {', '.join(FLOATS)}")
     seed = new_seed() if options.seed is None else options.seed
+    if options.session:
+        home = Path(options.session).absolute().parent
+        if not home.is_dir():  # now, rather than after the first reply
+            raise FileNotFoundError(f"{home}: no such folder")
     folder = choose_folder(options.model)
     tokenizer = Tokenizer.from_folder(folder, template=options.template)
     if not options.raw:
@@ -3696,73 +3763,69 @@ def cmd_chat(options: argparse.Namespace) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """Return a parser whose help is a screen of 24 lines and 80 columns."""
+    number, count, size = whole_number(0), whole_number(1), whole_number(2)
+    where = "a folder, or org/name as downloaded; default: stories/"
+    # Rows: name and metavar, help; type, default and choices where there are any. None,
+    # the default of most, leaves it to the model's folder.
+    info = (
+        ("--measure", "run it here; a preset with random weights"),
+        ("--prompt-tokens N", "of --measure, at least 2; default: 512", size, 512),
+        ("--generation-tokens N", "of --measure, at least 2; default: 128", size, 128),
+        ("--bits N", "of random weights, 4 or 8; default: 16", int, None, (4, 8)),
+    )
+    inspect = (("--check", "also look for NaN in all data"),)
+    chat = (
+        ("--prompt TEXT", "answer this, with all that is piped in, and end"),
+        ("--system TEXT", "instructions before the conversation"),
+        ("--session FILE", "go on with this conversation, and keep it there"),
+        ("--raw", "continue the text, with no chat format"),
+        ("--template NAME", f"{', '.join(CHAT_FORMATS)}; default: the model's"),
+        ("--max-tokens N", "longest reply, tokens; default: no limit", number),
+        ("--temperature T", "[0, inf), 0 is greedy; default: model's or 0.6", float),
+        ("--top-k K", "[1, inf), the K likeliest; default: model's or all", int),
+        ("--top-p P", "(0, 1], likeliest that hold P; default: model's or 0.9", float),
+        ("--min-p P", "(0, 1], of the likeliest's; default: model's or none", float),
+        ("--repetition-penalty R", "(0, inf), 1 is none; default: model's or 1", float),
+        ("--seed N", "repeats a run exactly; default: a new one", number),
+        ("--ctx N", "context, tokens; default: the model's, up to 8192", count),
+        ("--lookup N", "tokens to draft, 0 is none; default: 15, on a CPU 0", number),
+        ("--prefill-step N", "tokens; default: 512, on CUDA 2048, on a CPU 32", count),
+        ("--dtype D", f"{' '.join(FLOATS)}; default: file's, CPU float32"),
+        ("--stats", "print speed and memory to stderr"),
+    )
+    layout = functools.partial(argparse.HelpFormatter, max_help_position=26, width=80)
     parser = argparse.ArgumentParser(
-        prog="llama.py", description="Run Llama-family models with Apple's MLX."
+        prog="llama.py",
+        description="Run Llama-family models with Apple's MLX.",
+        epilog="example: python llama.py chat",
+        formatter_class=layout,
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for name, run, text, example in (
-        ("info", cmd_info, "describe a model, and what fits here", "info 8b"),
-        ("inspect", cmd_inspect, "list and check a model folder", "inspect ./model"),
-        ("chat", cmd_chat, "talk to a model", 'chat ./model --prompt "Hi!"'),
+    for run, example, text, rows in (
+        (cmd_info, "info 8b", "describe a model, and what fits here", info),
+        (cmd_inspect, "inspect ./model", "list and check a model folder", inspect),
+        (cmd_chat, 'chat ./model --prompt "Hi!"', "talk to a model", chat),
     ):
-        example = f"example: python llama.py {example}"
-        sub = commands.add_parser(name, help=text, description=text, epilog=example)
+        name = example.split()[0]
+        sub = commands.add_parser(
+            name,
+            help=text,
+            usage=f"llama.py {name} [MODEL] [options]",
+            epilog=f"example: python llama.py {example}",
+            formatter_class=layout,
+            add_help=False,
+        )
         sub.set_defaults(run=run, usage=sub.error)
-        where = "a folder, or org/name in the Hugging Face cache; default: stories/"
-        if name == "info":
-            where = f"one of {', '.join(PRESETS)}, {where}"
-        sub.add_argument("model", nargs="?", metavar="MODEL", help=where)
-        option = sub.add_argument
-        option("--json", action="store_true", help="print JSON instead of text")
-        if name == "info":
-            option(
-                "--measure",
-                action="store_true",
-                help="run it here; a preset with random weights",
-            )
-            for flag, default in (
-                ("--prompt-tokens", 512),
-                ("--generation-tokens", 128),
-            ):
-                text = f"of --measure; default: {default}"
-                option(
-                    flag, metavar="N", type=whole_number(2), default=default, help=text
-                )
-            option("--bits", type=int, choices=(4, 8), help="of --measure; default: 16")
-        if name == "inspect":
-            option("--check", action="store_true", help="also look for NaN in all data")
-    # The rest is chat's. None, the default of each, leaves it to the model's folder.
-    option("--raw", action="store_true", help="continue the text, with no chat format")
-    option("--stats", action="store_true", help="print speed and memory to stderr")
-    number, count, names = whole_number(0), whole_number(1), ", ".join(CHAT_FORMATS)
-    for flag, metavar, kind, text in (
-        ("--prompt", "TEXT", str, "answer this, with all that is piped in, and end"),
-        ("--system", "TEXT", str, "instructions before the conversation"),
-        ("--template", "NAME", str, f"{names}; default: the folder's"),
-        ("--max-tokens", "N", number, "longest reply, tokens; default: no limit"),
-        ("--temperature", "T", float, "[0, inf), 0 is greedy; default: 0.6"),
-        ("--top-k", "K", int, "[1, inf), only the K likeliest; default: all"),
-        ("--top-p", "P", float, "(0, 1], the likeliest that hold P; default: 0.9"),
-        ("--min-p", "P", float, "(0, 1], of the likeliest's odds; default: none"),
-        ("--repetition-penalty", "R", float, "(0, inf), above 1 penalizes; default: 1"),
-        ("--seed", "N", number, "repeats a run exactly; default: a new one"),
-        ("--ctx", "N", count, "context, tokens; default: the model's, up to 8192"),
-        ("--lookup", "N", number, "tokens to draft; 0: none; default: 15, on a CPU 0"),
-        (
-            "--prefill-step",
-            "N",
-            count,
-            "tokens; default: 512, on CUDA 2048, on a CPU 32",
-        ),
-        (
-            "--dtype",
-            "D",
-            str,
-            f"{', '.join(FLOATS)}; default: the files', on a CPU float32",
-        ),
-        ("--session", "FILE", str, "go on with this conversation, and keep it there"),
-    ):
-        option(flag, metavar=metavar, type=kind, help=text)
+        option = sub.add_argument_group().add_argument  # one list, without headings
+        option("-h", "--help", action="help", help=argparse.SUPPRESS)
+        model = f"{', '.join(PRESETS)}, {where}" if rows is info else where
+        option("model", nargs="?", metavar="MODEL", help=model)
+        for names, text, *rest in (*rows, ("--json", "print JSON instead of text")):
+            flag, *metavar = names.split()
+            keys = ("metavar", "type", "default", "choices")
+            more = dict(zip(keys, (*metavar, *rest))) or {"action": "store_true"}
+            option(flag, help=text, **more)
     return parser
 
 
@@ -3785,8 +3848,7 @@ def run(argv: Sequence[str] | None) -> int:
     except BrokenPipeError:  # who read the output has gone
         status = 0
     except (MemoryError, OSError, RuntimeError, ValueError) as error:
-        line = printable(" ".join(str(error).split()))
-        print(f"llama.py: error: {line}", file=sys.stderr)
+        complain(error)
         status = 1
     return status
 
@@ -3806,7 +3868,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Nothing more can be written: say so, if it is not that the reader has gone,
         # and let the flush at exit go where it does no harm.
         if not isinstance(error, BrokenPipeError) and status == 0:
-            print(f"llama.py: error: {error}", file=sys.stderr)
+            complain(error)
             status = 1
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return status

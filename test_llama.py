@@ -2046,13 +2046,13 @@ def test_sixteen_bit_logits_are_sampled_in_float32(monkeypatch):
 @pytest.mark.parametrize(
     ("option", "value", "error"),
     [
-        ("temperature", -0.1, r"temperature must be in \[0, 1e\+09\], got -0.1"),
-        ("temperature", math.inf, r"temperature must be in \[0, 1e\+09\], got inf"),
+        ("temperature", -0.1, r"temperature must be in \[0, 1000000000\], got -0.1"),
+        ("temperature", math.inf, r"temperature must be in \[0, 1000000000\], got inf"),
         ("temperature", math.nan, r"got nan"),
         ("temperature", 10**400, r"temperature must be in .*, got 1000"),
         ("temperature", True, r"got True"),
         ("temperature", "hot", r"got 'hot'"),
-        ("top_k", 0, r"top_k must be in \[1, 2.14748e\+09\], a whole number, got 0"),
+        ("top_k", 0, r"top_k must be in \[1, 2147483647\], a whole number, got 0"),
         ("top_k", math.inf, r"a whole number, got inf"),
         ("top_k", 1.5, "a whole number, got 1.5"),
         ("top_p", 0, r"top_p must be in \(0, 1\], got 0"),
@@ -2061,7 +2061,7 @@ def test_sixteen_bit_logits_are_sampled_in_float32(monkeypatch):
         (
             "repetition_penalty",
             0,
-            r"repetition_penalty must be in \(0, 1e\+09\], got 0",
+            r"repetition_penalty must be in \(0, 1000000000\], got 0",
         ),
     ],
 )
@@ -3254,6 +3254,11 @@ def test_input_at_fault_is_one_line_and_status_1(folder, tmp_path):
     assert "the prompt is empty" in refusal("chat", folder)
     long = refusal("chat", folder, text="x" * 9999)
     assert "1 to 512 tokens, got 10" in long and "--ctx" in long
+    absent = refusal("chat", folder, "--session", tmp_path / "no" / "s", text="x")
+    assert absent == f"{tmp_path}/no: no such folder"
+    whole = refusal("chat", folder, "--session", tmp_path, text="x")
+    assert whole == f"{tmp_path}: Is a directory"
+    assert refusal("info", "9b").endswith("nor one of 1b, 3b, 8b, 70b, 405b")
     assert "not UTF-8" in refusal("chat", folder, text=b"\xff\xfe")
     (base / "config.json").write_text('{"model_type": "\x1b[31mgpt2"}')
     line = refusal("chat", base, "--raw", "--prompt", "x")
@@ -3334,12 +3339,39 @@ def test_the_verdict_says_whether_a_model_fits(weights, cache, wanted):
     assert llama.verdict(weights, cache, 50, 100, 500.0) == wanted
 
 
-@pytest.mark.parametrize("words", [("info", "405b"), ("inspect",), ("chat", "--help")])
-def test_tables_and_help_fit_80_columns(words, folder, monkeypatch, capsys):
-    monkeypatch.setenv("COLUMNS", "80")
+@pytest.mark.parametrize("words", [("info", "405b"), ("inspect",)])
+def test_tables_fit_80_columns(words, folder, monkeypatch, capsys):
     monkeypatch.setattr(llama, "choose_folder", lambda _: folder)
     llama.main(words)
     assert max(map(len, capsys.readouterr().out.splitlines()[1:])) <= 80
+
+
+def test_a_quantized_folder_is_listed_in_80_columns(capsys):
+    llama.main(["inspect", str(STORIES)])
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines()[1:])) <= 80
+    assert "5 self_attn.q_proj.biases BF16 [256, 4]\n" in out
+
+
+def test_info_shows_where_the_bytes_are(capsys):
+    assert llama.main(["info", "8b"]) == 0
+    shares = re.findall(r"(\S+) +(\d+) % (#+)\n", capsys.readouterr().out)
+    assert [share[:2] for share in shares] == [
+        ("MLP", "70"),
+        ("attention", "17"),
+        ("vocabulary", "13"),
+    ]
+
+
+@pytest.mark.parametrize("words", [(), ("info",), ("inspect",), ("chat",)])
+def test_help_is_one_screen_and_has_an_example(words, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert llama.main([*words, "--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 24 and max(map(len, lines)) <= 80
+    example = lines[-1].partition("example: python llama.py ")[2]
+    options = llama.build_parser().parse_args(shlex.split(example))
+    assert options.run.__name__.endswith(words or ("chat",))
 
 
 def test_memory_is_predicted_from_the_files(tmp_path):
@@ -3424,7 +3456,7 @@ def test_inspect_lists_what_a_folder_holds(folder, capsys):
     assert found["stop_tokens"] == [0, 259]
     assert llama.main(["inspect", str(folder)]) == 0
     text = capsys.readouterr().out
-    assert "chatml" in text and "2 layers.*.self_attn.q_proj F32 [32, 32]" in text
+    assert "chatml" in text and "2 self_attn.q_proj F32 [32, 32]" in text
 
 
 def test_inspect_shows_all_problems_of_a_folder(folder, tmp_path, capsys):
@@ -4027,6 +4059,7 @@ def test_options_are_set_and_shown_while_talking(engine, capsys):
     for text in ("/set", "/stats", "/context", "/help"):
         chat.take(text)
     shown = capsys.readouterr().err
+    assert max(map(len, shown.splitlines())) < 80
     for part in (
         "temperature        0.25",
         "top_k              3",
@@ -4038,12 +4071,23 @@ def test_options_are_set_and_shown_while_talking(engine, capsys):
     for text, error in (
         ("/set top_p 2", r"top_p must be in \(0, 1\], got 2"),
         ("/set colour red", "no option colour; temperature"),
-        ("/set temperature hot", "hot"),
+        ("/set temperature hot", "temperature must be a number, got 'hot'"),
+        ("/set max-tokens -1", "max_tokens must be a whole number .*, got '-1'"),
+        ("/set top_k 1.5", r"\[1, 2147483647\], a whole number, got 1.5"),
+        ("/file", "/file wants a PATH"),
+        ("/save ", "/save wants a FILE"),
+        ("/undo 2", "/undo takes nothing, got '2'"),
         ("/contxt", "no command /contxt; did you mean /context"),
         ("/xyzzy", "no command /xyzzy; /help lists them"),
     ):
         with pytest.raises(ValueError, match=error):
             chat.take(text)
+    chat.editor = types.SimpleNamespace()
+    for text in ("/set top-k 3", "/set seed 7", "/system Be kind.", "/private"):
+        chat.take(text)
+    shown = capsys.readouterr().err
+    for part in ("top_k is 3", "seed is 7", "'Be kind.'", "out of the history"):
+        assert part in shown
     for nothing in ("/undo", "/retry", "/stats"):
         with pytest.raises(ValueError, match="the conversation is empty"):
             chat_with(engine).take(nothing)
@@ -4061,7 +4105,7 @@ def test_lines_pasted_or_between_quotes_are_one_message(folder, state):
     chat = Terminal("chat", folder, "--max-tokens", 2)
     chat.wait_for("\x1b[?2004h")  # which asks the terminal to mark what is pasted
     for typed in (
-        "\x1b[200~one\ntwo\x1b[201~\r",
+        '\x1b[200~"""one\ntwo\x1b[201~\r',
         '"""\rthree\rfour"""\r',
         "y" * 300 + "\r",
     ):
@@ -4081,7 +4125,7 @@ def test_lines_pasted_or_between_quotes_are_one_message(folder, state):
     assert chat.status() == 0
     lines = (state / "history").read_text().splitlines()
     typed = [json.loads(line) for line in lines]
-    assert typed == ["one\ntwo", "three\nfour", "y" * 300, "/context", "/private"]
+    assert typed == ['"""one\ntwo', "three\nfour", "y" * 300, "/context", "/private"]
     assert (state / "history").stat().st_mode & 0o777 == 0o600
 
 
@@ -4102,17 +4146,43 @@ def test_a_session_is_resumed_with_its_settings_and_kept_up_to_date(folder, tmp_
     assert notes["settings"]["temperature"] == 0.5
 
 
+def test_what_is_forgotten_is_forgotten_in_the_session_file_too(engine, tmp_path):
+    chat, file = chat_with(engine, "--session", str(tmp_path / "s")), tmp_path / "s"
+    for text in ("one", "two"):
+        chat.take(text)
+    one, two = (stats.context_used for _, _, stats, _ in chat.turns)
+    assert len(llama.read_session(file)["ids"]) == two
+    chat.take("/undo")
+    session = llama.read_session(file)
+    assert len(session["ids"]) == one and len(session["notes"]["turns"]) == 1
+    chat.take("/set temperature 0.25")
+    assert llama.read_session(file)["notes"]["settings"]["temperature"] == 0.25
+    chat.take("/reset")
+    session = llama.read_session(file)
+    assert session["ids"] == [] and session["notes"]["turns"] == []
+    resumed = chat_with(engine, "--session", str(file))
+    resumed.take("three")
+    assert len(resumed.turns) == 1 and resumed.options.temperature == 0.25
+
+
 def test_a_session_with_another_model_offers_its_text(folder, tmp_path):
     other, session = random_folder(tmp_path / "m", num_hidden_layers=1), tmp_path / "s"
     words = ("--session", session, "--max-tokens", 3)
     assert command("chat", other, *words, "--prompt", "x").returncode == 0
     line = refusal("chat", folder, *words, "--prompt", "y")
     assert "a session with another model" in line
+    before = session.read_bytes()
+    for no in ("\r", CTRL_C, CTRL_D):  # and no reply takes the place of what is there
+        chat = Terminal("chat", folder, *words)
+        chat.wait_for("[y/N] ")
+        chat.type(no)
+        chat.wait_for(f"llama.py: error: {session} stays as it is")
+        assert chat.status() == 1 and session.read_bytes() == before
     chat = Terminal("chat", folder, *words)
     chat.wait_for("a session with another model")
     chat.wait_for("[y/N] ")
     chat.type("y\r")
-    chat.wait_for("1 turns")
+    chat.wait_for("s: 1 turn\x1b")
     chat.wait_for(">>> ")
     chat.type("and?\r")
     chat.wait_for("[stopped")
@@ -4424,3 +4494,16 @@ def test_no_colour_where_it_is_not_wanted(folder, environment):
     )
     assert chat.status() == 0
     assert "\x1b[2m" not in chat.screen and "seed" in chat.screen
+
+
+@pytest.mark.parametrize(
+    ("environment", "escapes"),
+    [({"TERM": "dumb"}, "\x1b"), ({"NO_COLOR": "1"}, r"\x1b\[[0-9;]*m")],
+)
+def test_a_conversation_without_escapes(environment, escapes, folder):
+    chat, seen = Terminal("chat", folder, "--max-tokens", 2, **environment), ""
+    for typed in ("x" * 200 + "\r", "/help\r", CTRL_D):
+        seen += chat.wait_for(">>> ")
+        chat.type(typed)
+    assert chat.status() == 0
+    assert not re.search(escapes, seen + chat.screen)
