@@ -2207,7 +2207,10 @@ float mean = *eps;
 for (int w = 0; w < WARPS; ++w) mean += squares[w] / K;
 for (int i = 0; i < 2; ++i) total[i] = warp_sum(total[i]) * (norm ? rsqrtf(mean) : 1);
 if (swiglu) total[0] *= total[1] / (1 + expf(-total[0]));
-if (lane < n) y[row + lane] = (lane ? total[1] : total[0]) + float(residual[row + lane]);
+if (lane < n) {
+  const float add = residual_shape[1] > 1 ? float(residual[row + lane]) : 0;
+  y[row + lane] = (lane ? total[1] : total[0]) + add;
+}
 """
 
 
@@ -2217,7 +2220,7 @@ def matvec(
     norm: nn.RMSNorm | None = None,
     residual: mx.array | None = None,
 ) -> mx.array:
-    """Return W norm(x) + residual, (1, rows), for one token x (1, K) in bfloat16.
+    """Return W norm(x) + residual, (1, rows), for one token's K values x, in bfloat16.
 
     packed: weight, scales and biases of W, as `stacked` gives them. Of two parts, it is
     silu(first norm(x)) * second norm(x) + residual. subtle: call it inside mx.compile;
@@ -2233,8 +2236,9 @@ def matvec(
         source=MATVEC,
         shared_memory=longest * 4,
     )
-    gain, eps = (norm.weight, norm.eps) if norm else (mx.zeros(1, x.dtype), 0.0)
-    residual = mx.zeros((1, rows), x.dtype) if residual is None else residual
+    # What is made of numbers is not lazy: a lazy array would be computed for each token.
+    gain, eps = (norm.weight, norm.eps) if norm else (mx.array([0], x.dtype), 0.0)
+    residual = mx.array([[0]], x.dtype) if residual is None else residual
     blocks = -(-rows * parts // (2 * WARPS))
     (y,) = kernel(
         inputs=[x, *packed, gain, mx.array(eps), residual],
@@ -2260,6 +2264,7 @@ def stacked(layers: Sequence[QuantizedMatrix], parts: int = 1) -> tuple[mx.array
         for layer, view in zip(layers, views):
             layer[name] = view
         packed.append(whole.reshape(parts, -1, whole.shape[-1]))
+    mx.eval(packed)
     return tuple(packed)
 
 
@@ -2281,7 +2286,7 @@ class FusedBlock(TransformerBlock):
             return turned[:, :H], turned[:, H:], heads[:, H + Hkv :]
 
         def after(x: mx.array, attended: mx.array) -> mx.array:
-            x = matvec(attended.reshape(1, -1), o, residual=x)
+            x = matvec(attended, o, residual=x)
             inner = matvec(x, gate_up, norm=self.post_attention_layernorm)
             return matvec(inner, down, residual=x)
 
