@@ -2117,14 +2117,15 @@ def generate(
 # uses: 1, 3-6
 # -----------------------------------------------------------------------------
 
-WARPS, UNROLL = 8, 4  # warps of a block; loads of a row that are under way at once
-LONGEST = 32768  # columns: x, in float32, is to fit a block's shared memory
+LONGEST = 32768  # columns: x, in float32, is to fit the memory that a block shares
 
 # A warp multiplies x by two rows: neighbours, or one of gate and the same of up. A lane
-# loads a chunk of a row, 32 weights in 16 bytes; the first are under way while x goes to
-# shared memory. The bytes 0x43, q, 0, 0 are the float 128 + q, so one instruction makes
-# a float of 4 bits; the 128 goes out again with the sum of x. Sums are float32.
+# takes a chunk of a row, 32 weights in 16 bytes, of each two steps at once: no branch
+# stands between these loads, and the first are under way while x goes to shared memory.
+# The bytes 0x43, q, 0, 0 are the float 128 + q, so one instruction makes a float of 4
+# bits; the 128 goes out again with the sum of x. Sums are float32.
 MATVEC = r"""
+constexpr int WARPS = 8, STEPS = 2;  // of a block; whose loads are under way at once
 const int K = 8 * weight_shape[2], rows = weight_shape[1], chunks = K / 32;
 const int groups = scales_shape[2], shift = __ffs(chunks / groups) - 1;
 const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -2133,18 +2134,17 @@ const bool swiglu = weight_shape[0] == 2, norm = gain_shape[0] > 1;
 const int n = swiglu ? 1 : 2, row = min(int(blockIdx.x * WARPS + warp) * n, rows - n);
 const int64_t pair[2] = {row, swiglu ? row + rows : row + 1};
 
-uint4 packed[UNROLL][2];
-float scale[UNROLL][2], bias[UNROLL][2];
+uint4 packed[STEPS][2];
+__nv_bfloat16 scale[STEPS][2], bias[STEPS][2];
 auto load = [&](int first) {
   #pragma unroll
-  for (int u = 0; u < UNROLL; ++u) {
-    const int c = first + 32 * u + lane;
-    if (c >= chunks) break;
+  for (int s = 0; s < STEPS; ++s) {
+    const int c = min(first + 32 * s + lane, chunks - 1);
     #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int64_t group = pair[i] * groups + (c >> shift);
-      packed[u][i] = __ldcs((const uint4*)weight + pair[i] * chunks + c);
-      scale[u][i] = scales[group], bias[u][i] = biases[group];
+      packed[s][i] = __ldcs((const uint4*)weight + pair[i] * chunks + c);
+      scale[s][i] = scales[pair[i] * groups + (c >> shift)];
+      bias[s][i] = biases[pair[i] * groups + (c >> shift)];
     }
   }
 };
@@ -2159,20 +2159,17 @@ auto warp_sum = [](float v) {
   for (int n = 16; n > 0; n /= 2) v += __shfl_xor_sync(0xFFFFFFFF, v, n);
   return v;
 };
-extern __shared__ float4 xs[];  // part j of chunk c in [c / 32][j][c % 32]
+extern __shared__ float4 xs[];  // four j of chunk c in [c / 32][j][c % 32], of 33
 __shared__ float squares[WARPS];
 float square = 0;
-for (int c = threadIdx.x; c < chunks; c += 32 * WARPS) {
-  #pragma unroll
-  for (int j = 0; j < 8; ++j) {
-    float4 v = four(x + 32 * c + 4 * j);
-    if (norm) {
-      const float4 g = four(gain + 32 * c + 4 * j);
-      square += v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
-      v = make_float4(v.x * g.x, v.y * g.y, v.z * g.z, v.w * g.w);
-    }
-    xs[c / 32 * 256 + j * 32 + c % 32] = v;
+for (int i = threadIdx.x; i < K / 4; i += 32 * WARPS) {
+  float4 v = four(x + 4 * i);
+  if (norm) {
+    const float4 g = four(gain + 4 * i);
+    square += v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
+    v = make_float4(v.x * g.x, v.y * g.y, v.z * g.z, v.w * g.w);
   }
+  xs[(i / 256 * 8 + i % 8) * 33 + i / 8 % 32] = v;
 }
 squares[warp] = warp_sum(square);
 __syncthreads();
@@ -2181,18 +2178,18 @@ auto value = [](unsigned bytes, int n) {  // 128 + byte n
   return __uint_as_float(__byte_perm(bytes, 0x43000000, 0x7044 + 0x100 * n));
 };
 float total[2] = {};
-for (int first = 0; first < chunks; load(first)) {
+for (int first = 0; first < chunks; first += 32 * STEPS) {
+  if (first > 0) load(first);
   #pragma unroll
-  for (int u = 0; u < UNROLL; ++u, first += 32) {
-    if (first + lane >= chunks) continue;
+  for (int s = 0; s < STEPS && first + 32 * s < chunks; ++s) {
     float dot[2] = {}, sum = 0;
     #pragma unroll
     for (int j = 0; j < 8; ++j) {
-      const float4 v = xs[first * 8 + j * 32 + lane];
+      const float4 v = xs[((first / 32 + s) * 8 + j) * 33 + lane];
       sum += v.x + v.y + v.z + v.w;
       #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const unsigned q = (&packed[u][i].x)[j / 2], n = j % 2 * 2;
+        const unsigned q = (&packed[s][i].x)[j / 2], n = j % 2 * 2;
         const unsigned even = q & 0x0F0F0F0F, odd = q >> 4 & 0x0F0F0F0F;
         dot[i] = fmaf(v.x, value(even, n), fmaf(v.y, value(odd, n), dot[i]));
         dot[i] = fmaf(v.z, value(even, n + 1), fmaf(v.w, value(odd, n + 1), dot[i]));
@@ -2200,7 +2197,7 @@ for (int first = 0; first < chunks; load(first)) {
     }
     #pragma unroll
     for (int i = 0; i < 2; ++i)
-      total[i] += scale[u][i] * (dot[i] - 128 * sum) + bias[u][i] * sum;
+      total[i] += float(scale[s][i]) * (dot[i] - 128 * sum) + float(bias[s][i]) * sum;
   }
 }
 float mean = *eps;
@@ -2234,17 +2231,16 @@ def matvec(
         input_names=["x", "weight", "scales", "biases", "gain", "eps", "residual"],
         output_names=["y"],
         source=MATVEC,
-        shared_memory=longest * 4,
+        shared_memory=longest * 4 // 32 * 33,
     )
     # What is made of numbers is not lazy: a lazy array would be computed for each token.
     gain, eps = (norm.weight, norm.eps) if norm else (mx.array([0], x.dtype), 0.0)
     residual = mx.array([[0]], x.dtype) if residual is None else residual
-    blocks = -(-rows * parts // (2 * WARPS))
+    blocks = -(-rows * parts // 16)  # of 8 warps
     (y,) = kernel(
         inputs=[x, *packed, gain, mx.array(eps), residual],
-        template=[("WARPS", WARPS), ("UNROLL", UNROLL)],
-        grid=(blocks * WARPS * 32, 1, 1),
-        threadgroup=(WARPS * 32, 1, 1),
+        grid=(blocks * 256, 1, 1),
+        threadgroup=(256, 1, 1),
         output_shapes=[(1, rows)],
         output_dtypes=[x.dtype],
     )
@@ -2309,7 +2305,7 @@ def fusable(module: nn.Module) -> bool:
     return dtypes == {mx.bfloat16, mx.uint32} and all(
         type(m) in (QuantizedLinear, QuantizedEmbedding)
         and (m.bits, m.mode, m.group_size) == (4, "affine", matrices[0].group_size)
-        and m.weight.shape[1] * 8 <= LONGEST
+        and m.weight.shape[1] * 8 in range(1024, LONGEST + 1, 1024)
         and "bias" not in m
         for m in matrices
     )
