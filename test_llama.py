@@ -10,6 +10,7 @@ import ast
 import builtins
 import collections
 import contextlib
+import ctypes
 import dataclasses
 import dis
 import errno
@@ -32,6 +33,7 @@ import signal
 import struct
 import subprocess
 import sys
+import tempfile
 import termios
 import threading
 import time
@@ -277,7 +279,7 @@ def missing_names(number: int, uses: Sequence[int]) -> set[str]:
 
 
 def test_the_sections_are_numbered_in_order():
-    assert list(SECTIONS) == list(range(1, 13))
+    assert list(SECTIONS) == list(range(1, len(SECTIONS) + 1))
 
 
 @pytest.mark.parametrize("number", SECTIONS)
@@ -2382,7 +2384,255 @@ def test_greedy_text_of_a_real_model_is_that_of_transformers():
 
 
 # -----------------------------------------------------------------------------
-# 11. Streaming
+# 11. Kernels
+# On CUDA the real thing; elsewhere the same source as C++, thread by thread.
+# -----------------------------------------------------------------------------
+
+CUDA_AS_CPP = r"""
+#include <array>
+#include <barrier>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <thread>
+#include <vector>
+#define __shared__ static
+using std::fmaf, std::min;
+using Shape = std::array<int, 3>;
+struct dim3 { int x; };
+struct uint2 { unsigned x, y; };
+struct uint4 { unsigned x, y, z, w; };
+struct float4 { float x, y, z, w; };
+static thread_local dim3 threadIdx, blockIdx;
+alignas(16) static char shared[%(shared)d];
+static float exchanged[1024];
+static std::barrier<>* everyone;
+static void __syncthreads() { everyone->arrive_and_wait(); }
+static float __shfl_xor_sync(unsigned, float v, int n) {  // every warp takes part
+  exchanged[threadIdx.x] = v;
+  __syncthreads();
+  v = exchanged[threadIdx.x ^ n];
+  __syncthreads();
+  return v;
+}
+static float __uint_as_float(unsigned u) { float f; memcpy(&f, &u, 4); return f; }
+static unsigned __byte_perm(uint64_t low, uint64_t high, unsigned selector) {
+  unsigned result = 0;
+  for (int i = 0; i < 4; ++i)
+    result |= ((high << 32 | low) >> 8 * (selector >> 4 * i & 7) & 255) << 8 * i;
+  return result;
+}
+static float4 make_float4(float a, float b, float c, float d) { return {a, b, c, d}; }
+static uint4 __ldcs(const uint4* p) { return *p; }
+static int __ffs(int v) { return __builtin_ffs(v); }
+static float rsqrtf(float v) { return 1 / std::sqrt(v); }
+struct __nv_bfloat16 {
+  uint16_t bits;
+  operator float() const { return __uint_as_float(bits << 16); }
+  void operator=(float f) {  // to the nearest, ties to even
+    unsigned u;
+    memcpy(&u, &f, 4);
+    bits = (u + 0x7FFF + (u >> 16 & 1)) >> 16;
+  }
+};
+static void kernel(%(parameters)s) {
+%(source)s
+}
+extern "C" void launch(int blocks, int threads, void** p, Shape* s) {
+  std::barrier barrier(threads);
+  everyone = &barrier;
+  std::vector<std::jthread> all;
+  for (int t = 0; t < threads; ++t)
+    all.emplace_back([=] {
+      threadIdx.x = t;
+      for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x, __syncthreads())
+        kernel(%(arguments)s);
+    });
+}
+"""
+
+
+@functools.cache
+def compiled_library(code):
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        pytest.skip("neither CUDA nor a C++ compiler is here")
+    with tempfile.TemporaryDirectory() as folder:
+        source, library = Path(folder) / "kernel.cpp", Path(folder) / "kernel.so"
+        source.write_text(code)
+        options = "-std=c++20 -O1 -fno-strict-aliasing -w -shared -fPIC -pthread"
+        command = [compiler, *options.split(), str(source), "-o", str(library)]
+        subprocess.run(command, check=True)
+        return ctypes.CDLL(str(library))
+
+
+def emulated_kernel(*, name, input_names, output_names, source, shared_memory):
+    """mx.fast.cuda_kernel by a C++ compiler and threads, for an output in bfloat16."""
+    kinds = {mx.bfloat16: "__nv_bfloat16", mx.uint32: "uint32_t", mx.float32: "float"}
+    source = source.replace(
+        "extern __shared__ float4 xs[]", "auto xs = (float4*)shared"
+    )
+    names = [*input_names, *output_names]
+
+    def run(*, inputs, grid, threadgroup, output_shapes, output_dtypes):
+        arrays = [*inputs, mx.zeros(output_shapes[0], output_dtypes[0])]
+        types = [f"{kinds[array.dtype]}*" for array in arrays]
+        code = CUDA_AS_CPP % {
+            "shared": shared_memory,
+            "parameters": ", ".join(
+                f"{kind} {name}, Shape {name}_shape" for kind, name in zip(types, names)
+            ),
+            "source": source,
+            "arguments": ", ".join(f"({t})p[{i}], s[{i}]" for i, t in enumerate(types)),
+        }
+        views = (a.view(mx.uint16) if a.dtype == mx.bfloat16 else a for a in arrays)
+        data = [np.array(view) for view in views]
+        pointers = (ctypes.c_void_p * len(data))(*(part.ctypes.data for part in data))
+        shapes = np.array([(*array.shape, 0, 0, 0)[:3] for array in arrays], np.int32)
+        launch = compiled_library(code).launch
+        blocks, threads = grid[0] // threadgroup[0], threadgroup[0]
+        launch(blocks, threads, pointers, ctypes.c_void_p(shapes.ctypes.data))
+        return [mx.array(data[-1]).view(mx.bfloat16)]
+
+    return run
+
+
+def reference_kernel(**_):
+    """What mx.fast.cuda_kernel makes of llama.MATVEC, by MLX's own operations."""
+
+    def run(*, inputs, output_shapes, **_):
+        x, weight, scales, biases, gain, eps, residual = (
+            part if part.dtype == mx.uint32 else part.astype(mx.float32)
+            for part in inputs
+        )
+        groups = weight.shape[2] * 8 // scales.shape[2]
+        x = x.reshape(1, -1)
+        if gain.size > 1:
+            x = mx.fast.rms_norm(x, gain, eps.item())
+        packed = zip(weight, scales, biases)
+        products = [x @ mx.dequantize(*part, groups, 4).T for part in packed]
+        y = llama.swiglu(*products) if len(products) == 2 else products[0]
+        assert y.shape == output_shapes[0]
+        return [(y + residual).astype(mx.bfloat16)]
+
+    return run
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """CUDA's kernels, or what stands for them."""
+    if not mx.cuda.is_available():
+        monkeypatch.setattr(mx.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(mx.fast, "cuda_kernel", reference_kernel)
+        monkeypatch.setattr(mx, "compile", lambda function: function)
+
+
+def as_float64(array):
+    return np.array(array.astype(mx.float32), np.float64)
+
+
+def packed_layer(rows, columns, group_size):
+    """A 4-bit layer in bfloat16, and its matrix in float64."""
+    layer = llama.QuantizedLinear(rows, columns, group_size, 4, "affine")
+    dense = mx.random.normal((rows, columns), mx.bfloat16) * columns**-0.5
+    layer.weight, layer.scales, layer.biases = mx.quantize(dense, group_size, 4)
+    wide = (part.astype(mx.float32) for part in (layer.scales, layer.biases))
+    return layer, as_float64(mx.dequantize(layer.weight, *wide, group_size, 4))
+
+
+@pytest.mark.parametrize(
+    ("columns", "rows", "group_size"),
+    [(1024, (7, 7), 32), (3072, (18, 18), 128), (20480, (4,), 64)],
+)
+def test_a_kernel_computes_what_the_layers_would(
+    monkeypatch, columns, rows, group_size
+):
+    if not mx.cuda.is_available():
+        monkeypatch.setattr(mx.fast, "cuda_kernel", emulated_kernel)
+    mx.random.seed(0)
+    layers, dense = zip(*(packed_layer(n, columns, group_size) for n in rows))
+    x = mx.random.normal((1, columns), mx.bfloat16) + 0.3
+    residual = mx.random.normal((1, sum(rows)), mx.bfloat16)
+    norm = nn.RMSNorm(columns, 1e-2)
+    norm.weight = mx.random.uniform(0.5, 1.5, (columns,), mx.bfloat16)
+    wide, W = as_float64(x), np.concatenate(dense)
+    normed = wide / np.sqrt((wide**2).mean() + 1e-2) * as_float64(norm.weight)
+
+    packed = llama.stacked(layers)
+    assert_close(llama.matvec(x, packed), wide @ W.T, 5e-3)
+    assert_close(llama.matvec(x, packed, norm), normed @ W.T, 5e-3)
+    added = wide @ W.T + as_float64(residual)
+    assert_close(llama.matvec(x, packed, residual=residual), added, 5e-3)
+    if len(rows) == 2:
+        gate, up = np.split(normed @ W.T, 2, axis=1)
+        pair = llama.stacked(layers, parts=2)
+        got = llama.matvec(x, pair, norm)
+        assert_close(got, gate / (1 + np.exp(-gate)) * up, 8e-3)
+
+
+def four_bit_model(tied, **changes):
+    config = CONFIG | {"hidden_size": 1024, "intermediate_size": 2048, "head_dim": 128}
+    config |= {"num_attention_heads": 8, "tie_word_embeddings": tied} | changes
+    mx.random.seed(0)
+    model = llama.Llama(llama.ModelArgs.from_dict(config))
+    llama.quantize(model, group_size=64)
+    model.set_dtype(mx.bfloat16)
+    return model
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_fused_model_decodes_as_before(kernels, tied):
+    plain, fused = (
+        four_bit_model(tied, num_hidden_layers=1),
+        four_bit_model(tied, num_hidden_layers=1),
+    )
+    before = dict(tree_flatten(fused.parameters()))
+    llama.fuse(fused)
+    assert {type(block) for block in fused.model.layers} == {llama.FusedBlock}
+    assert "as_linear" in vars(fused.model.embed_tokens if tied else fused.lm_head)
+    after = dict(tree_flatten(fused.parameters()))
+    assert before.keys() == after.keys()
+    assert all(mx.array_equal(before[name], after[name]) for name in before)
+
+    tokens = mx.array(random_tokens(WIDE, length=4))
+    exact = four_bit_model(tied, num_hidden_layers=1)
+    exact.set_dtype(mx.float32)  # the same matrices, other sums
+    wanted = as_float64(in_parts(exact, tokens, [2, 3])[:, 2:])
+    errors = [
+        np.linalg.norm(as_float64(in_parts(model, tokens, [2, 3])[:, 2:]) - wanted)
+        for model in (fused, plain)
+    ]
+    assert 0 < errors[0] < min(errors[1] * 1.1, np.linalg.norm(wanted) * 0.1)
+    both = mx.concatenate([tokens, tokens])
+    wanted = in_parts(plain, both, [2, 3])
+    assert mx.array_equal(in_parts(fused, both, [2, 3]), wanted)
+
+
+def test_what_the_kernels_do_not_take_stays_as_it_is(kernels):
+    def fused(model):
+        llama.fuse(model)
+        return [type(block) is llama.FusedBlock for block in model.model.layers]
+
+    assert fused(four_bit_model(True)) == [True, True]
+    assert fused(four_bit_model(True, attention_bias=True)) == [False, False]
+    assert fused(four_bit_model(True, intermediate_size=2112)) == [False, False]
+    wide = four_bit_model(True)
+    wide.set_dtype(mx.float32)
+    assert fused(wide) == [False, False]
+    mixed = four_bit_model(True)
+    eight = llama.quantized_like(nn.Linear(2048, 1024, bias=False), 64, 8, "affine")
+    mixed.model.layers[1].mlp.down_proj = eight
+    mixed.set_dtype(mx.bfloat16)
+    assert fused(mixed) == [True, False]
+    mixed = four_bit_model(True)
+    groups = llama.quantized_like(nn.Linear(2048, 1024, bias=False), 32, 4, "affine")
+    mixed.model.layers[0].mlp.down_proj = groups
+    mixed.set_dtype(mx.bfloat16)
+    assert fused(mixed) == [False, True]
+
+
+# -----------------------------------------------------------------------------
+# 12. Streaming
 # -----------------------------------------------------------------------------
 
 
@@ -2796,7 +3046,7 @@ def test_twenty_one_processes_end_with_status_0(folder, ending):
 
 
 # -----------------------------------------------------------------------------
-# 12. Command line
+# 13. Command line
 # -----------------------------------------------------------------------------
 
 
