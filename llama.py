@@ -24,13 +24,13 @@ Symbols (shapes are written like (B, H, L, Dh))
     Dh   width of a head, head_dim       G    weights that share a scale, group_size
 
 Sections                 uses            Sections                 uses
-    1  Configuration     none                7  Tokenizer         1
-    2  Safetensors       1                   8  Loading           1-7
-    3  Quantized layers  none                9  Samplers          none
-    4  Rotary embedding  none                10 Generation        none
-    5  KV cache          none                11 Tensor parallel   1-8
-    6  Transformer       1, 4, 5             12 Streaming         1-11
-                                             13 Command line      1-12
+    1  Configuration     none                8  Loading           1-7
+    2  Safetensors       1                   9  Samplers          none
+    3  Quantized layers  none                10 Generation        none
+    4  Rotary embedding  none                11 Kernels           1, 3-6
+    5  KV cache          none                12 Tensor parallel   1-8, 11
+    6  Transformer       1, 4, 5             13 Streaming         1-12
+    7  Tokenizer         1                   14 Command line      1-13
 
 References
     [1] Llama 3, arXiv:2407.21783        [5] SwiGLU, arXiv:2002.05202
@@ -1558,7 +1558,8 @@ def mismatches(model: Llama, tensors: Mapping[str, TensorInfo]) -> list[str]:
         "not as config.json says": shapes,
     }
     return [
-        f"{len(names)} tensors {kind}: {', '.join(names[:4])}{', ...' * (len(names) > 4)}"
+        f"{len(names)} tensors {kind}: "
+        f"{', '.join(names[:4])}{', ...' * (len(names) > 4)}"
         for kind, names in kinds.items()
         if names
     ]
@@ -1791,7 +1792,7 @@ def check_sampling(**options: float | None) -> None:
         inside = inside and (closed or value > least)
         inside = inside and (name != "top_k" or value == int(value))
         if value is not None and not inside:
-            interval = f"{'[' if closed else '('}{least}, {greatest:g}]"
+            interval = f"{'[' if closed else '('}{least}, {greatest:.0f}]"
             kind = ", a whole number" if name == "top_k" else ""
             raise ValueError(f"{name} must be in {interval}{kind}, got {value!r:.80}")
 
@@ -1959,7 +1960,7 @@ class Lookup:
             self.ids.append(token)
 
     def drafts(self) -> list[int]:
-        """Return n ids, or none. What ends with the text is taken to go on in circles."""
+        """Return n ids, or none. What ends with the text is taken to go in circles."""
         at = self.after.get(tuple(self.ids[-self.same :]), len(self.ids))
         following = self.ids[at : at + self.n]
         return [*itertools.islice(itertools.cycle(following), self.n)]
@@ -2126,11 +2127,235 @@ def generate(
 
 
 # -----------------------------------------------------------------------------
-# 11. Tensor parallel
+# 11. Kernels
+# Decoding a 4-bit model on CUDA, where MLX's matrix-vector product reads a fifth of
+# what the memory could give. This one reads up to two thirds, and takes along the norm
+# before it, and the addition or SwiGLU after it: a token is four kernels a layer,
+# besides attention. Never on Metal or the CPU; without fuse, nothing of this is used.
+# uses: 1, 3-6
+# -----------------------------------------------------------------------------
+
+LONGEST = 32768  # columns: x, in float32, is to fit the memory that a block shares
+
+# A warp multiplies x by two rows: neighbours, or one of gate and the same of up. A lane
+# takes a chunk of a row, 32 weights in 16 bytes, of each two steps at once: no branch
+# stands between these loads, and the first are under way while x goes to shared memory.
+# The bytes 0x43, q, 0, 0 are the float 128 + q, so one instruction makes a float of 4
+# bits; the 128 goes out again with the sum of x. Sums are float32.
+MATVEC = r"""
+constexpr int WARPS = 8, STEPS = 2;  // of a block; whose loads are under way at once
+const int K = 8 * weight_shape[2], rows = weight_shape[1], chunks = K / 32;
+const int groups = scales_shape[2], shift = __ffs(chunks / groups) - 1;
+const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+const bool swiglu = weight_shape[0] == 2, norm = gain_shape[0] > 1;
+// A warp past the end repeats the last rows, to the same effect.
+const int n = swiglu ? 1 : 2, row = min(int(blockIdx.x * WARPS + warp) * n, rows - n);
+const int64_t pair[2] = {row, swiglu ? row + rows : row + 1};
+
+uint4 packed[STEPS][2];
+__nv_bfloat16 scale[STEPS][2], bias[STEPS][2];
+auto load = [&](int first) {
+  #pragma unroll
+  for (int s = 0; s < STEPS; ++s) {
+    const int c = min(first + 32 * s + lane, chunks - 1);
+    #pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      packed[s][i] = __ldcs((const uint4*)weight + pair[i] * chunks + c);
+      scale[s][i] = scales[pair[i] * groups + (c >> shift)];
+      bias[s][i] = biases[pair[i] * groups + (c >> shift)];
+    }
+  }
+};
+load(0);
+
+auto four = [](const __nv_bfloat16* p) {  // a bfloat16 is the upper half of a float
+  const uint2 v = *(const uint2*)p;
+  return make_float4(__uint_as_float(v.x << 16), __uint_as_float(v.x & 0xFFFF0000),
+                     __uint_as_float(v.y << 16), __uint_as_float(v.y & 0xFFFF0000));
+};
+auto warp_sum = [](float v) {
+  for (int n = 16; n > 0; n /= 2) v += __shfl_xor_sync(0xFFFFFFFF, v, n);
+  return v;
+};
+extern __shared__ float4 xs[];  // four j of chunk c in [c / 32][j][c % 32], of 33
+__shared__ float squares[WARPS];
+float square = 0;
+for (int i = threadIdx.x; i < K / 4; i += 32 * WARPS) {
+  float4 v = four(x + 4 * i);
+  if (norm) {
+    const float4 g = four(gain + 4 * i);
+    square += v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
+    v = make_float4(v.x * g.x, v.y * g.y, v.z * g.z, v.w * g.w);
+  }
+  xs[(i / 256 * 8 + i % 8) * 33 + i / 8 % 32] = v;
+}
+squares[warp] = warp_sum(square);
+__syncthreads();
+
+auto value = [](unsigned bytes, int n) {  // 128 + byte n
+  return __uint_as_float(__byte_perm(bytes, 0x43000000, 0x7044 + 0x100 * n));
+};
+float total[2] = {};
+for (int first = 0; first < chunks; first += 32 * STEPS) {
+  if (first > 0) load(first);
+  #pragma unroll
+  for (int s = 0; s < STEPS && first + 32 * s < chunks; ++s) {
+    float dot[2] = {}, sum = 0;
+    #pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      const float4 v = xs[((first / 32 + s) * 8 + j) * 33 + lane];
+      sum += v.x + v.y + v.z + v.w;
+      #pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const unsigned q = (&packed[s][i].x)[j / 2], n = j % 2 * 2;
+        const unsigned even = q & 0x0F0F0F0F, odd = q >> 4 & 0x0F0F0F0F;
+        dot[i] = fmaf(v.x, value(even, n), fmaf(v.y, value(odd, n), dot[i]));
+        dot[i] = fmaf(v.z, value(even, n + 1), fmaf(v.w, value(odd, n + 1), dot[i]));
+      }
+    }
+    #pragma unroll
+    for (int i = 0; i < 2; ++i)
+      total[i] += float(scale[s][i]) * (dot[i] - 128 * sum) + float(bias[s][i]) * sum;
+  }
+}
+float mean = *eps;
+for (int w = 0; w < WARPS; ++w) mean += squares[w] / K;
+for (int i = 0; i < 2; ++i) total[i] = warp_sum(total[i]) * (norm ? rsqrtf(mean) : 1);
+if (swiglu) total[0] *= total[1] / (1 + expf(-total[0]));
+if (lane < n) {
+  const float add = residual_shape[1] > 1 ? float(residual[row + lane]) : 0;
+  y[row + lane] = (lane ? total[1] : total[0]) + add;
+}
+"""
+
+
+def matvec(
+    x: mx.array,
+    packed: tuple[mx.array, ...],
+    norm: nn.RMSNorm | None = None,
+    residual: mx.array | None = None,
+) -> mx.array:
+    """Return W norm(x) + residual, (1, rows), for one token's K values x, in bfloat16.
+
+    packed: weight, scales and biases of W, as `stacked` gives them. Of two parts, it is
+    silu(first norm(x)) * second norm(x) + residual. subtle: call it inside mx.compile;
+    built anew for each token, it would cost more time than it saves.
+    """
+    parts, rows, words = packed[0].shape
+    # MLX builds one kernel to a name: for all matrices but those with the longest rows.
+    longest = 16384 if words * 8 <= 16384 else LONGEST
+    kernel = mx.fast.cuda_kernel(
+        name=f"matvec_{longest}",
+        input_names=["x", "weight", "scales", "biases", "gain", "eps", "residual"],
+        output_names=["y"],
+        source=MATVEC,
+        shared_memory=longest * 4 // 32 * 33,
+    )
+    # What is made of numbers is not lazy; a lazy array would be computed anew by each
+    # token.
+    gain, eps = (norm.weight, norm.eps) if norm else (mx.array([0], x.dtype), 0.0)
+    residual = mx.array([[0]], x.dtype) if residual is None else residual
+    blocks = -(-rows * parts // 16)  # of 8 warps
+    (y,) = kernel(
+        inputs=[x, *packed, gain, mx.array(eps), residual],
+        grid=(blocks * 256, 1, 1),
+        threadgroup=(256, 1, 1),
+        output_shapes=[(1, rows)],
+        output_dtypes=[x.dtype],
+    )
+    return y
+
+
+def stacked(layers: Sequence[QuantizedMatrix], parts: int = 1) -> tuple[mx.array, ...]:
+    """Put the rows of layers together; return weight, scales, biases (parts, rows, .).
+
+    The layers keep views of them, so nothing is held twice.
+    """
+    packed, rows = [], [layer.weight.shape[0] for layer in layers]
+    for name in ("weight", "scales", "biases"):
+        whole = mx.concatenate([layer[name] for layer in layers])
+        views = mx.split(whole, [*itertools.accumulate(rows[:-1])])
+        mx.eval(whole, views)
+        for layer, view in zip(layers, views):
+            layer[name] = view
+        packed.append(whole.reshape(parts, -1, whole.shape[-1]))
+    mx.eval(packed)
+    return tuple(packed)
+
+
+class FusedBlock(TransformerBlock):
+    """A TransformerBlock that decodes through matvec; see fuse."""
+
+    def prepare(self) -> None:
+        attention, mlp = self.self_attn, self.mlp
+        H, Hkv = attention.n_heads, attention.n_kv_heads
+        qkv = stacked([attention.q_proj, attention.k_proj, attention.v_proj])
+        gate_up = stacked([mlp.gate_proj, mlp.up_proj], parts=2)
+        o, down = stacked([attention.o_proj]), stacked([mlp.down_proj])
+
+        def before(x: mx.array, offset: mx.array) -> tuple[mx.array, ...]:
+            heads = attention.split(
+                matvec(x, qkv, norm=self.input_layernorm), H + 2 * Hkv
+            )
+            turned = attention.rope(heads[:, : H + Hkv], offset)
+            return turned[:, :H], turned[:, H:], heads[:, H + Hkv :]
+
+        def after(x: mx.array, attended: mx.array) -> mx.array:
+            x = matvec(attended, o, residual=x)
+            inner = matvec(x, gate_up, norm=self.post_attention_layernorm)
+            return matvec(inner, down, residual=x)
+
+        self.before, self.after = mx.compile(before), mx.compile(after)
+
+    def __call__(self, x: mx.array, cache: KVCache | None = None) -> mx.array:
+        if cache is None or x.shape[:-1] != (1,):
+            return super().__call__(x, cache)
+        # The offset as an array: a new number would trace the piece anew.
+        queries, keys, values = self.before(x, mx.array(cache.offset))
+        keys, values = cache.update_and_fetch(keys, values)
+        return self.after(x, self.self_attn.attend(queries, keys, values))
+
+
+def fusable(module: nn.Module) -> bool:
+    """Whether matvec takes the matrices of a module: 4-bit ones of one group size,
+    without a bias, in a stream of bfloat16."""
+    matrices = [m for m in module.modules() if "weight" in m and m.weight.ndim == 2]
+    dtypes = {array.dtype for _, array in tree_flatten(module.parameters())}
+    return dtypes == {mx.bfloat16, mx.uint32} and all(
+        type(m) in (QuantizedLinear, QuantizedEmbedding)
+        and (m.bits, m.mode, m.group_size) == (4, "affine", matrices[0].group_size)
+        and m.weight.shape[1] * 8 in range(1024, LONGEST + 1, 1024)
+        and "bias" not in m
+        for m in matrices
+    )
+
+
+def fuse(model: Llama) -> None:
+    """Have a model decode through matvec, as far as it takes the layers; CUDA only.
+
+    To be called when the weights are in place. What reads more than one token at a
+    time, or without a cache, is computed as before.
+    """
+    if not mx.cuda.is_available() or model.model.norm.weight.dtype != mx.bfloat16:
+        return
+    for block in model.model.layers:
+        if type(block) is TransformerBlock and fusable(block):
+            block.__class__ = FusedBlock
+            block.prepare()
+    head = model.get("lm_head", model.model.embed_tokens)
+    if fusable(head):
+        packed = stacked([head])
+        product = mx.compile(lambda x: matvec(x, packed))
+        several = head.as_linear
+        head.as_linear = lambda x: (product if x.shape[:-1] == (1,) else several)(x)
+
+
+# -----------------------------------------------------------------------------
+# 12. Tensor parallel
 # One model on several machines. Every rank, a process of the group, holds a share of
 # each layer, cut as in Megatron-LM [9]; two sums over all ranks a layer make it whole.
 # MLX's own mx.distributed carries them: nothing here opens a connection.
-# uses: 1-8
+# uses: 1-8, 11
 # -----------------------------------------------------------------------------
 
 Group = mx.distributed.Group
@@ -2150,8 +2375,15 @@ class SummedLinear(nn.Module):
         return x + self.bias if "bias" in self else x
 
 
-def sum_over_ranks(model: Llama, group: Group) -> None:
-    """Put the sums into a rank's model: one after attention, one after the MLP."""
+def finish_rank(model: Llama, group: Group | None) -> None:
+    """Put the sums into a rank's model: one after attention, one after the MLP.
+
+    To be called when the weights are in place. A rank alone has nothing to sum; its
+    layers are fused instead, which would leave no room for a sum.
+    """
+    if group is None or group.size() == 1:
+        fuse(model)
+        return
     for block in model.model.layers:
         block.self_attn.o_proj = SummedLinear(block.self_attn.o_proj, group)
         block.mlp.down_proj = SummedLinear(block.mlp.down_proj, group)
@@ -2209,8 +2441,7 @@ def load_rank(folder: str | Path, group: Group | None, **options) -> Llama:
         raise problems[0]
     model, tensors = rank_share(model, tensors, group)
     read_weights(model, tensors, **options)
-    if group:
-        sum_over_ranks(model, group)
+    finish_rank(model, group)
     return model
 
 
@@ -2312,11 +2543,11 @@ def join_ranks() -> Group | None:
 
 
 # -----------------------------------------------------------------------------
-# 12. Streaming
+# 13. Streaming
 # An actor: one thread owns everything of MLX, whose arrays and streams belong to the
 # thread that made them, and the outside exchanges ids and strings with it through
 # queues. So an interface never blocks, and any thread may ask.
-# uses: 1-11
+# uses: 1-12
 # -----------------------------------------------------------------------------
 
 
@@ -2561,6 +2792,26 @@ class Worker(threading.Thread):
     def unwanted(self, request: Request) -> bool:
         return request.stopped.is_set() or self.closing.is_set()
 
+    def tokens_of(
+        self, request: Request, reused: int, lookup: Lookup | None, given: list[int]
+    ) -> Iterator[int]:
+        """Return what generates a reply, which is the same on all ranks; `given`: where
+        the ids that it yields are to be put."""
+        cancelled = functools.partial(self.unwanted, request)
+        if self.group:
+            cancelled = cancelled_by_any(self.group, cancelled, given)
+        return generate(
+            self.model,
+            request.ids[reused:],
+            cache=self.cache,
+            lookup=lookup,
+            prefill_step=self.prefill_step,
+            progress=lambda *step: request.events.put(Progress(*step)),
+            cancelled=cancelled,
+            sampler=make_sampler(**request.sampling, prompt=request.ids),
+            **request.options,
+        )
+
     def serve(self, request: Request) -> None:
         """Answer a request: Pieces as they come, then Stats."""
         started, ids = time.perf_counter(), request.ids
@@ -2568,20 +2819,7 @@ class Worker(threading.Thread):
         reused, tokens = self.reuse(ids), []
         stream = self.tokenizer.stream(drop_space=request.drop_space)
         lookup = Lookup(request.lookup, ids[:reused]) if request.lookup else None
-        cancelled = functools.partial(self.unwanted, request)
-        if self.group:
-            cancelled = cancelled_by_any(self.group, cancelled, tokens)
-        generation = generate(
-            self.model,
-            ids[reused:],
-            cache=self.cache,
-            lookup=lookup,
-            prefill_step=self.prefill_step,
-            progress=lambda *step: request.events.put(Progress(*step)),
-            cancelled=cancelled,
-            sampler=make_sampler(**request.sampling, prompt=ids),
-            **request.options,
-        )
+        generation = self.tokens_of(request, reused, lookup, tokens)
         times, piece = [started], Piece()
         try:
             while True:
@@ -2616,16 +2854,16 @@ class Worker(threading.Thread):
         )
         request.finish(stats)
 
-    def save(self, file: Path, notes: dict) -> None:
+    def save(self, file: Path, notes: dict, tokens: int | None) -> None:
         """Write the cache, what it holds and notes to a file, whole or not at all."""
-        arrays, held = {}, len(self.cached)
+        arrays, held = {}, len(self.cached[:tokens])
         for n, layer in enumerate(self.cache if held else []):
             arrays[f"{n}.keys"] = mx.contiguous(layer.keys[..., :held, :])
             arrays[f"{n}.values"] = mx.contiguous(layer.values[..., :held, :])
         session = {
             "fingerprint": fingerprint(self.folder),
             "checksums": {name: checksum(array) for name, array in arrays.items()},
-            "ids": self.cached,
+            "ids": self.cached[:held],
             "notes": notes,
         }
         # Under another name until it is on the disk: a crash leaves the last one.
@@ -2721,7 +2959,7 @@ class Engine:
     model: a folder or org/name. tokenizer: None is the folder's. context: tokens of
     cache, allocated once; None is the model's longest, at most 8192. dtype: see
     load_model. prefill_step: see prefill; None is default_prefill_step(). progress:
-    called with the bytes loaded, and in all. group: the ranks that share the model, from
+    called with the bytes loaded, and in all. group: ranks that share the model, from
     join_ranks; rank 0 is asked, the others answer with it until it closes its engine.
     Returns when the model is loaded; raises what Tokenizer.from_folder and load_model
     raise.
@@ -2798,21 +3036,14 @@ class Engine:
         """Return at once with the reply to ids.
 
         max_tokens: None goes on to the end of the turn, or of the context. Sampling:
-        see make_sampler; None is the folder's default. lookup: tokens drafted at a time,
-        see Lookup; 0 is off, None is 15 on a GPU, off on a CPU. progress: called, by whoever
-        iterates, with the tokens of the prompt read, and in all. drop_space: see
-        Tokenizer.stream.
+        see make_sampler; None is the folder's default. lookup: tokens drafted at a
+        time, see Lookup; 0 is off, None is 15 on a GPU, off on a CPU. progress: called,
+        by whoever iterates, with the tokens of the prompt read, and in all. drop_space:
+        see Tokenizer.stream.
         Raises ValueError for options out of range or a prompt that does not fit,
         RuntimeError if the engine is closed.
         """
-        if not 0 < len(ids) <= self.context:
-            raise ValueError(
-                f"the prompt must have 1 to {self.context} tokens, got {len(ids)}; "
-                f"--ctx sets the limit, up to {self.args.max_position_embeddings}"
-            )
-        if max(ids) >= self.args.vocab_size:
-            size = self.args.vocab_size
-            raise ValueError(f"the prompt has id {max(ids)}, the model {size} ids")
+        self._require_room(ids)
         if lookup is None:  # reading 16 tokens takes a CPU 16 times as long as one
             lookup = 0 if mx.default_device() == mx.cpu else 15
         for name, value in (("max_tokens", max_tokens), ("lookup", lookup)):
@@ -2834,13 +3065,15 @@ class Engine:
             self._worker.requests.put(request)
         return reply
 
-    def save(self, file: str | Path, notes: dict) -> None:
+    def save(self, file: str | Path, notes: dict, *, tokens: int | None = None) -> None:
         """Write the conversation to a file: cache, ids, and notes, which JSON can hold.
 
+        tokens: how many of the cache's, from its beginning; None is all of them.
         The file appears whole or not at all, whatever happens meanwhile.
         Raises OSError.
         """
-        self._on_worker(functools.partial(self._worker.save, Path(file), notes))
+        task = functools.partial(self._worker.save, Path(file), notes, tokens)
+        self._on_worker(task)
 
     def restore(self, file: str | Path) -> dict:
         """Fill the cache from a file that `save` wrote; return its notes.
@@ -2849,6 +3082,16 @@ class Engine:
         the context, or was written with another model.
         """
         return self._on_worker(functools.partial(self._worker.restore, Path(file)))
+
+    def _require_room(self, ids: list[int]) -> None:
+        if not 0 < len(ids) <= self.context:
+            raise ValueError(
+                f"the prompt must have 1 to {self.context} tokens, got {len(ids)}; "
+                f"--ctx sets the limit, up to {self.args.max_position_embeddings}"
+            )
+        if max(ids) >= self.args.vocab_size:
+            size = self.args.vocab_size
+            raise ValueError(f"the prompt has id {max(ids)}, the model {size} ids")
 
     def _require_worker(self) -> None:
         worker = self._worker
@@ -2889,10 +3132,10 @@ class Engine:
 
 
 # -----------------------------------------------------------------------------
-# 13. Command line
+# 14. Command line
 # info, inspect and chat. The model's text goes to stdout, everything else to stderr,
 # and escapes only to a terminal; what comes from a model or a file is made printable.
-# uses: 1-12
+# uses: 1-13
 # -----------------------------------------------------------------------------
 
 FLOATS = ("float32", "float16", "bfloat16")  # of --dtype
@@ -2925,6 +3168,16 @@ def note(text: str) -> None:
     if coloured(sys.stderr):
         text = f"\x1b[2m{text}\x1b[0m"
     print(text, file=sys.stderr, flush=True)
+
+
+def complain(error: Exception, who: str = "") -> None:
+    """Print an error as one line; of one of the system's, what it is about and what."""
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        about = "" if error.filename is None else f"{error.filename}: "
+        text = about + error.strerror
+    line = printable(" ".join(text.split()))
+    print(f"llama.py: error: {who}{line}", file=sys.stderr, flush=True)
 
 
 class ProgressLine:
@@ -3034,18 +3287,32 @@ def verdict(
     return context, f"{word}, context {context:,}, ~{speed / weights:,.1f} tokens/s"
 
 
+PARTS = {  # where parameters are, by what their names contain
+    ".mlp.": "MLP",
+    ".self_attn.": "attention",
+    "embed_tokens": "vocabulary",
+    "lm_head": "vocabulary",
+}
+
+
 def describe(model: str | None) -> dict:
     """Return what `info` tells of a preset or a model."""
     args, stored, folder = PRESETS.get(model), None, None
     # In memory: the CPU computes in float32, so all that is not packed doubles.
     item_size = 4 if mx.default_device() == mx.cpu else 2
     if args is None:
-        folder = choose_folder(model)
+        try:
+            folder = choose_folder(model)
+        except FileNotFoundError as error:
+            message = f"{error}, nor one of {', '.join(PRESETS)}"
+            raise FileNotFoundError(message) from None
         skeleton, tensors, problems = examine(folder)
         if problems:
             raise problems[0]
         args, stored = skeleton.args, sum(info.nbytes for info in tensors.values())
-    dense = Llama(args)
+    dense, parts = Llama(args), collections.Counter()
+    for name, array in tree_flatten(dense.parameters()):
+        parts[next((PARTS[k] for k in PARTS if k in name), "norms")] += array.size
     cache, memory = kv_bytes_per_token(args, item_size), machine_memory()
     longest, verdicts = args.max_position_embeddings, {}
     for bits in (16, 8, 4):
@@ -3055,7 +3322,8 @@ def describe(model: str | None) -> dict:
         "model": model or "stories",
         "folder": folder and str(folder),
         "config": asdict(args),
-        "parameters": sum(array.size for _, array in tree_flatten(dense.parameters())),
+        "parameters": parts.total(),
+        "parameters_of": dict(parts.most_common()),
         "weight_bytes": {bits: weight_bytes(dense, bits) for bits in verdicts},
         "stored_bytes": stored,
         "kv_bytes_per_token": cache,
@@ -3096,8 +3364,8 @@ def random_model(args: ModelArgs, bits: int | None) -> Llama:
 def measure(model: Llama, prompt_tokens: int, generation_tokens: int) -> dict:
     """Return how fast a model is here: medians of three runs, after one to warm up.
 
-    Greedy, over a prompt of random ids. Speeds in tokens/s, gbps in 1e9 bytes of weights
-    read a second, bandwidth_share of what copying reaches, peak_gb while running.
+    Greedy, over a prompt of random ids. Speeds in tokens/s, gbps in 1e9 bytes of
+    weights read a second, bandwidth_share of what copying reaches, peak_gb meanwhile.
     """
     sizes = {name: array.nbytes for name, array in tree_flatten(model.parameters())}
     embedding = sum(n for name, n in sizes.items() if "embed_tokens" in name)
@@ -3147,8 +3415,7 @@ def measured(options: argparse.Namespace, found: dict) -> dict:
         size = weight_bytes(Llama(args), options.bits or 16, item_size)
         require_memory(size, cache)
         model = random_model(args, options.bits)
-        if group:
-            sum_over_ranks(model, group)
+        finish_rank(model, group)
     else:
         folder = Path(found["folder"])
         _, tensors = rank_share(*examine(folder)[:2], group)
@@ -3179,20 +3446,16 @@ def measured_rows(name: str, device: str, found: dict) -> list[tuple[str, str]]:
     ]
 
 
-def cmd_info(options: argparse.Namespace) -> int:
-    """Print what a preset or a model is, what it needs, and what fits here."""
-    found = describe(options.model)
-    if options.bits and (found["folder"] or not options.measure):
-        options.usage("--bits is for --measure of one of " + ", ".join(PRESETS))
-    if options.measure:
-        mx.random.seed(0)  # all ranks read the same ids
-        found["measured"] = measured(options, found)
-        found["measured"]["ranks"] = options.group.size() if options.group else 1
-    if options.group and options.group.rank() > 0:
-        return 0  # rank 0 tells it
-    if options.json:
-        print(json.dumps(found, indent=2))
-        return 0
+def bars(sizes: dict[str, int]) -> Iterator[str]:
+    """Yield names, their shares of the sum in percent, and those as bars."""
+    for name, size in sizes.items():
+        share = 100 * size / sum(sizes.values())
+        if share >= 1:
+            yield f"{name:10} {share:3.0f} % {round(share / 2) * '#'}"
+
+
+def info_rows(found: dict) -> list[tuple[str, str]]:
+    """Return what `describe` and `measured` have found, as rows of a table."""
     args, kv = ModelArgs(**found["config"]), found["kv_bytes_per_token"]
     usual = min(args.max_position_embeddings, DEFAULT_CONTEXT)
     scaling = (args.rope_scaling or {"rope_type": "no"})["rope_type"]
@@ -3208,6 +3471,7 @@ def cmd_info(options: argparse.Namespace) -> int:
         ("positions", f"{args.max_position_embeddings:,} tokens"),
         ("rotary", f"theta {args.rope_theta:,.0f}, {scaling} scaling"),
         ("parameters", f"{found['parameters']:,}"),
+        *(("bytes in", text) for text in bars(found["parameters_of"])),
         ("cache", f"{kv:,} bytes a token, {gigabytes(kv * usual)} for {usual:,}"),
         ("memory here", f"{gigabytes(found['memory_bytes'])}, {found['device']}"),
     ]
@@ -3216,12 +3480,29 @@ def cmd_info(options: argparse.Namespace) -> int:
     for bits, nbytes in found["weight_bytes"].items():
         words = found["verdict"][bits]
         rows.append(("weights", f"{bits:2} bits {gigabytes(nbytes):>9}: {words}"))
-    if options.measure:
+    if "measured" in found:
         name = Path(found["model"]).name
         rows += measured_rows(name, found["device"], found["measured"])
         if (ranks := found["measured"]["ranks"]) > 1:
             rows.append(("ranks", f"{ranks}; bytes are those of one"))
-    print_table(rows)
+    return rows
+
+
+def cmd_info(options: argparse.Namespace) -> int:
+    """Print what a preset or a model is, what it needs, and what fits here."""
+    found = describe(options.model)
+    if options.bits and (found["folder"] or not options.measure):
+        options.usage("--bits is for --measure of one of " + ", ".join(PRESETS))
+    if options.measure:
+        mx.random.seed(0)  # all ranks read the same ids
+        found["measured"] = measured(options, found)
+        found["measured"]["ranks"] = options.group.size() if options.group else 1
+    if options.group and options.group.rank() > 0:
+        return 0  # rank 0 tells it
+    if options.json:
+        print(json.dumps(found, indent=2))
+        return 0
+    print_table(info_rows(found))
     return 0
 
 
@@ -3295,10 +3576,10 @@ def cmd_inspect(options: argparse.Namespace) -> int:
     rows = [("folder", found["folder"])]
     for name, size in found["files"].items():
         rows.append(("files", f"{gigabytes(size):>9}  {name}"))
-    # The layers of a stack look alike: a row for all tensors that differ in number.
+    # The layers of a stack look alike: a row for all tensors that differ in its number.
     groups = collections.defaultdict(list)
     for t in found["tensors"]:
-        name = re.sub(r"\.\d+\.", ".*.", t["name"]).removeprefix("model.")
+        name = re.sub(r"^(model\.)?(layers\.\d+\.)?", "", t["name"])
         kind = f"{name.removesuffix('.weight')} {t['dtype']} {list(t['shape'])}"
         groups[kind].append(t["bytes"])
     for kind, sizes in sorted(groups.items(), key=lambda group: -sum(group[1])):
@@ -3322,14 +3603,15 @@ def cmd_inspect(options: argparse.Namespace) -> int:
     return status
 
 
-CHOICES = "/undo and /reset make room; --ctx sets its size"
+CHOICES = "/undo and /reset make room"
 
 
 def early_end(stats: Stats) -> str | None:
     """Return why a reply ended before the model ended it, None if it did not."""
+    full = f"the context of {stats.context} tokens is full; {CHOICES}"
     return {
         "length": f"{stats.generation_tokens} tokens, as --max-tokens says",
-        "context": f"the context of {stats.context} tokens is full; {CHOICES}",
+        "context": f"{full}; --ctx sets its size",
         "cancelled": "Ctrl-C",
     }.get(stats.finish_reason)
 
@@ -3422,7 +3704,8 @@ class LineEditor:
             self.readline = None
             return
         self.readline = readline
-        readline.parse_and_bind("set enable-bracketed-paste on")
+        paste = "on" if styled(sys.stdout) else "off"  # it takes an escape
+        readline.parse_and_bind(f"set enable-bracketed-paste {paste}")
         readline.parse_and_bind("tab: complete")
         readline.set_completer_delims(" ")
         readline.set_completer(self.complete)
@@ -3461,7 +3744,7 @@ class LineEditor:
     def read(self) -> str | None:
         """Return a message, or None at Ctrl-D. Ctrl-C clears what was typed.
 
-        Lines between two \"\"\" are one message, and so is what is pasted.
+        Lines between two \"\"\" are one message; so is what is pasted, whatever it is.
         """
         lines = []
         while True:
@@ -3476,7 +3759,7 @@ class LineEditor:
                 continue
             text = "\n".join(lines)
             block = text.strip().removeprefix('"""')
-            if block == text.strip():
+            if block == text.strip() or "\n" in lines[0]:
                 break
             if block.endswith('"""'):
                 text = block.removesuffix('"""').strip("\n")
@@ -3486,11 +3769,15 @@ class LineEditor:
         return text
 
 
+def counted(turns: list) -> str:
+    return "1 turn" if len(turns) == 1 else f"{len(turns)} turns"
+
+
 class Chat:
     """A conversation: its turns, and on a terminal its commands.
 
     The commands, which begin with a slash, are the methods named do_; the first line of
-    a command's docstring is its help.
+    a command's docstring is its help, and says in capitals what it takes.
     """
 
     def __init__(self, engine: Engine, options: argparse.Namespace, seed: int):
@@ -3525,8 +3812,8 @@ class Chat:
                 self.take(text)
             except KeyboardInterrupt:  # before or after a reply; that handles its own
                 note("")
-            except (OSError, ValueError, argparse.ArgumentTypeError) as error:
-                note(f"llama.py: error: {error}")
+            except (OSError, ValueError) as error:
+                complain(error)
 
     def take(self, text: str) -> None:
         """Do what a typed text says: a command, or a message to the model."""
@@ -3536,7 +3823,15 @@ class Chat:
                 near = difflib.get_close_matches(name, self.commands, 1)
                 hint = f"did you mean /{near[0]}?" if near else "/help lists them"
                 raise ValueError(f"no command /{name}; {hint} (// sends a slash)")
-            self.commands[name](argument.strip())
+            command, argument = self.commands[name], argument.strip()
+            wanted = re.match("[A-Z]*", command.__doc__)[0]
+            if argument and not wanted:
+                raise ValueError(f"/{name} takes nothing, got {argument!r}")
+            if wanted in ("FILE", "PATH") and not argument:
+                raise ValueError(f"/{name} wants a {wanted}")
+            command(argument)
+            if name in ("reset", "set", "system", "undo"):
+                self.keep()
         elif text.strip():
             text = text[1:] if text.startswith("//") else text
             self.ask("\n\n".join([*self.attached, text]), self.seed)
@@ -3556,17 +3851,22 @@ class Chat:
             raise ValueError(f"{error}{choices}") from None
         self.seed = (seed + 1) % 2**64
         self.turns.append((text, reply.taken, reply.stats, seed))
-        if self.options.session:
-            self.save_session(Path(self.options.session))
+        self.keep()
         used, size = reply.stats.context_used, reply.stats.context
         if used > 0.9 * size and reply.stats.finish_reason != "context":
-            note(f"the context is {100 * used // size} % full: {CHOICES}")
+            full = f"{100 * used // size} % full"
+            note(f"the context is {full}: {CHOICES}; --ctx sets its size")
         return reply
 
     def last(self) -> tuple[str, Piece, Stats, int]:
         if not self.turns:
             raise ValueError("the conversation is empty")
         return self.turns[-1]
+
+    def keep(self) -> None:
+        """Bring the file of --session up to date."""
+        if self.options.session:
+            self.save_session(Path(self.options.session))
 
     def save_session(self, file: Path) -> None:
         notes = {
@@ -3578,7 +3878,8 @@ class Chat:
             "settings": {name: getattr(self.options, name) for name in INTERVALS},
             "seed": self.seed,
         }
-        self.engine.save(file, notes)
+        used = self.turns[-1][2].context_used if self.turns else 0
+        self.engine.save(file, notes, tokens=used)  # and nothing that was forgotten
 
     def do_load(self, path: str) -> None:
         """FILE, goes on with the conversation of a session file"""
@@ -3589,13 +3890,13 @@ class Chat:
             notes = read_session(file)["notes"]  # its text may still be of use
             if not sys.stdin.isatty():
                 raise
-            note(f"llama.py: error: {error}")
+            complain(error)
             try:
                 wanted = input("Read its text anew? [y/N] ").strip().lower()
             except (EOFError, KeyboardInterrupt):
                 wanted = "no"
             if wanted not in ("y", "yes"):
-                return
+                raise ValueError(f"{file} stays as it is") from None
         try:
             turns = [
                 (str(user), Piece(**piece), Stats(**stats), int(seed))
@@ -3613,7 +3914,7 @@ class Chat:
                 setattr(self.options, name, value)
         for _, piece, *_ in turns:
             self.engine.remember(piece)
-        note(f"{file}: {len(turns)} turns")
+        note(f"{file}: {counted(turns)}")
 
     def do_help(self, _: str) -> None:
         """lists these commands"""
@@ -3623,10 +3924,11 @@ class Chat:
     def do_system(self, text: str) -> None:
         """TEXT, instructions before the conversation; without TEXT, none"""
         self.system = text
+        note(f"from now on: {text!r}" if text else "no instructions")
 
     def do_reset(self, _: str) -> None:
         """forgets the conversation, but not the instructions"""
-        note(f"{len(self.turns)} turns forgotten")
+        note(f"{counted(self.turns)} forgotten")
         self.turns, self.attached = [], []
 
     def do_undo(self, _: str) -> None:
@@ -3654,7 +3956,7 @@ class Chat:
         note(f"{len(text)} characters go before the next message")
 
     def do_save(self, path: str) -> None:
-        """FILE, a session that /load takes; with .md, Markdown to read. A new file"""
+        """FILE, a new one: a session for /load, or as FILE.md Markdown to read"""
         file = Path(path).expanduser()
         if file.exists():
             raise FileExistsError(f"{file} exists; choose another name")
@@ -3666,33 +3968,38 @@ class Chat:
                 parts += [("user", user), ("assistant", piece.text)]
             text = "\n\n".join(f"## {role}\n\n{content}" for role, content in parts)
             file.write_text(text + "\n", "utf-8")
-        note(f"{len(self.turns)} turns written to {file}")
+        note(f"{counted(self.turns)} written to {file}")
 
     def do_stats(self, _: str) -> None:
         """shows speed and memory of the last reply"""
         note(stats_lines(*self.last()[2:]))
 
     def do_set(self, text: str) -> None:
-        """NAME VALUE, a sampling option, max_tokens or seed; without, shows them"""
-        name, _, value = text.replace("-", "_").partition(" ")
+        """NAME VALUE, of sampling, max_tokens or seed; without, shows them"""
+        name, _, value = text.partition(" ")
+        name, value = name.replace("-", "_"), value.strip()
         if not text:
             for name in (*INTERVALS, "max_tokens"):
                 given = getattr(self.options, name)
                 default = self.engine.defaults.get(name, "off")
                 note(f"{name:18} {default if given is None else given}")
             note(f"{'seed':18} {self.seed}")
-        elif name == "seed":
-            self.seed = whole_number(0)(value)
-        elif name == "max_tokens":
-            self.options.max_tokens = whole_number(0)(value)
-        elif name in INTERVALS:
-            number = float(value)
-            check_sampling(**{name: number})
-            setattr(self.options, name, int(number) if name == "top_k" else number)
-        else:
+            return
+        if name not in (*INTERVALS, "max_tokens", "seed"):
             raise ValueError(
                 f"no option {name}; {', '.join(INTERVALS)}, max_tokens, seed"
             )
+        whole = name in ("max_tokens", "seed")
+        try:
+            number = whole_number(0)(value) if whole else float(value)
+        except (argparse.ArgumentTypeError, ValueError):
+            wanted = "a whole number of at least 0" if whole else "a number"
+            raise ValueError(f"{name} must be {wanted}, got {value!r}") from None
+        if not whole:
+            check_sampling(**{name: number})
+        number = int(number) if name == "top_k" else number
+        setattr(self if name == "seed" else self.options, name, number)
+        note(f"{name} is {number}")
 
     def do_context(self, _: str) -> None:
         """shows how full the context is, and what each turn took"""
@@ -3705,6 +4012,7 @@ class Chat:
     def do_private(self, _: str) -> None:
         """keeps what is typed from now on out of the history file"""
         self.editor.private = True
+        note("what is typed now stays out of the history")
 
 
 def read_prompt(options: argparse.Namespace) -> str | None:
@@ -3721,8 +4029,8 @@ def read_prompt(options: argparse.Namespace) -> str | None:
     return "\n\n".join(text for text in (options.prompt, piped) if text)
 
 
-def cmd_chat(options: argparse.Namespace) -> int:
-    """Answer one prompt, or talk until Ctrl-D."""
+def check_chat(options: argparse.Namespace) -> None:
+    """Refuse options that chat cannot honour."""
     try:
         check_sampling(**{name: getattr(options, name) for name in INTERVALS})
     except ValueError as error:
@@ -3731,14 +4039,23 @@ def cmd_chat(options: argparse.Namespace) -> int:
         options.usage("--raw has no chat format: not with --system or --template")
     if options.dtype not in (None, *FLOATS):
         options.usage(f"--dtype must be one of {', '.join(FLOATS)}")
+    if options.session and options.group:
+        raise ValueError("--session needs one rank, which has the whole cache")
+    if options.session:
+        home = Path(options.session).absolute().parent
+        if not home.is_dir():  # now, rather than after the first reply
+            raise FileNotFoundError(f"{home}: no such folder")
+
+
+def cmd_chat(options: argparse.Namespace) -> int:
+    """Answer one prompt, or talk until Ctrl-D."""
+    check_chat(options)
     seed = new_seed() if options.seed is None else options.seed
     follower = options.group and options.group.rank() > 0
     folder = choose_folder(options.model)
     tokenizer = Tokenizer.from_folder(folder, template=options.template)
     if not options.raw:
         tokenizer.require_format()  # now, rather than after loading a large model
-    if options.session and options.group:
-        raise ValueError("--session needs one rank, which has the whole cache")
     prompt = None if follower else read_prompt(options)
     if prompt == "":
         raise ValueError("the prompt is empty")
@@ -3766,73 +4083,69 @@ def cmd_chat(options: argparse.Namespace) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """Return a parser whose help is a screen of 24 lines and 80 columns."""
+    number, count, size = whole_number(0), whole_number(1), whole_number(2)
+    where = "a folder, or org/name as downloaded; default: stories/"
+    # Rows: name and metavar, help; type, default and choices where there are any. None,
+    # the default of most, leaves it to the model's folder.
+    info = (
+        ("--measure", "run it here; a preset with random weights"),
+        ("--prompt-tokens N", "of --measure, at least 2; default: 512", size, 512),
+        ("--generation-tokens N", "of --measure, at least 2; default: 128", size, 128),
+        ("--bits N", "of random weights, 4 or 8; default: 16", int, None, (4, 8)),
+    )
+    inspect = (("--check", "also look for NaN in all data"),)
+    chat = (
+        ("--prompt TEXT", "answer this, with all that is piped in, and end"),
+        ("--system TEXT", "instructions before the conversation"),
+        ("--session FILE", "go on with this conversation, and keep it there"),
+        ("--raw", "continue the text, with no chat format"),
+        ("--template NAME", f"{', '.join(CHAT_FORMATS)}; default: the model's"),
+        ("--max-tokens N", "longest reply, tokens; default: no limit", number),
+        ("--temperature T", "[0, inf), 0 is greedy; default: model's or 0.6", float),
+        ("--top-k K", "[1, inf), the K likeliest; default: model's or all", int),
+        ("--top-p P", "(0, 1], likeliest that hold P; default: model's or 0.9", float),
+        ("--min-p P", "(0, 1], of the likeliest's; default: model's or none", float),
+        ("--repetition-penalty R", "(0, inf), 1 is none; default: model's or 1", float),
+        ("--seed N", "repeats a run exactly; default: a new one", number),
+        ("--ctx N", "context, tokens; default: the model's, up to 8192", count),
+        ("--lookup N", "tokens to draft, 0 is none; default: 15, on a CPU 0", number),
+        ("--prefill-step N", "tokens; default: 512, on CUDA 2048, on a CPU 32", count),
+        ("--dtype D", f"{' '.join(FLOATS)}; default: file's, CPU float32"),
+        ("--stats", "print speed and memory to stderr"),
+    )
+    layout = functools.partial(argparse.HelpFormatter, max_help_position=26, width=80)
     parser = argparse.ArgumentParser(
-        prog="llama.py", description="Run Llama-family models with Apple's MLX."
+        prog="llama.py",
+        description="Run Llama-family models with Apple's MLX.",
+        epilog="example: python llama.py chat",
+        formatter_class=layout,
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for name, run, text, example in (
-        ("info", cmd_info, "describe a model, and what fits here", "info 8b"),
-        ("inspect", cmd_inspect, "list and check a model folder", "inspect ./model"),
-        ("chat", cmd_chat, "talk to a model", 'chat ./model --prompt "Hi!"'),
+    for run, example, text, rows in (
+        (cmd_info, "info 8b", "describe a model, and what fits here", info),
+        (cmd_inspect, "inspect ./model", "list and check a model folder", inspect),
+        (cmd_chat, 'chat ./model --prompt "Hi!"', "talk to a model", chat),
     ):
-        example = f"example: python llama.py {example}"
-        sub = commands.add_parser(name, help=text, description=text, epilog=example)
+        name = example.split()[0]
+        sub = commands.add_parser(
+            name,
+            help=text,
+            usage=f"llama.py {name} [MODEL] [options]",
+            epilog=f"example: python llama.py {example}",
+            formatter_class=layout,
+            add_help=False,
+        )
         sub.set_defaults(run=run, usage=sub.error, group=None)
-        where = "a folder, or org/name in the Hugging Face cache; default: stories/"
-        if name == "info":
-            where = f"one of {', '.join(PRESETS)}, {where}"
-        sub.add_argument("model", nargs="?", metavar="MODEL", help=where)
-        option = sub.add_argument
-        option("--json", action="store_true", help="print JSON instead of text")
-        if name == "info":
-            option(
-                "--measure",
-                action="store_true",
-                help="run it here; a preset with random weights",
-            )
-            for flag, default in (
-                ("--prompt-tokens", 512),
-                ("--generation-tokens", 128),
-            ):
-                text = f"of --measure; default: {default}"
-                option(
-                    flag, metavar="N", type=whole_number(2), default=default, help=text
-                )
-            option("--bits", type=int, choices=(4, 8), help="of --measure; default: 16")
-        if name == "inspect":
-            option("--check", action="store_true", help="also look for NaN in all data")
-    # The rest is chat's. None, the default of each, leaves it to the model's folder.
-    option("--raw", action="store_true", help="continue the text, with no chat format")
-    option("--stats", action="store_true", help="print speed and memory to stderr")
-    number, count, names = whole_number(0), whole_number(1), ", ".join(CHAT_FORMATS)
-    for flag, metavar, kind, text in (
-        ("--prompt", "TEXT", str, "answer this, with all that is piped in, and end"),
-        ("--system", "TEXT", str, "instructions before the conversation"),
-        ("--template", "NAME", str, f"{names}; default: the folder's"),
-        ("--max-tokens", "N", number, "longest reply, tokens; default: no limit"),
-        ("--temperature", "T", float, "[0, inf), 0 is greedy; default: 0.6"),
-        ("--top-k", "K", int, "[1, inf), only the K likeliest; default: all"),
-        ("--top-p", "P", float, "(0, 1], the likeliest that hold P; default: 0.9"),
-        ("--min-p", "P", float, "(0, 1], of the likeliest's odds; default: none"),
-        ("--repetition-penalty", "R", float, "(0, inf), above 1 penalizes; default: 1"),
-        ("--seed", "N", number, "repeats a run exactly; default: a new one"),
-        ("--ctx", "N", count, "context, tokens; default: the model's, up to 8192"),
-        ("--lookup", "N", number, "tokens to draft; 0: none; default: 15, on a CPU 0"),
-        (
-            "--prefill-step",
-            "N",
-            count,
-            "tokens; default: 512, on CUDA 2048, on a CPU 32",
-        ),
-        (
-            "--dtype",
-            "D",
-            str,
-            f"{', '.join(FLOATS)}; default: the files', on a CPU float32",
-        ),
-        ("--session", "FILE", str, "go on with this conversation, and keep it there"),
-    ):
-        option(flag, metavar=metavar, type=kind, help=text)
+        option = sub.add_argument_group().add_argument  # one list, without headings
+        option("-h", "--help", action="help", help=argparse.SUPPRESS)
+        model = f"{', '.join(PRESETS)}, {where}" if rows is info else where
+        option("model", nargs="?", metavar="MODEL", help=model)
+        for names, text, *rest in (*rows, ("--json", "print JSON instead of text")):
+            flag, *metavar = names.split()
+            keys = ("metavar", "type", "default", "choices")
+            more = dict(zip(keys, (*metavar, *rest))) or {"action": "store_true"}
+            option(flag, help=text, **more)
     return parser
 
 
@@ -3859,8 +4172,7 @@ def run(argv: Sequence[str] | None) -> int:
     except BrokenPipeError:  # who read the output has gone
         status = 0
     except (MemoryError, OSError, RuntimeError, ValueError) as error:
-        line = printable(" ".join(str(error).split()))
-        print(f"llama.py: error: {rank}{line}", file=sys.stderr, flush=True)
+        complain(error, rank)
         if rank:
             time.sleep(0.5)  # a launcher ends the others as soon as one has ended
         status = 1
@@ -3882,7 +4194,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Nothing more can be written: say so, if it is not that the reader has gone,
         # and let the flush at exit go where it does no harm.
         if not isinstance(error, BrokenPipeError) and status == 0:
-            print(f"llama.py: error: {error}", file=sys.stderr)
+            complain(error)
             status = 1
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return status

@@ -10,6 +10,7 @@ import ast
 import builtins
 import collections
 import contextlib
+import ctypes
 import dataclasses
 import dis
 import errno
@@ -34,6 +35,7 @@ import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import termios
 import threading
 import time
@@ -279,7 +281,7 @@ def missing_names(number: int, uses: Sequence[int]) -> set[str]:
 
 
 def test_the_sections_are_numbered_in_order():
-    assert list(SECTIONS) == list(range(1, 14))
+    assert list(SECTIONS) == list(range(1, len(SECTIONS) + 1))
 
 
 @pytest.mark.parametrize("number", SECTIONS)
@@ -1291,8 +1293,9 @@ def test_added_tokens_that_are_not_special_are_text():
 # The families' templates, retold: what they render is what the published ones do.
 ROLES = "{% for m in messages %}{% set text = m['content']%s %}"
 JINJA = {
-    "llama3": "{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m['role']"
-    " + '<|end_header_id|>\n\n' + m['content'] | trim + '<|eot_id|>' }}{% endfor %}"
+    "llama3": "{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' +"
+    " m['role'] + '<|end_header_id|>\n\n' + m['content'] | trim + '<|eot_id|>' }}"
+    "{% endfor %}"
     "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}",
     "llama3.1": "{% set date_string = '26 Jul 2024' %}{{ bos_token }}"
     "{% set system = '' %}{% set rest = messages %}"
@@ -1300,8 +1303,8 @@ JINJA = {
     "{% set system = messages[0]['content'] | trim %}{% endif %}"
     "{{ '<|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: "
     "December 2023\nToday Date: ' + date_string + '\n\n' + system + '<|eot_id|>' }}"
-    "{% for m in rest %}{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' +"
-    " m['content'] | trim + '<|eot_id|>' }}{% endfor %}"
+    "{% for m in rest %}{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n'"
+    " + m['content'] | trim + '<|eot_id|>' }}{% endfor %}"
     "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}",
     "llama2": "{% set ns = namespace(system='') %}{% for m in messages %}"
     "{% if m['role'] == 'system' %}"
@@ -1309,9 +1312,10 @@ JINJA = {
     "{% elif m['role'] == 'user' %}"
     "{{ bos_token + '[INST] ' + (ns.system + m['content']).strip() + ' [/INST]' }}"
     "{% set ns.system = '' %}"
-    "{% else %}{{ ' ' + m['content'].strip() + ' ' + eos_token }}{% endif %}{% endfor %}",
-    "chatml": "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content']"
-    " + '<|im_end|>' + '\n' }}{% endfor %}{{ '<|im_start|>assistant\n' }}",
+    "{% else %}{{ ' ' + m['content'].strip() + ' ' + eos_token }}{% endif %}"
+    "{% endfor %}",
+    "chatml": "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' +"
+    " m['content'] + '<|im_end|>' + '\n' }}{% endfor %}{{ '<|im_start|>assistant\n' }}",
     "zephyr": "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] +"
     " eos_token + '\n' }}{% endfor %}{{ '<|assistant|>\n' }}",
     "mistral": "{{ bos_token }}{% for message in messages %}"
@@ -1453,7 +1457,8 @@ def test_text_never_becomes_a_control_token(name):
         ("<|start_header_id|> ... bos_token", "llama3", {"bos": True}),
         ("<|start_header_id|>", "llama3", {"bos": False}),
         (
-            "<|start_header_id|>Cutting Knowledge Date: strftime_now() date_string = '26 Jul 2024'",
+            "<|start_header_id|>Cutting Knowledge Date: "
+            + "strftime_now() date_string = '26 Jul 2024'",
             "llama3.1",
             {"date": None},
         ),
@@ -2046,13 +2051,13 @@ def test_sixteen_bit_logits_are_sampled_in_float32(monkeypatch):
 @pytest.mark.parametrize(
     ("option", "value", "error"),
     [
-        ("temperature", -0.1, r"temperature must be in \[0, 1e\+09\], got -0.1"),
-        ("temperature", math.inf, r"temperature must be in \[0, 1e\+09\], got inf"),
+        ("temperature", -0.1, r"temperature must be in \[0, 1000000000\], got -0.1"),
+        ("temperature", math.inf, r"temperature must be in \[0, 1000000000\], got inf"),
         ("temperature", math.nan, r"got nan"),
         ("temperature", 10**400, r"temperature must be in .*, got 1000"),
         ("temperature", True, r"got True"),
         ("temperature", "hot", r"got 'hot'"),
-        ("top_k", 0, r"top_k must be in \[1, 2.14748e\+09\], a whole number, got 0"),
+        ("top_k", 0, r"top_k must be in \[1, 2147483647\], a whole number, got 0"),
         ("top_k", math.inf, r"a whole number, got inf"),
         ("top_k", 1.5, "a whole number, got 1.5"),
         ("top_p", 0, r"top_p must be in \(0, 1\], got 0"),
@@ -2061,7 +2066,7 @@ def test_sixteen_bit_logits_are_sampled_in_float32(monkeypatch):
         (
             "repetition_penalty",
             0,
-            r"repetition_penalty must be in \(0, 1e\+09\], got 0",
+            r"repetition_penalty must be in \(0, 1000000000\], got 0",
         ),
     ],
 )
@@ -2384,7 +2389,255 @@ def test_greedy_text_of_a_real_model_is_that_of_transformers():
 
 
 # -----------------------------------------------------------------------------
-# 11. Tensor parallel
+# 11. Kernels
+# On CUDA the real thing; elsewhere the same source as C++, thread by thread.
+# -----------------------------------------------------------------------------
+
+CUDA_AS_CPP = r"""
+#include <array>
+#include <barrier>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <thread>
+#include <vector>
+#define __shared__ static
+using std::fmaf, std::min;
+using Shape = std::array<int, 3>;
+struct dim3 { int x; };
+struct uint2 { unsigned x, y; };
+struct uint4 { unsigned x, y, z, w; };
+struct float4 { float x, y, z, w; };
+static thread_local dim3 threadIdx, blockIdx;
+alignas(16) static char shared[%(shared)d];
+static float exchanged[1024];
+static std::barrier<>* everyone;
+static void __syncthreads() { everyone->arrive_and_wait(); }
+static float __shfl_xor_sync(unsigned, float v, int n) {  // every warp takes part
+  exchanged[threadIdx.x] = v;
+  __syncthreads();
+  v = exchanged[threadIdx.x ^ n];
+  __syncthreads();
+  return v;
+}
+static float __uint_as_float(unsigned u) { float f; memcpy(&f, &u, 4); return f; }
+static unsigned __byte_perm(uint64_t low, uint64_t high, unsigned selector) {
+  unsigned result = 0;
+  for (int i = 0; i < 4; ++i)
+    result |= ((high << 32 | low) >> 8 * (selector >> 4 * i & 7) & 255) << 8 * i;
+  return result;
+}
+static float4 make_float4(float a, float b, float c, float d) { return {a, b, c, d}; }
+static uint4 __ldcs(const uint4* p) { return *p; }
+static int __ffs(int v) { return __builtin_ffs(v); }
+static float rsqrtf(float v) { return 1 / std::sqrt(v); }
+struct __nv_bfloat16 {
+  uint16_t bits;
+  operator float() const { return __uint_as_float(bits << 16); }
+  void operator=(float f) {  // to the nearest, ties to even
+    unsigned u;
+    memcpy(&u, &f, 4);
+    bits = (u + 0x7FFF + (u >> 16 & 1)) >> 16;
+  }
+};
+static void kernel(%(parameters)s) {
+%(source)s
+}
+extern "C" void launch(int blocks, int threads, void** p, Shape* s) {
+  std::barrier barrier(threads);
+  everyone = &barrier;
+  std::vector<std::jthread> all;
+  for (int t = 0; t < threads; ++t)
+    all.emplace_back([=] {
+      threadIdx.x = t;
+      for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x, __syncthreads())
+        kernel(%(arguments)s);
+    });
+}
+"""
+
+
+@functools.cache
+def compiled_library(code):
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        pytest.skip("neither CUDA nor a C++ compiler is here")
+    with tempfile.TemporaryDirectory() as folder:
+        source, library = Path(folder) / "kernel.cpp", Path(folder) / "kernel.so"
+        source.write_text(code)
+        options = "-std=c++20 -O1 -fno-strict-aliasing -w -shared -fPIC -pthread"
+        command = [compiler, *options.split(), str(source), "-o", str(library)]
+        subprocess.run(command, check=True)
+        return ctypes.CDLL(str(library))
+
+
+def emulated_kernel(*, name, input_names, output_names, source, shared_memory):
+    """mx.fast.cuda_kernel by a C++ compiler and threads, for an output in bfloat16."""
+    kinds = {mx.bfloat16: "__nv_bfloat16", mx.uint32: "uint32_t", mx.float32: "float"}
+    source = source.replace(
+        "extern __shared__ float4 xs[]", "auto xs = (float4*)shared"
+    )
+    names = [*input_names, *output_names]
+
+    def run(*, inputs, grid, threadgroup, output_shapes, output_dtypes):
+        arrays = [*inputs, mx.zeros(output_shapes[0], output_dtypes[0])]
+        types = [f"{kinds[array.dtype]}*" for array in arrays]
+        code = CUDA_AS_CPP % {
+            "shared": shared_memory,
+            "parameters": ", ".join(
+                f"{kind} {name}, Shape {name}_shape" for kind, name in zip(types, names)
+            ),
+            "source": source,
+            "arguments": ", ".join(f"({t})p[{i}], s[{i}]" for i, t in enumerate(types)),
+        }
+        views = (a.view(mx.uint16) if a.dtype == mx.bfloat16 else a for a in arrays)
+        data = [np.array(view) for view in views]
+        pointers = (ctypes.c_void_p * len(data))(*(part.ctypes.data for part in data))
+        shapes = np.array([(*array.shape, 0, 0, 0)[:3] for array in arrays], np.int32)
+        launch = compiled_library(code).launch
+        blocks, threads = grid[0] // threadgroup[0], threadgroup[0]
+        launch(blocks, threads, pointers, ctypes.c_void_p(shapes.ctypes.data))
+        return [mx.array(data[-1]).view(mx.bfloat16)]
+
+    return run
+
+
+def reference_kernel(**_):
+    """What mx.fast.cuda_kernel makes of llama.MATVEC, by MLX's own operations."""
+
+    def run(*, inputs, output_shapes, **_):
+        x, weight, scales, biases, gain, eps, residual = (
+            part if part.dtype == mx.uint32 else part.astype(mx.float32)
+            for part in inputs
+        )
+        groups = weight.shape[2] * 8 // scales.shape[2]
+        x = x.reshape(1, -1)
+        if gain.size > 1:
+            x = mx.fast.rms_norm(x, gain, eps.item())
+        packed = zip(weight, scales, biases)
+        products = [x @ mx.dequantize(*part, groups, 4).T for part in packed]
+        y = llama.swiglu(*products) if len(products) == 2 else products[0]
+        assert y.shape == output_shapes[0]
+        return [(y + residual).astype(mx.bfloat16)]
+
+    return run
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """CUDA's kernels, or what stands for them."""
+    if not mx.cuda.is_available():
+        monkeypatch.setattr(mx.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(mx.fast, "cuda_kernel", reference_kernel)
+        monkeypatch.setattr(mx, "compile", lambda function: function)
+
+
+def as_float64(array):
+    return np.array(array.astype(mx.float32), np.float64)
+
+
+def packed_layer(rows, columns, group_size):
+    """A 4-bit layer in bfloat16, and its matrix in float64."""
+    layer = llama.QuantizedLinear(rows, columns, group_size, 4, "affine")
+    dense = mx.random.normal((rows, columns), mx.bfloat16) * columns**-0.5
+    layer.weight, layer.scales, layer.biases = mx.quantize(dense, group_size, 4)
+    wide = (part.astype(mx.float32) for part in (layer.scales, layer.biases))
+    return layer, as_float64(mx.dequantize(layer.weight, *wide, group_size, 4))
+
+
+@pytest.mark.parametrize(
+    ("columns", "rows", "group_size"),
+    [(1024, (7, 7), 32), (3072, (18, 18), 128), (20480, (4,), 64)],
+)
+def test_a_kernel_computes_what_the_layers_would(
+    monkeypatch, columns, rows, group_size
+):
+    if not mx.cuda.is_available():
+        monkeypatch.setattr(mx.fast, "cuda_kernel", emulated_kernel)
+    mx.random.seed(0)
+    layers, dense = zip(*(packed_layer(n, columns, group_size) for n in rows))
+    x = mx.random.normal((1, columns), mx.bfloat16) + 0.3
+    residual = mx.random.normal((1, sum(rows)), mx.bfloat16)
+    norm = nn.RMSNorm(columns, 1e-2)
+    norm.weight = mx.random.uniform(0.5, 1.5, (columns,), mx.bfloat16)
+    wide, W = as_float64(x), np.concatenate(dense)
+    normed = wide / np.sqrt((wide**2).mean() + 1e-2) * as_float64(norm.weight)
+
+    packed = llama.stacked(layers)
+    assert_close(llama.matvec(x, packed), wide @ W.T, 5e-3)
+    assert_close(llama.matvec(x, packed, norm), normed @ W.T, 5e-3)
+    added = wide @ W.T + as_float64(residual)
+    assert_close(llama.matvec(x, packed, residual=residual), added, 5e-3)
+    if len(rows) == 2:
+        gate, up = np.split(normed @ W.T, 2, axis=1)
+        pair = llama.stacked(layers, parts=2)
+        got = llama.matvec(x, pair, norm)
+        assert_close(got, gate / (1 + np.exp(-gate)) * up, 8e-3)
+
+
+def four_bit_model(tied, **changes):
+    config = CONFIG | {"hidden_size": 1024, "intermediate_size": 2048, "head_dim": 128}
+    config |= {"num_attention_heads": 8, "tie_word_embeddings": tied} | changes
+    mx.random.seed(0)
+    model = llama.Llama(llama.ModelArgs.from_dict(config))
+    llama.quantize(model, group_size=64)
+    model.set_dtype(mx.bfloat16)
+    return model
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_fused_model_decodes_as_before(kernels, tied):
+    plain, fused = (
+        four_bit_model(tied, num_hidden_layers=1),
+        four_bit_model(tied, num_hidden_layers=1),
+    )
+    before = dict(tree_flatten(fused.parameters()))
+    llama.fuse(fused)
+    assert {type(block) for block in fused.model.layers} == {llama.FusedBlock}
+    assert "as_linear" in vars(fused.model.embed_tokens if tied else fused.lm_head)
+    after = dict(tree_flatten(fused.parameters()))
+    assert before.keys() == after.keys()
+    assert all(mx.array_equal(before[name], after[name]) for name in before)
+
+    tokens = mx.array(random_tokens(WIDE, length=4))
+    exact = four_bit_model(tied, num_hidden_layers=1)
+    exact.set_dtype(mx.float32)  # the same matrices, other sums
+    wanted = as_float64(in_parts(exact, tokens, [2, 3])[:, 2:])
+    errors = [
+        np.linalg.norm(as_float64(in_parts(model, tokens, [2, 3])[:, 2:]) - wanted)
+        for model in (fused, plain)
+    ]
+    assert 0 < errors[0] < min(errors[1] * 1.1, np.linalg.norm(wanted) * 0.1)
+    both = mx.concatenate([tokens, tokens])
+    wanted = in_parts(plain, both, [2, 3])
+    assert mx.array_equal(in_parts(fused, both, [2, 3]), wanted)
+
+
+def test_what_the_kernels_do_not_take_stays_as_it_is(kernels):
+    def fused(model):
+        llama.fuse(model)
+        return [type(block) is llama.FusedBlock for block in model.model.layers]
+
+    assert fused(four_bit_model(True)) == [True, True]
+    assert fused(four_bit_model(True, attention_bias=True)) == [False, False]
+    assert fused(four_bit_model(True, intermediate_size=2112)) == [False, False]
+    wide = four_bit_model(True)
+    wide.set_dtype(mx.float32)
+    assert fused(wide) == [False, False]
+    mixed = four_bit_model(True)
+    eight = llama.quantized_like(nn.Linear(2048, 1024, bias=False), 64, 8, "affine")
+    mixed.model.layers[1].mlp.down_proj = eight
+    mixed.set_dtype(mx.bfloat16)
+    assert fused(mixed) == [True, False]
+    mixed = four_bit_model(True)
+    groups = llama.quantized_like(nn.Linear(2048, 1024, bias=False), 32, 4, "affine")
+    mixed.model.layers[0].mlp.down_proj = groups
+    mixed.set_dtype(mx.bfloat16)
+    assert fused(mixed) == [False, True]
+
+
+# -----------------------------------------------------------------------------
+# 12. Tensor parallel
 # -----------------------------------------------------------------------------
 
 # Four ranks divide H, Hkv, F and, quantized, the groups.
@@ -2599,6 +2852,18 @@ def test_what_ranks_cannot_share_is_named(tmp_path):
         llama.rank_share(model, tensors, rank_of(0, 4))
 
 
+def test_a_rank_alone_has_its_layers_fused_and_several_sum_what_theirs_give(kernels):
+    alone = (llama.FusedBlock, llama.QuantizedLinear)
+    shared = (llama.TransformerBlock, llama.SummedLinear)
+    cases = ((None, alone), (rank_of(0, 1), alone), (rank_of(1, 2), shared))
+    for group, wanted in cases:
+        model = four_bit_model(True, num_hidden_layers=1)
+        llama.finish_rank(model, group)
+        (block,) = model.model.layers
+        assert (type(block), type(block.self_attn.o_proj)) == wanted
+        assert type(block.mlp.down_proj) is wanted[1]
+
+
 def test_a_connection_is_lost_when_the_other_side_ends_it():
     near, far = socket.socketpair()
     with near, socket.socket() as unconnected:
@@ -2640,7 +2905,7 @@ def test_ranks_hear_what_rank_0_says_and_stop_together(tmp_path):
 
 
 # -----------------------------------------------------------------------------
-# 12. Streaming
+# 13. Streaming
 # -----------------------------------------------------------------------------
 
 
@@ -3034,10 +3299,11 @@ def test_a_model_that_cannot_be_loaded_raises_and_leaves_no_thread(folder, tmp_p
     assert threading.active_count() == before
 
 
-def test_loading_reports_its_progress(folder):
-    steps = []
+def test_loading_reports_its_progress_and_fuses_the_layers(folder, monkeypatch):
+    steps, fused = [], []
+    monkeypatch.setattr(llama, "fuse", fused.append)
     with llama.Engine(folder, progress=lambda *step: steps.append(step)):
-        pass
+        assert len(fused) == 1
     done, total = zip(*steps, strict=True)
     assert list(done) == sorted(done) and done[-1] == total[-1]
 
@@ -3077,7 +3343,8 @@ llama.require_memory = lambda *nbytes: print(*nbytes)
 with llama.Engine(sys.argv[1], group=group) as engine:
     if group.rank() == 0:
         print(json.dumps(turns(engine)))
-        collections.deque(engine.chat(USER, temperature=9.0, max_tokens=9), 0)  # any seed
+        any_seed = engine.chat(USER, temperature=9.0, max_tokens=9)
+        collections.deque(any_seed, 0)
     try:
         (engine.complete if group.rank() else engine.restore)("x")
     except (RuntimeError, ValueError) as error:
@@ -3113,7 +3380,7 @@ def test_a_turn_cancelled_on_all_ranks_and_the_next_are_those_of_one(folder, tmp
 
 
 # -----------------------------------------------------------------------------
-# 13. Command line
+# 14. Command line
 # -----------------------------------------------------------------------------
 
 
@@ -3336,6 +3603,11 @@ def test_input_at_fault_is_one_line_and_status_1(folder, tmp_path):
     assert "the prompt is empty" in refusal("chat", folder)
     long = refusal("chat", folder, text="x" * 9999)
     assert "1 to 512 tokens, got 10" in long and "--ctx" in long
+    absent = refusal("chat", folder, "--session", tmp_path / "no" / "s", text="x")
+    assert absent == f"{tmp_path}/no: no such folder"
+    whole = refusal("chat", folder, "--session", tmp_path, text="x")
+    assert whole == f"{tmp_path}: Is a directory"
+    assert refusal("info", "9b").endswith("nor one of 1b, 3b, 8b, 70b, 405b")
     assert "not UTF-8" in refusal("chat", folder, text=b"\xff\xfe")
     (base / "config.json").write_text('{"model_type": "\x1b[31mgpt2"}')
     line = refusal("chat", base, "--raw", "--prompt", "x")
@@ -3416,12 +3688,39 @@ def test_the_verdict_says_whether_a_model_fits(weights, cache, wanted):
     assert llama.verdict(weights, cache, 50, 100, 500.0) == wanted
 
 
-@pytest.mark.parametrize("words", [("info", "405b"), ("inspect",), ("chat", "--help")])
-def test_tables_and_help_fit_80_columns(words, folder, monkeypatch, capsys):
-    monkeypatch.setenv("COLUMNS", "80")
+@pytest.mark.parametrize("words", [("info", "405b"), ("inspect",)])
+def test_tables_fit_80_columns(words, folder, monkeypatch, capsys):
     monkeypatch.setattr(llama, "choose_folder", lambda _: folder)
     llama.main(words)
     assert max(map(len, capsys.readouterr().out.splitlines()[1:])) <= 80
+
+
+def test_a_quantized_folder_is_listed_in_80_columns(capsys):
+    llama.main(["inspect", str(STORIES)])
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines()[1:])) <= 80
+    assert "5 self_attn.q_proj.biases BF16 [256, 4]\n" in out
+
+
+def test_info_shows_where_the_bytes_are(capsys):
+    assert llama.main(["info", "8b"]) == 0
+    shares = re.findall(r"(\S+) +(\d+) % (#+)\n", capsys.readouterr().out)
+    assert [share[:2] for share in shares] == [
+        ("MLP", "70"),
+        ("attention", "17"),
+        ("vocabulary", "13"),
+    ]
+
+
+@pytest.mark.parametrize("words", [(), ("info",), ("inspect",), ("chat",)])
+def test_help_is_one_screen_and_has_an_example(words, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert llama.main([*words, "--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 24 and max(map(len, lines)) <= 80
+    example = lines[-1].partition("example: python llama.py ")[2]
+    options = llama.build_parser().parse_args(shlex.split(example))
+    assert options.run.__name__.endswith(words or ("chat",))
 
 
 def test_memory_is_predicted_from_the_files(tmp_path):
@@ -3458,6 +3757,8 @@ def test_random_models_are_made_in_no_more_than_their_own_memory(bits):
 def test_measuring_tells_the_speed_of_this_machine(what, folder, monkeypatch, capsys):
     small = llama.ModelArgs(64, 128, 2, 4, 320, num_key_value_heads=2)
     monkeypatch.setitem(llama.PRESETS, "8b", small)
+    fused = []
+    monkeypatch.setattr(llama, "fuse", fused.append)
     words = ["info", "8b" if what == "preset" else str(folder), "--measure"]
     words += ["--prompt-tokens", "20", "--generation-tokens", "5"]
     bits = ["--bits", "4"] if what == "preset" else []
@@ -3484,6 +3785,7 @@ def test_measuring_tells_the_speed_of_this_machine(what, folder, monkeypatch, ca
     out = capsys.readouterr().out.splitlines()
     row = next(line for line in out if line.startswith("as a row"))
     assert row.count("|") == 8 and len(row) <= 80
+    assert len(fused) == 2
 
 
 def test_measuring_refuses_what_does_not_fit(monkeypatch, capsys):
@@ -3506,7 +3808,7 @@ def test_inspect_lists_what_a_folder_holds(folder, capsys):
     assert found["stop_tokens"] == [0, 259]
     assert llama.main(["inspect", str(folder)]) == 0
     text = capsys.readouterr().out
-    assert "chatml" in text and "2 layers.*.self_attn.q_proj F32 [32, 32]" in text
+    assert "chatml" in text and "2 self_attn.q_proj F32 [32, 32]" in text
 
 
 def test_inspect_shows_all_problems_of_a_folder(folder, tmp_path, capsys):
@@ -4109,6 +4411,7 @@ def test_options_are_set_and_shown_while_talking(engine, capsys):
     for text in ("/set", "/stats", "/context", "/help"):
         chat.take(text)
     shown = capsys.readouterr().err
+    assert max(map(len, shown.splitlines())) < 80
     for part in (
         "temperature        0.25",
         "top_k              3",
@@ -4120,12 +4423,23 @@ def test_options_are_set_and_shown_while_talking(engine, capsys):
     for text, error in (
         ("/set top_p 2", r"top_p must be in \(0, 1\], got 2"),
         ("/set colour red", "no option colour; temperature"),
-        ("/set temperature hot", "hot"),
+        ("/set temperature hot", "temperature must be a number, got 'hot'"),
+        ("/set max-tokens -1", "max_tokens must be a whole number .*, got '-1'"),
+        ("/set top_k 1.5", r"\[1, 2147483647\], a whole number, got 1.5"),
+        ("/file", "/file wants a PATH"),
+        ("/save ", "/save wants a FILE"),
+        ("/undo 2", "/undo takes nothing, got '2'"),
         ("/contxt", "no command /contxt; did you mean /context"),
         ("/xyzzy", "no command /xyzzy; /help lists them"),
     ):
         with pytest.raises(ValueError, match=error):
             chat.take(text)
+    chat.editor = types.SimpleNamespace()
+    for text in ("/set top-k 3", "/set seed 7", "/system Be kind.", "/private"):
+        chat.take(text)
+    shown = capsys.readouterr().err
+    for part in ("top_k is 3", "seed is 7", "'Be kind.'", "out of the history"):
+        assert part in shown
     for nothing in ("/undo", "/retry", "/stats"):
         with pytest.raises(ValueError, match="the conversation is empty"):
             chat_with(engine).take(nothing)
@@ -4143,7 +4457,7 @@ def test_lines_pasted_or_between_quotes_are_one_message(folder, state):
     chat = Terminal("chat", folder, "--max-tokens", 2)
     chat.wait_for("\x1b[?2004h")  # which asks the terminal to mark what is pasted
     for typed in (
-        "\x1b[200~one\ntwo\x1b[201~\r",
+        '\x1b[200~"""one\ntwo\x1b[201~\r',
         '"""\rthree\rfour"""\r',
         "y" * 300 + "\r",
     ):
@@ -4163,7 +4477,7 @@ def test_lines_pasted_or_between_quotes_are_one_message(folder, state):
     assert chat.status() == 0
     lines = (state / "history").read_text().splitlines()
     typed = [json.loads(line) for line in lines]
-    assert typed == ["one\ntwo", "three\nfour", "y" * 300, "/context", "/private"]
+    assert typed == ['"""one\ntwo', "three\nfour", "y" * 300, "/context", "/private"]
     assert (state / "history").stat().st_mode & 0o777 == 0o600
 
 
@@ -4184,17 +4498,43 @@ def test_a_session_is_resumed_with_its_settings_and_kept_up_to_date(folder, tmp_
     assert notes["settings"]["temperature"] == 0.5
 
 
+def test_what_is_forgotten_is_forgotten_in_the_session_file_too(engine, tmp_path):
+    chat, file = chat_with(engine, "--session", str(tmp_path / "s")), tmp_path / "s"
+    for text in ("one", "two"):
+        chat.take(text)
+    one, two = (stats.context_used for _, _, stats, _ in chat.turns)
+    assert len(llama.read_session(file)["ids"]) == two
+    chat.take("/undo")
+    session = llama.read_session(file)
+    assert len(session["ids"]) == one and len(session["notes"]["turns"]) == 1
+    chat.take("/set temperature 0.25")
+    assert llama.read_session(file)["notes"]["settings"]["temperature"] == 0.25
+    chat.take("/reset")
+    session = llama.read_session(file)
+    assert session["ids"] == [] and session["notes"]["turns"] == []
+    resumed = chat_with(engine, "--session", str(file))
+    resumed.take("three")
+    assert len(resumed.turns) == 1 and resumed.options.temperature == 0.25
+
+
 def test_a_session_with_another_model_offers_its_text(folder, tmp_path):
     other, session = random_folder(tmp_path / "m", num_hidden_layers=1), tmp_path / "s"
     words = ("--session", session, "--max-tokens", 3)
     assert command("chat", other, *words, "--prompt", "x").returncode == 0
     line = refusal("chat", folder, *words, "--prompt", "y")
     assert "a session with another model" in line
+    before = session.read_bytes()
+    for no in ("\r", CTRL_C, CTRL_D):  # and no reply takes the place of what is there
+        chat = Terminal("chat", folder, *words)
+        chat.wait_for("[y/N] ")
+        chat.type(no)
+        chat.wait_for(f"llama.py: error: {session} stays as it is")
+        assert chat.status() == 1 and session.read_bytes() == before
     chat = Terminal("chat", folder, *words)
     chat.wait_for("a session with another model")
     chat.wait_for("[y/N] ")
     chat.type("y\r")
-    chat.wait_for("1 turns")
+    chat.wait_for("s: 1 turn\x1b")
     chat.wait_for(">>> ")
     chat.type("and?\r")
     chat.wait_for("[stopped")
@@ -4506,6 +4846,19 @@ def test_no_colour_where_it_is_not_wanted(folder, environment):
     )
     assert chat.status() == 0
     assert "\x1b[2m" not in chat.screen and "seed" in chat.screen
+
+
+@pytest.mark.parametrize(
+    ("environment", "escapes"),
+    [({"TERM": "dumb"}, "\x1b"), ({"NO_COLOR": "1"}, r"\x1b\[[0-9;]*m")],
+)
+def test_a_conversation_without_escapes(environment, escapes, folder):
+    chat, seen = Terminal("chat", folder, "--max-tokens", 2, **environment), ""
+    for typed in ("x" * 200 + "\r", "/help\r", CTRL_D):
+        seen += chat.wait_for(">>> ")
+        chat.type(typed)
+    assert chat.status() == 0
+    assert not re.search(escapes, seen + chat.screen)
 
 
 CHAT = (HERE / "llama.py", "chat")

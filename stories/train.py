@@ -948,6 +948,9 @@ def main() -> None:
     *_, held_out = read_stories(options.stories)
     if not options.measure:
         half = train(options.teacher, options.stories, options.samples)
+        tokenizer = llama.Tokenizer.from_folder(FOLDER)
+        bits = bits_per_byte(half, tokenizer, held_out, WINDOW)
+        say(f"held out, in bfloat16: {bits:.4f} bits per byte")
         save(half, FOLDER)
     model, tokenizer = llama.load(FOLDER)
     measure(model, tokenizer, held_out)

@@ -1,0 +1,231 @@
+"""Measure llama.py beside mlx-lm, in one process, turn about, for ratios that hold on a
+noisy machine. Needs mlx-lm; run it with nothing else on the machine.
+
+    python bench.py speed 8b --bits 4        prefill, decode and peak memory of both
+    python bench.py steps 8b --bits 4        what one decode step is made of, in both
+    python bench.py context 8b --bits 4      decode as the context grows, and a chat's turns
+    python bench.py lookup 8b                prompt lookup, on copying and on free text
+
+MODEL is a preset, whose random weights both tools share, or a folder, which each loads.
+Speeds are tokens/s: prefill to the first token, decode from the first to the last.
+"""
+
+import argparse
+import collections
+import dataclasses
+import re
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import mlx.core as mx
+from mlx import nn
+from mlx.utils import tree_flatten
+from mlx_lm.generate import generate_step
+from mlx_lm.models import llama as peer
+from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.utils import load_model
+
+import llama
+
+
+def both_models(options):
+    """Return llama.py's model, as its engine would run it, and mlx-lm's."""
+    if options.model not in llama.PRESETS:
+        folder = llama.find_folder(options.model)
+        model = llama.load_model(folder)
+        llama.fuse(model)
+        return model, load_model(folder)[0]
+    args = llama.PRESETS[options.model]
+    model = llama.random_model(args, options.bits)
+    llama.fuse(model)
+    other = peer.Model(
+        peer.ModelArgs.from_dict(dataclasses.asdict(args) | {"model_type": "llama"})
+    )
+    if options.bits:
+        nn.quantize(other, group_size=64, bits=options.bits)
+    other.load_weights(tree_flatten(model.parameters()))
+    return model, other
+
+
+def timed(tokens):
+    """Return (seconds to the first token, tokens/s after it, peak GB)."""
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    times = [time.perf_counter()]
+    times += [time.perf_counter() for _ in tokens]
+    decode = (len(times) - 2) / (times[-1] - times[1]) if len(times) > 2 else 0.0
+    return times[1] - times[0], decode, mx.get_peak_memory() / 1e9
+
+
+def ours(model, ids, count, **options):
+    def tokens():  # the cache is part of the work
+        cache = model.make_cache(len(ids) + count)
+        yield from llama.generate(model, ids, max_tokens=count, cache=cache, **options)
+
+    return timed(tokens())
+
+
+def theirs(model, ids, count):
+    return timed(generate_step(mx.array(ids), model, max_tokens=count))
+
+
+def random_ids(model, count):
+    return mx.random.randint(0, model.args.vocab_size, (count,)).tolist()
+
+
+def median(values):
+    return statistics.median(values)
+
+
+def weight_bytes_read(model):
+    """Return the bytes of weights that one token reads."""
+    embedding = model.model.embed_tokens if "lm_head" in model else nn.Module()
+    total, unread = (
+        sum(array.nbytes for _, array in tree_flatten(part.parameters()))
+        for part in (model, embedding)
+    )
+    return total - unread
+
+
+def speed(options):
+    model, other = both_models(options)
+    bandwidth, read = llama.copy_bandwidth(), weight_bytes_read(model)
+    for length in options.prompt_tokens:
+        ids, count = random_ids(model, length), options.generation_tokens
+        runs = [
+            (ours(model, ids, count), theirs(other, ids, count))
+            for _ in range(options.trials + 1)
+        ][1:]  # the first compiles kernels
+        us, them = ([median(column) for column in zip(*side)] for side in zip(*runs))
+        pairs = [(b[0] / a[0], a[1] / b[1]) for a, b in runs]
+        prefill, decode = (median(column) for column in zip(*pairs))
+        share = read * us[1] / bandwidth
+        print(
+            f"| {options.name} | {length:,} | {length / us[0]:,.1f} | "
+            f"{length / them[0]:,.1f} | {prefill:.2f} | {us[1]:,.1f} | {them[1]:,.1f} | "
+            f"{decode:.2f} | {share:.0%} | {us[2]:.2f} | {them[2]:.2f} | "
+            f"{us[2] / them[2]:.2f} |",
+            flush=True,
+        )
+
+
+def primitives(logits):
+    """Return how often a graph has each primitive."""
+    with tempfile.TemporaryDirectory() as folder:
+        dot = Path(folder) / "step.dot"
+        mx.export_to_dot(str(dot), logits)
+        kinds = re.findall(r'label ?= ?"([^"]*)", shape=rectangle', dot.read_text())
+    return collections.Counter(kinds)
+
+
+def steps(options):
+    model, other = both_models(options)
+    ids = mx.array([random_ids(model, 64)])
+    for name, llm, cache in (
+        ("llama.py", model, model.make_cache(128)),
+        ("mlx-lm", other, make_prompt_cache(other)),
+    ):
+        mx.eval(llm(ids, cache))
+        token, seconds = mx.array([[1]]), []
+        for _ in range(12):
+            started = time.perf_counter()
+            logits = llm(token, cache)
+            token = mx.argmax(logits[:, -1], axis=-1)[:, None]
+            built = time.perf_counter()
+            mx.async_eval(token)
+            launched = time.perf_counter()
+            mx.synchronize()
+            seconds.append(
+                (built - started, launched - built, time.perf_counter() - launched)
+            )
+        count = primitives(llm(token, cache))
+        build, launch, wait = (1e3 * median(column) for column in zip(*seconds[2:]))
+        total, layers = sum(count.values()), len(model.model.layers)
+        print(
+            f"| {options.name} | {name} | {total} | {total / layers:.1f} | {build:.2f} | "
+            f"{launch:.2f} | {wait:.2f} |  {dict(count.most_common())}",
+            flush=True,
+        )
+
+
+def context(options):
+    model, _ = both_models(options)
+    args, read = model.args, weight_bytes_read(model)
+    dtype = model.model.norm.weight.dtype
+    per_token = llama.kv_bytes_per_token(args, dtype.size)
+    first = None
+    for length in options.prompt_tokens:
+        ids = random_ids(model, length)
+        runs = [
+            ours(model, ids, options.generation_tokens)
+            for _ in range(options.trials + 1)
+        ][1:]
+        seconds, decode, peak = (median(column) for column in zip(*runs))
+        nbytes = read + per_token * (length + options.generation_tokens / 2)
+        first = first or (1 / decode, nbytes)
+        measured, predicted = 1 / decode / first[0], nbytes / first[1]
+        print(
+            f"| {options.name} | {length:,} | {length / seconds:,.0f} | "
+            f"{1e3 / decode:.2f} | {measured:.2f} | {predicted:.2f} | {peak:.2f} |",
+            flush=True,
+        )
+
+
+def lookup(options):
+    """A sampler that returns to the prompt makes a copy of it, whatever the weights."""
+    model, _ = both_models(options)
+    ids, count = random_ids(model, options.prompt_tokens[0]), options.generation_tokens
+
+    class Copying:
+        def __init__(self):
+            self.at = -1
+
+        def __call__(self, logits):
+            self.at += 1
+            wanted = mx.array([ids[self.at % len(ids)]])
+            return mx.where(mx.isnan(logits[:, 0]), 0, wanted)
+
+    def free(seed):
+        return llama.make_sampler(temperature=1.0, seed=seed)
+
+    for name, sampler in (("copying", lambda seed: Copying()), ("free text", free)):
+        ratios, speeds = [], []
+        for seed in range(options.trials + 1):
+            plain = ours(model, ids, count, sampler=sampler(seed))[1]
+            drafted = llama.Lookup(options.drafts)
+            ahead = ours(model, ids, count, sampler=sampler(seed), lookup=drafted)[1]
+            speeds.append((plain, ahead, drafted.accepted))
+            ratios.append(ahead / plain)
+        plain, ahead, accepted = (median(column) for column in zip(*speeds[1:]))
+        print(
+            f"| {options.name} | {name} | {plain:,.1f} | {ahead:,.1f} | "
+            f"{median(ratios[1:]):.2f} | {accepted:.0f} of {count} |",
+            flush=True,
+        )
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "what", choices=[f.__name__ for f in (speed, steps, context, lookup)]
+    )
+    parser.add_argument("model")
+    parser.add_argument("--bits", type=int, choices=(4, 8), help="of a preset; else 16")
+    parser.add_argument("--prompt-tokens", type=int, nargs="+", default=[512])
+    parser.add_argument("--generation-tokens", type=int, default=128)
+    parser.add_argument("--trials", type=int, default=3)
+    parser.add_argument("--drafts", type=int, default=15, help="at a time, of lookup")
+    options = parser.parse_args()
+    bits = f"{options.bits}-bit" if options.bits else "bf16"
+    preset = options.model in llama.PRESETS
+    options.name = f"{options.model} {bits}" if preset else Path(options.model).name
+    mx.random.seed(0)
+    globals()[options.what](options)
+
+
+if __name__ == "__main__":
+    main()
