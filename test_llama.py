@@ -10,6 +10,7 @@ import ast
 import builtins
 import collections
 import contextlib
+import copy
 import ctypes
 import dataclasses
 import dis
@@ -1203,8 +1204,8 @@ def test_any_text_gets_the_ids_of_hugging_face(name):
 @needs_data
 @pytest.mark.parametrize("name", VOCABULARIES)
 @pytest.mark.parametrize("text", [" ", "a", " \n", "word ", "🙂"])
-def test_a_million_characters_encode_and_come_back(name, text):
-    text = text * (1_000_000 // len(text))
+def test_a_million_bytes_encode_and_come_back(name, text):
+    text = text * (1_000_000 // len(text.encode()))
     ids = tokenizer(name).encode(text)
     assert tokenizer(name).decode(ids) == text
 
@@ -1354,18 +1355,23 @@ def folder_with_template(tmp_path: Path, name: str) -> Path:
     return tmp_path
 
 
+@functools.lru_cache
+def spoken_reference(name: str):
+    """The tokenizer of transformers with a vocabulary, for templates of all families."""
+    return peer("transformers").PreTrainedTokenizerFast(
+        tokenizer_file=str(vocabulary_folder(name) / "tokenizer.json"),
+        bos_token="<|begin_of_text|>" if name == "llama3" else "<s>",
+        eos_token="<|eot_id|>" if name == "llama3" else "</s>",
+    )
+
+
 @needs_data
 @pytest.mark.parametrize("name", JINJA)
 def test_chat_ids_are_those_of_the_jinja_template(name, tmp_path):
-    transformers = peer("transformers")
     folder = folder_with_template(tmp_path, name)
     ours = llama.Tokenizer.from_folder(folder)
     assert ours.template == name
-    reference = transformers.PreTrainedTokenizerFast(
-        tokenizer_file=str(folder / "tokenizer.json"),
-        bos_token="<|begin_of_text|>" if "llama3" in name else "<s>",
-        eos_token="<|eot_id|>" if "llama3" in name else "</s>",
-    )
+    reference = spoken_reference(SPEAKS.get(name, "llama2"))
     # The published templates of Mistral differ in where they put a system text.
     for system in ([], [SYSTEM]) if "mistral" not in name else ([],):
         for turns in (TURNS[:1], TURNS[:3], TURNS, BLANK[:1], BLANK):
@@ -1383,7 +1389,8 @@ def test_turns_added_one_by_one_give_the_ids_of_one_render(name):
 
     Version 3 of Mistral moves the system text to the last message, so not with one.
     """
-    chat = tokenizer(SPEAKS.get(name, "llama2"), name)
+    chat = copy.copy(tokenizer(SPEAKS.get(name, "llama2")))
+    chat.template, chat.chat_format = name, llama.CHAT_FORMATS[name]
     system = [] if name == "mistral-v3" else [SYSTEM]
     before = []
     for n in (1, 3, 5):
@@ -1666,7 +1673,7 @@ def tiktoken_pieces(pattern: str, text: str) -> list[str]:
 @pytest.mark.parametrize("words", [True, False])
 def test_metaspace_is_what_the_older_normalizer_was(scheme, words, tmp_path):
     tokenizers = peer("tokenizers")
-    spec = json.loads((vocabulary_folder("llama2") / "tokenizer.json").read_text())
+    spec = json.loads((vocabulary_folder("stories260K") / "tokenizer.json").read_text())
     step = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme}
     spec |= {"normalizer": None, "pre_tokenizer": step | {"split": words}}
     ours = llama.Tokenizer.from_folder(write_tokenizer(tmp_path, spec))
@@ -2775,16 +2782,17 @@ for folder in sys.argv[2:]:
 @pytest.mark.parametrize(("n", "count"), [(2, 24), (4, 3)])  # four need four cores
 def test_ranks_give_the_logits_and_the_text_of_one_process(n, count, tmp_path):
     biases = {"attention_bias": True, "mlp_bias": True}
-    folders = [split_folder(tmp_path / "4 and 8 bits", bits=4, **biases), STORIES]
+    folders = [split_folder(tmp_path / "4 and 8 bits", bits=4, **biases)]
     if DATA.is_dir():
         folders.append(DATA / "models" / "stories260K")
     if n == 2:
+        folders.append(STORIES)
         tied = biases | {"tie_word_embeddings": True}
         folders.append(split_folder(tmp_path / "a tied head and biases", **tied))
         folders.append(split_folder(tmp_path / "a head of its own"))
         folders.append(dense_copy(STORIES, tmp_path / "stories in float32"))
         if DATA.is_dir():
-            folders.append(quantized_copy(folders[2], tmp_path / "260K at 4 bits"))
+            folders.append(quantized_copy(folders[1], tmp_path / "260K at 4 bits"))
     for status, out, error in (
         ranks := in_ranks(n, tmp_path, "-c", EACH_FOLDER, count, *folders)
     ):
@@ -3499,9 +3507,9 @@ def test_the_same_command_twice_prints_the_same_bytes(folder):
     assert first.stdout == second.stdout != other.stdout
 
 
-def test_twenty_one_shot_runs_end_with_status_0(folder):
+def test_ten_one_shot_runs_end_with_status_0(folder):
     words = ("chat", folder, "--prompt", "x", "--max-tokens", 3)
-    assert [command(*words).returncode for _ in range(20)] == [0] * 20
+    assert [command(*words).returncode for _ in range(10)] == [0] * 10
 
 
 def test_a_reply_as_json(folder):
@@ -3953,7 +3961,7 @@ def test_output_that_goes_nowhere_is_told_in_one_line_or_not_at_all(
     words, out, status, error, folder
 ):
     line = f"'{sys.executable}' llama.py {words.format(folder)} {out}"
-    shell = f"set -o pipefail; {line.replace('| true', '| (sleep 1; true)')}"
+    shell = f"set -o pipefail; {line.replace('| true', '| (sleep 0.5; true)')}"
     done = subprocess.run(
         ["bash", "-c", shell],
         cwd=HERE,
@@ -4213,7 +4221,7 @@ def within(seconds: float, nbytes: int) -> Iterator[None]:
     assert not measured or peak() - before < nbytes, f"{peak() - before:,} bytes"
 
 
-@pytest.mark.parametrize("cases", [int(os.environ.get("LLAMA_TEST_FUZZ", "340"))])
+@pytest.mark.parametrize("cases", [int(os.environ.get("LLAMA_TEST_FUZZ", "200"))])
 def test_a_spoilt_folder_is_used_or_refused_in_one_line(
     cases, folder, tmp_path, capfd, monkeypatch
 ):
@@ -4255,7 +4263,7 @@ def test_a_spoilt_folder_is_used_or_refused_in_one_line(
     assert refused > cases // 2
 
 
-@pytest.mark.parametrize("size", [1_000_000, 4_900_000, 50_000_000])
+@pytest.mark.parametrize("size", [4_900_000, 20_000_000])
 @pytest.mark.parametrize(
     "name",
     ["config", "generation_config", "tokenizer_config", "tokenizer"]
@@ -4548,7 +4556,7 @@ def test_a_session_killed_at_any_moment_keeps_every_completed_turn(folder, tmp_p
     """A turn is complete when the next prompt stands on the screen."""
     rng, everything = np.random.default_rng(0), 0
     words = ("--max-tokens", 2, "--session")
-    for n in range(30):
+    for n in range(15):
         session, completed = tmp_path / f"s{n}", 0
         chat = Terminal("chat", folder, *words, session)
         chat.wait_for(">>> ")
@@ -4567,7 +4575,7 @@ def test_a_session_killed_at_any_moment_keeps_every_completed_turn(folder, tmp_p
             llama.read_header(session)
         assert kept >= completed, n
         everything += completed
-    assert everything > 30  # there was something to lose
+    assert everything > 15  # there was something to lose
 
 
 @pytest.mark.parametrize("content", [b"{", b"[1]", b"\xff", b'1\n"x"'])
@@ -4866,13 +4874,14 @@ CHAT = (HERE / "llama.py", "chat")
 LOST = r"llama.py: error: rank {}(: the| of 2: \[ring\]) connection to .* was lost"
 
 
-def test_ranks_that_cannot_load_say_why_and_end(folder, tmp_path):
+def test_ranks_that_cannot_load_say_why_and_end(folder, tmp_path, monkeypatch, capsys):
     cannot = "3 ranks cannot share 4 heads, 2 key/value heads and an MLP of 64 evenly"
     for n, done in enumerate(in_ranks(3, tmp_path, *CHAT, folder, "--prompt", "x")):
         assert done == (1, "", f"llama.py: error: rank {n} of 3: {cannot}")
-    words = (folder, "--session", tmp_path / "s")
-    for status, _, error in in_ranks(2, tmp_path, *CHAT, *words):
-        assert status == 1 and "--session needs one rank" in error
+    monkeypatch.setattr(llama, "join_ranks", lambda: rank_of(1, 2))
+    assert llama.main(["chat", str(folder), "--session", str(tmp_path / "s")]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("llama.py: error: rank 1 of 2: --session needs one rank")
 
 
 def test_rank_0_alone_reads_and_prints(folder, tmp_path):
