@@ -1202,7 +1202,7 @@ def test_any_text_gets_the_ids_of_hugging_face(name):
 
 
 @needs_data
-@pytest.mark.parametrize("name", VOCABULARIES)
+@pytest.mark.parametrize("name", VOCABULARIES[:3])  # the last is read as llama2
 @pytest.mark.parametrize("text", [" ", "a", " \n", "word ", "🙂"])
 def test_a_million_bytes_encode_and_come_back(name, text):
     text = text * (1_000_000 // len(text.encode()))
@@ -1357,7 +1357,7 @@ def folder_with_template(tmp_path: Path, name: str) -> Path:
 
 @functools.lru_cache
 def spoken_reference(name: str):
-    """The tokenizer of transformers with a vocabulary, for templates of all families."""
+    """The tokenizer of transformers with a vocabulary, for all families' templates."""
     return peer("transformers").PreTrainedTokenizerFast(
         tokenizer_file=str(vocabulary_folder(name) / "tokenizer.json"),
         bos_token="<|begin_of_text|>" if name == "llama3" else "<s>",
@@ -3322,9 +3322,8 @@ def test_twenty_one_processes_end_with_status_0(folder, ending):
     program = f"import llama; engine = llama.Engine({str(folder)!r});"
     program += f"reply = engine.complete('x'); next(reply); {ending}"
     command = [sys.executable, "-c", program]
-    for _ in range(7):
-        done = subprocess.run(command, cwd=HERE, timeout=60, check=False)
-        assert done.returncode == 0
+    running = [subprocess.Popen(command, cwd=HERE) for _ in range(7)]
+    assert [process.wait(60) for process in running] == [0] * 7
 
 
 def turns(engine: llama.Engine) -> list:
