@@ -3284,7 +3284,10 @@ def verdict(
         return 0, "does not fit"
     usual = weights + cache * min(longest, DEFAULT_CONTEXT)
     word = "fits" if usual <= 0.8 * memory else "tight"
-    return context, f"{word}, context {context:,}, ~{speed / weights:,.1f} tokens/s"
+    return (
+        context,
+        f"{word}, context {context:,}, up to {speed / weights:,.1f} tokens/s",
+    )
 
 
 PARTS = {  # where parameters are, by what their names contain
