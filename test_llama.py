@@ -2620,6 +2620,14 @@ def test_a_fused_model_decodes_as_before(kernels, tied):
     assert mx.array_equal(in_parts(fused, both, [2, 3]), wanted)
 
 
+def test_a_fused_model_holds_nothing_twice(kernels):
+    model = four_bit_model(tied=False)
+    mx.eval(model.parameters())
+    held = mx.get_active_memory()
+    llama.fuse(model)
+    assert mx.get_active_memory() < held + 100_000
+
+
 def test_what_the_kernels_do_not_take_stays_as_it_is(kernels):
     def fused(model):
         llama.fuse(model)
