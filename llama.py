@@ -3153,19 +3153,15 @@ def printable(text: str) -> str:
 
 
 def styled(stream: TextIO) -> bool:
-    """Return whether escape sequences may be written to a stream."""
-    return stream.isatty() and os.environ.get("TERM") != "dumb"
-
-
-def coloured(stream: TextIO) -> bool:
-    """Return whether colours are wanted on a stream: https://no-color.org."""
-    return styled(stream) and not os.environ.get("NO_COLOR")
+    """Return whether escape sequences are wanted on a stream: https://no-color.org."""
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    return stream.isatty() and not plain
 
 
 def note(text: str) -> None:
     """Print a line about what goes on, dim where colour is wanted."""
     text = printable(text)
-    if coloured(sys.stderr):
+    if styled(sys.stderr):
         text = f"\x1b[2m{text}\x1b[0m"
     print(text, file=sys.stderr, flush=True)
 
@@ -3739,7 +3735,7 @@ class LineEditor:
             print(prompt, end="", file=sys.stderr, flush=True)
             return input()
         backend = getattr(self.readline, "__doc__", None) or "libedit"
-        if coloured(sys.stdout) and "libedit" not in backend:
+        if styled(sys.stdout) and "libedit" not in backend:
             # Between 1 and 2: what takes no room, for GNU readline to reckon with.
             prompt = f"\x01\x1b[2m\x02{prompt}\x01\x1b[0m\x02"
         return input(prompt)

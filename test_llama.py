@@ -4863,17 +4863,14 @@ def test_no_colour_where_it_is_not_wanted(folder, environment):
     assert "\x1b[2m" not in chat.screen and "seed" in chat.screen
 
 
-@pytest.mark.parametrize(
-    ("environment", "escapes"),
-    [({"TERM": "dumb"}, "\x1b"), ({"NO_COLOR": "1"}, r"\x1b\[[0-9;]*m")],
-)
-def test_a_conversation_without_escapes(environment, escapes, folder):
+@pytest.mark.parametrize("environment", [{"TERM": "dumb"}, {"NO_COLOR": "1"}])
+def test_a_conversation_without_escapes(environment, folder):
     chat, seen = Terminal("chat", folder, "--max-tokens", 2, **environment), ""
     for typed in ("x" * 200 + "\r", "/help\r", CTRL_D):
         seen += chat.wait_for(">>> ")
         chat.type(typed)
     assert chat.status() == 0
-    assert not re.search(escapes, seen + chat.screen)
+    assert "\x1b" not in seen + chat.screen
 
 
 CHAT = (HERE / "llama.py", "chat")
