@@ -478,12 +478,15 @@ class QuantizedMatrix(nn.Module):
 
     def as_linear(self, x: mx.array) -> mx.array:
         """Return x W^T for x (..., columns), unpacking W on the fly."""
-        packed = self.weight, self.scales, self.get("biases")
-        settings = {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
+        packed = self["weight"], self["scales"], self.get("biases")
         # On CUDA it takes less time to unpack all of W first, once x has many rows.
-        if x.size // x.shape[-1] >= MANY_ROWS and mx.cuda.is_available():
-            return x @ mx.dequantize(*packed, **settings).T
-        return mx.quantized_matmul(x, *packed, transpose=True, **settings)
+        many = x.ndim > 2 and x.size >= MANY_ROWS * x.shape[-1]
+        if many and mx.cuda.is_available():
+            whole = mx.dequantize(*packed, self.group_size, self.bits, self.mode)
+            return x @ whole.T
+        return mx.quantized_matmul(
+            x, *packed, True, self.group_size, self.bits, self.mode
+        )
 
 
 class QuantizedLinear(QuantizedMatrix):
@@ -736,6 +739,7 @@ class KVCache:
 
 
 FEW_ROWS, LONG = 16, 128  # tokens: at most, of drafts; at least, of a prompt
+LARGE = 32_000_000  # bytes of a layer's cache, at least
 
 
 class Attention(nn.Module):
@@ -840,7 +844,7 @@ class TransformerBlock(nn.Module):
 class LlamaModel(nn.Module):
     """The stack without its head: tokens (B, L) -> normed residual stream (B, L, D).
 
-    Tokens (B,), one each, give (B, D).
+    Where L is 1, (B, D).
     """
 
     def __init__(self, args: ModelArgs):
@@ -858,22 +862,33 @@ class LlamaModel(nn.Module):
             TransformerBlock(args, rope) for _ in range(args.num_hidden_layers)
         ]
         self.norm = nn.RMSNorm(args.hidden_size, args.rms_norm_eps)
+        self.halfway = collections.deque([mx.array(0)])  # x, as of the last tokens
 
     def __call__(
         self, tokens: mx.array, cache: list[KVCache] | None = None
     ) -> mx.array:
         # An embedding in mxfp4 has no dtype of its own: the norms set the stream's.
         x = self.embed_tokens(tokens).astype(self.norm.weight.dtype)
-        # A long part of a prompt is computed as its layers are built, one in advance:
-        # all at once, the device would hold what every layer made until the last.
-        long = tokens.ndim == 2 and tokens.size >= LONG
-        step_by_step, before = cache is not None and long, x
+        if tokens.shape[1] == 1:
+            x = x[:, 0]
+        # Until a graph is through, it holds all that it makes, and a cache that it reads
+        # is copied by the next one, not written in place. So where that is much, there
+        # is more than one graph, and a wait: of a prompt, one for each layer, one in
+        # advance; over a large cache, two halves, behind those of the last tokens.
+        prompt = cache is not None and x.ndim == 3 and tokens.size >= LONG
+        large = cache and sum(array.nbytes for array in cache[0].state) >= LARGE
+        half, before = len(self.layers) // 2, x
         cache = cache or [None] * len(self.layers)
-        for layer, layer_cache in zip(self.layers, cache, strict=True):
-            if step_by_step:
+        for n, (layer, layer_cache) in enumerate(zip(self.layers, cache, strict=True)):
+            if prompt:
                 mx.async_eval(x)
                 mx.eval(before)
                 before = x
+            elif large and n == half:
+                mx.eval(self.halfway.popleft())
+                mx.async_eval(x)
+                mx.eval(tokens)  # which come at the end of the last tokens' graph
+                self.halfway.append(x)
             x = layer(x, layer_cache)
         return self.norm(x)
 
@@ -906,7 +921,7 @@ class Llama(nn.Module):
         Returns (B, L or n, V) in the dtype of the weights.
         """
         one = tokens.shape[1] == 1
-        x = self.model(tokens[:, 0] if one else tokens, cache)
+        x = self.model(tokens, cache)
         if logits_to_keep is not None and not one:
             x = x[:, x.shape[1] - logits_to_keep :]
         head = self.lm_head if "lm_head" in self else self.model.embed_tokens.as_linear
@@ -1970,7 +1985,7 @@ class Step(NamedTuple):
     """A pass over one token and drafts of those that follow it, launched."""
 
     drafts: list[int]
-    sampled: mx.array  # (1 + len(drafts),), what follows each
+    sampled: mx.array  # (1, 1 + len(drafts)), what follows each
     samplers: list[Callable]  # as they are after each
     logits: mx.array  # (1, V) after the last
 
@@ -1982,17 +1997,17 @@ def launch(
     cache: list,
     sampler: Callable[[mx.array], mx.array],
 ) -> Step:
-    """Return the step that reads token (1,) and drafts, without waiting for it."""
-    tokens = token[:, None]
+    """Return the step that reads token (1, 1) and drafts, without waiting for it."""
+    tokens = token
     if drafts:
-        tokens = mx.concatenate([tokens, mx.array([drafts], tokens.dtype)], axis=1)
+        tokens = mx.concatenate([token, mx.array([drafts], token.dtype)], axis=1)
     rows = tokens.shape[1]
     logits, sampled, samplers = model(tokens, cache, logits_to_keep=rows), [], []
     for row in range(rows):
         sampler = copy.copy(sampler)  # its state, for when later rows are rejected
         sampled.append(sampler(logits[:, row]))
         samplers.append(sampler)
-    sampled = mx.concatenate(sampled) if drafts else sampled[0]
+    sampled = (mx.concatenate(sampled) if drafts else sampled[0])[None]
     mx.async_eval(sampled)
     return Step(drafts, sampled, samplers, logits[:, -1])
 
@@ -2002,7 +2017,7 @@ def agreed(step: Step, cache: list) -> list[int]:
 
     A draft is right where the sampler picked it too; what was picked after it holds.
     """
-    values = step.sampled.tolist()
+    (values,) = step.sampled.tolist()
     right = (draft == value for draft, value in zip(step.drafts, values))
     kept = values[: 1 + sum(itertools.takewhile(bool, right))]
     for layer in cache if len(kept) < len(values) else ():
@@ -2029,7 +2044,7 @@ def decode(
     """
     end = cache[0].offset  # of what the cache is to hold
     limit = end + (math.inf if max_tokens is None else max_tokens)
-    step = Step([], sampler(logits), [sampler], logits)
+    step = Step([], sampler(logits)[None], [sampler], logits)
     mx.async_eval(step.sampled)
     try:
         for count in itertools.count(1):
@@ -2057,7 +2072,7 @@ def decode(
             room = min(cache[0].capacity, limit - 1) - cache[0].offset
             if step.drafts and room > 0:
                 last, drafts = len(kept) - 1, lookup.drafts()[: room - 1]
-                token, sampler = step.sampled[last : last + 1], step.samplers[last]
+                token, sampler = step.sampled[:, last : last + 1], step.samplers[last]
                 ahead = launch(model, token, drafts, cache, sampler)
             if ahead is None:
                 return "context"
