@@ -1340,6 +1340,30 @@ CONTROL = re.compile(
 )
 
 
+def in_time(seconds: float, function: Callable[[], list]) -> list:
+    """Return what a function does, run in a thread of its own, or raise its ValueError.
+
+    Raises ValueError if it takes longer, which a regular expression can; the thread is
+    then left to itself, since nothing can stop it.
+    """
+    outcome = queue.SimpleQueue()
+
+    def run() -> None:
+        try:
+            outcome.put((function(), None))
+        except ValueError as error:
+            outcome.put((None, error))
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        result, error = outcome.get(timeout=seconds)
+    except queue.Empty:
+        raise ValueError(f"it takes longer than {seconds:.1f} s") from None
+    if error is not None:
+        raise error
+    return result
+
+
 @dataclass(eq=False)
 class Tokenizer:
     """Text to ids and back, and conversations to ids."""
@@ -1405,15 +1429,16 @@ class Tokenizer:
         cuts = [0]
         for run in re.finditer(r"\s+", text):
             cuts += range(run.start() + LONGEST_RUN, run.end(), LONGEST_RUN)
-        ranks = []
-        for start, end in zip(cuts, [*cuts[1:], None]):
-            try:
-                # encode_ordinary panics, which Rust prints, where this raises.
-                ranks += self._bpe.encode(text[start:end], disallowed_special=())
-            except ValueError as error:
-                raise ValueError(f"{self.source}: the split fails: {error}") from None
-        if EMPTY in ranks:
-            raise ValueError(f"{self.source}: the split fails: it matches no text")
+        parts = [text[start:end] for start, end in zip(cuts, [*cuts[1:], None])]
+        try:
+            # encode_ordinary panics, which Rust prints, where encode raises.
+            split = functools.partial(self._bpe.encode, disallowed_special=())
+            ranks = in_time(3 + len(text) / 100_000, lambda: [*map(split, parts)])
+            ranks = [*itertools.chain(*ranks)]
+            if EMPTY in ranks:
+                raise ValueError("it matches no text")
+        except ValueError as error:
+            raise ValueError(f"{self.source}: the split fails: {error}") from None
         return [i for rank in ranks for i in own.ids[rank]]
 
     def encode_chat(
