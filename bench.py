@@ -3,7 +3,8 @@ noisy machine. Needs mlx-lm; run it with nothing else on the machine.
 
     python bench.py speed 8b --bits 4        prefill, decode and peak memory of both
     python bench.py steps 8b --bits 4        what one decode step is made of, in both
-    python bench.py context 8b --bits 4      decode as the context grows, and a chat's turns
+    python bench.py context 8b --bits 4      prefill, decode, memory as the context grows
+    python bench.py turns stories            what each turn of a chat reads anew
     python bench.py lookup 8b                prompt lookup, on copying and on free text
 
 MODEL is a preset, whose random weights both tools share, or a folder, which each loads.
@@ -150,27 +151,72 @@ def steps(options):
         )
 
 
+def cached_bytes(cache):
+    return sum(array.nbytes for layer in cache for array in layer.state)
+
+
+def flop_of_prompt(args, length):
+    """Return the operations that a prompt takes: every weight of the layers for each
+    token, and each token of the attention for each that it sees."""
+    H, Hkv, Dh = args.num_attention_heads, args.num_key_value_heads, args.head_dim
+    D, F = args.hidden_size, args.intermediate_size
+    weights = D * (2 * H + 2 * Hkv) * Dh + 3 * D * F
+    return args.num_hidden_layers * (2 * weights * length + 2 * H * Dh * length**2)
+
+
 def context(options):
+    """Prefill and peak of one length after another, then decode of all, turn about."""
     model, _ = both_models(options)
-    args, read = model.args, weight_bytes_read(model)
-    dtype = model.model.norm.weight.dtype
-    per_token = llama.kv_bytes_per_token(args, dtype.size)
-    first = None
-    for length in options.prompt_tokens:
-        ids = random_ids(model, length)
-        runs = [
-            ours(model, ids, options.generation_tokens)
-            for _ in range(options.trials + 1)
-        ][1:]
-        seconds, decode, peak = (median(column) for column in zip(*runs))
-        nbytes = read + per_token * (length + options.generation_tokens / 2)
-        first = first or (1 / decode, nbytes)
-        measured, predicted = 1 / decode / first[0], nbytes / first[1]
+    lengths, count = options.prompt_tokens, options.generation_tokens
+    caches = {length: model.make_cache(length + count) for length in lengths}
+    rows, times = {}, {length: [] for length in lengths}
+    for length, cache in caches.items():
+        ids, others = random_ids(model, length), sum(map(cached_bytes, caches.values()))
+        for _ in range(2):  # the first makes plans for every step
+            for layer in cache:
+                layer.trim(layer.offset)
+            tokens = llama.generate(model, ids, max_tokens=count, cache=cache)
+            seconds, _, peak = timed(tokens)
+        tflops = flop_of_prompt(model.args, length) / seconds / 1e12
+        rows[length] = length / seconds, tflops, peak - others / 1e9
+    for _ in range(options.trials + 1):
+        for length, cache in caches.items():
+            for layer in cache:
+                layer.trim(layer.offset - length)
+            tokens = llama.generate(model, [1], max_tokens=count - 1, cache=cache)
+            times[length].append(1e3 / timed(tokens)[1])
+    read, first = weight_bytes_read(model), None
+    weights = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
+    for length, cache in caches.items():
+        prefill, tflops, peak = rows[length]
+        took, nbytes = median(times[length][1:]), read + cached_bytes(cache)
+        first = first or (took, nbytes)
         print(
-            f"| {options.name} | {length:,} | {length / seconds:,.0f} | "
-            f"{1e3 / decode:.2f} | {measured:.2f} | {predicted:.2f} | {peak:.2f} |",
+            f"| {options.name} | {length:,} | {prefill:,.0f} | {tflops:,.2f} | "
+            f"{took:.2f} | {took / first[0]:.2f} | {nbytes / first[1]:.2f} | {peak:.2f} | "
+            f"{(weights + cached_bytes(cache)) / 1e9:.2f} |",
             flush=True,
         )
+
+
+def turns(options):
+    """What each turn of a chat reads, and what of it is new."""
+    messages = []
+    with llama.Engine(llama.find_folder(options.model)) as engine:
+        for turn in range(10):
+            messages.append(
+                {"role": "user", "content": f"Tell me story number {turn}."}
+            )
+            reply = engine.chat(
+                messages, max_tokens=options.generation_tokens, seed=turn
+            )
+            messages.append({"role": "assistant", "content": "".join(reply)})
+            stats = reply.stats
+            print(
+                f"| {turn + 1} | {stats.prompt_tokens} | {stats.reused_tokens} | "
+                f"{stats.prompt_tokens - stats.reused_tokens} |",
+                flush=True,
+            )
 
 
 def lookup(options):
@@ -211,7 +257,7 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "what", choices=[f.__name__ for f in (speed, steps, context, lookup)]
+        "what", choices=[f.__name__ for f in (speed, steps, context, turns, lookup)]
     )
     parser.add_argument("model")
     parser.add_argument("--bits", type=int, choices=(4, 8), help="of a preset; else 16")
