@@ -60,16 +60,14 @@ def timed(tokens):
     return times[1] - times[0], decode, mx.get_peak_memory() / 1e9
 
 
-def ours(model, ids, count, **options):
-    def tokens():  # the cache is part of the work
-        cache = model.make_cache(len(ids) + count)
-        yield from llama.generate(model, ids, max_tokens=count, cache=cache, **options)
-
-    return timed(tokens())
+def ours(model, ids, count, cache=None, **options):
+    cache = cache or model.make_cache(len(ids) + count)
+    return timed(llama.generate(model, ids, max_tokens=count, cache=cache, **options))
 
 
-def theirs(model, ids, count):
-    return timed(generate_step(mx.array(ids), model, max_tokens=count))
+def theirs(model, ids, count, cache):
+    ids = mx.array(ids)
+    return timed(generate_step(ids, model, max_tokens=count, prompt_cache=cache))
 
 
 def random_ids(model, count):
@@ -91,23 +89,33 @@ def weight_bytes_read(model):
 
 
 def speed(options):
+    """Prompts from an empty cache, then replies from the last of them, turn about."""
     model, other = both_models(options)
     bandwidth, read = llama.copy_bandwidth(), weight_bytes_read(model)
+    count = options.generation_tokens
     for length in options.prompt_tokens:
-        ids, count = random_ids(model, length), options.generation_tokens
-        runs = [
-            (ours(model, ids, count), theirs(other, ids, count))
-            for _ in range(options.trials + 1)
-        ][1:]  # the first compiles kernels
-        us, them = ([median(column) for column in zip(*side)] for side in zip(*runs))
-        pairs = [(b[0] / a[0], a[1] / b[1]) for a, b in runs]
-        prefill, decode = (median(column) for column in zip(*pairs))
-        share = read * us[1] / bandwidth
+        ids, prompts, replies = random_ids(model, length), [], []
+        for _ in range(options.trials + 1):  # the first compiles kernels
+            mine, peers = model.make_cache(length + count), make_prompt_cache(other)
+            prompts.append((ours(model, ids, 9, mine), theirs(other, ids, 9, peers)))
+        for _ in range(4 * options.trials + 1):
+            for layer in (*mine, *peers):
+                layer.trim(layer.offset - length)
+            us = ours(model, [1], count - 1, mine)
+            replies.append((us, theirs(other, [1], count - 1, peers)))
+        us, them = zip(*prompts[1:])
+        first = [median(seconds for seconds, _, _ in side) for side in (us, them)]
+        peak = [max(gb for _, _, gb in side) for side in zip(*prompts[1:], *replies)]
+        decode = [median(run[1] for run in side) for side in zip(*replies[1:])]
+        ratios = (
+            median(b[0] / a[0] for a, b in prompts[1:]),
+            median(a[1] / b[1] for a, b in replies[1:]),
+        )
         print(
-            f"| {options.name} | {length:,} | {length / us[0]:,.1f} | "
-            f"{length / them[0]:,.1f} | {prefill:.2f} | {us[1]:,.1f} | {them[1]:,.1f} | "
-            f"{decode:.2f} | {share:.0%} | {us[2]:.2f} | {them[2]:.2f} | "
-            f"{us[2] / them[2]:.2f} |",
+            f"| {options.name} | {length:,} | {length / first[0]:,.1f} | "
+            f"{length / first[1]:,.1f} | {ratios[0]:.2f} | {decode[0]:,.1f} | "
+            f"{decode[1]:,.1f} | {ratios[1]:.2f} | {read * decode[0] / bandwidth:.0%} | "
+            f"{peak[0]:.2f} | {peak[1]:.2f} | {peak[0] / peak[1]:.2f} |",
             flush=True,
         )
 

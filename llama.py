@@ -484,9 +484,8 @@ class QuantizedMatrix(nn.Module):
         if many and mx.cuda.is_available():
             whole = mx.dequantize(*packed, self.group_size, self.bits, self.mode)
             return x @ whole.T
-        return mx.quantized_matmul(
-            x, *packed, True, self.group_size, self.bits, self.mode
-        )
+        settings = True, self.group_size, self.bits, self.mode  # True: transposed
+        return mx.quantized_matmul(x, *packed, *settings)
 
 
 class QuantizedLinear(QuantizedMatrix):
@@ -494,7 +493,7 @@ class QuantizedLinear(QuantizedMatrix):
 
     def __call__(self, x: mx.array) -> mx.array:
         x = self.as_linear(x)
-        return x + self.bias if "bias" in self else x
+        return x + self["bias"] if "bias" in self else x
 
 
 class QuantizedEmbedding(QuantizedMatrix):
