@@ -50,24 +50,33 @@ def both_models(options):
     return model, other
 
 
-def timed(tokens):
-    """Return (seconds to the first token, tokens/s after it, peak GB)."""
+def cached_bytes(cache):
+    filled = [layer for layer in cache if layer.keys is not None]
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in filled)
+
+
+def timed(tokens, others=()):
+    """Return (seconds to the first token, tokens/s after it, peak GB without the cache
+    of others)."""
     mx.clear_cache()
     mx.reset_peak_memory()
     times = [time.perf_counter()]
     times += [time.perf_counter() for _ in tokens]
     decode = (len(times) - 2) / (times[-1] - times[1]) if len(times) > 2 else 0.0
-    return times[1] - times[0], decode, mx.get_peak_memory() / 1e9
+    peak = mx.get_peak_memory() - cached_bytes(others)
+    return times[1] - times[0], decode, peak / 1e9
 
 
-def ours(model, ids, count, cache=None, **options):
+def ours(model, ids, count, cache=None, others=(), **options):
     cache = cache or model.make_cache(len(ids) + count)
-    return timed(llama.generate(model, ids, max_tokens=count, cache=cache, **options))
+    tokens = llama.generate(model, ids, max_tokens=count, cache=cache, **options)
+    return timed(tokens, others)
 
 
-def theirs(model, ids, count, cache):
+def theirs(model, ids, count, cache, others):
     ids = mx.array(ids)
-    return timed(generate_step(ids, model, max_tokens=count, prompt_cache=cache))
+    tokens = generate_step(ids, model, max_tokens=count, prompt_cache=cache)
+    return timed(tokens, others)
 
 
 def random_ids(model, count):
@@ -97,12 +106,13 @@ def speed(options):
         ids, prompts, replies = random_ids(model, length), [], []
         for _ in range(options.trials + 1):  # the first compiles kernels
             mine, peers = model.make_cache(length + count), make_prompt_cache(other)
-            prompts.append((ours(model, ids, 9, mine), theirs(other, ids, 9, peers)))
+            us = ours(model, ids, 9, mine, peers)
+            prompts.append((us, theirs(other, ids, 9, peers, mine)))
         for _ in range(4 * options.trials + 1):
             for layer in (*mine, *peers):
                 layer.trim(layer.offset - length)
-            us = ours(model, [1], count - 1, mine)
-            replies.append((us, theirs(other, [1], count - 1, peers)))
+            us = ours(model, [1], count - 1, mine, peers)
+            replies.append((us, theirs(other, [1], count - 1, peers, mine)))
         us, them = zip(*prompts[1:])
         first = [median(seconds for seconds, _, _ in side) for side in (us, them)]
         peak = [max(gb for _, _, gb in side) for side in zip(*prompts[1:], *replies)]
@@ -159,10 +169,6 @@ def steps(options):
         )
 
 
-def cached_bytes(cache):
-    return sum(array.nbytes for layer in cache for array in layer.state)
-
-
 def flop_of_prompt(args, length):
     """Return the operations that a prompt takes: every weight of the layers for each
     token, and each token of the attention for each that it sees."""
@@ -179,14 +185,17 @@ def context(options):
     caches = {length: model.make_cache(length + count) for length in lengths}
     rows, times = {}, {length: [] for length in lengths}
     for length, cache in caches.items():
-        ids, others = random_ids(model, length), sum(map(cached_bytes, caches.values()))
+        ids = random_ids(model, length)
+        others = [
+            layer for other in caches.values() if other is not cache for layer in other
+        ]
         for _ in range(2):  # the first makes plans for every step
             for layer in cache:
                 layer.trim(layer.offset)
             tokens = llama.generate(model, ids, max_tokens=count, cache=cache)
-            seconds, _, peak = timed(tokens)
+            seconds, _, peak = timed(tokens, others)
         tflops = flop_of_prompt(model.args, length) / seconds / 1e12
-        rows[length] = length / seconds, tflops, peak - others / 1e9
+        rows[length] = length / seconds, tflops, peak
     for _ in range(options.trials + 1):
         for length, cache in caches.items():
             for layer in cache:
