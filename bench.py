@@ -5,6 +5,7 @@ noisy machine. Needs mlx-lm; run it with nothing else on the machine.
     python bench.py steps 8b --bits 4        what one decode step is made of, in both
     python bench.py context 8b --bits 4      prefill, decode, memory as the context grows
     python bench.py turns stories            what each turn of a chat reads anew
+    python bench.py memory FOLDER            weights, load, cache, peak, Python's own: MB
     python bench.py lookup 8b                prompt lookup, on copying and on free text
 
 MODEL is a preset, whose random weights both tools share, or a folder, which each loads.
@@ -17,6 +18,7 @@ import dataclasses
 import re
 import statistics
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -236,6 +238,30 @@ def turns(options):
             )
 
 
+def anonymous_bytes():
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(r"RssAnon:\s+(\d+)", status)[1])
+
+
+def memory(options):
+    """The most anonymous memory, on Linux, that loading a folder and a reply take."""
+    before, highest, ended = anonymous_bytes(), [], threading.Event()
+
+    def watch():
+        while not ended.wait(0.002):
+            highest.append(anonymous_bytes() - before)
+
+    threading.Thread(target=watch).start()
+    model = llama.load_model(llama.find_folder(options.model))
+    loaded, weights = max(highest), sum(a.nbytes for _, a in tree_flatten(model))
+    cache = model.make_cache(options.context)
+    ids = random_ids(model, options.prompt_tokens[0])
+    ours(model, ids, options.generation_tokens, cache)
+    ended.set()
+    parts = (weights, loaded, cached_bytes(cache), max(highest), before)
+    print(f"| {options.name} | " + " | ".join(f"{n / 1e6:,.1f}" for n in parts) + " |")
+
+
 def lookup(options):
     """A sampler that returns to the prompt makes a copy of it, whatever the weights."""
     model, _ = both_models(options)
@@ -274,12 +300,14 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "what", choices=[f.__name__ for f in (speed, steps, context, turns, lookup)]
+        "what",
+        choices=[f.__name__ for f in (speed, steps, context, turns, memory, lookup)],
     )
     parser.add_argument("model")
     parser.add_argument("--bits", type=int, choices=(4, 8), help="of a preset; else 16")
     parser.add_argument("--prompt-tokens", type=int, nargs="+", default=[512])
     parser.add_argument("--generation-tokens", type=int, default=128)
+    parser.add_argument("--context", type=int, default=8192, help="tokens, of memory")
     parser.add_argument("--trials", type=int, default=3)
     parser.add_argument("--drafts", type=int, default=15, help="at a time, of lookup")
     options = parser.parse_args()
