@@ -1098,6 +1098,27 @@ def test_a_long_part_of_a_prompt_is_computed_as_its_layers_are_built(monkeypatch
     assert len(order) == 4  # not without a cache, as in training; not for a few
 
 
+def test_a_token_over_a_large_cache_is_launched_in_halves_behind_the_last(monkeypatch):
+    model = fill(llama.Llama(llama.ModelArgs.from_dict(CONFIG)), CONFIG)
+    tokens = mx.array(random_tokens(CONFIG, length=12))
+    wanted, order, launch, wait = model(tokens), [], mx.async_eval, mx.eval
+    monkeypatch.setattr(
+        mx, "async_eval", lambda x: order.append(("go", x)) or launch(x)
+    )
+    monkeypatch.setattr(mx, "eval", lambda x: order.append(("wait", x)) or wait(x))
+    cache, got = model.make_cache(12), []
+    for n in range(12):
+        if n == 10:
+            monkeypatch.setattr(llama, "LARGE", 1)
+        got.append(model(tokens[:, n : n + 1], cache))
+        assert len(order) == 3 * max(n - 9, 0)  # not over a small cache
+    assert_close(mx.concatenate(got, axis=1), np.array(wanted), 1e-5)
+    (_, first), (_, half), (_, token), (_, again), *_ = order
+    assert [kind for kind, _ in order] == ["wait", "go", "wait"] * 2
+    assert token.tolist() == tokens[:, 10:11].tolist()
+    assert again is half and first is not half
+
+
 def test_what_is_done_otherwise_on_cuda_gives_the_same(monkeypatch):
     model = fill(llama.Llama(llama.ModelArgs.from_dict(WIDE)), WIDE)
     llama.quantize(model, group_size=32, bits=8)
