@@ -2050,12 +2050,53 @@ def agreed(step: Step, cache: list) -> list[int]:
     return kept
 
 
+def passes(
+    model: Callable,
+    logits: mx.array,
+    cache: list,
+    sampler: Callable[[mx.array], mx.array],
+    lookup: Lookup | None,
+    limit: float,
+) -> Iterator[list[int]]:
+    """Yield what each pass of the model adds, one id or more; the first from logits.
+
+    Drafts are read together with the token before them, and kept while the sampler, run
+    on the model's own logits, picks the same: the text is what it would be without
+    them. Ends when the cache would hold more than `limit` tokens.
+    """
+    step = Step([], sampler(logits)[None], [sampler], logits)
+    mx.async_eval(step.sampled)
+    for count in itertools.count(1):
+        ahead, room = None, limit - cache[0].offset
+        if not step.drafts and room > 0:
+            # Whatever the one token is, it is kept: the step that reads it is launched
+            # before it is known, so that Python works while the device does. Until then
+            # the first draft stands for it.
+            drafts = lookup.drafts()[1:room] if lookup else []
+            ahead = launch(model, step.sampled, drafts, cache, step.samplers[0])
+        kept = agreed(step, cache)
+        yield kept
+        if lookup:
+            lookup.extend(kept)
+            lookup.accepted += len(kept) - 1
+        last, room = len(kept) - 1, limit - cache[0].offset
+        if step.drafts and room > 0:
+            token, sampler = step.sampled[:, last : last + 1], step.samplers[last]
+            drafts = lookup.drafts()[: room - 1]
+            ahead = launch(model, token, drafts, cache, sampler)
+        if ahead is None:
+            return
+        step = ahead
+        if count % 256 == 0:
+            require_numbers(step.logits)
+            mx.clear_cache()  # buffers of past sizes would pile up
+
+
 def decode(
     model: Callable,
     logits: mx.array,
     cache: list,
     sampler: Callable[[mx.array], mx.array],
-    *,
     lookup: Lookup | None,
     max_tokens: int | None,
     stop_tokens: Iterable[int],
@@ -2063,25 +2104,13 @@ def decode(
 ) -> Iterator[int]:
     """Yield one id after another, the first sampled from logits (1, V).
 
-    The arguments, and what it returns in the end, are those of generate. Drafts are
-    read together with the token before them, and kept while the sampler, run on the
-    model's own logits, picks the same: the text is what it would be without them.
+    The arguments, and what it returns in the end, are those of generate.
     """
     end = cache[0].offset  # of what the cache is to hold
     limit = end + (math.inf if max_tokens is None else max_tokens)
-    step = Step([], sampler(logits)[None], [sampler], logits)
-    mx.async_eval(step.sampled)
+    room = min(cache[0].capacity, limit - 1)  # the last token is not read
     try:
-        for count in itertools.count(1):
-            ahead = None
-            room = min(cache[0].capacity, limit - 1) - cache[0].offset
-            if not step.drafts and room > 0:
-                # Whatever the one token is, it is kept: the step that reads it is
-                # launched before it is known, so that Python works while the device
-                # does. Until then the first draft stands for it.
-                drafts = lookup.drafts()[1:room] if lookup else []
-                ahead = launch(model, step.sampled, drafts, cache, step.samplers[0])
-            kept = agreed(step, cache)
+        for kept in passes(model, logits, cache, sampler, lookup, room):
             for value in kept:
                 if value in stop_tokens:
                     return "stop"
@@ -2091,20 +2120,7 @@ def decode(
                     return "length"
             if cancelled is not None and cancelled():
                 return "cancelled"
-            if lookup:
-                lookup.extend(kept)
-                lookup.accepted += len(kept) - 1
-            room = min(cache[0].capacity, limit - 1) - cache[0].offset
-            if step.drafts and room > 0:
-                last, drafts = len(kept) - 1, lookup.drafts()[: room - 1]
-                token, sampler = step.sampled[:, last : last + 1], step.samplers[last]
-                ahead = launch(model, token, drafts, cache, sampler)
-            if ahead is None:
-                return "context"
-            step = ahead
-            if count % 256 == 0:
-                require_numbers(step.logits)
-                mx.clear_cache()  # buffers of past sizes would pile up
+        return "context"
     finally:
         for layer in cache:  # the step that was launched ahead is not wanted
             layer.trim(max(layer.offset - end, 0))
@@ -2158,12 +2174,8 @@ def generate(
     sampler = sampler or functools.partial(mx.argmax, axis=-1)
     if lookup is not None:
         lookup.extend(prompt)
-    ends = {"max_tokens": max_tokens, "stop_tokens": frozenset(stop_tokens)}
-    return (
-        yield from decode(
-            model, logits, cache, sampler, lookup=lookup, **ends, cancelled=cancelled
-        )
-    )
+    ends = max_tokens, frozenset(stop_tokens), cancelled
+    return (yield from decode(model, logits, cache, sampler, lookup, *ends))
 
 
 # -----------------------------------------------------------------------------
