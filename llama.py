@@ -1339,30 +1339,6 @@ CONTROL = re.compile(
 )
 
 
-def in_time(seconds: float, function: Callable[[], list]) -> list:
-    """Return what a function does, run in a thread of its own, or raise its ValueError.
-
-    Raises ValueError if it takes longer, which a regular expression can; the thread is
-    then left to itself, since nothing can stop it.
-    """
-    outcome = queue.SimpleQueue()
-
-    def run() -> None:
-        try:
-            outcome.put((function(), None))
-        except ValueError as error:
-            outcome.put((None, error))
-
-    threading.Thread(target=run, daemon=True).start()
-    try:
-        result, error = outcome.get(timeout=seconds)
-    except queue.Empty:
-        raise ValueError(f"it takes longer than {seconds:.1f} s") from None
-    if error is not None:
-        raise error
-    return result
-
-
 @dataclass(eq=False)
 class Tokenizer:
     """Text to ids and back, and conversations to ids."""
@@ -1429,16 +1405,26 @@ class Tokenizer:
         for run in re.finditer(r"\s+", text):
             cuts += range(run.start() + LONGEST_RUN, run.end(), LONGEST_RUN)
         parts = [text[start:end] for start, end in zip(cuts, [*cuts[1:], None])]
+        # In a thread: nothing can stop a regular expression that takes for ever.
+        outcome, seconds = queue.SimpleQueue(), 3 + len(text) / 100_000
+        threading.Thread(target=self._rank, args=(parts, outcome), daemon=True).start()
         try:
-            # encode_ordinary panics, which Rust prints, where encode raises.
-            split = functools.partial(self._bpe.encode, disallowed_special=())
-            ranks = in_time(3 + len(text) / 100_000, lambda: [*map(split, parts)])
-            ranks = [*itertools.chain(*ranks)]
-            if EMPTY in ranks:
-                raise ValueError("it matches no text")
-        except ValueError as error:
-            raise ValueError(f"{self.source}: the split fails: {error}") from None
+            ranks = outcome.get(timeout=seconds)
+        except queue.Empty:
+            ranks = ValueError(f"it takes longer than {seconds:.1f} s")
+        if isinstance(ranks, ValueError):
+            raise ValueError(f"{self.source}: the split fails: {ranks}")
         return [i for rank in ranks for i in own.ids[rank]]
+
+    def _rank(self, parts: list[str], outcome: queue.SimpleQueue) -> None:
+        """Put the ranks of parts of a text, or what is wrong, into outcome."""
+        # encode_ordinary panics, which Rust prints, where encode raises.
+        split = functools.partial(self._bpe.encode, disallowed_special=())
+        try:
+            ranks = [*itertools.chain(*map(split, parts))]
+            outcome.put(ValueError("it matches no text") if EMPTY in ranks else ranks)
+        except ValueError as error:
+            outcome.put(error)
 
     def encode_chat(
         self,
