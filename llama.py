@@ -870,10 +870,10 @@ class LlamaModel(nn.Module):
         x = self.embed_tokens(tokens).astype(self.norm.weight.dtype)
         if tokens.shape[1] == 1:
             x = x[:, 0]
-        # Until a graph is through, it holds all that it makes, and a cache that it reads
-        # is copied by the next one, not written in place. So where that is much, there
-        # is more than one graph, and a wait: of a prompt, one for each layer, one in
-        # advance; over a large cache, two halves, behind those of the last tokens.
+        # Until a graph is through, it holds what it makes, and a cache that it reads is
+        # copied by the next one, not written in place. So where that is much, there is
+        # more than one graph, and a wait: of a prompt, one for each layer, one in
+        # advance; over a large cache, two halves, behind those of the last token.
         prompt = cache is not None and x.ndim == 3 and tokens.size >= LONG
         large = cache and sum(array.nbytes for array in cache[0].state) >= LARGE
         half, before = len(self.layers) // 2, x
