@@ -3827,6 +3827,24 @@ def test_measuring_tells_the_speed_of_this_machine(what, folder, monkeypatch, ca
     assert len(fused) == 2
 
 
+def test_what_is_measured_is_the_median_of_three_runs_after_one(monkeypatch):
+    model = llama.Llama(llama.ModelArgs(32, 64, 1, 2, 100))
+    now, paces = [0.0], [10.0, 1.0, 2.0, 6.0]  # seconds a token
+
+    def generate(model, ids, *, cache, max_tokens):
+        pace = paces.pop(0)
+        for _ in range(max_tokens):
+            now[0] += pace
+            yield 7
+
+    monkeypatch.setattr(llama, "generate", generate)
+    monkeypatch.setattr(llama, "copy_bandwidth", lambda: 1e9)
+    monkeypatch.setattr(llama.time, "perf_counter", lambda: now[0])
+    found = llama.measure(model, 20, 5)
+    assert not paces and found["time_to_first_token_s"] == 2.0
+    assert (found["prefill_tps"], found["decode_tps"]) == (10.0, 0.5)
+
+
 def test_measuring_refuses_what_does_not_fit(monkeypatch, capsys):
     monkeypatch.setattr(llama, "machine_memory", lambda: 10**9)
     assert llama.main(["info", "8b", "--measure", "--bits", "8"]) == 1
