@@ -3779,15 +3779,21 @@ def test_info_predicts_the_bytes_of_a_quantized_folder(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("bits", [None, 4, 8])
-def test_random_models_are_made_in_no_more_than_their_own_memory(bits):
-    args = llama.ModelArgs(256, 1024, 2, 4, 20_000, num_key_value_heads=2)
+def test_random_models_are_made_in_no_more_than_their_own_memory(bits, monkeypatch):
+    """In 16 bits, as on a GPU, where what is drawn in float32 takes twice the room."""
+    monkeypatch.setattr(llama, "default_dtype", lambda: mx.bfloat16)
+    args = llama.ModelArgs(256, 1024, 12, 4, 20_000, num_key_value_heads=2)
     gc.collect()
     before = mx.get_active_memory()
     mx.reset_peak_memory()
     model = llama.random_model(args, bits)
     size = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
-    assert size == llama.weight_bytes(llama.Llama(args), bits or 16, 4)
+    assert size == llama.weight_bytes(llama.Llama(args), bits or 16, 2)
     assert mx.get_peak_memory() - before < 1.1 * size
+    layer = model.model.layers[0].self_attn.q_proj
+    weight = layer.as_linear(mx.eye(256, dtype=mx.bfloat16)) if bits else layer.weight
+    mean, spread = mx.mean(weight).item(), mx.std(weight).item()
+    assert abs(mean) < 0.2 * spread and 0.4 < spread * 256**0.5 < 1
     logits = model(mx.array(np.arange(64)[None]))
     assert 0.01 < mx.std(logits).item() < 10  # neither nothing nor noise
 
@@ -3832,6 +3838,7 @@ def test_what_is_measured_is_the_median_of_three_runs_after_one(monkeypatch):
     now, paces = [0.0], [10.0, 1.0, 2.0, 6.0]  # seconds a token
 
     def generate(model, ids, *, cache, max_tokens):
+        assert cache[0].capacity == len(ids) + max_tokens == 25
         pace = paces.pop(0)
         for _ in range(max_tokens):
             now[0] += pace
@@ -3843,6 +3850,8 @@ def test_what_is_measured_is_the_median_of_three_runs_after_one(monkeypatch):
     found = llama.measure(model, 20, 5)
     assert not paces and found["time_to_first_token_s"] == 2.0
     assert (found["prefill_tps"], found["decode_tps"]) == (10.0, 0.5)
+    rows = llama.measured_rows("m", "cpu", found | {"bandwidth_share": 0.251})
+    assert "25 % of what copying reaches" in dict(rows)["reads"]
 
 
 def test_measuring_refuses_what_does_not_fit(monkeypatch, capsys):
