@@ -3790,11 +3790,12 @@ def test_random_models_are_made_in_no_more_than_their_own_memory(bits, monkeypat
     size = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
     assert size == llama.weight_bytes(llama.Llama(args), bits or 16, 2)
     assert mx.get_peak_memory() - before < 1.1 * size
+    model.set_dtype(mx.float32)  # in which a CPU is faster
     layer = model.model.layers[0].self_attn.q_proj
-    weight = layer.as_linear(mx.eye(256, dtype=mx.bfloat16)) if bits else layer.weight
+    weight = layer.as_linear(mx.eye(256)) if bits else layer.weight
     mean, spread = mx.mean(weight).item(), mx.std(weight).item()
     assert abs(mean) < 0.2 * spread and 0.4 < spread * 256**0.5 < 1
-    logits = model(mx.array(np.arange(64)[None]))
+    logits = model(mx.array(np.arange(16)[None]))
     assert 0.01 < mx.std(logits).item() < 10  # neither nothing nor noise
 
 
