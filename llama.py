@@ -226,7 +226,8 @@ class ModelArgs:
         """
         config = {"quantization": config.get("quantization_config")} | config
         wrong = [
-            f"{key} must be {json.dumps(known[0])}, got {config.get(key)!r:.80}"
+            f"{key} must be {' or '.join(map(json.dumps, known))}"
+            f", got {config.get(key)!r:.80}"
             for key, known in SUPPORTED.items()
             if config.get(key) not in known
         ]
@@ -1722,6 +1723,8 @@ def require_memory(weights: int, cache: int) -> str | None:
     parts = f"{weights / 1e9:.2f} GB of weights and {cache / 1e9:.2f} GB of cache"
     if needed > there:
         advice = "--ctx (of info: --prompt-tokens) sets the size of the cache"
+        if weights > there:
+            advice = "quantized weights need less (of info, a preset's: --bits 4)"
         raise ValueError(f"{parts} do not fit {there / 1e9:.2f} GB of memory; {advice}")
     if limit is None or needed < 0.9 * limit:
         return None
@@ -2904,6 +2907,8 @@ class Worker(threading.Thread):
             "ids": self.cached[:held],
             "notes": notes,
         }
+        if not file.parent.is_dir():
+            raise FileNotFoundError(f"{file.parent}: no such folder")
         # Under another name until it is on the disk: a crash leaves the last one.
         draft = file.with_name(f".{file.name}.{os.getpid()}.safetensors")
         try:
@@ -2911,6 +2916,8 @@ class Worker(threading.Thread):
             with open(draft, "rb") as stream:
                 os.fsync(stream.fileno())
             os.replace(draft, file)
+        except RuntimeError as error:  # MLX's, of a full disk, say
+            raise OSError(f"{file} cannot be written: {error}") from None
         finally:
             draft.unlink(missing_ok=True)
         folder = os.open(file.parent, os.O_RDONLY)
@@ -3315,7 +3322,7 @@ def verdict(
     """
     context = max(0, min((memory - weights) // cache, longest))
     if context == 0:
-        return 0, "does not fit"
+        return 0, f"does not fit, {gigabytes(weights)} in memory"
     usual = weights + cache * min(longest, DEFAULT_CONTEXT)
     word = "fits" if usual <= 0.8 * memory else "tight"
     return (
@@ -3341,8 +3348,8 @@ def describe(model: str | None) -> dict:
         try:
             folder = choose_folder(model)
         except FileNotFoundError as error:
-            message = f"{error}, nor one of {', '.join(PRESETS)}"
-            raise FileNotFoundError(message) from None
+            presets = f"{model} is none of {', '.join(PRESETS)}"
+            raise FileNotFoundError(f"{presets}; {error}") from None
         skeleton, tensors, problems = examine(folder)
         if problems:
             raise problems[0]
@@ -3410,13 +3417,16 @@ def measure(model: Llama, prompt_tokens: int, generation_tokens: int) -> dict:
     read = sum(sizes.values()) - (embedding if "lm_head" in model else 0)
     ids = mx.random.randint(0, model.args.vocab_size, (prompt_tokens,)).tolist()
     progress, bandwidth, runs = ProgressLine("measuring"), copy_bandwidth(), []
+    each = prompt_tokens + generation_tokens
     mx.reset_peak_memory()
     for run in range(4):
         cache = model.make_cache(prompt_tokens + generation_tokens)
+        before, options = run * each, {"max_tokens": generation_tokens}
+        options["progress"] = lambda n, _, before=before: progress(before + n, 4 * each)
         started, times = time.perf_counter(), []
-        for _ in generate(model, ids, cache=cache, max_tokens=generation_tokens):
+        for _ in generate(model, ids, cache=cache, **options):
             times.append(time.perf_counter())
-            progress(run * generation_tokens + len(times), 4 * generation_tokens)
+            progress(before + prompt_tokens + len(times), 4 * each)
         first, last = times[0] - started, times[-1] - times[0]
         runs.append((first, (generation_tokens - 1) / last))
     progress.clear()
@@ -3591,11 +3601,13 @@ def inspection(folder: Path, check: bool) -> dict:
         "adoptable_bytes": sum(t.nbytes for t in tensors.values() if t.adoptable),
         "layers": layer_kinds(model) if model else {},
         "sampling": sampling,
-        "problems": [str(problem) for problem in problems],
+        "problems": [*dict.fromkeys(map(str, problems))],
     }
     if tokenizer:
         found |= {
-            "tokenizer_size": len(tokenizer.vocabulary.text),
+            "tokenizer_size": len(
+                tokenizer.vocabulary.text.keys() | tokenizer.special_tokens.values()
+            ),
             "special_tokens": tokenizer.special_tokens,
             "chat_format": tokenizer.template,
             "stop_tokens": sorted(tokenizer.stop_tokens),
@@ -3631,7 +3643,7 @@ def cmd_inspect(options: argparse.Namespace) -> int:
         names = {i: text for text, i in found["special_tokens"].items()}
         stops = ", ".join(f"{i} {names.get(i, '')}" for i in found["stop_tokens"])
         chat_format = found["chat_format"] or "none, a base model: chat with --raw"
-        size = f"{found['tokenizer_size']:,} ids and {len(names)} added"
+        size = f"{found['tokenizer_size']:,} ids, {len(names)} of them added"
         rows += [("tokenizer", size), ("chat format", chat_format), ("stops at", stops)]
     sampling = ", ".join(f"{name} {n}" for name, n in found["sampling"].items())
     rows.append(("sampling", sampling))
@@ -3645,7 +3657,7 @@ CHOICES = "/undo and /reset make room"
 
 def early_end(stats: Stats) -> str | None:
     """Return why a reply ended before the model ended it, None if it did not."""
-    full = f"the context of {stats.context} tokens is full; {CHOICES}"
+    full = f"the context of {stats.context} tokens is full"
     return {
         "length": f"{stats.generation_tokens} tokens, as --max-tokens says",
         "context": f"{full}; --ctx sets its size",
@@ -3741,7 +3753,7 @@ class LineEditor:
             self.readline = None
             return
         self.readline = readline
-        paste = "on" if styled(sys.stdout) else "off"  # it takes an escape
+        paste = "off" if os.environ.get("TERM") == "dumb" else "on"  # an escape
         readline.parse_and_bind(f"set enable-bracketed-paste {paste}")
         readline.parse_and_bind("tab: complete")
         readline.set_completer_delims(" ")
@@ -3752,7 +3764,10 @@ class LineEditor:
                 readline.add_history(json.loads(line))
 
     def complete(self, text: str, state: int) -> str | None:
-        return [*(word for word in self.words if word.startswith(text)), None][state]
+        words = [word for word in self.words if word.startswith(text)]
+        if not text.startswith("/"):
+            words = [f"{text}\t"]  # a tab of the text: of a paste, say
+        return [*words, None][state]
 
     def remember(self, text: str) -> None:
         """Keep a message, for this user only: the last 1000, a JSON string a line."""
@@ -3849,8 +3864,8 @@ class Chat:
                 self.take(text)
             except KeyboardInterrupt:  # before or after a reply; that handles its own
                 note("")
-            except (OSError, ValueError) as error:
-                complain(error)
+            except (OSError, RuntimeError, ValueError) as error:
+                complain(error)  # the conversation goes on, and can be saved elsewhere
 
     def take(self, text: str) -> None:
         """Do what a typed text says: a command, or a message to the model."""
@@ -3859,6 +3874,7 @@ class Chat:
             if name not in self.commands:
                 near = difflib.get_close_matches(name, self.commands, 1)
                 hint = f"did you mean /{near[0]}?" if near else "/help lists them"
+                hint = "Ctrl-D quits" if name in ("bye", "exit", "quit") else hint
                 raise ValueError(f"no command /{name}; {hint} (// sends a slash)")
             command, argument = self.commands[name], argument.strip()
             wanted = re.match("[A-Z]*", command.__doc__)[0]
@@ -3867,7 +3883,7 @@ class Chat:
             if wanted in ("FILE", "PATH") and not argument:
                 raise ValueError(f"/{name} wants a {wanted}")
             command(argument)
-            if name in ("reset", "set", "system", "undo"):
+            if name in ("load", "reset", "set", "system", "undo"):
                 self.keep()
         elif text.strip():
             text = text[1:] if text.startswith("//") else text
@@ -3890,9 +3906,8 @@ class Chat:
         self.turns.append((text, reply.taken, reply.stats, seed))
         self.keep()
         used, size = reply.stats.context_used, reply.stats.context
-        if used > 0.9 * size and reply.stats.finish_reason != "context":
-            full = f"{100 * used // size} % full"
-            note(f"the context is {full}: {CHOICES}; --ctx sets its size")
+        if used > 0.9 * size:
+            note(f"the context is {100 * used // size} % full: {CHOICES}")
         return reply
 
     def last(self) -> tuple[str, Piece, Stats, int]:
@@ -3969,9 +3984,13 @@ class Chat:
         self.turns, self.attached = [], []
 
     def do_undo(self, _: str) -> None:
-        """forgets the last message and its reply"""
-        note(f"forgotten: {self.last()[0][:60]!r}")
-        self.turns.pop()
+        """forgets a file that waits, else the last message and its reply"""
+        if self.attached:
+            forgotten = self.attached.pop()
+        else:
+            forgotten = self.last()[0]
+            self.turns.pop()
+        note(f"forgotten: {forgotten[:60]!r}")
 
     def do_retry(self, _: str) -> None:
         """answers the last message again, with the next seed"""
@@ -3989,7 +4008,12 @@ class Chat:
             text = Path(path).expanduser().read_text("utf-8")
         except UnicodeDecodeError:
             raise ValueError(f"{path}: not a text in UTF-8") from None
-        self.attached.append(f"{Path(path).name}:\n\n{text}")
+        attached = [*self.attached, f"{Path(path).name}:\n\n{text}"]
+        tokens = len(self.engine.tokenizer.encode("\n\n".join(attached)))
+        if tokens >= self.engine.context:
+            full = f"context {self.engine.context}; --ctx sets its size"
+            raise ValueError(f"{path}: {tokens} tokens with what waits, {full}")
+        self.attached = attached
         note(f"{len(text)} characters go before the next message")
 
     def do_save(self, path: str) -> None:
@@ -4015,17 +4039,20 @@ class Chat:
         """NAME VALUE, of sampling, max_tokens or seed; without, shows them"""
         name, _, value = text.partition(" ")
         name, value = name.replace("-", "_"), value.strip()
+        names = (*INTERVALS, "max_tokens")
+        usual = {n: self.engine.defaults.get(n, "off") for n in names}
         if not text:
-            for name in (*INTERVALS, "max_tokens"):
-                given = getattr(self.options, name)
-                default = self.engine.defaults.get(name, "off")
-                note(f"{name:18} {default if given is None else given}")
+            for n in names:
+                given = getattr(self.options, n)
+                note(f"{n:18} {usual[n] if given is None else given}")
             note(f"{'seed':18} {self.seed}")
             return
-        if name not in (*INTERVALS, "max_tokens", "seed"):
-            raise ValueError(
-                f"no option {name}; {', '.join(INTERVALS)}, max_tokens, seed"
-            )
+        if name not in (*names, "seed"):
+            raise ValueError(f"no option {name}; {', '.join(names)}, seed")
+        if name in names and value in ("default", str(usual[name])):
+            setattr(self.options, name, None)
+            note(f"{name} is {usual[name]}")
+            return
         whole = name in ("max_tokens", "seed")
         try:
             number = whole_number(0)(value) if whole else float(value)
@@ -4044,6 +4071,8 @@ class Chat:
         for n, (user, _, stats, _) in enumerate(self.turns, 1):
             note(f"turn {n}: {stats.context_used - before} tokens, {user[:40]!r}")
             before = stats.context_used
+        for text in self.attached:
+            note(f"waits: {text[:40]!r}")
         note(f"{before} of {size} tokens used, {size - before} left")
 
     def do_private(self, _: str) -> None:
