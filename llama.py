@@ -1521,8 +1521,12 @@ def find_folder(model: str | Path) -> Path:
     """
     if Path(model).is_dir():
         return Path(model)
+    if Path(model).exists():
+        raise FileNotFoundError(f"{model}: a file, wanted the folder that it is in")
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(model)):
         found = "no such folder, and not of the form org/name"
+        if model in PRESETS:
+            found = "a shape without weights; info knows it, and --measure runs it"
         raise FileNotFoundError(f"{model}: {found}")
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     home = os.environ.get("HF_HOME") or f"{home}/huggingface"
@@ -3975,6 +3979,8 @@ class Chat:
 
     def do_system(self, text: str) -> None:
         """TEXT, instructions before the conversation; without TEXT, none"""
+        if text and self.options.raw:
+            raise ValueError("--raw has no chat format: no place for instructions")
         self.system = text
         note(f"from now on: {text!r}" if text else "no instructions")
 

@@ -3646,6 +3646,8 @@ def test_input_at_fault_is_one_line_and_status_1(folder, tmp_path):
     assert absent == f"{tmp_path}/no: no such folder"
     whole = refusal("chat", folder, "--session", tmp_path, text="x")
     assert whole == f"{tmp_path}: Is a directory"
+    assert "8b: a shape without weights; info" in refusal("inspect", "8b")
+    assert "config.json: a file, wanted" in refusal("chat", folder / "config.json")
     near = refusal("info", "9b")
     assert near.startswith("9b is none of 1b, 3b, 8b, 70b, 405b; 9b: no such folder")
     assert "not UTF-8" in refusal("chat", folder, text=b"\xff\xfe")
@@ -3878,6 +3880,9 @@ def test_inspect_lists_what_a_folder_holds(folder, capsys):
     assert llama.main(["inspect", str(folder)]) == 0
     text = capsys.readouterr().out
     assert "chatml" in text and "2 self_attn.q_proj F32 [32, 32]" in text
+    ids = {*found["special_tokens"].values()}
+    size, added = found["tokenizer_size"], len(ids)
+    assert f"{size} ids, {added} of them added" in text and max(ids) < size
 
 
 def test_inspect_shows_all_problems_of_a_folder(folder, tmp_path, capsys):
@@ -3896,6 +3901,10 @@ def test_inspect_shows_all_problems_of_a_folder(folder, tmp_path, capsys):
         "truncated or",
     ):
         assert sum(part in problem for problem in problems) == 1, problems
+    (broken / "config.json").write_text("{")  # which the tokenizer needs too
+    assert llama.main(["inspect", str(broken), "--json"]) == 1
+    problems = json.loads(capsys.readouterr().out)["problems"]
+    assert sum("config.json: not valid JSON" in problem for problem in problems) == 1
 
 
 def test_inspect_goes_on_after_the_first_bad_shard(folder, tmp_path, capsys):
@@ -4564,6 +4573,8 @@ def test_options_are_set_and_shown_while_talking(engine, capsys):
     ):
         with pytest.raises(ValueError, match=error):
             chat.take(text)
+    with pytest.raises(ValueError, match="--raw has no chat format: no place"):
+        chat_with(engine, "--raw").take("/system Be kind.")
     chat.editor = types.SimpleNamespace()
     for text in ("/set top-k 3", "/set seed 7", "/system Be kind.", "/private"):
         chat.take(text)
