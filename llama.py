@@ -58,7 +58,6 @@ import codecs
 import collections
 import contextlib
 import copy
-import datetime
 import difflib
 import functools
 import hashlib
@@ -125,8 +124,7 @@ def parse_json(data: bytes, limit: int, source: object) -> dict:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{source}: not valid JSON: {error}") from None
     if not isinstance(value, dict):
-        got = type(value).__name__
-        raise ValueError(f"{source}: wanted a JSON object, got {got}")
+        raise ValueError(f"{source}: wanted a JSON object, got {type(value).__name__}")
     return value
 
 
@@ -369,11 +367,6 @@ def read_header(file: Path) -> list[TensorInfo]:
     return tensors
 
 
-def read_metadata(file: Path) -> dict[str, str]:
-    """Return the texts that a sound safetensors file carries beside its tensors."""
-    return split_header(file)[1].get("__metadata__", {})
-
-
 def list_tensors(
     folder: Path, problems: list[Exception] | None = None
 ) -> dict[str, TensorInfo]:
@@ -446,9 +439,6 @@ QUANTIZATION_MODES = {
 }
 
 
-MANY_ROWS = 128  # measured on an H200
-
-
 def check_quantization(group_size: int, bits: int, mode: str) -> None:
     """Raise ValueError if MLX has no kernel for the settings."""
     sizes, widths = QUANTIZATION_MODES.get(mode, ((), ()))
@@ -480,8 +470,9 @@ class QuantizedMatrix(nn.Module):
     def as_linear(self, x: mx.array) -> mx.array:
         """Return x W^T for x (..., columns), unpacking W on the fly."""
         packed = self["weight"], self["scales"], self.get("biases")
-        # On CUDA it takes less time to unpack all of W first, once x has many rows.
-        many = x.ndim > 2 and x.size >= MANY_ROWS * x.shape[-1]
+        # On CUDA it takes less time to unpack all of W first, once x has many rows:
+        # 128, measured on an H200.
+        many = x.ndim > 2 and x.size >= 128 * x.shape[-1]
         if many and mx.cuda.is_available():
             whole = mx.dequantize(*packed, self.group_size, self.bits, self.mode)
             return x @ whole.T
@@ -515,10 +506,7 @@ def dense_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
 def quantized_like(
     layer: nn.Module, group_size: int, bits: int, mode: str
 ) -> QuantizedMatrix:
-    """Return the empty quantized counterpart of a Linear or Embedding.
-
-    Raises ValueError as QuantizedMatrix does.
-    """
+    """Return the quantized counterpart of a Linear or Embedding, all zeros."""
     kind = QuantizedLinear if isinstance(layer, nn.Linear) else QuantizedEmbedding
     quantized = kind(*layer.weight.shape, group_size, bits, mode)
     if "bias" in layer:
@@ -702,9 +690,8 @@ class KVCache:
         """
         end = self.offset + keys.shape[2]
         if end > self.capacity:
-            raise ValueError(
-                f"the context is full: {end} tokens, capacity {self.capacity}"
-            )
+            found = f"{end} tokens, capacity {self.capacity}"
+            raise ValueError(f"the context is full: {found}")
         if self.keys is None:
             B, Hkv, _, Dh = keys.shape
             shape = (B, Hkv, -(-self.capacity // 256) * 256, Dh)
@@ -779,8 +766,8 @@ class Attention(nn.Module):
             return mx.fast.scaled_dot_product_attention(
                 queries, keys, values, scale=self.scale, mask=mask
             )
-        # cuDNN takes some 60 ms to plan for every new pair of L and S, but for one
-        # query over a KVCache: there the plan of the last token serves again.
+        # cuDNN takes some 60 ms to plan for every new pair of L and S. Only for one
+        # query over a KVCache does the plan of the last token serve again.
         rows = (
             self.attend(queries[:, :, n : n + 1], keys[:, :, :end], values[:, :, :end])
             for n, end in enumerate(range(S - L + 1, S + 1))
@@ -842,10 +829,7 @@ class TransformerBlock(nn.Module):
 
 
 class LlamaModel(nn.Module):
-    """The stack without its head: tokens (B, L) -> normed residual stream (B, L, D).
-
-    Where L is 1, (B, D).
-    """
+    """The stack without its head: tokens (B, L) -> (B, L, D), (B, D) where L is 1."""
 
     def __init__(self, args: ModelArgs):
         super().__init__()
@@ -862,7 +846,7 @@ class LlamaModel(nn.Module):
             TransformerBlock(args, rope) for _ in range(args.num_hidden_layers)
         ]
         self.norm = nn.RMSNorm(args.hidden_size, args.rms_norm_eps)
-        self.halfway = collections.deque([mx.array(0)])  # x, as of the last tokens
+        self._halfway = mx.array(0)  # x there, of the last token; _: no parameter
 
     def __call__(
         self, tokens: mx.array, cache: list[KVCache] | None = None
@@ -871,11 +855,12 @@ class LlamaModel(nn.Module):
         x = self.embed_tokens(tokens).astype(self.norm.weight.dtype)
         if tokens.shape[1] == 1:
             x = x[:, 0]
-        # Until a graph is through, it holds what it makes, and a cache that it reads is
-        # copied by the next one, not written in place. So where that is much, there is
-        # more than one graph, and a wait: of a prompt, one for each layer, one in
-        # advance; over a large cache, two halves, behind those of the last token.
+        # A graph holds all that it makes until it is through, so a long part of a prompt
+        # is computed in one graph for each layer, each launched one in advance.
         prompt = cache is not None and x.ndim == 3 and tokens.size >= LONG
+        # And what it reads: the next token would copy the cache instead of writing into
+        # it. So where that is large, a token is computed in two halves, and neither is
+        # launched before the same half of the last token is through.
         large = cache and sum(array.nbytes for array in cache[0].state) >= LARGE
         half, before = len(self.layers) // 2, x
         cache = cache or [None] * len(self.layers)
@@ -885,10 +870,10 @@ class LlamaModel(nn.Module):
                 mx.eval(before)
                 before = x
             elif large and n == half:
-                mx.eval(self.halfway.popleft())
+                mx.eval(self._halfway)
                 mx.async_eval(x)
-                mx.eval(tokens)  # which come at the end of the last tokens' graph
-                self.halfway.append(x)
+                mx.eval(tokens)  # they are what the second half of the last gave
+                self._halfway = x
             x = layer(x, layer_cache)
         return self.norm(x)
 
@@ -948,7 +933,8 @@ LLAMA3_SPLIT = (
 )
 
 # tiktoken's regular expressions overflow their stack on a run of some 500,000 spaces,
-# so longer runs than this are cut; and one of 500,000 characters takes minutes.
+# so longer runs than this are cut; and a regular expression of 500,000 characters takes
+# minutes to compile, so a longer one than this is refused.
 LONGEST_RUN, LONGEST_SPLIT = 65_536, 500
 MOST_TOKENS = 262_144  # a larger vocabulary is not read
 EMPTY = 2**31  # rank of no text, over which tiktoken would panic if it had none
@@ -964,8 +950,9 @@ class Vocabulary:
     ids: list[tuple[int, ...]]  # of a rank; several for a part of a character
     text: dict[int, bytes]  # of an id
     space: str = " "  # what a space is written as
-    prefix: str | None = None  # a space goes before a text "always", where it is
-    # "missing", where it is missing at the "start" of all, or, None, never
+    # Where a space goes before a text: "always"; where it is "missing"; where it is
+    # missing at the "start" of a conversation; None, never.
+    prefix: str | None = None
     form: str | None = None  # Unicode normal form
 
 
@@ -1190,7 +1177,7 @@ CHAT_FORMATS["llama3.1"] = replace(
     default_system="",
 )
 
-# What the template of a family, and of none before it, has in its text.
+# What the template of a family has in its text; the first that fits is it.
 FAMILIES = {
     "llama3.1": ("<|start_header_id|>", "Cutting Knowledge Date"),
     "llama3": ("<|start_header_id|>",),
@@ -1208,10 +1195,8 @@ def recognise_format(template: str) -> tuple[str | None, ChatFormat | None]:
     Templates are never run: what tells the families apart is looked for in their text.
     """
     template = template.replace('"', "'").replace("\\n", "\n")
-    for name, marks in FAMILIES.items():
-        if all(mark in template for mark in marks):
-            break
-    else:
+    known = (n for n, marks in FAMILIES.items() if all(m in template for m in marks))
+    if (name := next(known, None)) is None:
         return None, None
     changes = {"bos": "bos_token" in template and name != "llama2"}
     fixed = re.search(r"date_string = '(\d\d? \w{3} \d{4})'", template)
@@ -1442,7 +1427,7 @@ class Tokenizer:
         Raises ValueError for messages out of order, or where no format is known.
         """
         chat, replies = self.require_format(), replies or {}
-        date = chat.date or datetime.date.today().strftime("%d %b %Y")
+        date = chat.date or time.strftime("%d %b %Y")
         # Parts are text or ids. None: a reply begins here, and what precedes it is
         # encoded on its own, exactly as when the reply had not been written.
         parts = [[self.bos]] if chat.bos and self.bos is not None else []
@@ -1596,33 +1581,37 @@ def mismatches(model: Llama, tensors: Mapping[str, TensorInfo]) -> list[str]:
 
 
 def examine(
-    folder: Path,
-) -> tuple[Llama | None, dict[str, TensorInfo], list[Exception]]:
-    """Return a folder's model without its weights, its tensors, and all that is wrong.
+    folder: Path, problems: list[Exception] | None = None
+) -> tuple[Llama | None, dict[str, TensorInfo]]:
+    """Return a folder's model without its weights, and its tensors. Reads no weight.
 
-    No weight is read. The model is None where config.json cannot be honoured.
+    Raises the first that is wrong; given a list of problems, adds all that is wrong to
+    it, and the model is None where config.json cannot be honoured.
     """
-    model, tensors, problems, config = None, {}, [], folder / "config.json"
+    found = [] if problems is None else problems
+    model, tensors, config = None, {}, folder / "config.json"
     try:
-        tensors = list_tensors(folder, problems)
+        tensors = list_tensors(folder, found)
     except (OSError, ValueError) as error:
-        problems.append(error)
+        found.append(error)
     try:
         if not config.exists():
             raise FileNotFoundError(f"{folder}: no config.json")
         args = ModelArgs.from_dict(read_json(config))
         if (layers := args.num_hidden_layers) > max(len(tensors), 1000):  # do not begin
-            found = f"there are {len(tensors)} tensors"
-            raise ValueError(f"num_hidden_layers is {layers}, {found}")
+            there = f"there are {len(tensors)} tensors"
+            raise ValueError(f"num_hidden_layers is {layers}, {there}")
         model = build_model(args, tensors)
-        if not problems and (wrong := mismatches(model, tensors)):
-            problems.append(ValueError(f"{folder}: {'; '.join(wrong)}"))
+        if not found and (wrong := mismatches(model, tensors)):
+            found.append(ValueError(f"{folder}: {'; '.join(wrong)}"))
     except OSError as error:
-        problems.append(error)
+        found.append(error)
     except ValueError as error:
         where = "" if str(config) in str(error) else f"{config}: "
-        problems.append(ValueError(f"{where}{error}"))
-    return model, tensors, problems
+        found.append(ValueError(f"{where}{error}"))
+    if found and problems is None:
+        raise found[0]
+    return model, tensors
 
 
 def default_dtype() -> mx.Dtype | None:
@@ -1669,9 +1658,7 @@ def load_model(
     progress: called with bytes done and in all.
     Raises FileNotFoundError or ValueError that names the file at fault.
     """
-    model, tensors, problems = examine(Path(folder))
-    if problems:
-        raise problems[0]
+    model, tensors = examine(Path(folder))
     read_weights(model, tensors, dtype=dtype, progress=progress)
     return model
 
@@ -1757,8 +1744,8 @@ def wired_memory(nbytes: int) -> Iterator[None]:
 # -----------------------------------------------------------------------------
 # 9. Samplers
 # From logits to a token. Each filter maps logprobs to logprobs, -inf where a token is
-# ruled out; make_sampler composes them in the order that Hugging Face's generate
-# has: repetition penalty, temperature, top-k, top-p, min-p.
+# ruled out; Sampler composes them in the order that Hugging Face's generate has:
+# repetition penalty, temperature, top-k, top-p, min-p.
 # uses: none
 # -----------------------------------------------------------------------------
 
@@ -1780,9 +1767,8 @@ def apply_top_k(logprobs: mx.array, k: int) -> mx.array:
     if k >= logprobs.shape[-1]:
         return logprobs
     at = mx.argpartition(-logprobs, k - 1, axis=-1)[:, k - 1 : k]
-    return mx.where(
-        logprobs < mx.take_along_axis(logprobs, at, axis=-1), -mx.inf, logprobs
-    )
+    least = mx.take_along_axis(logprobs, at, axis=-1)
+    return mx.where(logprobs < least, -mx.inf, logprobs)
 
 
 def apply_top_p(logprobs: mx.array, p: float) -> mx.array:
@@ -1835,23 +1821,28 @@ def new_seed() -> int:
     return int.from_bytes(os.urandom(4), "little")
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Sampler:
     """A function from logits (B, V) to tokens (B,), lazy like any MLX code.
 
     Its state is a key, split for every token, and which tokens were seen; both appear
     on first use, in the thread that samples. A copy goes on from where it was made.
+    Raises ValueError with the interval and the value for an option outside it.
     """
 
-    temperature: float  # 0 is greedy, the likeliest token
-    top_k: int | None
-    top_p: float | None
-    min_p: float | None
-    repetition_penalty: float | None
-    seed: int
-    prompt: Sequence[int]
-    key: mx.array | None = None
-    seen: mx.array | None = None  # (B, V), bool
+    temperature: float = 0.6  # 0 is greedy, the likeliest token
+    top_k: int | None = None  # at least 1; None turns a filter off
+    top_p: float | None = 0.9  # in (0, 1], as min_p
+    min_p: float | None = None
+    repetition_penalty: float | None = None  # above 1 discourages what was seen
+    seed: int | None = None  # the same draws the same tokens; None draws anew
+    prompt: Sequence[int] = ()  # seen before the tokens sampled, for the penalty
+    key: mx.array | None = field(default=None, init=False)
+    seen: mx.array | None = field(default=None, init=False)  # (B, V), bool
+
+    def __post_init__(self):
+        check_sampling(**{name: getattr(self, name) for name in INTERVALS})
+        self.seed = new_seed() if self.seed is None else self.seed
 
     def __call__(self, logits: mx.array) -> mx.array:
         # 16-bit cumulative sums would misjudge the tail, so float32 from here on.
@@ -1888,29 +1879,7 @@ class Sampler:
         return mx.random.categorical(logprobs, key=now)
 
 
-def make_sampler(
-    *,
-    temperature: float = 0.6,
-    top_k: int | None = None,
-    top_p: float | None = 0.9,
-    min_p: float | None = None,
-    repetition_penalty: float | None = None,
-    seed: int | None = None,
-    prompt: Sequence[int] = (),
-) -> Sampler:
-    """Return a Sampler.
-
-    temperature: 0 is greedy. top_k: at least 1. top_p, min_p: in (0, 1].
-    repetition_penalty: positive, above 1 discourages; it counts the tokens sampled so
-    far and those of `prompt`. seed: the same seed draws the same tokens; None draws
-    anew each time. None turns a filter off.
-    Raises ValueError with the interval and the value for an option outside it.
-    """
-    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-    options |= {"min_p": min_p, "repetition_penalty": repetition_penalty}
-    check_sampling(**options)
-    seed = new_seed() if seed is None else seed
-    return Sampler(**options, seed=seed, prompt=prompt)
+make_sampler = Sampler  # the name that mlx-lm has for it
 
 
 # -----------------------------------------------------------------------------
@@ -1925,9 +1894,7 @@ def require_numbers(logits: mx.array) -> None:
     """Raise ValueError if logits have no greatest number: NaN, or infinity, in weights
     or from overflow would otherwise go on as noise for ever."""
     if not mx.isfinite(logits.max()).item():
-        advice = (
-            "`inspect --check` looks for NaN in the files, --dtype float32 may help"
-        )
+        advice = "`inspect --check` finds NaN in the files, --dtype float32 may help"
         raise ValueError(f"the model's output is not a number; {advice}")
 
 
@@ -1953,9 +1920,9 @@ def prefill(
 ) -> mx.array | None:
     """Return the logits (1, V) that follow a prompt, read into the cache.
 
-    step: tokens read at a time; memory grows with it, speed hardly. progress: called
-    with the tokens read, and in all. cancelled: asked before each step; returns None
-    then, and the cache holds the steps that were done.
+    step: tokens read at a time; memory grows with it. progress: called with the tokens
+    read, and in all. cancelled: asked before each step; returns None then, and the
+    cache holds the steps that were done.
     """
     for at in range(0, len(prompt), step):
         if cancelled is not None and cancelled():
@@ -2049,7 +2016,7 @@ def passes(
     cache: list,
     sampler: Callable[[mx.array], mx.array],
     lookup: Lookup | None,
-    limit: float,
+    limit: int,
 ) -> Iterator[list[int]]:
     """Yield what each pass of the model adds, one id or more; the first from logits.
 
@@ -2063,8 +2030,8 @@ def passes(
         ahead, room = None, limit - cache[0].offset
         if not step.drafts and room > 0:
             # Whatever the one token is, it is kept: the step that reads it is launched
-            # before it is known, so that Python works while the device does. Until then
-            # the first draft stands for it.
+            # before it is known, so that Python works while the device does. What it
+            # will be is the first draft, so those to check come after that.
             drafts = lookup.drafts()[1:room] if lookup else []
             ahead = launch(model, step.sampled, drafts, cache, step.samplers[0])
         kept = agreed(step, cache)
@@ -2339,9 +2306,8 @@ class FusedBlock(TransformerBlock):
         o, down = stacked([attention.o_proj]), stacked([mlp.down_proj])
 
         def before(x: mx.array, offset: mx.array) -> tuple[mx.array, ...]:
-            heads = attention.split(
-                matvec(x, qkv, norm=self.input_layernorm), H + 2 * Hkv
-            )
+            product = matvec(x, qkv, norm=self.input_layernorm)
+            heads = attention.split(product, H + 2 * Hkv)
             turned = attention.rope(heads[:, : H + Hkv], offset)
             return turned[:, :H], turned[:, H:], heads[:, H + Hkv :]
 
@@ -2448,9 +2414,7 @@ def rank_args(args: ModelArgs, n: int) -> ModelArgs:
 
 
 def rank_share(
-    model: Llama,
-    tensors: Mapping[str, TensorInfo],
-    group: Group | None,
+    model: Llama, tensors: Mapping[str, TensorInfo], group: Group | None
 ) -> tuple[Llama, dict[str, TensorInfo]]:
     """Return what this rank runs of a model, without weights, and where these lie.
 
@@ -2481,10 +2445,7 @@ def load_rank(folder: str | Path, group: Group | None, **options) -> Llama:
     It is called, and its logits are, as those of the whole; all ranks must call it with
     the same tokens. Its cache is that of its own heads. options: see load_model.
     """
-    model, tensors, problems = examine(Path(folder))
-    if problems:
-        raise problems[0]
-    model, tensors = rank_share(model, tensors, group)
+    model, tensors = rank_share(*examine(Path(folder)), group)
     read_weights(model, tensors, **options)
     finish_rank(model, group)
     return model
@@ -2513,8 +2474,7 @@ def cancelled_by_any(
 
     def cancelled() -> bool:
         last = tokens[-1] if tokens else 0
-        answer = mx.array([int(stop()), last])
-        answer = mx.distributed.all_sum(answer, group=group)
+        answer = mx.distributed.all_sum(mx.array([int(stop()), last]), group=group)
         mx.async_eval(answer)
         asked.append((answer, last))
         if len(asked) == 1:
@@ -2629,62 +2589,16 @@ class Piece:
     ids: list[int] = field(default_factory=list)
 
 
-class Reply:
-    """The pieces of a reply, as an iterator of str; Engine makes it.
-
-    taken: the Piece of all that was taken so far. stats: a Stats once the iterator has
-    ended. An error in the worker is raised here. A reply that is dropped is cancelled.
-    """
-
-    def __init__(self, progress: Callable[[int, int], None] | None = None):
-        self.taken, self.stats = Piece(), None
-        self.events = queue.SimpleQueue()  # from the worker: Progress, Piece, Stats
-        self.stopped = threading.Event()
-        self._progress = progress
-        weakref.finalize(self, self.stopped.set)
-
-    @property
-    def text(self) -> str:
-        return self.taken.text
-
-    def cancel(self) -> None:
-        """Stop the reply. Iterating on yields no more text, and ends when it has."""
-        self.stopped.set()
-
-    def __iter__(self) -> Iterator[str]:
-        return self
-
-    def __next__(self) -> str:
-        while self.stats is None:
-            event = self.events.get()
-            if isinstance(event, Exception):
-                self.stats = Stats(finish_reason="error")
-                raise event
-            if isinstance(event, Stats):
-                self.stats = event
-            elif isinstance(event, Progress):
-                if self._progress is not None:
-                    self._progress(*event)
-            elif not self.stopped.is_set():
-                # Only what was taken counts: the worker may be ahead, and the next
-                # turn must go on from what the reader of this one has seen.
-                self.taken.text += event.text
-                self.taken.ids += event.ids
-                if event.text:
-                    return event.text
-        raise StopIteration
-
-
 @dataclass
 class Request:
-    """What the worker is to do: options are generate's, sampling is make_sampler's, the
-    rest is Reply's."""
+    """What the worker is to do; options are generate's, sampling is make_sampler's."""
 
     ids: list[int]
     options: dict
     sampling: dict
     lookup: int  # tokens to draft, 0 for none
     drop_space: bool  # see Tokenizer.stream
+    # What comes of it: Progress and Pieces, in the end Stats or an error.
     events: queue.SimpleQueue = field(default_factory=queue.SimpleQueue)
     stopped: threading.Event = field(default_factory=threading.Event)
     submitted: float = field(default_factory=time.perf_counter)
@@ -2698,6 +2612,47 @@ class Request:
         taking it and using it, and to wait for another would be for ever."""
         self.events.put(outcome)
         self.events.put(outcome)
+
+
+class Reply(Iterator[str]):
+    """The pieces of a reply, as an iterator of str; Engine makes it.
+
+    taken: the Piece of all that was taken so far. stats: a Stats once the iterator has
+    ended. An error in the worker is raised here. A reply that is dropped is cancelled.
+    """
+
+    def __init__(self, request: Request, progress: Callable[[int, int], None] | None):
+        self.taken, self.stats = Piece(), None
+        self._request, self._progress = request, progress
+        weakref.finalize(self, request.stopped.set)
+
+    @property
+    def text(self) -> str:
+        return self.taken.text
+
+    def cancel(self) -> None:
+        """Stop the reply. Iterating on yields no more text, and ends when it has."""
+        self._request.stopped.set()
+
+    def __next__(self) -> str:
+        while self.stats is None:
+            event = self._request.events.get()
+            if isinstance(event, Exception):
+                self.stats = Stats(finish_reason="error")
+                raise event
+            if isinstance(event, Stats):
+                self.stats = event
+            elif isinstance(event, Progress):
+                if self._progress is not None:
+                    self._progress(*event)
+            elif not self._request.stopped.is_set():
+                # Only what was taken counts: the worker may be ahead, and the next
+                # turn must go on from what the reader of this one has seen.
+                self.taken.text += event.text
+                self.taken.ids += event.ids
+                if event.text:
+                    return event.text
+        raise StopIteration
 
 
 def checksum(array: mx.array) -> int:
@@ -2720,17 +2675,13 @@ def fingerprint(folder: Path) -> str:
 def read_session(file: Path) -> dict:
     """Return what a session file holds beside the cache. Raises ValueError if none."""
     try:
-        session = json.loads(read_metadata(file)["session"])
+        session = json.loads(split_header(file)[1]["__metadata__"]["session"])
         ids, notes, sums = session["ids"], session["notes"], session["checksums"]
-        if (
-            isinstance(notes, dict)
-            and isinstance(sums, dict)
-            and ids == [*map(int, ids)]
-        ):
+        if type(notes) is type(sums) is dict and ids == [*map(int, ids)]:
             return session
-    except (AttributeError, KeyError, RecursionError, TypeError, ValueError):
+    except (ArithmeticError, KeyError, RecursionError, TypeError, ValueError):
         pass
-    raise ValueError(f"{file}: not a session of llama.py") from None
+    raise ValueError(f"{file}: not a session of llama.py")
 
 
 TICK = 0.05  # seconds; how often ranks with nothing to do meet
@@ -2797,9 +2748,7 @@ class Worker(threading.Thread):
         return self.requests.get()
 
     def load(self, dtype: mx.Dtype | None, prefill_step: int | None) -> None:
-        model, tensors, problems = examine(self.folder)
-        if problems:
-            raise problems[0]
+        model, tensors = examine(self.folder)
         args, longest = model.args, model.args.max_position_embeddings
         if self.context is None:
             self.context = min(longest, DEFAULT_CONTEXT)
@@ -2811,9 +2760,9 @@ class Worker(threading.Thread):
         cache = self.context * kv_bytes_per_token(model.args, item_size)
         weights = memory_of(tensors.values(), item_size)
         self.warning, self.nbytes = require_memory(weights, cache), weights + cache
-        options = {"dtype": dtype, "progress": self.report}
-        self.model = load_rank(self.folder, self.group, **options)
-        self.prefill_step = prefill_step
+        read_weights(model, tensors, dtype=dtype, progress=self.report)
+        finish_rank(model, self.group)
+        self.model, self.prefill_step = model, prefill_step
         self.forget()
         self.events.put(args)
 
@@ -2929,20 +2878,15 @@ class Worker(threading.Thread):
         os.close(folder)
 
     def restore(self, file: Path) -> dict:
-        """Fill the cache from a file that `save` wrote; return its notes.
-
-        Raises ValueError if it is not one, is damaged, does not fit, or was written
-        with another model.
-        """
+        """Fill the cache from a file that `save` wrote; see Engine.restore."""
         infos = read_header(file)
         session = read_session(file)
         ids, held = session["ids"], len(session["ids"])
-        if session["fingerprint"] != fingerprint(self.folder):
+        if session.get("fingerprint") != fingerprint(self.folder):
             raise ValueError(f"{file}: a session with another model than {self.folder}")
         if held > self.context:
-            raise ValueError(
-                f"{file}: {held} tokens, context {self.context}; see --ctx"
-            )
+            found = f"{held} tokens, context {self.context}"
+            raise ValueError(f"{file}: {found}; see --ctx")
         arrays = {}
         for info, array in map_tensors(infos):
             if checksum(array) != session["checksums"].get(info.name):
@@ -2982,10 +2926,10 @@ def default_sampling(folder: Path) -> dict[str, float]:
     options = {k: v for k, v in options.items() if v or (v == 0 and k == "temperature")}
     if config.get("do_sample") is False:
         options["temperature"] = 0.0
-    options = {"temperature": 0.6, "top_p": 0.9} | options
+    options = {"temperature": Sampler.temperature, "top_p": Sampler.top_p} | options
     try:
         check_sampling(**options)
-    except (TypeError, ValueError) as error:
+    except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
     return options
 
@@ -3002,7 +2946,7 @@ def shut_down(worker: Worker) -> None:
             worker.join()
 
 
-class Engine:
+class Engine(contextlib.AbstractContextManager):
     """A model and a worker thread that answers with it; a context manager.
 
     model: a folder or org/name. tokenizer: None is the folder's. context: tokens of
@@ -3106,8 +3050,8 @@ class Engine:
         sampling["seed"] = new_seed() if seed is None else seed
         options = {"max_tokens": max_tokens}
         options["stop_tokens"] = sorted(self.tokenizer.stop_tokens)
-        asked, reply = (ids, options, sampling, lookup, drop_space), Reply(progress)
-        request = Request(*asked, reply.events, reply.stopped)
+        request = Request(ids, options, sampling, lookup, drop_space)
+        reply = Reply(request, progress)
         with self._lock:  # nothing may be asked after the worker's last request
             self._require_worker()
             self._taken.append(reply.taken)
@@ -3119,7 +3063,6 @@ class Engine:
 
         tokens: how many of the cache's, from its beginning; None is all of them.
         The file appears whole or not at all, whatever happens meanwhile.
-        Raises OSError.
         """
         task = functools.partial(self._worker.save, Path(file), notes, tokens)
         self._on_worker(task)
@@ -3134,10 +3077,9 @@ class Engine:
 
     def _require_room(self, ids: list[int]) -> None:
         if not 0 < len(ids) <= self.context:
-            raise ValueError(
-                f"the prompt must have 1 to {self.context} tokens, got {len(ids)}; "
-                f"--ctx sets the limit, up to {self.args.max_position_embeddings}"
-            )
+            wanted = f"1 to {self.context} tokens, got {len(ids)}"
+            advice = f"--ctx sets the limit, up to {self.args.max_position_embeddings}"
+            raise ValueError(f"the prompt must have {wanted}; {advice}")
         if max(ids) >= self.args.vocab_size:
             size = self.args.vocab_size
             raise ValueError(f"the prompt has id {max(ids)}, the model {size} ids")
@@ -3170,9 +3112,6 @@ class Engine:
         """End the worker, cancelling what it does, and wait for it. Idempotent."""
         with self._lock:
             self._shut_down()
-
-    def __enter__(self):
-        return self
 
     def __exit__(self, *_exception) -> None:
         self.close()
@@ -3262,14 +3201,13 @@ def choose_folder(model: str | None) -> Path:
     folder = Path(__file__).resolve().parent / "stories"
     if not (folder / "config.json").exists():
         example = "llama.py chat mlx-community/Llama-3.2-1B-Instruct-4bit"
-        raise FileNotFoundError(
-            f"no MODEL: give a folder or org/name, as in: {example}"
-        )
+        wanted = f"give a folder or org/name, as in: {example}"
+        raise FileNotFoundError(f"no MODEL: {wanted}")
     return folder
 
 
 def weight_bytes(model: Llama, bits: int, item_size: int = 2) -> int:
-    """Return the bytes of a model's weights at 16 bits, or quantized to fewer.
+    """Return the bytes of a model's weights, quantized to bits if these are under 16.
 
     As MLX's converter does it: groups of 64, each with a scale and a bias. item_size:
     bytes of what is not packed.
@@ -3329,10 +3267,8 @@ def verdict(
         return 0, f"does not fit, {gigabytes(weights)} in memory"
     usual = weights + cache * min(longest, DEFAULT_CONTEXT)
     word = "fits" if usual <= 0.8 * memory else "tight"
-    return (
-        context,
-        f"{word}, context {context:,}, up to {speed / weights:,.1f} tokens/s",
-    )
+    rate = f"up to {speed / weights:,.1f} tokens/s"
+    return context, f"{word}, context {context:,}, {rate}"
 
 
 PARTS = {  # where parameters are, by what their names contain
@@ -3354,9 +3290,7 @@ def describe(model: str | None) -> dict:
         except FileNotFoundError as error:
             presets = f"{model} is none of {', '.join(PRESETS)}"
             raise FileNotFoundError(f"{presets}; {error}") from None
-        skeleton, tensors, problems = examine(folder)
-        if problems:
-            raise problems[0]
+        skeleton, tensors = examine(folder)
         args, stored = skeleton.args, sum(info.nbytes for info in tensors.values())
     dense, parts = Llama(args), collections.Counter()
     for name, array in tree_flatten(dense.parameters()):
@@ -3450,12 +3384,9 @@ def measure(model: Llama, prompt_tokens: int, generation_tokens: int) -> dict:
 
 
 def measured(options: argparse.Namespace, found: dict) -> dict:
-    """Return what `measure` says of a preset, with random weights, or a model.
-
-    Raises ValueError if it does not fit this machine.
-    """
-    args, total = ModelArgs(**found["config"]), options.prompt_tokens
-    total += options.generation_tokens
+    """Return what `measure` says of a preset, with random weights, or a model."""
+    args = ModelArgs(**found["config"])
+    total = options.prompt_tokens + options.generation_tokens
     if total > args.max_position_embeddings:
         wanted = f"at most {args.max_position_embeddings}, what the model was made for"
         raise ValueError(f"prompt and generation have {total} tokens, wanted {wanted}")
@@ -3466,35 +3397,30 @@ def measured(options: argparse.Namespace, found: dict) -> dict:
         size = weight_bytes(Llama(args), options.bits or 16, item_size)
         require_memory(size, cache)
         model = random_model(args, options.bits)
-        finish_rank(model, group)
     else:
-        folder = Path(found["folder"])
-        _, tensors = rank_share(*examine(folder)[:2], group)
+        model, tensors = rank_share(*examine(Path(found["folder"])), group)
         require_memory(memory_of(tensors.values(), item_size), cache)
         progress = ProgressLine("loading")
-        model = load_rank(folder, group, progress=progress)
+        read_weights(model, tensors, progress=progress)
         progress.clear()
+    finish_rank(model, group)
     return measure(model, options.prompt_tokens, options.generation_tokens)
 
 
 def measured_rows(name: str, device: str, found: dict) -> list[tuple[str, str]]:
     """Return what was measured as rows of a table, the last one to paste elsewhere."""
-    prompt, generation = found["prompt_tokens"], found["generation_tokens"]
-    speeds = f"{found['prefill_tps']:,.1f} | {found['decode_tps']:,.1f}"
-    numbers = f"{found['weights_gb']:.2f} | {speeds} | {found['gbps']:,.1f}"
+    first = "{generation_tokens} tokens, the first after {time_to_first_token_s:.2f} s"
+    numbers = "{weights_gb:.2f} | {prefill_tps:,.1f} | {decode_tps:,.1f} | {gbps:,.1f}"
     share = f"{100 * found['bandwidth_share']:.0f} % of what copying reaches here"
-    first = f"the first after {found['time_to_first_token_s']:.2f} s"
-    peak = f"{found['peak_gb']:.2f} GB, {found['active_gb']:.2f} GB at the end"
-    return [
-        ("prefill", f"{found['prefill_tps']:,.1f} tokens/s, {prompt} tokens"),
-        (
-            "decode",
-            f"{found['decode_tps']:,.1f} tokens/s, {generation} tokens, {first}",
-        ),
-        ("reads", f"{found['gbps']:,.1f} GB/s of weights, {share}"),
-        ("peak", peak),
-        ("as a row", f"| {name} | {device} | {numbers} | {found['peak_gb']:.2f} |"),
+    rows = [
+        ("prefill", "{prefill_tps:,.1f} tokens/s, {prompt_tokens} tokens"),
+        ("decode", "{decode_tps:,.1f} tokens/s, " + first),
+        ("reads", "{gbps:,.1f} GB/s of weights, " + share),
+        ("peak", "{peak_gb:.2f} GB, {active_gb:.2f} GB at the end"),
+        ("as a row", "| {name} | {device} | " + numbers + " | {peak_gb:.2f} |"),
     ]
+    values = found | {"name": name, "device": device}
+    return [(label, text.format(**values)) for label, text in rows]
 
 
 def bars(sizes: dict[str, int]) -> Iterator[str]:
@@ -3560,11 +3486,11 @@ def cmd_info(options: argparse.Namespace) -> int:
 def not_finite(tensors: Iterable[TensorInfo]) -> Iterator[ValueError]:
     """Yield an error for each tensor that holds NaN or infinity; reads all data."""
     for info, array in map_tensors(tensors):
-        if mx.issubdtype(array.dtype, mx.floating):
-            bad = mx.sum(~mx.isfinite(array)).item()
-            if bad:
-                values = f"{bad} of {array.size} values of {info.name}"
-                yield ValueError(f"{info.file}: {values} are NaN or infinite")
+        if not mx.issubdtype(array.dtype, mx.floating):
+            continue
+        if bad := mx.sum(~mx.isfinite(array)).item():
+            values = f"{bad} of {array.size} values of {info.name}"
+            yield ValueError(f"{info.file}: {values} are NaN or infinite")
 
 
 def layer_kinds(model: Llama) -> dict[str, int]:
@@ -3582,8 +3508,8 @@ def layer_kinds(model: Llama) -> dict[str, int]:
 
 def inspection(folder: Path, check: bool) -> dict:
     """Return what `inspect` tells of a folder; check: look at every value too."""
-    model, tensors, problems = examine(folder)
-    tokenizer, sampling = None, {}
+    problems, tokenizer, sampling = [], None, {}
+    model, tensors = examine(folder, problems)
     try:
         sampling = default_sampling(folder)
     except (OSError, ValueError) as error:
@@ -3608,10 +3534,9 @@ def inspection(folder: Path, check: bool) -> dict:
         "problems": [*dict.fromkeys(map(str, problems))],
     }
     if tokenizer:
+        ids = tokenizer.vocabulary.text.keys() | tokenizer.special_tokens.values()
         found |= {
-            "tokenizer_size": len(
-                tokenizer.vocabulary.text.keys() | tokenizer.special_tokens.values()
-            ),
+            "tokenizer_size": len(ids),
             "special_tokens": tokenizer.special_tokens,
             "chat_format": tokenizer.template,
             "stop_tokens": sorted(tokenizer.stop_tokens),
@@ -3636,7 +3561,7 @@ def cmd_inspect(options: argparse.Namespace) -> int:
         kind = f"{name.removesuffix('.weight')} {t['dtype']} {list(t['shape'])}"
         groups[kind].append(t["bytes"])
     for kind, sizes in sorted(groups.items(), key=lambda group: -sum(group[1])):
-        bar = round(8 * sum(sizes) / found["bytes"]) * "#"
+        bar = round(8 * sum(sizes) / max(found["bytes"], 1)) * "#"
         text = f"{gigabytes(sum(sizes)):>9} {bar:8} {len(sizes):3} {kind}"
         rows.append(("tensors", text))
     share = 100 * found["adoptable_bytes"] // max(found["bytes"], 1)
@@ -3838,10 +3763,8 @@ class Chat:
 
     def __init__(self, engine: Engine, options: argparse.Namespace, seed: int):
         self.engine, self.options, self.seed = engine, options, seed
-        self.system, self.turns = (
-            options.system,
-            [],
-        )  # turns: (user, Piece, Stats, seed)
+        self.system = options.system
+        self.turns = []  # (user, Piece, Stats, seed)
         self.attached = []  # texts of files that go into the next message
         names = [name[3:] for name in dir(self) if name.startswith("do_")]
         self.commands = {name: getattr(self, f"do_{name}") for name in names}
@@ -3961,7 +3884,7 @@ class Chat:
             settings = {name: notes["settings"][name] for name in INTERVALS}
             check_sampling(**settings)
             system, seed = notes["system"], int(notes["seed"])
-        except (KeyError, TypeError) as error:
+        except (KeyError, OverflowError, TypeError) as error:
             raise ValueError(f"{file}: not a conversation: {error!r}") from None
         self.turns, self.seed = turns, seed if self.options.seed is None else self.seed
         self.system = system if self.options.system is None else self.system
@@ -4109,8 +4032,6 @@ def check_chat(options: argparse.Namespace) -> None:
         options.usage(str(error))
     if options.raw and (options.system or options.template):
         options.usage("--raw has no chat format: not with --system or --template")
-    if options.dtype not in (None, *FLOATS):
-        options.usage(f"--dtype must be one of {', '.join(FLOATS)}")
     if options.session and options.group:
         raise ValueError("--session needs one rank, which has the whole cache")
     if options.session:
@@ -4167,6 +4088,7 @@ def build_parser() -> argparse.ArgumentParser:
         ("--bits N", "of random weights, 4 or 8; default: 16", int, None, (4, 8)),
     )
     inspect = (("--check", "also look for NaN in all data"),)
+    floats = f"{' '.join(FLOATS)}; default: file's, CPU float32"
     chat = (
         ("--prompt TEXT", "answer this, with all that is piped in, and end"),
         ("--system TEXT", "instructions before the conversation"),
@@ -4183,7 +4105,7 @@ def build_parser() -> argparse.ArgumentParser:
         ("--ctx N", "context, tokens; default: the model's, up to 8192", count),
         ("--lookup N", "tokens to draft, 0 is none; default: 15, on a CPU 0", number),
         ("--prefill-step N", "tokens; default: 512, on CUDA 2048, on a CPU 32", count),
-        ("--dtype D", f"{' '.join(FLOATS)}; default: file's, CPU float32"),
+        ("--dtype D", floats, str, None, FLOATS),
         ("--stats", "print speed and memory to stderr"),
     )
     layout = functools.partial(argparse.HelpFormatter, max_help_position=26, width=80)
@@ -4237,22 +4159,22 @@ def run(argv: Sequence[str] | None) -> int:
             rank = f"rank {group.rank()} of {group.size()}: " if group else ""
         status = options.run(options)
         sys.stdout.flush()
+        return status
     except SystemExit as end:  # argparse's, or that of a signal
-        status = end.code
+        return end.code
     except KeyboardInterrupt:
-        status = 130
+        return 130
     except BrokenPipeError:  # who read the output has gone
-        status = 0
+        return 0
     except (MemoryError, OSError, RuntimeError, ValueError) as error:
         complain(error, rank)
         if rank:
             time.sleep(0.5)  # a launcher ends the others as soon as one has ended
-        status = 1
-    return status
+        return 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return its exit status: 0, 1, 2, or 130 after Ctrl-C."""
+    """Run the command line; return its exit status: 0, 1, 2, or 128 and a signal's."""
     for name in ("stdin", "stdout", "stderr"):  # closed by who started us?
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "r+"))  # noqa: SIM115

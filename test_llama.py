@@ -2851,7 +2851,7 @@ def test_the_shares_of_all_ranks_make_up_the_file(bits, tmp_path):
         file = folder / "model.safetensors"
         arrays = {name: np.array(array) for name, array in mx.load(str(file)).items()}
         safetensors.numpy.save_file(arrays, file)
-    model, tensors, problems = llama.examine(folder)
+    model, tensors = llama.examine(folder, problems := [])
     assert problems == []
     ranks = (rank_of(rank, 4) for rank in range(4))
     shares = [llama.rank_share(model, tensors, rank)[1] for rank in ranks]
@@ -2887,7 +2887,7 @@ def test_what_ranks_cannot_share_is_named(tmp_path):
     assert llama.kv_bytes_per_token(own, 4) * 4 == llama.kv_bytes_per_token(args, 4)
     # Of o_proj, a row is 64 weights in two groups, for four ranks.
     folder = split_folder(tmp_path / "m", bits=4, head_dim=8)
-    model, tensors, _ = llama.examine(folder)
+    model, tensors = llama.examine(folder)
     with pytest.raises(ValueError, match="o_proj: group_size 32 must divide 16"):
         llama.rank_share(model, tensors, rank_of(0, 4))
 
@@ -3220,6 +3220,12 @@ def test_a_session_that_cannot_be_trusted_is_refused(folder, tmp_path):
         assert "not a safetensors file" in refusal(b"\xff" * 100)
         plain = (folder / "model.safetensors").read_bytes()
         assert "not a session" in refusal(plain)
+        unnamed = data.replace(b"fingerprint", b"fingerprin_")
+        assert "another model" in refusal(unnamed)
+        before, header = llama.split_header(file)
+        session = json.loads(header["__metadata__"]["session"]) | {"ids": [math.inf]}
+        header["__metadata__"]["session"] = json.dumps(session)
+        assert "not a session" in refusal(file_of(header, data[len(before) :]))
         engine.restore(file)
     with (
         llama.Engine(other) as engine,
@@ -3404,7 +3410,7 @@ def test_a_turn_cancelled_on_all_ranks_and_the_next_are_those_of_one(folder, tmp
     lines, others = lead[1].splitlines(), follower[1].splitlines()
     args = llama.ModelArgs.from_dict(json.loads((folder / "config.json").read_text()))
     cache = llama.kv_bytes_per_token(args, 4) * 512 // 2
-    _, share = llama.rank_share(*llama.examine(folder)[:2], rank_of(0, 2))
+    _, share = llama.rank_share(*llama.examine(folder), rank_of(0, 2))
     wanted = f"{llama.memory_of(share.values(), 4)} {cache}"
     assert (lines.pop(0), others.pop(0)) == (wanted, wanted)  # bytes that a rank needs
     assert others[0] == "only rank 0 can be asked; the others follow"
@@ -3905,6 +3911,14 @@ def test_inspect_shows_all_problems_of_a_folder(folder, tmp_path, capsys):
     assert llama.main(["inspect", str(broken), "--json"]) == 1
     problems = json.loads(capsys.readouterr().out)["problems"]
     assert sum("config.json: not valid JSON" in problem for problem in problems) == 1
+
+
+def test_inspect_shows_a_folder_of_nothing(folder, tmp_path, capsys):
+    broken = shutil.copytree(folder, tmp_path / "m")
+    empty = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+    (broken / "model.safetensors").write_bytes(file_of({"a": empty}))
+    assert llama.main(["inspect", str(broken)]) == 1
+    assert "1 a F32 [0]" in capsys.readouterr().out
 
 
 def test_inspect_goes_on_after_the_first_bad_shard(folder, tmp_path, capsys):
@@ -5050,7 +5064,7 @@ def test_info_measures_all_ranks_together(folder, tmp_path):
     (status, out, error), other = in_ranks(2, tmp_path, *words)
     assert (status, error) == (0, "") and other == (0, "", "")
     found = json.loads(out)["measured"]
-    _, share = llama.rank_share(*llama.examine(folder)[:2], rank_of(0, 2))
+    _, share = llama.rank_share(*llama.examine(folder), rank_of(0, 2))
     assert found["weights_gb"] == llama.memory_of(share.values(), 4) / 1e9
     assert found["ranks"] == 2
 
