@@ -855,8 +855,8 @@ class LlamaModel(nn.Module):
         x = self.embed_tokens(tokens).astype(self.norm.weight.dtype)
         if tokens.shape[1] == 1:
             x = x[:, 0]
-        # A graph holds all that it makes until it is through, so a long part of a prompt
-        # is computed in one graph for each layer, each launched one in advance.
+        # A graph holds all that it makes until it is through: so a long part of a prompt
+        # is computed in a graph for each layer, launched one in advance.
         prompt = cache is not None and x.ndim == 3 and tokens.size >= LONG
         # And what it reads: the next token would copy the cache instead of writing into
         # it. So where that is large, a token is computed in two halves, and neither is
@@ -2674,14 +2674,18 @@ def fingerprint(folder: Path) -> str:
 
 def read_session(file: Path) -> dict:
     """Return what a session file holds beside the cache. Raises ValueError if none."""
+    found = "not a session of llama.py"
     try:
-        session = json.loads(split_header(file)[1]["__metadata__"]["session"])
+        metadata = split_header(file)[1]["__metadata__"]
+        session = json.loads(metadata["session"])
         ids, notes, sums = session["ids"], session["notes"], session["checksums"]
-        if type(notes) is type(sums) is dict and ids == [*map(int, ids)]:
+        if zlib.crc32(metadata["session"].encode()) != int(metadata["crc32"]):
+            found = "the conversation is damaged"
+        elif type(notes) is type(sums) is dict and ids == [*map(int, ids)]:
             return session
     except (ArithmeticError, KeyError, RecursionError, TypeError, ValueError):
         pass
-    raise ValueError(f"{file}: not a session of llama.py")
+    raise ValueError(f"{file}: {found}")
 
 
 TICK = 0.05  # seconds; how often ranks with nothing to do meet
@@ -2860,12 +2864,14 @@ class Worker(threading.Thread):
             "ids": self.cached[:held],
             "notes": notes,
         }
+        text = json.dumps(session)
+        metadata = {"session": text, "crc32": str(zlib.crc32(text.encode()))}
         if not file.parent.is_dir():
             raise FileNotFoundError(f"{file.parent}: no such folder")
         # Under another name until it is on the disk: a crash leaves the last one.
         draft = file.with_name(f".{file.name}.{os.getpid()}.safetensors")
         try:
-            mx.save_safetensors(str(draft), arrays, {"session": json.dumps(session)})
+            mx.save_safetensors(str(draft), arrays, metadata)
             with open(draft, "rb") as stream:
                 os.fsync(stream.fileno())
             os.replace(draft, file)
@@ -3412,11 +3418,12 @@ def measured_rows(name: str, device: str, found: dict) -> list[tuple[str, str]]:
     first = "{generation_tokens} tokens, the first after {time_to_first_token_s:.2f} s"
     numbers = "{weights_gb:.2f} | {prefill_tps:,.1f} | {decode_tps:,.1f} | {gbps:,.1f}"
     share = f"{100 * found['bandwidth_share']:.0f} % of what copying reaches here"
+    peak, end = (gigabytes(1e9 * found[key]) for key in ("peak_gb", "active_gb"))
     rows = [
         ("prefill", "{prefill_tps:,.1f} tokens/s, {prompt_tokens} tokens"),
         ("decode", "{decode_tps:,.1f} tokens/s, " + first),
         ("reads", "{gbps:,.1f} GB/s of weights, " + share),
-        ("peak", "{peak_gb:.2f} GB, {active_gb:.2f} GB at the end"),
+        ("peak", f"{peak}, {end} at the end"),
         ("as a row", "| {name} | {device} | " + numbers + " | {peak_gb:.2f} |"),
     ]
     values = found | {"name": name, "device": device}
@@ -3448,7 +3455,7 @@ def info_rows(found: dict) -> list[tuple[str, str]]:
         ("positions", f"{args.max_position_embeddings:,} tokens"),
         ("rotary", f"theta {args.rope_theta:,.0f}, {scaling} scaling"),
         ("parameters", f"{found['parameters']:,}"),
-        *(("bytes in", text) for text in bars(found["parameters_of"])),
+        *(("of these", text) for text in bars(found["parameters_of"])),
         ("cache", f"{kv:,} bytes a token, {gigabytes(kv * usual)} for {usual:,}"),
         ("memory here", f"{gigabytes(found['memory_bytes'])}, {found['device']}"),
     ]

@@ -41,6 +41,7 @@ import termios
 import threading
 import time
 import types
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -3202,7 +3203,7 @@ def test_a_session_that_cannot_be_trusted_is_refused(folder, tmp_path):
     file, bad = tmp_path / "s", tmp_path / "bad"
     with llama.Engine(folder) as engine:
         collections.deque(engine.chat(USER, max_tokens=5), 0)
-        engine.save(file, {})
+        engine.save(file, {"text": "be kind"})
         data = file.read_bytes()
 
         def refusal(changed: bytes) -> str:
@@ -3220,12 +3221,18 @@ def test_a_session_that_cannot_be_trusted_is_refused(folder, tmp_path):
         assert "not a safetensors file" in refusal(b"\xff" * 100)
         plain = (folder / "model.safetensors").read_bytes()
         assert "not a session" in refusal(plain)
-        unnamed = data.replace(b"fingerprint", b"fingerprin_")
-        assert "another model" in refusal(unnamed)
         before, header = llama.split_header(file)
-        session = json.loads(header["__metadata__"]["session"]) | {"ids": [math.inf]}
-        header["__metadata__"]["session"] = json.dumps(session)
-        assert "not a session" in refusal(file_of(header, data[len(before) :]))
+        session = json.loads(header["__metadata__"]["session"])
+
+        def changed(session: dict) -> bytes:
+            text = json.dumps(session)
+            crc32 = str(zlib.crc32(text.encode()))
+            header["__metadata__"] |= {"session": text, "crc32": crc32}
+            return file_of(header, data[len(before) :])
+
+        assert "another model" in refusal(changed(without(session, "fingerprint")))
+        assert "not a session" in refusal(changed(session | {"ids": [math.inf]}))
+        assert "conversation is damaged" in refusal(data.replace(b"kind", b"kinX"))
         engine.restore(file)
     with (
         llama.Engine(other) as engine,
