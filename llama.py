@@ -855,7 +855,7 @@ class LlamaModel(nn.Module):
         x = self.embed_tokens(tokens).astype(self.norm.weight.dtype)
         if tokens.shape[1] == 1:
             x = x[:, 0]
-        # A graph holds all that it makes until it is through: so a long part of a prompt
+        # A graph holds what it makes until it is through: so a long part of a prompt
         # is computed in a graph for each layer, launched one in advance.
         prompt = cache is not None and x.ndim == 3 and tokens.size >= LONG
         # And what it reads: the next token would copy the cache instead of writing into
