@@ -96,9 +96,10 @@ from mlx.utils import tree_flatten, tree_unflatten
 # -----------------------------------------------------------------------------
 
 
-# Parsed, a value takes up to 120 bytes and a character up to 8, so a few bytes can be
-# made to swell forty-fold. The files of a model hold less than this of both; those of a
-# tokenizer grow with its vocabulary (Llama 3's: 9 values, 60 to 160 bytes a token).
+# Parsed, a value takes up to 120 bytes, of 3 in the file, and a character up to 8: a
+# file could be made to swell forty-fold. So both its bytes and its values have a limit,
+# above what models need; for a tokenizer's, also so much for each token (Llama 3's has
+# 9 values and 60 to 160 bytes).
 JSON_BYTES, JSON_VALUES = 5_000_000, 100_000
 BYTES_PER_TOKEN, VALUES_PER_TOKEN = 200, 12
 
@@ -280,8 +281,10 @@ DTYPES |= {"U32": mx.uint32, "U8": mx.uint8, "I32": mx.int32, "I64": mx.int64}
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lies: `nbytes` bytes from byte `start` of `file`, or its rows from
-    there on, one every `stride` bytes, where it is some columns of a matrix."""
+    """Where a tensor lies: `nbytes` bytes from byte `start` of `file`.
+
+    Of a rank's columns of a larger matrix, the rows begin `stride` bytes apart.
+    """
 
     name: str
     dtype: str  # safetensors' name, a key of DTYPES
@@ -341,8 +344,8 @@ def read_header(file: Path) -> list[TensorInfo]:
     """Return what a safetensors file holds, in order of offset, without its data.
 
     The safetensors package judges the header. Its parser is fuzzed, but its readers
-    need NumPy; so it is given the header alone, where the one complaint about a sound
-    one is that the data is absent, and the file's size is checked here.
+    need NumPy; so it is given the header alone. Of a sound one it then has one thing to
+    say, that the data is "not fully covered"; the file's size is checked here.
     Raises ValueError naming the file if it is not sound.
     """
     header, entries = split_header(file)
@@ -733,7 +736,8 @@ class Attention(nn.Module):
     """Grouped-query attention [3]: H / Hkv query heads share a key/value head.
 
     softmax(Q K^T / sqrt(Dh)) V over the past and this call's tokens, x (B, L, D). One
-    token each may come as (B, D): a matrix saves MLX two views at every product.
+    token each may come as (B, D): MLX flattens what is no matrix before each product,
+    and shapes it back.
     """
 
     def __init__(self, args: ModelArgs, rope: RoPE):
@@ -937,7 +941,7 @@ LLAMA3_SPLIT = (
 # minutes to compile, so a longer one than this is refused.
 LONGEST_RUN, LONGEST_SPLIT = 65_536, 500
 MOST_TOKENS = 262_144  # a larger vocabulary is not read
-EMPTY = 2**31  # rank of no text, over which tiktoken would panic if it had none
+EMPTY = 2**31  # the rank of b"": a split that matches no text asks tiktoken for it
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # how SentencePiece writes a space
 
 
@@ -973,7 +977,7 @@ def split_pattern(pre_tokenizer: dict) -> str:
         digits = r"\p{N}" if first.get("individual_digits") else r"\p{N}+"
         rest = GPT2_SPLIT.replace(r"| ?\p{N}+", "")
         return digits + "|" + rest.replace(r"(?!\S)", r"(?![^\s\p{N}])")
-    # Inverted or not, its matches must be pieces, and so must the text between.
+    # Both its matches and the text between them must become pieces, none be dropped.
     wanted = {"Isolated": False, "Removed": True}.get(first.get("behavior"))
     whole = wanted is first.get("invert", False)
     if kinds == [False, False, "Split", "ByteLevel"] and whole:
@@ -1081,8 +1085,8 @@ LLAMA3_TOKENS |= {"<|start_header_id|>": 6, "<|end_header_id|>": 7, "<|eot_id|>"
 
 
 def rank_file(file: Path, tokens: int) -> tuple[Vocabulary, list[dict], str]:
-    """Return what read_tokenizer does of Meta's tokenizer.model: lines of base64 and
-    rank."""
+    """Return the vocabulary, the added tokens and the name of the first token of Meta's
+    tokenizer.model: lines of base64 and rank."""
     lines = read_bounded(file, 40 * tokens).splitlines()
     try:
         pairs = map(bytes.split, lines)
@@ -1277,7 +1281,8 @@ def tokenizer_settings(folder: Path, template: str | None) -> dict:
     """Return Tokenizer's arguments, gathered from the files of a folder."""
     paths = [folder / f"{name}.json" for name in ("config", "generation_config")]
     config, generation = (read_json(path) if path.exists() else {} for path in paths)
-    # A vocabulary may be as large as the embedding: rows of at least 16 bytes.
+    # No more tokens are read than the weights have room for: an embedding whose rows
+    # have 16 bytes, fewer than any model's.
     weights = [file for file in folder.glob("*.safetensors") if file.is_file()]
     rows = sum(file.stat().st_size for file in weights) // 16 or MOST_TOKENS
     tokens = min(rows, config.get("vocab_size", rows), MOST_TOKENS)
@@ -1598,7 +1603,8 @@ def examine(
         if not config.exists():
             raise FileNotFoundError(f"{folder}: no config.json")
         args = ModelArgs.from_dict(read_json(config))
-        if (layers := args.num_hidden_layers) > max(len(tensors), 1000):  # do not begin
+        # A module for each of a billion layers would take all memory: not begun.
+        if (layers := args.num_hidden_layers) > max(len(tensors), 1000):
             there = f"there are {len(tensors)} tensors"
             raise ValueError(f"num_hidden_layers is {layers}, {there}")
         model = build_model(args, tensors)
@@ -1949,7 +1955,7 @@ class Lookup:
         if n < 1:
             raise ValueError(f"n must be at least 1, got {n}")
         self.n, self.same, self.ids = n, min(n, 8), []
-        self.after = {}  # as many ids as must be the same: where what followed begins
+        self.after = {}  # the last ids, as a tuple: where, in ids, what followed begins
         self.accepted = 0  # drafts that the model agreed with
         self.extend(ids)
 
@@ -1960,7 +1966,7 @@ class Lookup:
             self.ids.append(token)
 
     def drafts(self) -> list[int]:
-        """Return n ids, or none. What ends with the text is taken to go in circles."""
+        """Return n ids, or none; if fewer followed, they are taken to repeat."""
         at = self.after.get(tuple(self.ids[-self.same :]), len(self.ids))
         following = self.ids[at : at + self.n]
         return [*itertools.islice(itertools.cycle(following), self.n)]
@@ -1971,7 +1977,7 @@ class Step(NamedTuple):
 
     drafts: list[int]
     sampled: mx.array  # (1, 1 + len(drafts)), what follows each
-    samplers: list[Callable]  # as they are after each
+    samplers: list[Callable]  # the sampler's state after each
     logits: mx.array  # (1, V) after the last
 
 
@@ -2030,8 +2036,8 @@ def passes(
         ahead, room = None, limit - cache[0].offset
         if not step.drafts and room > 0:
             # Whatever the one token is, it is kept: the step that reads it is launched
-            # before it is known, so that Python works while the device does. What it
-            # will be is the first draft, so those to check come after that.
+            # before it is known, so that Python works while the device does. The first
+            # draft is a guess of it; those to check in its step come after that.
             drafts = lookup.drafts()[1:room] if lookup else []
             ahead = launch(model, step.sampled, drafts, cache, step.samplers[0])
         kept = agreed(step, cache)
@@ -2067,16 +2073,16 @@ def decode(
     The arguments, and what it returns in the end, are those of generate.
     """
     end = cache[0].offset  # of what the cache is to hold
-    limit = end + (math.inf if max_tokens is None else max_tokens)
-    room = min(cache[0].capacity, limit - 1)  # the last token is not read
+    last = end + (math.inf if max_tokens is None else max_tokens)
+    limit = min(cache[0].capacity, last - 1)  # the last token is not read
     try:
-        for kept in passes(model, logits, cache, sampler, lookup, room):
+        for kept in passes(model, logits, cache, sampler, lookup, limit):
             for value in kept:
                 if value in stop_tokens:
                     return "stop"
                 end += 1
                 yield value
-                if end == limit:
+                if end == last:
                     return "length"
             if cancelled is not None and cancelled():
                 return "cancelled"
@@ -2189,7 +2195,9 @@ auto warp_sum = [](float v) {
   for (int n = 16; n > 0; n /= 2) v += __shfl_xor_sync(0xFFFFFFFF, v, n);
   return v;
 };
-extern __shared__ float4 xs[];  // four j of chunk c in [c / 32][j][c % 32], of 33
+// Four j (of 8) of chunk c lies at [c / 32][j][c % 32]; rows of 33, so that threads
+// that write neighbouring j use different banks.
+extern __shared__ float4 xs[];
 __shared__ float squares[WARPS];
 float square = 0;
 for (int i = threadIdx.x; i < K / 4; i += 32 * WARPS) {
@@ -2279,7 +2287,8 @@ def matvec(
 
 
 def stacked(layers: Sequence[QuantizedMatrix], parts: int = 1) -> tuple[mx.array, ...]:
-    """Put the rows of layers together; return weight, scales, biases (parts, rows, .).
+    """Put the rows of layers together; return their weight, scales and biases, each
+    (parts, rows, columns of that).
 
     The layers keep views of them, so nothing is held twice.
     """
@@ -2442,7 +2451,7 @@ def rank_share(
 def load_rank(folder: str | Path, group: Group | None, **options) -> Llama:
     """Return a rank's share of a folder's model, which is all that it reads.
 
-    It is called, and its logits are, as those of the whole; all ranks must call it with
+    It takes tokens, and gives logits, as the whole does; all ranks must call it with
     the same tokens. Its cache is that of its own heads. options: see load_model.
     """
     model, tensors = rank_share(*examine(Path(folder)), group)
@@ -2466,8 +2475,8 @@ def cancelled_by_any(
 ) -> Callable[[], bool]:
     """Return a `cancelled` for generate: whether a rank wants to stop, alike on all.
 
-    tokens: those sampled so far. It answers the question before: the answer to this one
-    comes only after the step that was launched ahead.
+    tokens: those sampled so far. Each call gives the answer to the call before: its own
+    is a sum that the device computes after the step that was launched ahead.
     It raises RuntimeError if the ranks have sampled different tokens.
     """
     asked = []  # the sums over all ranks on their way, and the token of this one
@@ -2506,8 +2515,8 @@ def connections() -> set[int]:
 def watch(ring: Iterable[int], rank: int) -> None:
     """End this process when a connection of MLX's ring has ended.
 
-    The ring tells that only to what waits for the other rank at that moment. What was
-    launched ahead of it then waits for ever, and this process with it.
+    The ring raises an error only where it is waiting for the other rank just then. A
+    step that was launched ahead would wait for ever, and this process with it.
     """
     while not any(map(lost, ring)):
         time.sleep(0.5)
@@ -2535,7 +2544,7 @@ def join_ranks() -> Group | None:
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     handlers = [signal.signal(number, signal.SIG_DFL) for number in numbers]
     before, group = connections(), mx.distributed.init(strict=True)
-    if "MLX_HOSTFILE" in os.environ:  # what others' connections mean, who knows
+    if "MLX_HOSTFILE" in os.environ:  # a ring; other backends see to theirs
         ring = connections() - before
         threading.Thread(target=watch, args=(ring, group.rank()), daemon=True).start()
     if group.rank() > 0:
@@ -2723,7 +2732,7 @@ class Worker(threading.Thread):
                         self.forget()
                         request.finish(error)
                         if self.group and not isinstance(error, ValueError):
-                            raise  # ValueErrors all ranks have; others leave them apart
+                            raise  # a ValueError all have; after others, ranks differ
                     request = None  # what it holds is not needed until the next
         except Exception as error:
             self.failure = error
@@ -3161,7 +3170,7 @@ def note(text: str) -> None:
 
 
 def complain(error: Exception, who: str = "") -> None:
-    """Print an error as one line; of one of the system's, what it is about and what."""
+    """Print an error as one line; one of the system's without its number."""
     text = str(error)
     if isinstance(error, OSError) and error.strerror:
         about = "" if error.filename is None else f"{error.filename}: "
@@ -3325,8 +3334,8 @@ def describe(model: str | None) -> dict:
 def random_model(args: ModelArgs, bits: int | None) -> Llama:
     """Return a model of random weights, in 16 bits (on a CPU in float32) or quantized.
 
-    The largest are made first, while there is room: what it takes to make one is never
-    more than what is still to come.
+    The largest are made first: what that takes besides is less than what is still to
+    come, so the peak is the model itself.
     """
     model, dtype = Llama(args), default_dtype() or mx.bfloat16
     layers = sorted(dense_layers(model), key=lambda entry: -entry[1].weight.size)
