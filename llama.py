@@ -2681,6 +2681,22 @@ def fingerprint(folder: Path) -> str:
     return digest.hexdigest()
 
 
+def are_ids(value: object) -> bool:
+    return type(value) is list and all(type(i) is int and 0 <= i < 2**31 for i in value)
+
+
+def rebuilt(kind: type, values: dict) -> object:
+    """Return a Piece or Stats from what JSON kept of one. Raises TypeError if it is of
+    another one, or a value is of another type than the default."""
+    made, usual = kind(**values), kind()
+    for entry in fields(kind):
+        value, wanted = getattr(made, entry.name), type(getattr(usual, entry.name))
+        if type(value) is not wanted or (wanted is list and not are_ids(value)):
+            found = f"wanted {wanted.__name__}, got {value!r:.80}"
+            raise TypeError(f"{entry.name}: {found}")
+    return made
+
+
 def read_session(file: Path) -> dict:
     """Return what a session file holds beside the cache. Raises ValueError if none."""
     found = "not a session of llama.py"
@@ -2690,7 +2706,7 @@ def read_session(file: Path) -> dict:
         ids, notes, sums = session["ids"], session["notes"], session["checksums"]
         if zlib.crc32(metadata["session"].encode()) != int(metadata["crc32"]):
             found = "the conversation is damaged"
-        elif type(notes) is type(sums) is dict and ids == [*map(int, ids)]:
+        elif type(notes) is type(sums) is dict and are_ids(ids):
             return session
     except (ArithmeticError, KeyError, RecursionError, TypeError, ValueError):
         pass
@@ -3894,12 +3910,15 @@ class Chat:
                 raise ValueError(f"{file} stays as it is") from None
         try:
             turns = [
-                (str(user), Piece(**piece), Stats(**stats), int(seed))
+                (str(user), rebuilt(Piece, piece), rebuilt(Stats, stats), int(seed))
                 for user, piece, stats, seed in notes["turns"]
             ]
             settings = {name: notes["settings"][name] for name in INTERVALS}
             check_sampling(**settings)
-            system, seed = notes["system"], int(notes["seed"])
+            system, seed = notes["system"], notes["seed"]
+            if type(seed) is not int or not 0 <= seed < 2**64:
+                raise TypeError(f"seed: got {seed!r:.80}")
+            system = system if system is None else str(system)
         except (KeyError, OverflowError, TypeError) as error:
             raise ValueError(f"{file}: not a conversation: {error!r}") from None
         self.turns, self.seed = turns, seed if self.options.seed is None else self.seed

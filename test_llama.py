@@ -4687,6 +4687,47 @@ def test_what_is_forgotten_is_forgotten_in_the_session_file_too(engine, tmp_path
     assert len(llama.read_session(file)["notes"]["turns"]) == 1
 
 
+NOT_OF_A_SESSION = (None, -1, 1.5, 10**30, math.inf, True, "x", [], [1], {}, [[1]])
+
+
+def test_a_session_that_someone_wrote_is_used_or_refused(engine, tmp_path):
+    """With a checksum that is right, and anything anywhere in the conversation."""
+    file, bad = tmp_path / "s", tmp_path / "bad"
+    chat = chat_with(engine)
+    for text in ("one", "two"):
+        chat.take(text)
+    chat.save_session(file)
+    before, header = llama.split_header(file)
+    text, used = header["__metadata__"]["session"], 0
+
+    def write(session: dict) -> None:
+        changed = json.dumps(session)
+        crc32 = str(zlib.crc32(changed.encode()))
+        header["__metadata__"] |= {"session": changed, "crc32": crc32}
+        bad.write_bytes(file_of(header, file.read_bytes()[len(before) :]))
+
+    for seed in range(200):
+        rng, session = random.Random(seed), json.loads(text)
+        container, key = rng.choice([p for p in places(session) if len(p[0]) < 30])
+        container[key] = rng.choice(NOT_OF_A_SESSION)
+        write(session)
+        try:
+            resumed = chat_with(engine, "--session", str(bad))
+        except ValueError:
+            continue
+        commands = ("/context", "/stats") if resumed.turns else ()
+        for typed in (*commands, "/set", "three"):
+            resumed.take(typed)
+        used += 1
+    assert 20 < used < 180
+    session = json.loads(text)
+    for seed in (-1, 2**64, 1.0):
+        session["notes"]["seed"] = seed
+        write(session)
+        with pytest.raises(ValueError, match=f"seed: got {seed}"):
+            chat_with(engine, "--session", str(bad))
+
+
 def test_a_session_with_another_model_offers_its_text(folder, tmp_path):
     other, session = random_folder(tmp_path / "m", num_hidden_layers=1), tmp_path / "s"
     words = ("--session", session, "--max-tokens", 3)
