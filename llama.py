@@ -3561,7 +3561,7 @@ def inspection(folder: Path, check: bool) -> dict:
         ],
         "bytes": sum(t.nbytes for t in tensors.values()),
         "adoptable_bytes": sum(t.nbytes for t in tensors.values() if t.adoptable),
-        "layers": layer_kinds(model) if model else {},
+        "layers": layer_kinds(model) if model and tensors else {},
         "sampling": sampling,
         "problems": [*dict.fromkeys(map(str, problems))],
     }
@@ -4124,12 +4124,19 @@ def build_parser() -> argparse.ArgumentParser:
     )
     inspect = (("--check", "also look for NaN in all data"),)
     floats = f"{' '.join(FLOATS)}; default: file's, CPU float32"
+    formats = ", ".join(CHAT_FORMATS)
     chat = (
         ("--prompt TEXT", "answer this, with all that is piped in, and end"),
         ("--system TEXT", "instructions before the conversation"),
         ("--session FILE", "go on with this conversation, and keep it there"),
         ("--raw", "continue the text, with no chat format"),
-        ("--template NAME", f"{', '.join(CHAT_FORMATS)}; default: the model's"),
+        (
+            "--template NAME",
+            f"{formats}; default: the model's",
+            str,
+            None,
+            CHAT_FORMATS,
+        ),
         ("--max-tokens N", "longest reply, tokens; default: no limit", number),
         ("--temperature T", "[0, inf), 0 is greedy; default: model's or 0.6", float),
         ("--top-k K", "[1, inf), the K likeliest; default: model's or all", int),

@@ -3633,6 +3633,7 @@ def test_what_is_piped_in_is_one_message_after_the_prompt(folder, monkeypatch):
         (("chat", "--max-tokens", "-1"), 2),
         (("chat", "--ctx", "0"), 2),
         (("chat", "--dtype", "int8"), 2),
+        (("chat", "--template", "foo"), 2),
     ],
 )
 def test_usage_errors_have_status_2(words, status, capsys):
@@ -3926,6 +3927,9 @@ def test_inspect_shows_a_folder_of_nothing(folder, tmp_path, capsys):
     (broken / "model.safetensors").write_bytes(file_of({"a": empty}))
     assert llama.main(["inspect", str(broken)]) == 1
     assert "1 a F32 [0]" in capsys.readouterr().out
+    (broken / "model.safetensors").unlink()
+    assert llama.main(["inspect", str(broken)]) == 1
+    assert "not quantized" not in capsys.readouterr().out
 
 
 def test_inspect_goes_on_after_the_first_bad_shard(folder, tmp_path, capsys):
