@@ -57,6 +57,11 @@ def cached_bytes(cache):
     return sum(layer.keys.nbytes + layer.values.nbytes for layer in filled)
 
 
+def rewind(cache, length):
+    for layer in cache:
+        layer.trim(layer.offset - length)
+
+
 def timed(tokens, others=()):
     """Return (seconds to the first token, tokens/s after it, peak GB without the cache
     of others)."""
@@ -111,8 +116,7 @@ def speed(options):
             us = ours(model, ids, 9, mine, peers)
             prompts.append((us, theirs(other, ids, 9, peers, mine)))
         for _ in range(4 * options.trials + 1):
-            for layer in (*mine, *peers):
-                layer.trim(layer.offset - length)
+            rewind((*mine, *peers), length)
             us = ours(model, [1], count - 1, mine, peers)
             replies.append((us, theirs(other, [1], count - 1, peers, mine)))
         us, them = zip(*prompts[1:])
@@ -192,16 +196,14 @@ def context(options):
             layer for other in caches.values() if other is not cache for layer in other
         ]
         for _ in range(2):  # the first makes plans for every step
-            for layer in cache:
-                layer.trim(layer.offset)
+            rewind(cache, 0)
             tokens = llama.generate(model, ids, max_tokens=count, cache=cache)
             seconds, _, peak = timed(tokens, others)
         tflops = flop_of_prompt(model.args, length) / seconds / 1e12
         rows[length] = length / seconds, tflops, peak
     for _ in range(options.trials + 1):
         for length, cache in caches.items():
-            for layer in cache:
-                layer.trim(layer.offset - length)
+            rewind(cache, length)
             tokens = llama.generate(model, [1], max_tokens=count - 1, cache=cache)
             times[length].append(1e3 / timed(tokens)[1])
     read, first = weight_bytes_read(model), None
@@ -251,7 +253,7 @@ def memory(options):
         while not ended.wait(0.002):
             highest.append(anonymous_bytes() - before)
 
-    threading.Thread(target=watch).start()
+    threading.Thread(target=watch, daemon=True).start()
     model = llama.load_model(llama.find_folder(options.model))
     loaded, weights = max(highest), sum(a.nbytes for _, a in tree_flatten(model))
     cache = model.make_cache(options.context)

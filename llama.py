@@ -1281,8 +1281,8 @@ def tokenizer_settings(folder: Path, template: str | None) -> dict:
     """Return Tokenizer's arguments, gathered from the files of a folder."""
     paths = [folder / f"{name}.json" for name in ("config", "generation_config")]
     config, generation = (read_json(path) if path.exists() else {} for path in paths)
-    # No more tokens are read than the weights have room for: an embedding whose rows
-    # have 16 bytes, fewer than any model's.
+    # No more tokens are read than the weights have room for, were they an embedding
+    # with rows of 16 bytes.
     weights = [file for file in folder.glob("*.safetensors") if file.is_file()]
     rows = sum(file.stat().st_size for file in weights) // 16 or MOST_TOKENS
     tokens = min(rows, config.get("vocab_size", rows), MOST_TOKENS)
@@ -3172,15 +3172,19 @@ def printable(text: str) -> str:
 
 
 def styled(stream: TextIO) -> bool:
-    """Return whether escape sequences are wanted on a stream: https://no-color.org."""
-    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
-    return stream.isatty() and not plain
+    """Return whether escape sequences may be written to a stream."""
+    return stream.isatty() and os.environ.get("TERM") != "dumb"
+
+
+def coloured(stream: TextIO) -> bool:
+    """Return whether colours are wanted on a stream: https://no-color.org."""
+    return styled(stream) and not os.environ.get("NO_COLOR")
 
 
 def note(text: str) -> None:
     """Print a line about what goes on, dim where colour is wanted."""
     text = printable(text)
-    if styled(sys.stderr):
+    if coloured(sys.stderr):
         text = f"\x1b[2m{text}\x1b[0m"
     print(text, file=sys.stderr, flush=True)
 
@@ -3386,16 +3390,14 @@ def measure(model: Llama, prompt_tokens: int, generation_tokens: int) -> dict:
     read = sum(sizes.values()) - (embedding if "lm_head" in model else 0)
     ids = mx.random.randint(0, model.args.vocab_size, (prompt_tokens,)).tolist()
     progress, bandwidth, runs = ProgressLine("measuring"), copy_bandwidth(), []
-    each = prompt_tokens + generation_tokens
+    options, each = {"max_tokens": generation_tokens}, prompt_tokens + generation_tokens
     mx.reset_peak_memory()
-    for run in range(4):
-        cache = model.make_cache(prompt_tokens + generation_tokens)
-        before, options = run * each, {"max_tokens": generation_tokens}
+    for before in range(0, 4 * each, each):
         options["progress"] = lambda n, _, before=before: progress(before + n, 4 * each)
         started, times = time.perf_counter(), []
-        for _ in generate(model, ids, cache=cache, **options):
+        for _ in generate(model, ids, cache=model.make_cache(each), **options):
             times.append(time.perf_counter())
-            progress(before + prompt_tokens + len(times), 4 * each)
+            options["progress"](prompt_tokens + len(times), each)
         first, last = times[0] - started, times[-1] - times[0]
         runs.append((first, (generation_tokens - 1) / last))
     progress.clear()
@@ -3714,7 +3716,7 @@ class LineEditor:
             self.readline = None
             return
         self.readline = readline
-        paste = "off" if os.environ.get("TERM") == "dumb" else "on"  # an escape
+        paste = "on" if styled(sys.stdout) else "off"  # it takes an escape
         readline.parse_and_bind(f"set enable-bracketed-paste {paste}")
         readline.parse_and_bind("tab: complete")
         readline.set_completer_delims(" ")
@@ -3749,7 +3751,7 @@ class LineEditor:
             print(prompt, end="", file=sys.stderr, flush=True)
             return input()
         backend = getattr(self.readline, "__doc__", None) or "libedit"
-        if styled(sys.stdout) and "libedit" not in backend:
+        if coloured(sys.stdout) and "libedit" not in backend:
             # Between 1 and 2: what takes no room, for GNU readline to reckon with.
             prompt = f"\x01\x1b[2m\x02{prompt}\x01\x1b[0m\x02"
         return input(prompt)
@@ -3780,6 +3782,12 @@ class LineEditor:
         if text.strip():
             self.remember(text)
         return text
+
+
+def end_by_signal(number: int, _frame: object) -> None:
+    """Handle a signal: unwind, so that the worker stops and the terminal is restored,
+    and exit with the status that a shell gives it."""
+    raise SystemExit(128 + number)
 
 
 def counted(turns: list) -> str:
@@ -4124,19 +4132,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     inspect = (("--check", "also look for NaN in all data"),)
     floats = f"{' '.join(FLOATS)}; default: file's, CPU float32"
-    formats = ", ".join(CHAT_FORMATS)
+    formats = f"{', '.join(CHAT_FORMATS)}; default: the model's"
     chat = (
         ("--prompt TEXT", "answer this, with all that is piped in, and end"),
         ("--system TEXT", "instructions before the conversation"),
         ("--session FILE", "go on with this conversation, and keep it there"),
         ("--raw", "continue the text, with no chat format"),
-        (
-            "--template NAME",
-            f"{formats}; default: the model's",
-            str,
-            None,
-            CHAT_FORMATS,
-        ),
+        ("--template NAME", formats, str, None, CHAT_FORMATS),
         ("--max-tokens N", "longest reply, tokens; default: no limit", number),
         ("--temperature T", "[0, inf), 0 is greedy; default: model's or 0.6", float),
         ("--top-k K", "[1, inf), the K likeliest; default: model's or all", int),
@@ -4183,12 +4185,6 @@ def build_parser() -> argparse.ArgumentParser:
             more = dict(zip(keys, (*metavar, *rest))) or {"action": "store_true"}
             option(flag, help=text, **more)
     return parser
-
-
-def end_by_signal(number: int, _frame: object) -> None:
-    """Handle a signal: unwind, so that the worker stops and the terminal is restored,
-    and exit with the status that a shell gives it."""
-    raise SystemExit(128 + number)
 
 
 def run(argv: Sequence[str] | None) -> int:

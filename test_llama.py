@@ -3198,6 +3198,15 @@ def test_a_saved_conversation_goes_on_without_being_read_anew(folder, tmp_path):
         assert again.stats.reused_tokens == second.stats.reused_tokens > 20
 
 
+def session_file(session: dict, file: Path) -> bytes:
+    """A session file with the cache of another, and a checksum that is right."""
+    before, header = llama.split_header(file)
+    text = json.dumps(session)
+    crc32 = str(zlib.crc32(text.encode()))
+    header["__metadata__"] |= {"session": text, "crc32": crc32}
+    return file_of(header, file.read_bytes()[len(before) :])
+
+
 def test_a_session_that_cannot_be_trusted_is_refused(folder, tmp_path):
     other = random_folder(tmp_path / "other", intermediate_size=96)
     file, bad = tmp_path / "s", tmp_path / "bad"
@@ -3206,7 +3215,7 @@ def test_a_session_that_cannot_be_trusted_is_refused(folder, tmp_path):
         engine.save(file, {"text": "be kind"})
         data = file.read_bytes()
 
-        def refusal(changed: bytes) -> str:
+        def refused(changed: bytes) -> str:
             bad.write_bytes(changed)
             with pytest.raises(ValueError, match=str(bad)) as caught:
                 engine.restore(bad)
@@ -3215,24 +3224,19 @@ def test_a_session_that_cannot_be_trusted_is_refused(folder, tmp_path):
         for at in (-1, -2000, -5000):  # anywhere in the cache
             flipped = bytearray(data)
             flipped[at] ^= 1
-            assert "damaged" in refusal(bytes(flipped))
-        assert "truncated" in refusal(data[:-1])
-        assert "not a safetensors file" in refusal(data[:300])
-        assert "not a safetensors file" in refusal(b"\xff" * 100)
+            assert "damaged" in refused(bytes(flipped))
+        assert "truncated" in refused(data[:-1])
+        assert "not a safetensors file" in refused(data[:300])
+        assert "not a safetensors file" in refused(b"\xff" * 100)
         plain = (folder / "model.safetensors").read_bytes()
-        assert "not a session" in refusal(plain)
-        before, header = llama.split_header(file)
-        session = json.loads(header["__metadata__"]["session"])
-
-        def changed(session: dict) -> bytes:
-            text = json.dumps(session)
-            crc32 = str(zlib.crc32(text.encode()))
-            header["__metadata__"] |= {"session": text, "crc32": crc32}
-            return file_of(header, data[len(before) :])
-
-        assert "another model" in refusal(changed(without(session, "fingerprint")))
-        assert "not a session" in refusal(changed(session | {"ids": [math.inf]}))
-        assert "conversation is damaged" in refusal(data.replace(b"kind", b"kinX"))
+        assert "not a session" in refused(plain)
+        session = llama.read_session(file)
+        unnamed = without(session, "fingerprint")
+        assert "another model" in refused(session_file(unnamed, file))
+        assert "not a session" in refused(
+            session_file(session | {"ids": [math.inf]}, file)
+        )
+        assert "conversation is damaged" in refused(data.replace(b"kind", b"kinX"))
         engine.restore(file)
     with (
         llama.Engine(other) as engine,
@@ -4550,6 +4554,21 @@ def test_a_conversation_that_cannot_be_saved_goes_on(folder, tmp_path):
     assert chat.status() == 0
 
 
+def test_a_reply_that_fails_in_mlx_does_not_end_the_conversation(
+    engine, monkeypatch, capsys
+):
+    def answer(*_):
+        raise RuntimeError("out of memory")
+
+    typed = iter(("one", "/context", None))
+    editor = types.SimpleNamespace(read=lambda: next(typed))
+    monkeypatch.setattr(llama, "answer", answer)
+    monkeypatch.setattr(llama, "LineEditor", lambda _: editor)
+    chat_with(engine).run()
+    shown = capsys.readouterr().err
+    assert "error: out of memory" in shown and "tokens used" in shown
+
+
 def test_a_tab_completes_commands_and_is_text_elsewhere():
     editor = llama.LineEditor(["/help", "/reset", "/retry"])
     for typed, completed in (
@@ -4583,6 +4602,20 @@ def test_options_are_set_and_shown_while_talking(engine, capsys):
     ):
         assert part in shown
     assert shown.count("\n/") == len(chat.commands)
+    chat.editor = types.SimpleNamespace()
+    for text in ("/set top-k 3", "/set seed 7", "/system Be kind.", "/private"):
+        chat.take(text)
+    chat.take("/set max_tokens off")
+    chat.take("/set temperature default")
+    assert chat.options.max_tokens is None and chat.options.temperature is None
+    shown = capsys.readouterr().err
+    for part in ("top_k is 3", "seed is 7", "'Be kind.'", "out of the history"):
+        assert part in shown
+    assert "max_tokens is off" in shown
+
+
+def test_commands_that_cannot_be_followed_say_why(engine):
+    chat = chat_with(engine)
     for text, error in (
         ("/set top_p 2", r"top_p must be in \(0, 1\], got 2"),
         ("/set colour red", "no option colour; temperature"),
@@ -4600,16 +4633,6 @@ def test_options_are_set_and_shown_while_talking(engine, capsys):
             chat.take(text)
     with pytest.raises(ValueError, match="--raw has no chat format: no place"):
         chat_with(engine, "--raw").take("/system Be kind.")
-    chat.editor = types.SimpleNamespace()
-    for text in ("/set top-k 3", "/set seed 7", "/system Be kind.", "/private"):
-        chat.take(text)
-    chat.take("/set max_tokens off")
-    chat.take("/set temperature default")
-    assert chat.options.max_tokens is None and chat.options.temperature is None
-    shown = capsys.readouterr().err
-    for part in ("top_k is 3", "seed is 7", "'Be kind.'", "out of the history"):
-        assert part in shown
-    assert "max_tokens is off" in shown
     for nothing in ("/undo", "/retry", "/stats"):
         with pytest.raises(ValueError, match="the conversation is empty"):
             chat_with(engine).take(nothing)
@@ -4701,20 +4724,12 @@ def test_a_session_that_someone_wrote_is_used_or_refused(engine, tmp_path):
     for text in ("one", "two"):
         chat.take(text)
     chat.save_session(file)
-    before, header = llama.split_header(file)
-    text, used = header["__metadata__"]["session"], 0
-
-    def write(session: dict) -> None:
-        changed = json.dumps(session)
-        crc32 = str(zlib.crc32(changed.encode()))
-        header["__metadata__"] |= {"session": changed, "crc32": crc32}
-        bad.write_bytes(file_of(header, file.read_bytes()[len(before) :]))
-
+    used = 0
     for seed in range(200):
-        rng, session = random.Random(seed), json.loads(text)
+        rng, session = random.Random(seed), llama.read_session(file)
         container, key = rng.choice([p for p in places(session) if len(p[0]) < 30])
         container[key] = rng.choice(NOT_OF_A_SESSION)
-        write(session)
+        bad.write_bytes(session_file(session, file))
         try:
             resumed = chat_with(engine, "--session", str(bad))
         except ValueError:
@@ -4724,10 +4739,10 @@ def test_a_session_that_someone_wrote_is_used_or_refused(engine, tmp_path):
             resumed.take(typed)
         used += 1
     assert 20 < used < 180
-    session = json.loads(text)
+    session = llama.read_session(file)
     for seed in (-1, 2**64, 1.0):
         session["notes"]["seed"] = seed
-        write(session)
+        bad.write_bytes(session_file(session, file))
         with pytest.raises(ValueError, match=f"seed: got {seed}"):
             chat_with(engine, "--session", str(bad))
 
@@ -5069,13 +5084,17 @@ def test_no_colour_where_it_is_not_wanted(folder, environment):
     assert "\x1b[2m" not in chat.screen and "seed" in chat.screen
 
 
-def test_a_conversation_without_escapes(folder):
-    chat, seen = Terminal("chat", folder, "--max-tokens", 2, TERM="dumb"), ""
+@pytest.mark.parametrize(
+    ("environment", "escapes"),
+    [({"TERM": "dumb"}, "\x1b"), ({"NO_COLOR": "1"}, r"\x1b\[[0-9;]*m")],
+)
+def test_a_conversation_without_escapes(environment, escapes, folder):
+    chat, seen = Terminal("chat", folder, "--max-tokens", 2, **environment), ""
     for typed in ("x" * 200 + "\r", "/help\r", CTRL_D):
         seen += chat.wait_for(">>> ")
         chat.type(typed)
     assert chat.status() == 0
-    assert "\x1b" not in seen + chat.screen
+    assert not re.search(escapes, seen + chat.screen)
 
 
 CHAT = (HERE / "llama.py", "chat")
