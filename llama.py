@@ -736,8 +736,8 @@ class Attention(nn.Module):
     """Grouped-query attention [3]: H / Hkv query heads share a key/value head.
 
     softmax(Q K^T / sqrt(Dh)) V over the past and this call's tokens, x (B, L, D). One
-    token each may come as (B, D): MLX flattens what is no matrix before each product,
-    and shapes it back.
+    token each may come as (B, D): MLX flattens what is no matrix before a dense
+    product, and shapes it back.
     """
 
     def __init__(self, args: ModelArgs, rope: RoPE):
