@@ -2153,79 +2153,59 @@ def generate(
 # uses: 1, 3-6
 # -----------------------------------------------------------------------------
 
-LONGEST = 32768  # columns: x, in float32, is to fit the memory that a block shares
-
 # A warp multiplies x by two rows: neighbours, or one of gate and the same of up. A lane
-# takes a chunk of a row, 32 weights in 16 bytes, of each two steps at once: no branch
-# stands between these loads, and the first are under way while x goes to shared memory.
-# The bytes 0x43, q, 0, 0 are the float 128 + q, so one instruction makes a float of 4
-# bits; the 128 goes out again with the sum of x. Sums are float32.
+# takes chunks of a row, 32 weights in 16 bytes, two of each row at once: no branch
+# stands between these loads, and they are under way while x goes to shared memory. The
+# bytes 0x43, q, 0, 0 are the float 128 + q, so one instruction makes a float of 4 bits;
+# the 128 goes out again with the sum of x. Sums are float32.
 MATVEC = r"""
-constexpr int WARPS = 8, STEPS = 2;  // of a block; whose loads are under way at once
-const int K = 8 * weight_shape[2], rows = weight_shape[1], chunks = K / 32;
+constexpr int WARPS = 8, STEPS = 2, TILE = 256;  // TILE: chunks of x at hand
+const int rows = weight_shape[1], K = 8 * weight_shape[2], chunks = K / 32;
 const int groups = scales_shape[2], shift = __ffs(chunks / groups) - 1;
 const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 const bool swiglu = weight_shape[0] == 2, norm = gain_shape[0] > 1;
 // A warp past the end repeats the last rows, to the same effect.
 const int n = swiglu ? 1 : 2, row = min(int(blockIdx.x * WARPS + warp) * n, rows - n);
 const int64_t pair[2] = {row, swiglu ? row + rows : row + 1};
-
-uint4 packed[STEPS][2];
-__nv_bfloat16 scale[STEPS][2], bias[STEPS][2];
-auto load = [&](int first) {
-  #pragma unroll
-  for (int s = 0; s < STEPS; ++s) {
-    const int c = min(first + 32 * s + lane, chunks - 1);
-    #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      packed[s][i] = __ldcs((const uint4*)weight + pair[i] * chunks + c);
-      scale[s][i] = scales[pair[i] * groups + (c >> shift)];
-      bias[s][i] = biases[pair[i] * groups + (c >> shift)];
-    }
-  }
-};
-load(0);
-
-auto four = [](const __nv_bfloat16* p) {  // a bfloat16 is the upper half of a float
-  const uint2 v = *(const uint2*)p;
-  return make_float4(__uint_as_float(v.x << 16), __uint_as_float(v.x & 0xFFFF0000),
-                     __uint_as_float(v.y << 16), __uint_as_float(v.y & 0xFFFF0000));
+auto value = [](unsigned bytes, int n) {  // 128 + byte n
+  return __uint_as_float(__byte_perm(bytes, 0x43000000, 0x7044 + 0x100 * n));
 };
 auto warp_sum = [](float v) {
   for (int n = 16; n > 0; n /= 2) v += __shfl_xor_sync(0xFFFFFFFF, v, n);
   return v;
 };
-// Four j (of 8) of chunk c lies at [c / 32][j][c % 32]; rows of 33, so that threads
-// that write neighbouring j use different banks.
-extern __shared__ float4 xs[];
+__shared__ float4 xs[TILE * 9];  // 8 a chunk; with 9, lanes read different banks
 __shared__ float squares[WARPS];
-float square = 0;
-for (int i = threadIdx.x; i < K / 4; i += 32 * WARPS) {
-  float4 v = four(x + 4 * i);
-  if (norm) {
-    const float4 g = four(gain + 4 * i);
-    square += v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
-    v = make_float4(v.x * g.x, v.y * g.y, v.z * g.z, v.w * g.w);
-  }
-  xs[(i / 256 * 8 + i % 8) * 33 + i / 8 % 32] = v;
-}
-squares[warp] = warp_sum(square);
-__syncthreads();
-
-auto value = [](unsigned bytes, int n) {  // 128 + byte n
-  return __uint_as_float(__byte_perm(bytes, 0x43000000, 0x7044 + 0x100 * n));
-};
-float total[2] = {};
+float total[2] = {}, square = 0;
 for (int first = 0; first < chunks; first += 32 * STEPS) {
-  if (first > 0) load(first);
-  #pragma unroll
+  uint4 packed[STEPS][2];
+  __nv_bfloat16 scale[STEPS][2], bias[STEPS][2];
+  for (int s = 0; s < STEPS; ++s)
+    for (int i = 0; i < 2; ++i) {
+      const int c = min(first + 32 * s + lane, chunks - 1);
+      packed[s][i] = __ldcs((const uint4*)weight + pair[i] * chunks + c);
+      scale[s][i] = scales[pair[i] * groups + (c >> shift)];
+      bias[s][i] = biases[pair[i] * groups + (c >> shift)];
+    }
+  if (first % TILE == 0) {
+    __syncthreads();
+    #pragma unroll 8
+    for (int i = threadIdx.x; i < 32 * min(TILE, chunks - first); i += 32 * WARPS) {
+      float v = x[32 * first + i];
+      if (norm) {
+        square += v * v;
+        v *= float(gain[32 * first + i]);
+      }
+      ((float*)xs)[i / 32 * 36 + i % 32] = v;
+    }
+    __syncthreads();
+  }
   for (int s = 0; s < STEPS && first + 32 * s < chunks; ++s) {
+    const int c = first + 32 * s + lane;
     float dot[2] = {}, sum = 0;
-    #pragma unroll
     for (int j = 0; j < 8; ++j) {
-      const float4 v = xs[((first / 32 + s) * 8 + j) * 33 + lane];
+      const float4 v = xs[c % TILE * 9 + j];
       sum += v.x + v.y + v.z + v.w;
-      #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const unsigned q = (&packed[s][i].x)[j / 2], n = j % 2 * 2;
         const unsigned even = q & 0x0F0F0F0F, odd = q >> 4 & 0x0F0F0F0F;
@@ -2233,14 +2213,16 @@ for (int first = 0; first < chunks; first += 32 * STEPS) {
         dot[i] = fmaf(v.z, value(even, n + 1), fmaf(v.w, value(odd, n + 1), dot[i]));
       }
     }
-    #pragma unroll
-    for (int i = 0; i < 2; ++i)
+    for (int i = 0; i < 2 && c < chunks; ++i)
       total[i] += float(scale[s][i]) * (dot[i] - 128 * sum) + float(bias[s][i]) * sum;
   }
 }
-float mean = *eps;
-for (int w = 0; w < WARPS; ++w) mean += squares[w] / K;
-for (int i = 0; i < 2; ++i) total[i] = warp_sum(total[i]) * (norm ? rsqrtf(mean) : 1);
+squares[warp] = warp_sum(square);
+__syncthreads();
+square = 0;
+for (int w = 0; w < WARPS; ++w) square += squares[w];
+const float factor = norm ? rsqrtf(square / K + float(gain[K])) : 1;  // gain[K]: eps
+for (int i = 0; i < 2; ++i) total[i] = warp_sum(total[i]) * factor;
 if (swiglu) total[0] *= total[1] / (1 + expf(-total[0]));
 if (lane < n) {
   const float add = residual_shape[1] > 1 ? float(residual[row + lane]) : 0;
@@ -2249,81 +2231,68 @@ if (lane < n) {
 """
 
 
-def matvec(
-    x: mx.array,
-    packed: tuple[mx.array, ...],
-    norm: nn.RMSNorm | None = None,
-    residual: mx.array | None = None,
-) -> mx.array:
-    """Return W norm(x) + residual, (1, rows), for one token's K values x, in bfloat16.
+def fused_linear(
+    *layers: QuantizedMatrix, norm: nn.RMSNorm | None = None, parts: int = 1
+) -> Callable[..., mx.array]:
+    """Return a function of x (1, K) and residual (1, rows), in bfloat16, that gives
+    W norm(x) + residual, (1, rows), where W has the rows of all layers.
 
-    packed: weight, scales and biases of W, as `stacked` gives them. Of two parts, it is
-    silu(first norm(x)) * second norm(x) + residual. subtle: call it inside mx.compile;
-    built anew for each token, it would cost more time than it saves.
+    Of two parts, it gives silu(first norm(x)) * second norm(x) + residual. subtle: call
+    it inside mx.compile; built for each token, it would cost more time than it saves.
     """
-    parts, rows, words = packed[0].shape
-    # MLX builds one kernel to a name: for all matrices but those with the longest rows.
-    longest = 16384 if words * 8 <= 16384 else LONGEST
-    kernel = mx.fast.cuda_kernel(
-        name=f"matvec_{longest}",
-        input_names=["x", "weight", "scales", "biases", "gain", "eps", "residual"],
-        output_names=["y"],
-        source=MATVEC,
-        shared_memory=longest * 4 // 32 * 33,
-    )
-    # What is made of numbers is not lazy; a lazy array would be computed anew by each
-    # token.
-    gain, eps = (norm.weight, norm.eps) if norm else (mx.array([0], x.dtype), 0.0)
-    residual = mx.array([[0]], x.dtype) if residual is None else residual
-    blocks = -(-rows * parts // 16)  # of 8 warps
-    (y,) = kernel(
-        inputs=[x, *packed, gain, mx.array(eps), residual],
-        grid=(blocks * 256, 1, 1),
-        threadgroup=(256, 1, 1),
-        output_shapes=[(1, rows)],
-        output_dtypes=[x.dtype],
-    )
-    return y
-
-
-def stacked(layers: Sequence[QuantizedMatrix], parts: int = 1) -> tuple[mx.array, ...]:
-    """Put the rows of layers together; return their weight, scales and biases, each
-    (parts, rows, columns of that).
-
-    The layers keep views of them, so nothing is held twice.
-    """
-    packed, rows = [], [layer.weight.shape[0] for layer in layers]
+    rows, packed = [len(layer.weight) for layer in layers], []
     for name in ("weight", "scales", "biases"):
         whole = mx.concatenate([layer[name] for layer in layers])
         views = mx.split(whole, [*itertools.accumulate(rows[:-1])])
-        mx.eval(whole, views)
-        for layer, view in zip(layers, views):
+        for layer, view in zip(layers, views):  # nothing is held twice
             layer[name] = view
         packed.append(whole.reshape(parts, -1, whole.shape[-1]))
-    mx.eval(packed)
-    return tuple(packed)
+    # subtle: the eps goes with the gain. What has 8 bytes or less MLX keeps in the
+    # host's memory: thousands of warps that read it there wait longer than they compute.
+    gain = [norm.weight, mx.array([norm.eps])] if norm else [mx.array([0.0])]
+    packed.append(mx.concatenate(gain).astype(mx.bfloat16))
+    mx.eval(packed, [layer.parameters() for layer in layers])
+    kernel = mx.fast.cuda_kernel(
+        name="matvec",
+        input_names=["x", "weight", "scales", "biases", "gain", "residual"],
+        output_names=["y"],
+        source=MATVEC,
+    )
+    none = mx.array([[0]], mx.bfloat16)
+
+    def product(x: mx.array, residual: mx.array = none) -> mx.array:
+        (y,) = kernel(
+            inputs=[x, *packed, residual],
+            grid=(-(-sum(rows) // 16) * 256, 1, 1),  # 8 warps, of two rows each
+            threadgroup=(256, 1, 1),
+            output_shapes=[(1, sum(rows) // parts)],
+            output_dtypes=[x.dtype],
+        )
+        return y
+
+    return product
 
 
 class FusedBlock(TransformerBlock):
-    """A TransformerBlock that decodes through matvec; see fuse."""
+    """A TransformerBlock that decodes through the kernel; see fuse."""
 
     def prepare(self) -> None:
-        attention, mlp = self.self_attn, self.mlp
+        attention, mlp, norm = self.self_attn, self.mlp, self.post_attention_layernorm
         H, Hkv = attention.n_heads, attention.n_kv_heads
-        qkv = stacked([attention.q_proj, attention.k_proj, attention.v_proj])
-        gate_up = stacked([mlp.gate_proj, mlp.up_proj], parts=2)
-        o, down = stacked([attention.o_proj]), stacked([mlp.down_proj])
+        qkv = attention.q_proj, attention.k_proj, attention.v_proj
+        qkv = fused_linear(*qkv, norm=self.input_layernorm)
+        gate_up = fused_linear(mlp.gate_proj, mlp.up_proj, norm=norm, parts=2)
+        o, down = fused_linear(attention.o_proj), fused_linear(mlp.down_proj)
 
         def before(x: mx.array, offset: mx.array) -> tuple[mx.array, ...]:
-            product = matvec(x, qkv, norm=self.input_layernorm)
-            heads = attention.split(product, H + 2 * Hkv)
-            turned = attention.rope(heads[:, : H + Hkv], offset)
-            return turned[:, :H], turned[:, H:], heads[:, H + Hkv :]
+            heads = attention.split(qkv(x), H + 2 * Hkv)
+            turned, values = mx.split(heads, [H + Hkv], axis=1)
+            queries, keys = mx.split(attention.rope(turned, offset), [H], axis=1)
+            return queries, keys, values
 
         def after(x: mx.array, attended: mx.array) -> mx.array:
-            x = matvec(attended, o, residual=x)
-            inner = matvec(x, gate_up, norm=self.post_attention_layernorm)
-            return matvec(inner, down, residual=x)
+            x = o(attended, x)
+            return down(gate_up(x), x)
 
         self.before, self.after = mx.compile(before), mx.compile(after)
 
@@ -2337,21 +2306,20 @@ class FusedBlock(TransformerBlock):
 
 
 def fusable(module: nn.Module) -> bool:
-    """Whether matvec takes the matrices of a module: 4-bit ones of one group size,
+    """Whether the kernel takes a module's matrices: 4-bit ones of one group size,
     without a bias, in a stream of bfloat16."""
     matrices = [m for m in module.modules() if "weight" in m and m.weight.ndim == 2]
     dtypes = {array.dtype for _, array in tree_flatten(module.parameters())}
     return dtypes == {mx.bfloat16, mx.uint32} and all(
         type(m) in (QuantizedLinear, QuantizedEmbedding)
         and (m.bits, m.mode, m.group_size) == (4, "affine", matrices[0].group_size)
-        and m.weight.shape[1] * 8 in range(1024, LONGEST + 1, 1024)
         and "bias" not in m
         for m in matrices
     )
 
 
 def fuse(model: Llama) -> None:
-    """Have a model decode through matvec, as far as it takes the layers; CUDA only.
+    """Have a model decode through the kernel, as far as it takes the layers; CUDA only.
 
     To be called when the weights are in place. What reads more than one token at a
     time, or without a cache, is computed as before.
@@ -2364,9 +2332,7 @@ def fuse(model: Llama) -> None:
             block.prepare()
     head = model.get("lm_head", model.model.embed_tokens)
     if fusable(head):
-        packed = stacked([head])
-        product = mx.compile(lambda x: matvec(x, packed))
-        several = head.as_linear
+        product, several = mx.compile(fused_linear(head)), head.as_linear
         head.as_linear = lambda x: (product if x.shape[:-1] == (1,) else several)(x)
 
 
