@@ -702,10 +702,10 @@ class KVCache:
             self.values = mx.zeros(shape, values.dtype)
         # MLX arrays are values, but an update of one that nothing else will read is
         # done in its memory. Nothing here may keep the old array alive.
-        self.keys[..., self.offset : end, :] = keys
-        self.values[..., self.offset : end, :] = values
+        self.keys[:, :, self.offset : end] = keys
+        self.values[:, :, self.offset : end] = values
         self.offset = end
-        return self.keys[..., :end, :], self.values[..., :end, :]
+        return self.keys[:, :, :end], self.values[:, :, :end]
 
     def trim(self, n: int) -> int:
         """Forget the last n tokens; return n. Their slots are written over later."""
@@ -2167,6 +2167,11 @@ const bool swiglu = weight_shape[0] == 2, norm = gain_shape[0] > 1;
 // A warp past the end repeats the last rows, to the same effect.
 const int n = swiglu ? 1 : 2, row = min(int(blockIdx.x * WARPS + warp) * n, rows - n);
 const int64_t pair[2] = {row, swiglu ? row + rows : row + 1};
+auto four = [](const __nv_bfloat16* p) {  // a bfloat16 is the upper half of a float
+  const uint2 v = *(const uint2*)p;
+  return float4{__uint_as_float(v.x << 16), __uint_as_float(v.x & 0xFFFF0000),
+                __uint_as_float(v.y << 16), __uint_as_float(v.y & 0xFFFF0000)};
+};
 auto value = [](unsigned bytes, int n) {  // 128 + byte n
   return __uint_as_float(__byte_perm(bytes, 0x43000000, 0x7044 + 0x100 * n));
 };
@@ -2189,19 +2194,20 @@ for (int first = 0; first < chunks; first += 32 * STEPS) {
     }
   if (first % TILE == 0) {
     __syncthreads();
-    #pragma unroll 8
-    for (int i = threadIdx.x; i < 32 * min(TILE, chunks - first); i += 32 * WARPS) {
-      float v = x[32 * first + i];
+    for (int i = threadIdx.x; i < 8 * min(TILE, chunks - first); i += 32 * WARPS) {
+      float4 v = four(x + 32 * first + 4 * i);
       if (norm) {
-        square += v * v;
-        v *= float(gain[32 * first + i]);
+        const float4 g = four(gain + 32 * first + 4 * i);
+        square += v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
+        v = {v.x * g.x, v.y * g.y, v.z * g.z, v.w * g.w};
       }
-      ((float*)xs)[i / 32 * 36 + i % 32] = v;
+      xs[i / 8 * 9 + i % 8] = v;
     }
     __syncthreads();
   }
   for (int s = 0; s < STEPS && first + 32 * s < chunks; ++s) {
-    const int c = first + 32 * s + lane;
+    const int c = min(first + 32 * s + lane, chunks - 1);
+    const float in = first + 32 * s + lane < chunks;  // a lane past the end adds 0
     float dot[2] = {}, sum = 0;
     for (int j = 0; j < 8; ++j) {
       const float4 v = xs[c % TILE * 9 + j];
@@ -2213,8 +2219,9 @@ for (int first = 0; first < chunks; first += 32 * STEPS) {
         dot[i] = fmaf(v.z, value(even, n + 1), fmaf(v.w, value(odd, n + 1), dot[i]));
       }
     }
-    for (int i = 0; i < 2 && c < chunks; ++i)
-      total[i] += float(scale[s][i]) * (dot[i] - 128 * sum) + float(bias[s][i]) * sum;
+    for (int i = 0; i < 2; ++i)
+      total[i] += in * (float(scale[s][i]) * (dot[i] - 128 * sum) +
+                        float(bias[s][i]) * sum);
   }
 }
 squares[warp] = warp_sum(square);
@@ -2247,8 +2254,8 @@ def fused_linear(
         for layer, view in zip(layers, views):  # nothing is held twice
             layer[name] = view
         packed.append(whole.reshape(parts, -1, whole.shape[-1]))
-    # subtle: the eps goes with the gain. What has 8 bytes or less MLX keeps in the
-    # host's memory: thousands of warps that read it there wait longer than they compute.
+    # subtle: the eps goes with the gain. An array of 8 bytes or less MLX keeps in the
+    # host's memory, and there thousands of warps wait longer for it than they compute.
     gain = [norm.weight, mx.array([norm.eps])] if norm else [mx.array([0.0])]
     packed.append(mx.concatenate(gain).astype(mx.bfloat16))
     mx.eval(packed, [layer.parameters() for layer in layers])

@@ -2434,6 +2434,7 @@ CUDA_AS_CPP = r"""
 using std::fmaf, std::min;
 using Shape = std::array<int, 3>;
 struct dim3 { int x; };
+struct uint2 { unsigned x, y; };
 struct uint4 { unsigned x, y, z, w; };
 struct float4 { float x, y, z, w; };
 static thread_local dim3 threadIdx, blockIdx;
