@@ -2148,25 +2148,26 @@ def generate(
 # 11. Kernels
 # Decoding a 4-bit model on CUDA, where MLX's matrix-vector product reads a fifth of
 # what the memory could give. This one reads up to two thirds, and takes along the norm
-# before it, and the addition or SwiGLU after it: a token is four kernels a layer,
-# besides attention. Never on Metal or the CPU; without fuse, nothing of this is used.
+# before it, and the addition or SwiGLU after it: a token is four products a layer,
+# besides attention. Never on Metal or the CPU.
 # uses: 1, 3-6
 # -----------------------------------------------------------------------------
 
-# A warp multiplies x by two rows: neighbours, or one of gate and the same of up. A lane
-# takes chunks of a row, 32 weights in 16 bytes, two of each row at once: no branch
-# stands between these loads, and they are under way while x goes to shared memory. The
-# bytes 0x43, q, 0, 0 are the float 128 + q, so one instruction makes a float of 4 bits;
-# the 128 goes out again with the sum of x. Sums are float32.
+# A warp multiplies x by two rows: neighbours, or row r of gate and row r of up. A row is
+# chunks of 32 weights, 16 bytes; a lane loads two chunks of both rows before any branch,
+# so that they are under way while x goes to shared memory. A nibble q becomes a float by
+# one instruction: the bytes 0x43 (the highest), q, 0, 0 are 128 + q. The 128 goes out
+# again with the sum of x. Sums are float32.
 MATVEC = r"""
-constexpr int WARPS = 8, STEPS = 2, TILE = 256;  // TILE: chunks of x at hand
+constexpr int WARPS = 8, STEPS = 2, TILE = 256;  // TILE: chunks of x in shared memory
 const int rows = weight_shape[1], K = 8 * weight_shape[2], chunks = K / 32;
 const int groups = scales_shape[2], shift = __ffs(chunks / groups) - 1;
 const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 const bool swiglu = weight_shape[0] == 2, norm = gain_shape[0] > 1;
-// A warp past the end repeats the last rows, to the same effect.
-const int n = swiglu ? 1 : 2, row = min(int(blockIdx.x * WARPS + warp) * n, rows - n);
-const int64_t pair[2] = {row, swiglu ? row + rows : row + 1};
+// A warp that would pass the end takes the last rows again, and writes the same.
+const int own = swiglu ? 1 : 2;
+const int row = min(int(blockIdx.x * WARPS + warp) * own, rows - own);
+const int pair[2] = {row, row + (swiglu ? rows : 1)};
 auto four = [](const __nv_bfloat16* p) {  // a bfloat16 is the upper half of a float
   const uint2 v = *(const uint2*)p;
   return float4{__uint_as_float(v.x << 16), __uint_as_float(v.x & 0xFFFF0000),
@@ -2205,9 +2206,10 @@ for (int first = 0; first < chunks; first += 32 * STEPS) {
     }
     __syncthreads();
   }
+  #pragma unroll  // or packed would go to memory
   for (int s = 0; s < STEPS && first + 32 * s < chunks; ++s) {
     const int c = min(first + 32 * s + lane, chunks - 1);
-    const float in = first + 32 * s + lane < chunks;  // a lane past the end adds 0
+    const float inside = first + 32 * s + lane < chunks;  // a lane past the end adds 0
     float dot[2] = {}, sum = 0;
     for (int j = 0; j < 8; ++j) {
       const float4 v = xs[c % TILE * 9 + j];
@@ -2220,8 +2222,8 @@ for (int first = 0; first < chunks; first += 32 * STEPS) {
       }
     }
     for (int i = 0; i < 2; ++i)
-      total[i] += in * (float(scale[s][i]) * (dot[i] - 128 * sum) +
-                        float(bias[s][i]) * sum);
+      total[i] += inside * (float(scale[s][i]) * (dot[i] - 128 * sum) +
+                            float(bias[s][i]) * sum);
   }
 }
 squares[warp] = warp_sum(square);
@@ -2231,63 +2233,58 @@ for (int w = 0; w < WARPS; ++w) square += squares[w];
 const float factor = norm ? rsqrtf(square / K + float(gain[K])) : 1;  // gain[K]: eps
 for (int i = 0; i < 2; ++i) total[i] = warp_sum(total[i]) * factor;
 if (swiglu) total[0] *= total[1] / (1 + expf(-total[0]));
-if (lane < n) {
-  const float add = residual_shape[1] > 1 ? float(residual[row + lane]) : 0;
-  y[row + lane] = (lane ? total[1] : total[0]) + add;
-}
+if (lane < own)
+  y[row + lane] = (lane ? total[1] : total[0]) +
+                  (residual_shape[1] > 1 ? float(residual[row + lane]) : 0);
 """
 
 
 def fused_linear(
     *layers: QuantizedMatrix, norm: nn.RMSNorm | None = None, parts: int = 1
 ) -> Callable[..., mx.array]:
-    """Return a function of x (1, K) and residual (1, rows), in bfloat16, that gives
-    W norm(x) + residual, (1, rows), where W has the rows of all layers.
+    """Return a function of x, K numbers, and residual (1, rows), all in bfloat16.
 
-    Of two parts, it gives silu(first norm(x)) * second norm(x) + residual. subtle: call
+    It gives W norm(x) + residual, (1, rows), where W has the rows of all layers; of two
+    parts, silu(first norm(x)) * second norm(x) + residual, (1, rows / 2). subtle: call
     it inside mx.compile; built for each token, it would cost more time than it saves.
     """
-    rows, packed = [len(layer.weight) for layer in layers], []
-    for name in ("weight", "scales", "biases"):
+    names, packed = ["x", "weight", "scales", "biases", "gain", "residual"], []
+    *starts, rows = itertools.accumulate(len(layer.weight) for layer in layers)
+    for name in names[1:4]:
         whole = mx.concatenate([layer[name] for layer in layers])
-        views = mx.split(whole, [*itertools.accumulate(rows[:-1])])
-        for layer, view in zip(layers, views):  # nothing is held twice
-            layer[name] = view
+        for layer, view in zip(layers, mx.split(whole, starts)):
+            layer[name] = view  # nothing is held twice
         packed.append(whole.reshape(parts, -1, whole.shape[-1]))
     # subtle: the eps goes with the gain. An array of 8 bytes or less MLX keeps in the
     # host's memory, and there thousands of warps wait longer for it than they compute.
-    gain = [norm.weight, mx.array([norm.eps])] if norm else [mx.array([0.0])]
-    packed.append(mx.concatenate(gain).astype(mx.bfloat16))
-    mx.eval(packed, [layer.parameters() for layer in layers])
+    gain = none = mx.array([[0]], mx.bfloat16)  # never read: its shape says so
+    if norm is not None:
+        gain = mx.concatenate([norm.weight, mx.array([norm.eps], mx.bfloat16)])
+    packed.append(gain)
+    mx.eval(packed, layers)  # a lazy view could be used in this thread alone
     kernel = mx.fast.cuda_kernel(
-        name="matvec",
-        input_names=["x", "weight", "scales", "biases", "gain", "residual"],
-        output_names=["y"],
-        source=MATVEC,
+        name="matvec", input_names=names, output_names=["y"], source=MATVEC
     )
-    none = mx.array([[0]], mx.bfloat16)
-
-    def product(x: mx.array, residual: mx.array = none) -> mx.array:
-        (y,) = kernel(
-            inputs=[x, *packed, residual],
-            grid=(-(-sum(rows) // 16) * 256, 1, 1),  # 8 warps, of two rows each
-            threadgroup=(256, 1, 1),
-            output_shapes=[(1, sum(rows) // parts)],
-            output_dtypes=[x.dtype],
-        )
-        return y
-
-    return product
+    launch = {
+        "grid": (-(-rows // 16) * 256, 1, 1),  # 8 warps a block, two rows a warp
+        "threadgroup": (256, 1, 1),
+        "output_shapes": [(1, rows // parts)],
+        "output_dtypes": [mx.bfloat16],
+    }
+    return lambda x, residual=none: kernel(inputs=[x, *packed, residual], **launch)[0]
 
 
 class FusedBlock(TransformerBlock):
-    """A TransformerBlock that decodes through the kernel; see fuse."""
+    """A block with the modules of another, which decodes through the kernel."""
 
-    def prepare(self) -> None:
-        attention, mlp, norm = self.self_attn, self.mlp, self.post_attention_layernorm
+    def __init__(self, block: TransformerBlock):
+        nn.Module.__init__(self)  # makes no modules
+        self.self_attn, self.mlp = attention, mlp = block.self_attn, block.mlp
+        self.input_layernorm = block.input_layernorm
+        self.post_attention_layernorm = norm = block.post_attention_layernorm
         H, Hkv = attention.n_heads, attention.n_kv_heads
-        qkv = attention.q_proj, attention.k_proj, attention.v_proj
-        qkv = fused_linear(*qkv, norm=self.input_layernorm)
+        projections = attention.q_proj, attention.k_proj, attention.v_proj
+        qkv = fused_linear(*projections, norm=self.input_layernorm)
         gate_up = fused_linear(mlp.gate_proj, mlp.up_proj, norm=norm, parts=2)
         o, down = fused_linear(attention.o_proj), fused_linear(mlp.down_proj)
 
@@ -2306,41 +2303,45 @@ class FusedBlock(TransformerBlock):
     def __call__(self, x: mx.array, cache: KVCache | None = None) -> mx.array:
         if cache is None or x.shape[:-1] != (1,):
             return super().__call__(x, cache)
-        # The offset as an array: a new number would trace the piece anew.
+        # An array, since mx.compile would trace the piece anew for each number.
         queries, keys, values = self.before(x, mx.array(cache.offset))
         keys, values = cache.update_and_fetch(keys, values)
         return self.after(x, self.self_attn.attend(queries, keys, values))
 
 
-def fusable(module: nn.Module) -> bool:
-    """Whether the kernel takes a module's matrices: 4-bit ones of one group size,
-    without a bias, in a stream of bfloat16."""
-    matrices = [m for m in module.modules() if "weight" in m and m.weight.ndim == 2]
-    dtypes = {array.dtype for _, array in tree_flatten(module.parameters())}
-    return dtypes == {mx.bfloat16, mx.uint32} and all(
-        type(m) in (QuantizedLinear, QuantizedEmbedding)
-        and (m.bits, m.mode, m.group_size) == (4, "affine", matrices[0].group_size)
-        and "bias" not in m
-        for m in matrices
+def fusable(*layers: nn.Module) -> bool:
+    """Whether the kernel takes layers: 4-bit, of one group size, without a bias."""
+    return all(
+        isinstance(layer, QuantizedMatrix)
+        and (layer.bits, layer.mode) == (4, "affine")
+        and layer.group_size == layers[0].group_size
+        and "bias" not in layer
+        for layer in layers
     )
 
 
 def fuse(model: Llama) -> None:
-    """Have a model decode through the kernel, as far as it takes the layers; CUDA only.
+    """Have a model in bfloat16 decode through the kernel, as far as it takes the
+    layers; CUDA only.
 
     To be called when the weights are in place. What reads more than one token at a
     time, or without a cache, is computed as before.
     """
-    if not mx.cuda.is_available() or model.model.norm.weight.dtype != mx.bfloat16:
+    dtypes = {array.dtype for _, array in tree_flatten(model.parameters())}
+    if not mx.cuda.is_available() or dtypes - {mx.bfloat16, mx.uint32, mx.uint8}:
         return
-    for block in model.model.layers:
-        if type(block) is TransformerBlock and fusable(block):
-            block.__class__ = FusedBlock
-            block.prepare()
+    blocks = model.model.layers
+    for n, block in enumerate(blocks):
+        layers = block.self_attn.children() | block.mlp.children()
+        if fusable(*layers.values()):
+            blocks[n] = FusedBlock(block)
     head = model.get("lm_head", model.model.embed_tokens)
     if fusable(head):
-        product, several = mx.compile(fused_linear(head)), head.as_linear
-        head.as_linear = lambda x: (product if x.shape[:-1] == (1,) else several)(x)
+        product, several = mx.compile(fused_linear(head)), type(head).as_linear
+        proxy = weakref.proxy(head)  # head itself would be a cycle, and not be let go
+        head.as_linear = lambda x: (
+            product(x) if x.shape[:-1] == (1,) else several(proxy, x)
+        )
 
 
 # -----------------------------------------------------------------------------

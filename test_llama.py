@@ -2599,22 +2599,19 @@ def test_a_kernel_computes_what_the_layers_would(
         assert_close(swiglu(x), gate / (1 + np.exp(-gate)) * up, 8e-3)
 
 
-def four_bit_model(tied, **changes):
+def four_bit_model(tied, mode="affine", **changes):
     config = CONFIG | {"hidden_size": 1024, "intermediate_size": 2048, "head_dim": 128}
     config |= {"num_attention_heads": 8, "tie_word_embeddings": tied} | changes
     mx.random.seed(0)
     model = llama.Llama(llama.ModelArgs.from_dict(config))
-    llama.quantize(model, group_size=64)
+    llama.quantize(model, group_size=64 if mode == "affine" else 32, mode=mode)
     model.set_dtype(mx.bfloat16)
     return model
 
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_fused_model_decodes_as_before(kernels, tied):
-    plain, fused = (
-        four_bit_model(tied, num_hidden_layers=1),
-        four_bit_model(tied, num_hidden_layers=1),
-    )
+    plain, fused, exact = (four_bit_model(tied, num_hidden_layers=1) for _ in range(3))
     before = dict(tree_flatten(fused.parameters()))
     llama.fuse(fused)
     assert {type(block) for block in fused.model.layers} == {llama.FusedBlock}
@@ -2624,7 +2621,6 @@ def test_a_fused_model_decodes_as_before(kernels, tied):
     assert all(mx.array_equal(before[name], after[name]) for name in before)
 
     tokens = mx.array(random_tokens(WIDE, length=4))
-    exact = four_bit_model(tied, num_hidden_layers=1)
     exact.set_dtype(mx.float32)  # the same matrices, other sums
     wanted = as_float64(in_parts(exact, tokens, [2, 3])[:, 2:])
     errors = [
@@ -2635,15 +2631,44 @@ def test_a_fused_model_decodes_as_before(kernels, tied):
     both = mx.concatenate([tokens, tokens])
     wanted = in_parts(plain, both, [2, 3])
     assert mx.array_equal(in_parts(fused, both, [2, 3]), wanted)
+    x = mx.random.normal((1, 1024), mx.bfloat16)
+    without_cache = [model.model.layers[0](x) for model in (fused, plain)]
+    assert mx.array_equal(*without_cache)
 
 
-def test_a_fused_model_holds_nothing_twice(kernels):
-    model = four_bit_model(tied=False)
+def test_a_fused_model_runs_in_any_thread(kernels):
+    model, tokens = four_bit_model(True), mx.array(random_tokens(WIDE, length=4))
     mx.eval(model.parameters())
-    held = mx.get_active_memory()
     llama.fuse(model)
-    mx.synchronize()  # what was used last is let go a little later
-    assert mx.get_active_memory() < held + 100_000
+    logits = []
+
+    def run():
+        logits.append(as_float64(in_parts(model, tokens, [2, 3])))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    run()
+    assert np.array_equal(*logits)
+
+
+def test_a_fused_model_holds_nothing_twice_and_nothing_once_it_is_gone(kernels):
+    mx.synchronize()
+    before, collecting = mx.get_active_memory(), gc.isenabled()
+    gc.disable()
+    try:
+        model = four_bit_model(tied=False, vocab_size=4096)
+        mx.eval(model.parameters())
+        held = mx.get_active_memory()
+        llama.fuse(model)
+        mx.synchronize()  # what was used last is let go a little later
+        assert mx.get_active_memory() < held + 100_000
+        del model
+        mx.synchronize()
+        assert mx.get_active_memory() < before + 100_000
+    finally:
+        if collecting:
+            gc.enable()
 
 
 def test_what_the_kernels_do_not_take_stays_as_it_is(kernels):
@@ -2656,6 +2681,9 @@ def test_what_the_kernels_do_not_take_stays_as_it_is(kernels):
     wide = four_bit_model(True)
     wide.set_dtype(mx.float32)
     assert fused(wide) == [False, False]
+    wide = four_bit_model(True)
+    wide.model.layers[0].set_dtype(mx.float32)  # and so the stream of the other
+    assert fused(wide) == [False, False]
     mixed = four_bit_model(True)
     eight = llama.quantized_like(nn.Linear(2048, 1024, bias=False), 64, 8, "affine")
     mixed.model.layers[1].mlp.down_proj = eight
@@ -2666,6 +2694,10 @@ def test_what_the_kernels_do_not_take_stays_as_it_is(kernels):
     mixed.model.layers[0].mlp.down_proj = groups
     mixed.set_dtype(mx.bfloat16)
     assert fused(mixed) == [False, True]
+    assert fused(four_bit_model(True, mode="mxfp4")) == [False, False]
+    share = four_bit_model(True)
+    llama.finish_rank(share, rank_of(1, 2))
+    assert fused(share) == [False, False]
 
 
 # -----------------------------------------------------------------------------
