@@ -2153,11 +2153,11 @@ def generate(
 # uses: 1, 3-6
 # -----------------------------------------------------------------------------
 
-# A warp multiplies x by two rows: neighbours, or row r of gate and row r of up. A row is
-# chunks of 32 weights, 16 bytes; a lane loads two chunks of both rows before any branch,
-# so that they are under way while x goes to shared memory. A nibble q becomes a float by
-# one instruction: the bytes 0x43 (the highest), q, 0, 0 are 128 + q. The 128 goes out
-# again with the sum of x. Sums are float32.
+# A warp multiplies x by two rows: neighbours, or row r of gate and row r of up. A row
+# is chunks of 32 weights, 16 bytes; a lane loads two chunks of both rows before any
+# branch, so that they are under way while x goes to shared memory. A nibble q becomes a
+# float by one instruction: the bytes 0x43 (the highest), q, 0, 0 are 128 + q. The 128
+# goes out again with the sum of x. Sums are float32.
 MATVEC = r"""
 constexpr int WARPS = 8, STEPS = 2, TILE = 256;  // TILE: chunks of x in shared memory
 const int rows = weight_shape[1], K = 8 * weight_shape[2], chunks = K / 32;
