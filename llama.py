@@ -2312,7 +2312,7 @@ class FusedBlock(TransformerBlock):
 def fusable(*layers: nn.Module) -> bool:
     """Whether the kernel takes layers: 4-bit, of one group size, without a bias."""
     return all(
-        isinstance(layer, QuantizedMatrix)
+        type(layer) in (QuantizedLinear, QuantizedEmbedding)
         and (layer.bits, layer.mode) == (4, "affine")
         and layer.group_size == layers[0].group_size
         and "bias" not in layer
@@ -2333,7 +2333,7 @@ def fuse(model: Llama) -> None:
     blocks = model.model.layers
     for n, block in enumerate(blocks):
         layers = block.self_attn.children() | block.mlp.children()
-        if fusable(*layers.values()):
+        if type(block) is TransformerBlock and fusable(*layers.values()):
             blocks[n] = FusedBlock(block)
     head = model.get("lm_head", model.model.embed_tokens)
     if fusable(head):

@@ -2695,9 +2695,12 @@ def test_what_the_kernels_do_not_take_stays_as_it_is(kernels):
     mixed.set_dtype(mx.bfloat16)
     assert fused(mixed) == [False, True]
     assert fused(four_bit_model(True, mode="mxfp4")) == [False, False]
-    share = four_bit_model(True)
-    llama.finish_rank(share, rank_of(1, 2))
-    assert fused(share) == [False, False]
+    other = four_bit_model(True)  # whose classes may do something else
+    first, second = other.model.layers
+    first.__class__ = type("OtherBlock", (llama.TransformerBlock,), {})
+    kind = type("OtherLinear", (llama.QuantizedLinear,), {})
+    second.mlp.up_proj.__class__ = kind
+    assert fused(other) == [False, False]
 
 
 # -----------------------------------------------------------------------------
@@ -2930,6 +2933,8 @@ def test_a_rank_alone_has_its_layers_fused_and_several_sum_what_theirs_give(kern
         (block,) = model.model.layers
         assert (type(block), type(block.self_attn.o_proj)) == wanted
         assert type(block.mlp.down_proj) is wanted[1]
+        llama.fuse(model)  # once more changes nothing
+        assert [*map(type, model.model.layers)] == [wanted[0]]
 
 
 def test_a_connection_is_lost_when_the_other_side_ends_it():
