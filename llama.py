@@ -2147,95 +2147,69 @@ def generate(
 # -----------------------------------------------------------------------------
 # 11. Kernels
 # Decoding a 4-bit model on CUDA, where MLX's matrix-vector product reads a fifth of
-# what the memory could give. This one reads up to two thirds, and takes along the norm
-# before it, and the addition or SwiGLU after it: a token is four products a layer,
-# besides attention. Never on Metal or the CPU.
+# what the memory could give. This one reads up to half, and takes along the norm before
+# it, and the addition or SwiGLU after it: a layer is four products and attention. Never
+# on Metal or the CPU.
 # uses: 1, 3-6
 # -----------------------------------------------------------------------------
 
-# A warp multiplies x by two rows: neighbours, or row r of gate and row r of up. A row
-# is chunks of 32 weights, 16 bytes; a lane loads two chunks of both rows before any
-# branch, so that they are under way while x goes to shared memory. A nibble q becomes a
-# float by one instruction: the bytes 0x43 (the highest), q, 0, 0 are 128 + q. The 128
-# goes out again with the sum of x. Sums are float32.
+# A block of threads multiplies x by eight rows: neighbours, or four of gate and the
+# same four of up. A row is chunks of 32 weights, 16 bytes; a thread takes a chunk of
+# all eight, so that eight loads are under way at once, and x is read once for them. A
+# nibble q becomes a float by one instruction: the bytes 0x43 (the highest), q, 0, 0 are
+# 128 + q. The 128 goes out again with the sum of x. Sums are float32.
 MATVEC = r"""
-constexpr int WARPS = 8, STEPS = 2, TILE = 256;  // TILE: chunks of x in shared memory
+constexpr int ROWS = 8, WARPS = 4;
+struct alignas(16) Eight { __nv_bfloat16 at[8]; };  // loaded at once
 const int rows = weight_shape[1], K = 8 * weight_shape[2], chunks = K / 32;
-const int groups = scales_shape[2], shift = __ffs(chunks / groups) - 1;
-const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+const int groups = scales_shape[2];
 const bool swiglu = weight_shape[0] == 2, norm = gain_shape[0] > 1;
-// A warp that would pass the end takes the last rows again, and writes the same.
-const int own = swiglu ? 1 : 2;
-const int row = min(int(blockIdx.x * WARPS + warp) * own, rows - own);
-const int pair[2] = {row, row + (swiglu ? rows : 1)};
-auto four = [](const __nv_bfloat16* p) {  // a bfloat16 is the upper half of a float
-  const uint2 v = *(const uint2*)p;
-  return float4{__uint_as_float(v.x << 16), __uint_as_float(v.x & 0xFFFF0000),
-                __uint_as_float(v.y << 16), __uint_as_float(v.y & 0xFFFF0000)};
-};
-auto value = [](unsigned bytes, int n) {  // 128 + byte n
-  return __uint_as_float(__byte_perm(bytes, 0x43000000, 0x7044 + 0x100 * n));
-};
-auto warp_sum = [](float v) {
-  for (int n = 16; n > 0; n /= 2) v += __shfl_xor_sync(0xFFFFFFFF, v, n);
-  return v;
-};
-__shared__ float4 xs[TILE * 9];  // 8 a chunk; with 9, lanes read different banks
-__shared__ float squares[WARPS];
-float total[2] = {}, square = 0;
-for (int first = 0; first < chunks; first += 32 * STEPS) {
-  uint4 packed[STEPS][2];
-  __nv_bfloat16 scale[STEPS][2], bias[STEPS][2];
-  for (int s = 0; s < STEPS; ++s)
-    for (int i = 0; i < 2; ++i) {
-      const int c = min(first + 32 * s + lane, chunks - 1);
-      packed[s][i] = __ldcs((const uint4*)weight + pair[i] * chunks + c);
-      scale[s][i] = scales[pair[i] * groups + (c >> shift)];
-      bias[s][i] = biases[pair[i] * groups + (c >> shift)];
-    }
-  if (first % TILE == 0) {
-    __syncthreads();
-    for (int i = threadIdx.x; i < 8 * min(TILE, chunks - first); i += 32 * WARPS) {
-      float4 v = four(x + 32 * first + 4 * i);
-      if (norm) {
-        const float4 g = four(gain + 32 * first + 4 * i);
-        square += v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
-        v = {v.x * g.x, v.y * g.y, v.z * g.z, v.w * g.w};
-      }
-      xs[i / 8 * 9 + i % 8] = v;
-    }
-    __syncthreads();
+const int own = swiglu ? ROWS / 2 : ROWS, first = blockIdx.x * own;  // of y
+float total[ROWS + 1] = {};  // the last one: of the squares of x
+for (int c = threadIdx.x; c < chunks; c += 32 * WARPS) {
+  uint4 packed[ROWS];
+  __nv_bfloat16 scale[ROWS], bias[ROWS];
+  for (int r = 0; r < ROWS; ++r) {
+    const int up = r >= own, row = up * rows + min(first + r - up * own, rows - 1);
+    packed[r] = __ldcs((const uint4*)weight + row * chunks + c);
+    scale[r] = scales[row * groups + c * groups / chunks];
+    bias[r] = biases[row * groups + c * groups / chunks];
   }
+  float dot[ROWS] = {}, sum = 0;
   #pragma unroll  // or packed would go to memory
-  for (int s = 0; s < STEPS && first + 32 * s < chunks; ++s) {
-    const int c = min(first + 32 * s + lane, chunks - 1);
-    const float inside = first + 32 * s + lane < chunks;  // a lane past the end adds 0
-    float dot[2] = {}, sum = 0;
-    for (int j = 0; j < 8; ++j) {
-      const float4 v = xs[c % TILE * 9 + j];
-      sum += v.x + v.y + v.z + v.w;
-      for (int i = 0; i < 2; ++i) {
-        const unsigned q = (&packed[s][i].x)[j / 2], n = j % 2 * 2;
-        const unsigned even = q & 0x0F0F0F0F, odd = q >> 4 & 0x0F0F0F0F;
-        dot[i] = fmaf(v.x, value(even, n), fmaf(v.y, value(odd, n), dot[i]));
-        dot[i] = fmaf(v.z, value(even, n + 1), fmaf(v.w, value(odd, n + 1), dot[i]));
-      }
+  for (int j = 0; j < 4; ++j) {
+    const Eight xs = ((const Eight*)x)[4 * c + j];
+    const Eight gains = norm ? ((const Eight*)gain)[4 * c + j] : xs;
+    float v[8];
+    for (int i = 0; i < 8; ++i) {
+      v[i] = xs.at[i];
+      if (norm) total[ROWS] += v[i] * v[i], v[i] *= float(gains.at[i]);
+      sum += v[i];
     }
-    for (int i = 0; i < 2; ++i)
-      total[i] += inside * (float(scale[s][i]) * (dot[i] - 128 * sum) +
-                            float(bias[s][i]) * sum);
+    for (int r = 0; r < ROWS; ++r)
+      for (int i = 0; i < 8; ++i) {
+        const unsigned q = (&packed[r].x)[j] >> 4 * (i % 2) & 0x0F0F0F0F;
+        const unsigned bits = __byte_perm(q, 0x43000000, 0x7044 + 0x100 * (i / 2));
+        dot[r] += v[i] * __uint_as_float(bits);
+      }
   }
+  for (int r = 0; r < ROWS; ++r)
+    total[r] += float(scale[r]) * (dot[r] - 128 * sum) + float(bias[r]) * sum;
 }
-squares[warp] = warp_sum(square);
+__shared__ float sums[WARPS][ROWS + 1];
+for (int r = 0; r <= ROWS; ++r) {
+  for (int n = 16; n > 0; n /= 2) total[r] += __shfl_xor_sync(0xFFFFFFFF, total[r], n);
+  sums[threadIdx.x / 32][r] = total[r];
+}
 __syncthreads();
-square = 0;
-for (int w = 0; w < WARPS; ++w) square += squares[w];
-const float factor = norm ? rsqrtf(square / K + float(gain[K])) : 1;  // gain[K]: eps
-for (int i = 0; i < 2; ++i) total[i] = warp_sum(total[i]) * factor;
-if (swiglu) total[0] *= total[1] / (1 + expf(-total[0]));
-if (lane < own)
-  y[row + lane] = (lane ? total[1] : total[0]) +
-                  (residual_shape[1] > 1 ? float(residual[row + lane]) : 0);
+auto whole = [&](int r) { return sums[0][r] + sums[1][r] + sums[2][r] + sums[3][r]; };
+const int r = threadIdx.x;
+if (r < own && first + r < rows) {
+  const float factor = norm ? rsqrtf(whole(ROWS) / K + float(gain[K])) : 1;
+  float v = factor * whole(r);
+  if (swiglu) v *= factor * whole(own + r) / (1 + expf(-v));
+  y[first + r] = v + (residual_shape[1] > 1 ? float(residual[first + r]) : 0);
+}
 """
 
 
@@ -2256,7 +2230,7 @@ def fused_linear(
             layer[name] = view  # nothing is held twice
         packed.append(whole.reshape(parts, -1, whole.shape[-1]))
     # subtle: the eps goes with the gain. An array of 8 bytes or less MLX keeps in the
-    # host's memory, and there thousands of warps wait longer for it than they compute.
+    # host's memory, and there thousands of blocks wait longer for it than they compute.
     gain = none = mx.array([[0]], mx.bfloat16)  # never read: its shape says so
     if norm is not None:
         gain = mx.concatenate([norm.weight, mx.array([norm.eps], mx.bfloat16)])
@@ -2266,8 +2240,8 @@ def fused_linear(
         name="matvec", input_names=names, output_names=["y"], source=MATVEC
     )
     launch = {
-        "grid": (-(-rows // 16) * 256, 1, 1),  # 8 warps a block, two rows a warp
-        "threadgroup": (256, 1, 1),
+        "grid": (-(-rows // 8) * 128, 1, 1),  # 8 rows for 128 threads
+        "threadgroup": (128, 1, 1),
         "output_shapes": [(1, rows // parts)],
         "output_dtypes": [mx.bfloat16],
     }
@@ -2279,12 +2253,12 @@ class FusedBlock(TransformerBlock):
 
     def __init__(self, block: TransformerBlock):
         nn.Module.__init__(self)  # makes no modules
-        self.self_attn, self.mlp = attention, mlp = block.self_attn, block.mlp
-        self.input_layernorm = block.input_layernorm
-        self.post_attention_layernorm = norm = block.post_attention_layernorm
+        dict.update(self, block)
+        attention, mlp = block.self_attn, block.mlp
+        norm = block.post_attention_layernorm
         H, Hkv = attention.n_heads, attention.n_kv_heads
         projections = attention.q_proj, attention.k_proj, attention.v_proj
-        qkv = fused_linear(*projections, norm=self.input_layernorm)
+        qkv = fused_linear(*projections, norm=block.input_layernorm)
         gate_up = fused_linear(mlp.gate_proj, mlp.up_proj, norm=norm, parts=2)
         o, down = fused_linear(attention.o_proj), fused_linear(mlp.down_proj)
 
@@ -2309,39 +2283,26 @@ class FusedBlock(TransformerBlock):
         return self.after(x, self.self_attn.attend(queries, keys, values))
 
 
-def fusable(*layers: nn.Module) -> bool:
-    """Whether the kernel takes layers: 4-bit, of one group size, without a bias."""
-    return all(
-        type(layer) in (QuantizedLinear, QuantizedEmbedding)
-        and (layer.bits, layer.mode) == (4, "affine")
-        and layer.group_size == layers[0].group_size
-        and "bias" not in layer
-        for layer in layers
-    )
-
-
 def fuse(model: Llama) -> None:
-    """Have a model in bfloat16 decode through the kernel, as far as it takes the
-    layers; CUDA only.
+    """Have a model in bfloat16 decode its 4-bit blocks through the kernel; CUDA only.
 
     To be called when the weights are in place. What reads more than one token at a
-    time, or without a cache, is computed as before.
+    time, or without a cache, is computed as before, and so are blocks with layers of
+    other kinds.
     """
     dtypes = {array.dtype for _, array in tree_flatten(model.parameters())}
     if not mx.cuda.is_available() or dtypes - {mx.bfloat16, mx.uint32, mx.uint8}:
         return
-    blocks = model.model.layers
-    for n, block in enumerate(blocks):
-        layers = block.self_attn.children() | block.mlp.children()
-        if type(block) is TransformerBlock and fusable(*layers.values()):
+    for n, block in enumerate(blocks := model.model.layers):
+        layers = [*(block.self_attn.children() | block.mlp.children()).values()]
+        if type(block) is TransformerBlock and all(
+            type(layer) is QuantizedLinear
+            and (layer.bits, layer.mode) == (4, "affine")
+            and layer.group_size == layers[0].group_size
+            and "bias" not in layer
+            for layer in layers
+        ):
             blocks[n] = FusedBlock(block)
-    head = model.get("lm_head", model.model.embed_tokens)
-    if fusable(head):
-        product, several = mx.compile(fused_linear(head)), type(head).as_linear
-        proxy = weakref.proxy(head)  # head itself would be a cycle, and not be let go
-        head.as_linear = lambda x: (
-            product(x) if x.shape[:-1] == (1,) else several(proxy, x)
-        )
 
 
 # -----------------------------------------------------------------------------

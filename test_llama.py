@@ -2424,6 +2424,7 @@ def test_greedy_text_of_a_real_model_is_that_of_transformers():
 
 CUDA_AS_CPP = r"""
 #include <array>
+#include <atomic>
 #include <barrier>
 #include <cmath>
 #include <cstdint>
@@ -2431,12 +2432,10 @@ CUDA_AS_CPP = r"""
 #include <thread>
 #include <vector>
 #define __shared__ static
-using std::fmaf, std::min;
+using std::min;
 using Shape = std::array<int, 3>;
 struct dim3 { int x; };
-struct uint2 { unsigned x, y; };
 struct uint4 { unsigned x, y, z, w; };
-struct float4 { float x, y, z, w; };
 static thread_local dim3 threadIdx, blockIdx;
 static float exchanged[1024];
 static std::barrier<>* everyone;
@@ -2455,8 +2454,13 @@ static unsigned __byte_perm(uint64_t low, uint64_t high, unsigned selector) {
     result |= ((high << 32 | low) >> 8 * (selector >> 4 * i & 7) & 255) << 8 * i;
   return result;
 }
-static uint4 __ldcs(const uint4* p) { return *p; }
-static int __ffs(int v) { return __builtin_ffs(v); }
+static const uint4* weight_end;
+static std::atomic<int> outside;
+static uint4 __ldcs(const uint4* p) {
+  if (p < weight_end) return *p;
+  ++outside;
+  return {};
+}
 static float rsqrtf(float v) { return 1 / std::sqrt(v); }
 struct __nv_bfloat16 {
   uint16_t bits;
@@ -2470,16 +2474,21 @@ struct __nv_bfloat16 {
 static void kernel(%(parameters)s) {
 %(source)s
 }
-extern "C" void launch(int blocks, int threads, void** p, Shape* s) {
+extern "C" int launch(int blocks, int threads, void** p, Shape* s) {
   std::barrier barrier(threads);
   everyone = &barrier;
-  std::vector<std::jthread> all;
-  for (int t = 0; t < threads; ++t)
-    all.emplace_back([=] {
-      threadIdx.x = t;
-      for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x, __syncthreads())
-        kernel(%(arguments)s);
-    });
+  outside = 0;
+  weight_end = (uint4*)p[1] + s[1][0] * s[1][1] * s[1][2] / 4;
+  {
+    std::vector<std::jthread> all;
+    for (int t = 0; t < threads; ++t)
+      all.emplace_back([=] {
+        threadIdx.x = t;
+        for (blockIdx.x = blocks; blockIdx.x-- > 0; __syncthreads())
+          kernel(%(arguments)s);
+      });
+  }
+  return outside;
 }
 """
 
@@ -2519,7 +2528,8 @@ def emulated_kernel(*, name, input_names, output_names, source):
         shapes = np.array([(*array.shape, 0, 0, 0)[:3] for array in arrays], np.int32)
         launch = compiled_library(code).launch
         blocks, threads = grid[0] // threadgroup[0], threadgroup[0]
-        launch(blocks, threads, pointers, ctypes.c_void_p(shapes.ctypes.data))
+        shapes_at = ctypes.c_void_p(shapes.ctypes.data)
+        assert launch(blocks, threads, pointers, shapes_at) == 0  # reads past the end
         return [mx.array(data[-1]).view(mx.bfloat16)]
 
     return run
@@ -2605,17 +2615,17 @@ def four_bit_model(tied, mode="affine", **changes):
     mx.random.seed(0)
     model = llama.Llama(llama.ModelArgs.from_dict(config))
     llama.quantize(model, group_size=64 if mode == "affine" else 32, mode=mode)
+    for block in model.model.layers:
+        block.input_layernorm.weight = mx.random.uniform(0.5, 1.5, (1024,))
     model.set_dtype(mx.bfloat16)
     return model
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_a_fused_model_decodes_as_before(kernels, tied):
-    plain, fused, exact = (four_bit_model(tied, num_hidden_layers=1) for _ in range(3))
+def test_a_fused_model_decodes_as_before(kernels):
+    plain, fused, exact = (four_bit_model(True, num_hidden_layers=1) for _ in range(3))
     before = dict(tree_flatten(fused.parameters()))
     llama.fuse(fused)
     assert {type(block) for block in fused.model.layers} == {llama.FusedBlock}
-    assert "as_linear" in vars(fused.model.embed_tokens if tied else fused.lm_head)
     after = dict(tree_flatten(fused.parameters()))
     assert before.keys() == after.keys()
     assert all(mx.array_equal(before[name], after[name]) for name in before)
@@ -2657,7 +2667,7 @@ def test_a_fused_model_holds_nothing_twice_and_nothing_once_it_is_gone(kernels):
     before, collecting = mx.get_active_memory(), gc.isenabled()
     gc.disable()
     try:
-        model = four_bit_model(tied=False, vocab_size=4096)
+        model = four_bit_model(tied=True)
         mx.eval(model.parameters())
         held = mx.get_active_memory()
         llama.fuse(model)
