@@ -3046,9 +3046,9 @@ class Engine(contextlib.AbstractContextManager):
             wanted = f"1 to {self.context} tokens, got {len(ids)}"
             advice = f"--ctx sets the limit, up to {self.args.max_position_embeddings}"
             raise ValueError(f"the prompt must have {wanted}; {advice}")
-        if max(ids) >= self.args.vocab_size:
-            size = self.args.vocab_size
-            raise ValueError(f"the prompt has id {max(ids)}, the model {size} ids")
+        size = self.args.vocab_size
+        if unknown := [i for i in ids if not 0 <= i < size]:
+            raise ValueError(f"the prompt has id {unknown[0]}, the model {size} ids")
 
     def _require_worker(self) -> None:
         worker = self._worker

@@ -3162,8 +3162,10 @@ def test_a_prompt_that_does_not_fit_is_refused_with_both_numbers(engine):
 
 
 def test_ids_that_the_model_lacks_are_refused(engine):
-    with pytest.raises(ValueError, match="the prompt has id 9999, the model 260 ids"):
-        engine.submit([1, 9999])
+    for unknown in (260, -1):
+        wanted = f"the prompt has id {unknown}, the model 260 ids"
+        with pytest.raises(ValueError, match=wanted):
+            engine.submit([1, unknown, 2])
 
 
 def test_a_reply_ends_where_the_context_does(engine):
