@@ -526,12 +526,14 @@ def quantize(
     Raises ValueError if MLX has no kernel for the settings.
     """
     check_quantization(group_size, bits, mode)
-    for path, layer in dense_layers(model):
+    layers = dense_layers(model)
+    while layers:  # one by one, and each is let go: never two copies of all
+        path, layer = layers.pop()
         if layer.weight.shape[1] % group_size == 0:
             quantized = quantized_like(layer, group_size, bits, mode)
             packed = mx.quantize(layer.weight, group_size, bits, mode)
             quantized.update(dict(zip(("weight", "scales", "biases"), packed)))
-            mx.eval(quantized.parameters())  # one by one: never two copies of all
+            mx.eval(quantized.parameters())
             model.update_modules(tree_unflatten([(path, quantized)]))
 
 

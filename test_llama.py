@@ -749,6 +749,29 @@ def test_settings_without_a_kernel_are_refused(settings):
     with pytest.raises(ValueError, match="cannot quantize"):
         llama.quantize(model, **settings)
     assert [m for _, m in model.named_modules()] == [m for _, m in before]
+    defaults = {"group_size": 64, "bits": 4, "mode": "affine"}
+    with pytest.raises(ValueError, match="cannot quantize"):
+        llama.QuantizedLinear(8, 336, **defaults | settings)
+
+
+def test_columns_that_the_groups_do_not_divide_are_refused():
+    with pytest.raises(ValueError, match="group_size 64 must divide 96 columns"):
+        llama.QuantizedLinear(8, 96, 64, 4, "affine")
+
+
+def test_quantizing_takes_little_memory_beside_the_model():
+    layers = [nn.Linear(512, 512, bias=False) for _ in range(16)]
+    model = nn.Sequential(*layers)
+    del layers
+    mx.eval(model.parameters())
+    mx.clear_cache()
+    mx.synchronize()
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    llama.quantize(model)
+    mx.synchronize()
+    assert mx.get_peak_memory() < before + 2**20  # a layer's bytes; of all, packed: 2.6
+    assert mx.get_active_memory() < before - 16 * 2**20 / 2
 
 
 # -----------------------------------------------------------------------------
@@ -853,6 +876,11 @@ def test_scaled_frequencies_are_those_of_transformers(scaling, head_dim):
 def test_a_scaling_that_cannot_be_computed_is_refused(scaling, words):
     with pytest.raises(ValueError, match=words):
         llama.RoPE(16, scaling=scaling)
+
+
+def test_wavelengths_that_do_not_grow_are_refused():
+    with pytest.raises(ValueError, match=r"rope_theta must be above 1, got 1\.0"):
+        llama.RoPE(16, theta=1.0)
 
 
 # -----------------------------------------------------------------------------
@@ -979,6 +1007,7 @@ def test_logits_to_keep_are_the_last():
     for n in (1, 4, 9):
         kept = model(tokens, model.make_cache(9), logits_to_keep=n)
         assert_close(kept, whole[:, -n:], 1e-5)
+    assert_close(model(tokens[:, :1], logits_to_keep=1), whole[:, :1], 1e-5)
 
 
 @pytest.mark.parametrize("mode", ["dense", "affine", "mxfp4"])
@@ -1086,17 +1115,23 @@ def test_a_folder_of_mlx_lm_gives_its_logits(tmp_path, bits, group_size, mode, F
 
 
 def test_a_long_part_of_a_prompt_is_computed_as_its_layers_are_built(monkeypatch):
-    model = fill(llama.Llama(llama.ModelArgs.from_dict(CONFIG)), CONFIG)
+    config = CONFIG | {"num_hidden_layers": 3}
+    model = fill(llama.Llama(llama.ModelArgs.from_dict(config)), config)
     tokens = mx.array(random_tokens(CONFIG, length=140))
     wanted, order, launch, wait = model(tokens), [], mx.async_eval, mx.eval
-    monkeypatch.setattr(mx, "async_eval", lambda x: order.append("go") or launch(x))
-    monkeypatch.setattr(mx, "eval", lambda x: order.append("wait") or wait(x))
+    monkeypatch.setattr(
+        mx, "async_eval", lambda x: order.append(("go", x)) or launch(x)
+    )
+    monkeypatch.setattr(mx, "eval", lambda x: order.append(("wait", x)) or wait(x))
     got = model(tokens, model.make_cache(140))
-    # The embedding, and the first of two layers; the last is left to who asks for it.
-    assert order == ["go", "wait", "go", "wait"]
+    # The embedding and two of three layers; the last is left to who asks for it.
+    (_, start), _, (_, first), _, (_, second), _ = order
+    steps = [("go", start), ("wait", start), ("go", first), ("wait", start)]
+    steps += [("go", second), ("wait", first)]  # each is launched before the last ends
+    assert all(a == b and x is y for (a, x), (b, y) in zip(order, steps, strict=True))
     assert_close(got, np.array(wanted), 1e-5)
     model(tokens), model(tokens[:, :127], model.make_cache(140))
-    assert len(order) == 4  # not without a cache, as in training; not for a few
+    assert len(order) == 6  # not without a cache, as in training; not for a few
 
 
 def test_a_token_over_a_large_cache_is_launched_in_halves_behind_the_last(monkeypatch):
@@ -1126,12 +1161,25 @@ def test_what_is_done_otherwise_on_cuda_gives_the_same(monkeypatch):
     tokens = mx.array(random_tokens(WIDE, batch=2, length=200))
     wanted = model(tokens)
     monkeypatch.setattr(mx.cuda, "is_available", lambda: True)
-    calls, dequantize = [], mx.dequantize
-    spy = lambda *args, **options: calls.append(1) or dequantize(*args, **options)
-    monkeypatch.setattr(mx, "dequantize", spy)
-    cuts = (180, 183, 184)  # many rows; few, one by one; one; few
+    unpacked, queries = [], collections.Counter()
+    dequantize, attention = mx.dequantize, mx.fast.scaled_dot_product_attention
+
+    def unpack(weight, *rest):
+        unpacked.append(weight.ndim)  # 2: a matrix; 3: the embeddings of tokens
+        return dequantize(weight, *rest)
+
+    def attend(q, k, v, **options):
+        queries[q.shape[2]] += 1
+        return attention(q, k, v, **options)
+
+    monkeypatch.setattr(mx, "dequantize", unpack)
+    monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", attend)
+    cuts = (100, 120, 123, 124, 136)
     assert_close(in_parts(model, tokens, cuts), np.array(wanted), 1e-4)
-    assert len(calls) > 10
+    layers = len(model.model.layers)
+    assert unpacked.count(2) == 2 * (7 * layers + 1)  # of 200 and 128 rows, not of 40
+    # 3 and 12 tokens one by one.
+    assert queries == {n: layers for n in (100, 20, 64)} | {1: (3 + 1 + 12) * layers}
 
 
 # -----------------------------------------------------------------------------
