@@ -2148,25 +2148,25 @@ def generate(
 
 # -----------------------------------------------------------------------------
 # 11. Kernels
-# Decoding a 4-bit model on CUDA, where MLX's matrix-vector product reads a fifth of
-# what the memory could give. This one reads up to half, and takes along the norm before
-# it, and the addition or SwiGLU after it: a layer is four products and attention. Never
-# on Metal or the CPU.
+# Decoding a 4-bit model on CUDA, where MLX's matrix-vector product uses a fifth of the
+# memory's bandwidth. This one uses up to half, and takes along the norm before it, and
+# the addition or SwiGLU after it: a layer is four products and attention. Never on
+# Metal or the CPU.
 # uses: 1, 3-6
 # -----------------------------------------------------------------------------
 
 # A block of threads multiplies x by eight rows: neighbours, or four of gate and the
-# same four of up. A row is chunks of 32 weights, 16 bytes; a thread takes a chunk of
-# all eight, so that eight loads are under way at once, and x is read once for them. A
-# nibble q becomes a float by one instruction: the bytes 0x43 (the highest), q, 0, 0 are
-# 128 + q. The 128 goes out again with the sum of x. Sums are float32.
+# same four of up. A row is chunks of 32 weights, 16 bytes; a thread takes every 128th,
+# of all eight rows, so that eight loads are under way at once, and x is read once for
+# them. A nibble q becomes a float by one instruction: the bytes 0x43 (the highest), q,
+# 0, 0 are 128 + q. 128 times the sum of x is taken off again. Sums are float32.
 MATVEC = r"""
 constexpr int ROWS = 8, WARPS = 4;
 struct alignas(16) Eight { __nv_bfloat16 at[8]; };  // loaded at once
 const int rows = weight_shape[1], K = 8 * weight_shape[2], chunks = K / 32;
 const int groups = scales_shape[2];
 const bool swiglu = weight_shape[0] == 2, norm = gain_shape[0] > 1;
-const int own = swiglu ? ROWS / 2 : ROWS, first = blockIdx.x * own;  // of y
+const int own = swiglu ? ROWS / 2 : ROWS, first = blockIdx.x * own;  // rows of y
 float total[ROWS + 1] = {};  // the last one: of the squares of x
 for (int c = threadIdx.x; c < chunks; c += 32 * WARPS) {
   uint4 packed[ROWS];
@@ -2218,11 +2218,12 @@ if (r < own && first + r < rows) {
 def fused_linear(
     *layers: QuantizedMatrix, norm: nn.RMSNorm | None = None, parts: int = 1
 ) -> Callable[..., mx.array]:
-    """Return a function of x, K numbers, and residual (1, rows), all in bfloat16.
+    """Return a function of x, as many numbers as W has columns, and of a residual in
+    the shape of the result, which may be left out; all in bfloat16.
 
     It gives W norm(x) + residual, (1, rows), where W has the rows of all layers; of two
     parts, silu(first norm(x)) * second norm(x) + residual, (1, rows / 2). subtle: call
-    it inside mx.compile; built for each token, it would cost more time than it saves.
+    it inside mx.compile; building its graph anew costs more time than it saves.
     """
     names, packed = ["x", "weight", "scales", "biases", "gain", "residual"], []
     *starts, rows = itertools.accumulate(len(layer.weight) for layer in layers)
@@ -2231,30 +2232,29 @@ def fused_linear(
         for layer, view in zip(layers, mx.split(whole, starts)):
             layer[name] = view  # nothing is held twice
         packed.append(whole.reshape(parts, -1, whole.shape[-1]))
-    # subtle: the eps goes with the gain. An array of 8 bytes or less MLX keeps in the
-    # host's memory, and there thousands of blocks wait longer for it than they compute.
+    # subtle: eps goes with the gain. Arrays of up to 8 bytes MLX keeps in the host's
+    # memory, and blocks would wait longer for one than they compute.
     gain = none = mx.array([[0]], mx.bfloat16)  # never read: its shape says so
     if norm is not None:
         gain = mx.concatenate([norm.weight, mx.array([norm.eps], mx.bfloat16)])
-    packed.append(gain)
-    mx.eval(packed, layers)  # a lazy view could be used in this thread alone
-    kernel = mx.fast.cuda_kernel(
-        name="matvec", input_names=names, output_names=["y"], source=MATVEC
-    )
-    launch = {
-        "grid": (-(-rows // 8) * 128, 1, 1),  # 8 rows for 128 threads
-        "threadgroup": (128, 1, 1),
-        "output_shapes": [(1, rows // parts)],
-        "output_dtypes": [mx.bfloat16],
-    }
-    return lambda x, residual=none: kernel(inputs=[x, *packed, residual], **launch)[0]
+    mx.eval(packed, gain, layers)  # a lazy view could be used in this thread alone
+    kernel = mx.fast.cuda_kernel("matvec", names, ["y"], MATVEC)
+    return lambda x, residual=none: kernel(
+        inputs=[x, *packed, gain, residual],
+        grid=(-(-rows // 8) * 128, 1, 1),  # ROWS for 32 * WARPS threads
+        threadgroup=(128, 1, 1),
+        output_shapes=[(1, rows // parts)],
+        output_dtypes=[mx.bfloat16],
+    )[0]
 
 
 class FusedBlock(TransformerBlock):
     """A block with the modules of another, which decodes through the kernel."""
 
+    made = itertools.count()
+
     def __init__(self, block: TransformerBlock):
-        nn.Module.__init__(self)  # makes no modules
+        nn.Module.__init__(self)  # TransformerBlock's would make modules
         dict.update(self, block)
         attention, mlp = block.self_attn, block.mlp
         norm = block.post_attention_layernorm
@@ -2264,17 +2264,20 @@ class FusedBlock(TransformerBlock):
         gate_up = fused_linear(mlp.gate_proj, mlp.up_proj, norm=norm, parts=2)
         o, down = fused_linear(attention.o_proj), fused_linear(mlp.down_proj)
 
-        def before(x: mx.array, offset: mx.array) -> tuple[mx.array, ...]:
+        def before(_: int, x: mx.array, offset: mx.array) -> tuple[mx.array, ...]:
             heads = attention.split(qkv(x), H + 2 * Hkv)
             turned, values = mx.split(heads, [H + Hkv], axis=1)
-            queries, keys = mx.split(attention.rope(turned, offset), [H], axis=1)
-            return queries, keys, values
+            return *mx.split(attention.rope(turned, offset), [H], axis=1), values
 
-        def after(x: mx.array, attended: mx.array) -> mx.array:
+        def after(_: int, x: mx.array, attended: mx.array) -> mx.array:
             x = o(attended, x)
             return down(gate_up(x), x)
 
-        self.before, self.after = mx.compile(before), mx.compile(after)
+        # subtle: MLX finds what it has compiled by a function's address, and of several
+        # threads not all forget it with the function. A number is never used again.
+        number = next(self.made)
+        self.before = functools.partial(mx.compile(before), number)
+        self.after = functools.partial(mx.compile(after), number)
 
     def __call__(self, x: mx.array, cache: KVCache | None = None) -> mx.array:
         if cache is None or x.shape[:-1] != (1,):
@@ -2288,22 +2291,21 @@ class FusedBlock(TransformerBlock):
 def fuse(model: Llama) -> None:
     """Have a model in bfloat16 decode its 4-bit blocks through the kernel; CUDA only.
 
-    To be called when the weights are in place. What reads more than one token at a
-    time, or without a cache, is computed as before, and so are blocks with layers of
-    other kinds.
+    To be called when the weights are in place: later changes reach prefill alone. What
+    reads more than one token at a time, or without a cache, is computed as before, and
+    so are blocks with modules of other kinds, which may do something else.
     """
+    on_cuda = mx.cuda.is_available() and mx.default_device() == mx.gpu
     dtypes = {array.dtype for _, array in tree_flatten(model.parameters())}
-    if not mx.cuda.is_available() or dtypes - {mx.bfloat16, mx.uint32, mx.uint8}:
+    if not on_cuda or dtypes - {mx.bfloat16, mx.uint32, mx.uint8}:
         return
+    kinds = {TransformerBlock, Attention, MLP, nn.RMSNorm, QuantizedLinear}
     for n, block in enumerate(blocks := model.model.layers):
-        layers = [*(block.self_attn.children() | block.mlp.children()).values()]
-        if type(block) is TransformerBlock and all(
-            type(layer) is QuantizedLinear
-            and (layer.bits, layer.mode) == (4, "affine")
-            and layer.group_size == layers[0].group_size
-            and "bias" not in layer
-            for layer in layers
-        ):
+        modules = block.modules()
+        layers = [m for m in modules if isinstance(m, QuantizedLinear)]
+        settings = {(m.bits, m.mode, "bias" in m, m.group_size) for m in layers}
+        only = [setting[:3] for setting in settings] == [(4, "affine", False)]
+        if only and {*map(type, modules)} == kinds:
             blocks[n] = FusedBlock(block)
 
 

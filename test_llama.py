@@ -2555,7 +2555,7 @@ def compiled_library(code):
         return ctypes.CDLL(str(library))
 
 
-def emulated_kernel(*, name, input_names, output_names, source):
+def emulated_kernel(name, input_names, output_names, source):
     """mx.fast.cuda_kernel by a C++ compiler and threads, for an output in bfloat16."""
     kinds = {mx.bfloat16: "__nv_bfloat16", mx.uint32: "uint32_t", mx.float32: "float"}
     names = [*input_names, *output_names]
@@ -2583,7 +2583,7 @@ def emulated_kernel(*, name, input_names, output_names, source):
     return run
 
 
-def reference_kernel(**_):
+def reference_kernel(*_):
     """What mx.fast.cuda_kernel makes of llama.MATVEC, by MLX's own operations."""
 
     def run(*, inputs, output_shapes, **_):
@@ -2609,8 +2609,10 @@ def kernels(monkeypatch):
     """CUDA's kernels, or what stands for them."""
     if not mx.cuda.is_available():
         monkeypatch.setattr(mx.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(mx, "default_device", lambda: mx.gpu)
         monkeypatch.setattr(mx.fast, "cuda_kernel", reference_kernel)
         monkeypatch.setattr(mx, "compile", lambda function: function)
+        monkeypatch.setattr(llama, "fused_swiglu", llama.swiglu)
 
 
 def as_float64(array):
@@ -2710,6 +2712,31 @@ def test_a_fused_model_runs_in_any_thread(kernels):
     assert np.array_equal(*logits)
 
 
+def test_a_fused_model_is_not_taken_for_one_that_is_gone(kernels, monkeypatch):
+    """MLX's cache of compiled functions goes by their addresses. At worst, all are
+    the same."""
+    traces = {}
+
+    def compiled(function):
+        def call(*args):
+            numbers = [n for n in args if not isinstance(n, mx.array)]
+            key = (function.__name__, *numbers)
+            return traces.setdefault(key, function)(*args)
+
+        return call
+
+    monkeypatch.setattr(mx, "compile", compiled)
+    models = [four_bit_model(True, num_hidden_layers=2) for _ in range(2)]
+    last = models[1].model.layers[1].mlp.down_proj
+    last.scales, last.biases = -last.scales, -last.biases
+    tokens = mx.array(random_tokens(WIDE, length=4))
+    for model in models:
+        wanted = as_float64(in_parts(model, tokens, [2, 3]))
+        llama.fuse(model)
+        got = in_parts(model, tokens, [2, 3])
+        assert_close(got, wanted, 0.15)  # bfloat16, rounded elsewhere
+
+
 def test_a_fused_model_holds_nothing_twice_and_nothing_once_it_is_gone(kernels):
     mx.synchronize()
     before, collecting = mx.get_active_memory(), gc.isenabled()
@@ -2729,7 +2756,7 @@ def test_a_fused_model_holds_nothing_twice_and_nothing_once_it_is_gone(kernels):
             gc.enable()
 
 
-def test_what_the_kernels_do_not_take_stays_as_it_is(kernels):
+def test_what_the_kernels_do_not_take_stays_as_it_is(kernels, monkeypatch):
     def fused(model):
         llama.fuse(model)
         return [type(block) is llama.FusedBlock for block in model.model.layers]
@@ -2759,6 +2786,17 @@ def test_what_the_kernels_do_not_take_stays_as_it_is(kernels):
     kind = type("OtherLinear", (llama.QuantizedLinear,), {})
     second.mlp.up_proj.__class__ = kind
     assert fused(other) == [False, False]
+    other = four_bit_model(True)
+    first, second = other.model.layers
+    first.self_attn.__class__ = type("OtherAttention", (llama.Attention,), {})
+    second.input_layernorm.__class__ = type("OtherNorm", (nn.RMSNorm,), {})
+    assert fused(other) == [False, False]
+    other.model.layers[1] = nn.Identity()
+    assert fused(other) == [False, False]
+    for there, device in ((True, mx.cpu), (False, mx.gpu)):  # the latter: Metal
+        monkeypatch.setattr(mx.cuda, "is_available", lambda there=there: there)
+        monkeypatch.setattr(mx, "default_device", lambda device=device: device)
+        assert fused(four_bit_model(True)) == [False, False]
 
 
 # -----------------------------------------------------------------------------
