@@ -1873,8 +1873,8 @@ class Sampler:
         return apply_repetition_penalty(logits, self.seen, self.repetition_penalty)
 
     def draw(self, logits: mx.array) -> mx.array:
+        # Less a constant that no filter minds: they compare, or normalise themselves.
         logprobs = (logits - logits.max(axis=-1, keepdims=True)) / self.temperature
-        logprobs = logprobs - mx.logsumexp(logprobs, axis=-1, keepdims=True)
         if self.top_k is not None:
             logprobs = apply_top_k(logprobs, int(self.top_k))
         if self.top_p is not None and self.top_p < 1:

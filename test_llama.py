@@ -2090,6 +2090,16 @@ def test_options_too_small_for_float32_leave_the_likeliest_token(options):
     assert [sampler(logits).item() for _ in range(8)] == [1] * 8
 
 
+def test_all_that_holds_all_probability_is_every_token(monkeypatch):
+    drawn = []
+    spy = lambda logprobs, key: drawn.append(logprobs) or logprobs[:, 0]
+    monkeypatch.setattr(mx.random, "categorical", spy)
+    logits = mx.array([[40.0, 1.0, 0.0]])  # in float32 the first alone holds 1
+    llama.make_sampler(temperature=1, top_p=1)(logits)
+    llama.make_sampler(temperature=1, top_p=1 - 2**-20)(logits)
+    assert [kept(logprobs) for logprobs in drawn] == [[0, 1, 2], [0]]
+
+
 def test_a_temperature_beyond_measure_is_no_preference_at_all():
     sampler = llama.make_sampler(temperature=1e9, top_p=None, seed=0)
     logits = mx.array([[0.0, 9.0, 1.0, 2.0]])
@@ -2204,6 +2214,7 @@ def held(cache: list[llama.KVCache]) -> list[int]:
         ({"capacity": 5}, [6, 7, 8], "context"),
         ({"capacity": 3}, [6], "context"),
         ({"cancelled": lambda: True}, [], "cancelled"),
+        ({"cancelled": iter([False, False, True]).__next__}, [6, 7], "cancelled"),
     ],
 )
 def test_generation_ends_when_it_should_and_leaves_the_cache_in_order(
@@ -2215,7 +2226,7 @@ def test_generation_ends_when_it_should_and_leaves_the_cache_in_order(
         wanted,
         reason,
     )
-    if reason != "cancelled":
+    if wanted or reason != "cancelled":
         everything = [3, 4, 5, *wanted]
         assert held(cache) in (everything, everything[:-1])
 
@@ -2248,11 +2259,11 @@ def test_cancelling_during_prefill_keeps_the_steps_that_were_done():
     assert held(cache) == list(range(8))
 
 
-def test_the_next_step_is_launched_before_a_token_is_read():
-    model = CountingModel()
-    generation = llama.generate(model, [1])
-    next(generation)
-    assert len(model.calls) == 2
+def test_the_next_step_is_launched_before_a_token_is_read(monkeypatch):
+    model, launched, launch = CountingModel(), [], mx.async_eval
+    monkeypatch.setattr(mx, "async_eval", lambda x: launched.append(x) or launch(x))
+    for count, _ in enumerate(llama.generate(model, [1], max_tokens=5), 1):
+        assert len(model.calls) == len(launched) == min(count + 1, 5)
 
 
 @pytest.mark.parametrize(
