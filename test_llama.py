@@ -402,6 +402,12 @@ def test_absent_numbers_are_derived_and_given_ones_win():
     args = llama.ModelArgs.from_dict(CONFIG)
     assert (args.head_dim, args.num_key_value_heads) == (16, 2)
     assert llama.ModelArgs.from_dict(without(CONFIG, "rope_theta")).rope_theta == 1e4
+    own = {"vocab_size": 128_256, "rope_theta": 9.0}  # not missing
+    assert llama.ModelArgs.from_dict(CONFIG | own).rope_theta == 9
+    four = {"group_size": 64, "bits": 4}
+    both_names = ({"quantization": four}, {"quantization_config": four})
+    for named in both_names:
+        assert llama.ModelArgs.from_dict(CONFIG | named).quantization == four
 
 
 REFUSALS = [
@@ -416,6 +422,8 @@ REFUSALS = [
     ),
     ({"rope_scaling": {"type": "longrope"}}, "rope_type", "got 'longrope'"),
     ({"rope_scaling": "linear"}, "rope_scaling", "got 'linear'"),
+    ({"rope_scaling": {"sliding": {}}}, "rope_scaling", "an object of numbers"),
+    ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rot", "must be 1"),
     ({"hidden_size": "48"}, "hidden_size", "got '48'"),
     ({"hidden_size": 48.0}, "hidden_size", "got 48.0"),
     ({"num_hidden_layers": -1}, "num_hidden_layers", "got -1"),
@@ -426,10 +434,13 @@ REFUSALS = [
     ({"rms_norm_eps": math.nan}, "rms_norm_eps", "got nan"),
     ({"rope_theta": math.inf}, "rope_theta", "got inf"),
     ({"rope_theta": False}, "rope_theta", "got False"),
+    ({"rope_theta": "1e4"}, "rope_theta", "got '1e4'"),
     ({"attention_bias": 1}, "attention_bias", "got 1"),
     ({"quantization": "4bit"}, "quantization", "got '4bit'"),
     ({"num_key_value_heads": 4}, "num_key_value_heads", "got 4"),
     ({"head_dim": 15}, "head_dim", "got 15"),
+    ({"head_dim": 1026}, "head_dim", "got 1026"),
+    ({"num_attention_heads": 2**21, "head_dim": 1024}, "heads", "too many"),
     ({"hidden_size": None}, "hidden_size", "is missing"),
     ({"vocab_size": 128256, "rope_theta": None}, "rope_theta", "is missing"),
 ]
@@ -447,6 +458,17 @@ def test_a_file_without_a_json_object_is_refused_by_name(tmp_path, content):
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(ValueError, match=r"config\.json"):
         llama.read_json(tmp_path / "config.json")
+
+
+def test_json_of_more_than_belongs_to_a_model_is_refused(tmp_path):
+    file = tmp_path / "config.json"
+    for content, words in (
+        ([0] * 100_001, "values, wanted at most 100,000"),
+        ("a" * 5_000_000, "5,000,009 bytes, wanted at most 5,000,000"),
+    ):
+        file.write_text(json.dumps({"a": content}))
+        with pytest.raises(ValueError, match=words):
+            llama.read_json(file)
 
 
 def test_json_as_large_as_the_largest_vocabularies_have_it_is_read(tmp_path):
@@ -467,7 +489,11 @@ PUBLISHED |= {"70b": 70_553_706_496, "405b": 405_853_388_800}
 
 @pytest.mark.parametrize("preset", PUBLISHED)
 def test_presets_have_the_published_number_of_parameters(preset):
-    weights = tree_flatten(llama.Llama(llama.PRESETS[preset]).parameters())
+    args = llama.PRESETS[preset]
+    positions = args.max_position_embeddings, args.rope_theta
+    assert (args.vocab_size, *positions) == (128_256, 131_072, 500_000)
+    assert args.rope_scaling["factor"] == (32 if preset in ("1b", "3b") else 8)
+    weights = tree_flatten(llama.Llama(args).parameters())
     assert sum(array.size for _, array in weights) == PUBLISHED[preset]
 
 
@@ -539,13 +565,16 @@ WORDED = [
     (file_of(ONE), "truncated"),
     (file_of(ONE, b"123456789"), "edited"),
     (file_of({"a": entry("F64", [1], 0, 8)}, b"0" * 8), "a has dtype F64"),
+    (file_of({"a": entry("F32", [2**31, 0], 0, 0)}), r"sizes below 2\*\*31"),
     (LFS, "git lfs pull"),
     *((content, "not a safetensors file") for content in UNSOUND.values()),
 ]
 
 
 @pytest.mark.parametrize(
-    ("content", "words"), WORDED, ids=["short", "empty", "long", "F64", "lfs", *UNSOUND]
+    ("content", "words"),
+    WORDED,
+    ids=["short", "empty", "long", "F64", "size", "lfs", *UNSOUND],
 )
 def test_an_unsound_file_is_refused_by_name(tmp_path, content, words):
     file = written(tmp_path, content)
@@ -2250,6 +2279,16 @@ def test_a_prompt_is_read_in_steps_and_decode_one_by_one():
     assert steps == [(4, 10), (8, 10), (10, 10)]
 
 
+@pytest.mark.parametrize(
+    ("device", "cuda", "step"),
+    [(mx.cpu, True, 32), (mx.gpu, False, 512), (mx.gpu, True, 2048)],
+)
+def test_the_device_decides_how_long_a_step_is(monkeypatch, device, cuda, step):
+    monkeypatch.setattr(mx, "default_device", lambda: device)
+    monkeypatch.setattr(mx.cuda, "is_available", lambda: cuda)
+    assert llama.default_prefill_step() == step
+
+
 def test_cancelling_during_prefill_keeps_the_steps_that_were_done():
     model = CountingModel()
     cache, answers = model.make_cache(64), iter([False, False, True])
@@ -2292,6 +2331,13 @@ def test_output_that_is_not_a_number_ends_the_generation(value, after):
     with pytest.raises(ValueError, match="not a number; `inspect --check`"):
         for count, _ in enumerate(llama.generate(model, [1], max_tokens=600)):
             assert count < after + 256
+
+
+def test_few_steps_are_looked_at_since_that_waits_for_them(monkeypatch):
+    model, looked = CountingModel(), []
+    monkeypatch.setattr(llama, "require_numbers", looked.append)
+    run(llama.generate(model, [1], max_tokens=600))
+    assert len(looked) == 1 + 600 // 256
 
 
 def test_weights_that_are_not_numbers_end_the_run(folder, tmp_path):
