@@ -2002,6 +2002,16 @@ def test_memory_is_refused_or_warned_of_before_anything_is_read(monkeypatch):
     assert "sudo sysctl iogpu.wired_limit_mb=13000" in warning
     with pytest.raises(ValueError, match="do not fit 10.00 GB of memory; --ctx"):
         llama.require_memory(9 * 10**9, 2 * 10**9)
+    with pytest.raises(ValueError, match="of memory; quantized weights need less"):
+        llama.require_memory(11 * 10**9, 10**9)
+
+
+def test_a_folder_without_settings_is_told_in_words(tmp_path):
+    write_model(tmp_path, CONFIG, random_weights(CONFIG))
+    (tmp_path / "config.json").unlink()
+    problems = []
+    llama.examine(tmp_path, problems)
+    assert [str(problem) for problem in problems] == [f"{tmp_path}: no config.json"]
 
 
 @needs_data
@@ -3100,6 +3110,56 @@ def test_a_connection_is_lost_when_the_other_side_ends_it():
         far.close()
         for each in near.fileno(), number, unconnected.fileno():
             assert llama.lost(each) and each not in llama.connections()
+
+
+def test_a_rank_that_waits_for_one_that_has_gone_is_ended():
+    code = """
+import llama, socket, threading, time
+near, far = socket.socketpair()
+watcher = threading.Thread(target=llama.watch, args=([near.fileno()], 3))
+watcher.start()
+far.close()
+time.sleep(50)
+"""
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(
+        command, cwd=HERE, capture_output=True, timeout=40, check=False
+    )
+    told = b"llama.py: error: rank 3: the connection to another rank was lost\n"
+    assert (done.returncode, done.stderr) == (1, told)
+
+
+@pytest.mark.parametrize(
+    ("rank", "terminal", "ours"),
+    [(0, True, "INT TERM HUP"), (0, False, "INT"), (1, True, ""), (1, False, "")],
+)
+def test_signals_end_a_rank_at_once_where_nothing_is_to_be_restored(
+    rank, terminal, ours
+):
+    code = f"""
+import os, signal, types, llama, mlx.core as mx
+mx.distributed.init = lambda strict: types.SimpleNamespace(rank=lambda: {rank})
+os.isatty = lambda number: {terminal}
+names = "INT", "TERM", "HUP"
+numbers = [getattr(signal, f"SIG{{name}}") for name in names]
+for number in numbers:
+    signal.signal(number, llama.end_by_signal)
+llama.join_ranks()
+found = dict(zip(names, map(signal.getsignal, numbers)))
+print(*(name for name in names if found[name] is llama.end_by_signal))
+print(*(name for name in names if found[name] is signal.SIG_IGN))
+"""
+    environment = {**os.environ, "MLX_RANK": str(rank)}
+    environment.pop("MLX_HOSTFILE", None)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=HERE,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout == f"{ours}\n{'INT' if rank else ''}\n", done.stderr
 
 
 MESSAGES = """
