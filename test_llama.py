@@ -3251,6 +3251,37 @@ def continued(reply: llama.Reply, text: str = "More?") -> list[dict]:
     return [*USER, said, {"role": "user", "content": text}]
 
 
+def test_the_peak_is_that_of_the_reply(engine):
+    mx.eval(mx.zeros(2**25))  # 128 MB, gone before it
+    reply = engine.chat(USER, max_tokens=3)
+    collections.deque(reply, 0)
+    assert 0 < reply.stats.peak_memory < mx.get_active_memory() + 2**26
+
+
+def test_a_tokenizer_may_be_given(folder):
+    own = llama.Tokenizer.from_folder(folder)
+    with llama.Engine(folder, tokenizer=own) as engine:
+        assert engine.tokenizer is own
+
+
+def test_a_fingerprint_is_of_every_tensor(tmp_path):
+    found = set()
+    for n, (name, shape, dtype) in enumerate(
+        (
+            ("a", (2, 4), mx.float32),
+            ("b", (2, 4), mx.float32),
+            ("a", (4, 2), mx.float32),
+            ("a", (2, 4), mx.int32),
+        )
+    ):
+        (folder := tmp_path / str(n)).mkdir()
+        (folder / "config.json").write_text("{}")
+        tensors = {name: mx.zeros(shape, dtype)}
+        mx.save_safetensors(str(folder / "model.safetensors"), tensors)
+        found.add(llama.fingerprint(folder))
+    assert len(found) == 4
+
+
 def test_pieces_join_to_the_text_and_the_statistics_add_up(engine):
     reply = engine.chat(USER, max_tokens=20, temperature=0)
     pieces = list(reply)
@@ -3485,6 +3516,13 @@ def test_a_session_that_cannot_be_trusted_is_refused(folder, tmp_path):
             session_file(session | {"ids": [math.inf]}, file)
         )
         assert "conversation is damaged" in refused(data.replace(b"kind", b"kinX"))
+        arrays, metadata = mx.load(
+            str(file), return_metadata=True, format="safetensors"
+        )
+        for name in ("0.keys", "1.values"):
+            part = tmp_path / "part.safetensors"
+            mx.save_safetensors(str(part), without(arrays, name), metadata)
+            assert f"damaged: layer {name[0]}" in refused(part.read_bytes())
         engine.restore(file)
     with (
         llama.Engine(other) as engine,
