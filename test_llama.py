@@ -1712,6 +1712,40 @@ def test_vocabularies_that_are_not_understood_are_refused(change, error, tmp_pat
     assert str(tmp_path) in str(caught.value)
 
 
+@pytest.mark.parametrize("other", ["normalizer", "pre_tokenizer"])
+def test_spaces_replaced_in_two_places_are_refused(other, tmp_path):
+    """Of the normalizer and Metaspace, one does it; more is not understood."""
+    vocab = {f"<0x{b:02X}>": b for b in range(256)} | {"a": 256, "b": 257, "ab": 258}
+    spec = small_spec(model={"vocab": vocab, "merges": [["a", "b"]]})
+    spec["model"]["byte_fallback"] = True
+    metaspace = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "never"}
+    replace = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    alone, added = {"pre_tokenizer": metaspace}, {"normalizer": {"type": "NFC"}}
+    if other == "pre_tokenizer":
+        alone, added = {"normalizer": replace}, {"pre_tokenizer": {"type": "ByteLevel"}}
+    steps = {"normalizer": None, "pre_tokenizer": None} | alone
+    ours = llama.Tokenizer.from_folder(write_tokenizer(tmp_path, spec | steps))
+    assert ours.encode("ab") == [258]
+    folder = write_tokenizer(tmp_path, spec | steps | added)
+    with pytest.raises(ValueError, match="unknown normalizer"):
+        llama.Tokenizer.from_folder(folder)
+
+
+@pytest.mark.parametrize("ranks", [[0, 2], [0, 0], [1, 2]])
+def test_a_rank_file_must_have_each_rank_once(ranks, tmp_path):
+    lines = (f"{token} {rank}\n" for token, rank in zip(("AA==", "AQ=="), ranks))
+    (tmp_path / "tokenizer.model").write_text("".join(lines))
+    with pytest.raises(ValueError, match="wanted the ranks 0 to 1, each once"):
+        llama.Tokenizer.from_folder(tmp_path)
+
+
+@pytest.mark.parametrize("wrong", [-1, 2**31, 1.5, True])
+def test_ids_that_are_no_whole_numbers_are_refused(wrong, tmp_path):
+    folder = write_tokenizer(tmp_path, small_spec(), config={"eos_token_id": wrong})
+    with pytest.raises(ValueError, match="token ids must be whole numbers"):
+        llama.Tokenizer.from_folder(folder)
+
+
 def test_a_folder_of_a_short_name_is_named_too(tmp_path, monkeypatch):
     """Wherever its letters stand in an error already."""
     monkeypatch.chdir(tmp_path)
