@@ -2207,7 +2207,7 @@ __syncthreads();
 auto whole = [&](int r) { return sums[0][r] + sums[1][r] + sums[2][r] + sums[3][r]; };
 const int r = threadIdx.x;
 if (r < own && first + r < rows) {
-  const float factor = norm ? rsqrtf(whole(ROWS) / K + float(gain[K])) : 1;
+  const float factor = norm ? rsqrtf(whole(ROWS) / K + float(gain[K])) : 1;  // eps
   float v = factor * whole(r);
   if (swiglu) v *= factor * whole(own + r) / (1 + expf(-v));
   y[first + r] = v + (residual_shape[1] > 1 ? float(residual[first + r]) : 0);
@@ -2216,14 +2216,14 @@ if (r < own && first + r < rows) {
 
 
 def fused_linear(
-    *layers: QuantizedMatrix, norm: nn.RMSNorm | None = None, parts: int = 1
+    *layers: QuantizedLinear, norm: nn.RMSNorm | None = None, parts: int = 1
 ) -> Callable[..., mx.array]:
     """Return a function of x, as many numbers as W has columns, and of a residual in
     the shape of the result, which may be left out; all in bfloat16.
 
     It gives W norm(x) + residual, (1, rows), where W has the rows of all layers; of two
     parts, silu(first norm(x)) * second norm(x) + residual, (1, rows / 2). subtle: call
-    it inside mx.compile; building its graph anew costs more time than it saves.
+    that function inside mx.compile; a graph built anew costs more than it saves.
     """
     names, packed = ["x", "weight", "scales", "biases", "gain", "residual"], []
     *starts, rows = itertools.accumulate(len(layer.weight) for layer in layers)
@@ -2304,8 +2304,8 @@ def fuse(model: Llama) -> None:
         modules = block.modules()
         layers = [m for m in modules if isinstance(m, QuantizedLinear)]
         settings = {(m.bits, m.mode, "bias" in m, m.group_size) for m in layers}
-        only = [setting[:3] for setting in settings] == [(4, "affine", False)]
-        if only and {*map(type, modules)} == kinds:
+        four_bit = [setting[:3] for setting in settings] == [(4, "affine", False)]
+        if four_bit and {*map(type, modules)} == kinds:
             blocks[n] = FusedBlock(block)
 
 

@@ -1143,15 +1143,21 @@ def test_a_folder_of_mlx_lm_gives_its_logits(tmp_path, bits, group_size, mode, F
     assert_close(in_parts(own, tokens, (9, 10)), wanted, 1e-3)
 
 
-def test_a_long_part_of_a_prompt_is_computed_as_its_layers_are_built(monkeypatch):
-    config = CONFIG | {"num_hidden_layers": 3}
-    model = fill(llama.Llama(llama.ModelArgs.from_dict(config)), config)
-    tokens = mx.array(random_tokens(CONFIG, length=140))
-    wanted, order, launch, wait = model(tokens), [], mx.async_eval, mx.eval
+def recorded(monkeypatch) -> list[tuple[str, mx.array]]:
+    """What is launched ("go") and waited for from now on, in order."""
+    order, launch, wait = [], mx.async_eval, mx.eval
     monkeypatch.setattr(
         mx, "async_eval", lambda x: order.append(("go", x)) or launch(x)
     )
     monkeypatch.setattr(mx, "eval", lambda x: order.append(("wait", x)) or wait(x))
+    return order
+
+
+def test_a_long_part_of_a_prompt_is_computed_as_its_layers_are_built(monkeypatch):
+    config = CONFIG | {"num_hidden_layers": 3}
+    model = fill(llama.Llama(llama.ModelArgs.from_dict(config)), config)
+    tokens = mx.array(random_tokens(CONFIG, length=140))
+    wanted, order = model(tokens), recorded(monkeypatch)
     got = model(tokens, model.make_cache(140))
     # The embedding and two of three layers; the last is left to who asks for it.
     (_, start), _, (_, first), _, (_, second), _ = order
@@ -1166,11 +1172,7 @@ def test_a_long_part_of_a_prompt_is_computed_as_its_layers_are_built(monkeypatch
 def test_a_token_over_a_large_cache_is_launched_in_halves_behind_the_last(monkeypatch):
     model = fill(llama.Llama(llama.ModelArgs.from_dict(CONFIG)), CONFIG)
     tokens = mx.array(random_tokens(CONFIG, length=12))
-    wanted, order, launch, wait = model(tokens), [], mx.async_eval, mx.eval
-    monkeypatch.setattr(
-        mx, "async_eval", lambda x: order.append(("go", x)) or launch(x)
-    )
-    monkeypatch.setattr(mx, "eval", lambda x: order.append(("wait", x)) or wait(x))
+    wanted, order = model(tokens), recorded(monkeypatch)
     cache, got = model.make_cache(12), []
     for n in range(12):
         if n == 10:
@@ -2772,8 +2774,9 @@ def four_bit_model(tied, mode="affine", **changes):
     return model
 
 
-def test_a_fused_model_decodes_as_before(kernels):
-    plain, fused, exact = (four_bit_model(True, num_hidden_layers=1) for _ in range(3))
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_fused_model_decodes_as_before(kernels, tied):
+    plain, fused, exact = (four_bit_model(tied, num_hidden_layers=1) for _ in range(3))
     before = dict(tree_flatten(fused.parameters()))
     llama.fuse(fused)
     assert {type(block) for block in fused.model.layers} == {llama.FusedBlock}
@@ -2843,7 +2846,7 @@ def test_a_fused_model_holds_nothing_twice_and_nothing_once_it_is_gone(kernels):
     before, collecting = mx.get_active_memory(), gc.isenabled()
     gc.disable()
     try:
-        model = four_bit_model(tied=True)
+        model = four_bit_model(tied=False, vocab_size=4096)
         mx.eval(model.parameters())
         held = mx.get_active_memory()
         llama.fuse(model)
@@ -2857,47 +2860,52 @@ def test_a_fused_model_holds_nothing_twice_and_nothing_once_it_is_gone(kernels):
             gc.enable()
 
 
-def test_what_the_kernels_do_not_take_stays_as_it_is(kernels, monkeypatch):
-    def fused(model):
-        llama.fuse(model)
-        return [type(block) is llama.FusedBlock for block in model.model.layers]
+def fused_blocks(model: llama.Llama) -> list[bool]:
+    """Fuse a model; which of its blocks are fused then."""
+    llama.fuse(model)
+    return [type(block) is llama.FusedBlock for block in model.model.layers]
 
-    assert fused(four_bit_model(True)) == [True, True]
-    assert fused(four_bit_model(True, attention_bias=True)) == [False, False]
+
+def test_what_the_kernels_do_not_take_stays_as_it_is(kernels, monkeypatch):
+    assert fused_blocks(four_bit_model(True)) == [True, True]
+    assert fused_blocks(four_bit_model(True, attention_bias=True)) == [False, False]
     wide = four_bit_model(True)
     wide.set_dtype(mx.float32)
-    assert fused(wide) == [False, False]
+    assert fused_blocks(wide) == [False, False]
     wide = four_bit_model(True)
     wide.model.layers[0].set_dtype(mx.float32)  # and so the stream of the other
-    assert fused(wide) == [False, False]
+    assert fused_blocks(wide) == [False, False]
     mixed = four_bit_model(True)
     eight = llama.quantized_like(nn.Linear(2048, 1024, bias=False), 64, 8, "affine")
     mixed.model.layers[1].mlp.down_proj = eight
     mixed.set_dtype(mx.bfloat16)
-    assert fused(mixed) == [True, False]
+    assert fused_blocks(mixed) == [True, False]
     mixed = four_bit_model(True)
     groups = llama.quantized_like(nn.Linear(2048, 1024, bias=False), 32, 4, "affine")
     mixed.model.layers[0].mlp.down_proj = groups
     mixed.set_dtype(mx.bfloat16)
-    assert fused(mixed) == [False, True]
-    assert fused(four_bit_model(True, mode="mxfp4")) == [False, False]
-    other = four_bit_model(True)  # whose classes may do something else
+    assert fused_blocks(mixed) == [False, True]
+    assert fused_blocks(four_bit_model(True, mode="mxfp4")) == [False, False]
+    for there, device in ((True, mx.cpu), (False, mx.gpu)):  # the latter: Metal
+        monkeypatch.setattr(mx.cuda, "is_available", lambda there=there: there)
+        monkeypatch.setattr(mx, "default_device", lambda device=device: device)
+        assert fused_blocks(four_bit_model(True)) == [False, False]
+
+
+def test_modules_of_other_classes_may_do_something_else_and_stay(kernels):
+    other = four_bit_model(True)
     first, second = other.model.layers
     first.__class__ = type("OtherBlock", (llama.TransformerBlock,), {})
     kind = type("OtherLinear", (llama.QuantizedLinear,), {})
     second.mlp.up_proj.__class__ = kind
-    assert fused(other) == [False, False]
+    assert fused_blocks(other) == [False, False]
     other = four_bit_model(True)
     first, second = other.model.layers
     first.self_attn.__class__ = type("OtherAttention", (llama.Attention,), {})
     second.input_layernorm.__class__ = type("OtherNorm", (nn.RMSNorm,), {})
-    assert fused(other) == [False, False]
+    assert fused_blocks(other) == [False, False]
     other.model.layers[1] = nn.Identity()
-    assert fused(other) == [False, False]
-    for there, device in ((True, mx.cpu), (False, mx.gpu)):  # the latter: Metal
-        monkeypatch.setattr(mx.cuda, "is_available", lambda there=there: there)
-        monkeypatch.setattr(mx, "default_device", lambda device=device: device)
-        assert fused(four_bit_model(True)) == [False, False]
+    assert fused_blocks(other) == [False, False]
 
 
 # -----------------------------------------------------------------------------
@@ -3550,13 +3558,6 @@ def test_a_session_that_cannot_be_trusted_is_refused(folder, tmp_path):
             session_file(session | {"ids": [math.inf]}, file)
         )
         assert "conversation is damaged" in refused(data.replace(b"kind", b"kinX"))
-        arrays, metadata = mx.load(
-            str(file), return_metadata=True, format="safetensors"
-        )
-        for name in ("0.keys", "1.values"):
-            part = tmp_path / "part.safetensors"
-            mx.save_safetensors(str(part), without(arrays, name), metadata)
-            assert f"damaged: layer {name[0]}" in refused(part.read_bytes())
         engine.restore(file)
     with (
         llama.Engine(other) as engine,
@@ -3567,6 +3568,17 @@ def test_a_session_that_cannot_be_trusted_is_refused(folder, tmp_path):
         llama.Engine(folder, context=16) as engine,
         pytest.raises(ValueError, match=r"\d+ tokens, context 16; see --ctx"),
     ):
+        engine.restore(file)
+
+
+@pytest.mark.parametrize("name", ["0.keys", "1.values"])
+def test_a_session_without_an_array_is_refused(engine, tmp_path, name):
+    file = str(tmp_path / "s.safetensors")
+    collections.deque(engine.chat(USER, max_tokens=5), 0)
+    engine.save(file, {})
+    arrays, metadata = mx.load(file, return_metadata=True)
+    mx.save_safetensors(file, without(arrays, name), metadata)
+    with pytest.raises(ValueError, match=f"damaged: layer {name[0]}"):
         engine.restore(file)
 
 
