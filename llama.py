@@ -6,31 +6,60 @@
 
 MODEL is a folder in Hugging Face's layout, or org/name in the local Hugging Face cache;
 without one it is the small storyteller in stories/.
-Runs on Metal, and on MLX's CPU and CUDA builds. Nothing is ever fetched or executed.
+It runs on Metal, and on MLX's CPU and CUDA builds. Nothing is fetched, nothing that a
+model folder holds is executed.
 
-How to read it. The file is a stack of numbered sections; each uses only sections above
-it, never below. Read down for the parts, or start at 6 (Transformer) and look up what
-it uses.
+How a text goes through this file (the numbers are sections):
 
-How to lift a piece. Copy the imports, the section, and the sections on its "uses:"
-line; nothing else is needed, and "uses: none" means imports only. Importing runs no
-code. test_llama.py keeps this true: it executes every section alone with just those.
+    folder --1, 2--> model
+    text --7--> ids --6--> embedding --> blocks (3): attention (4, 5), MLP --> logits
+    logits --8--> an id, which is shown (7) and goes back in (9)
+
+How to read it. Part One, sections 1 to 10, is a complete runner: read it from its
+beginning, at one sitting. The other parts extend it, each for a purpose of its own, and
+can be read in any order. Every section uses only sections above it.
 
 Symbols (shapes are written like (B, H, L, Dh))
     B    batch size                      D    width of the residual stream, hidden_size
-    L    tokens in this call             F    width of the MLP, intermediate_size
-    S    tokens attended to, offset + L  V    size of the vocabulary, vocab_size
-    H    query heads                     Hkv  key/value heads, num_key_value_heads
-    Dh   width of a head, head_dim       G    weights that share a scale, group_size
+    L    tokens given in this call       F    width of the MLP, intermediate_size
+    S    tokens attended to: L and the   V    size of the vocabulary, vocab_size
+         offset, those in the cache      H    query heads, num_attention_heads
+    Dh   width of a head, head_dim       Hkv  key/value heads, num_key_value_heads
+                                         G    weights that share a scale, group_size
 
-Sections                 uses            Sections                 uses
-    1  Configuration     none                8  Loading           1-7
-    2  Safetensors       1                   9  Samplers          none
-    3  Quantized layers  none                10 Generation        none
-    4  Rotary embedding  none                11 Kernels           1, 3-6
-    5  KV cache          none                12 Tensor parallel   1-8, 11
-    6  Transformer       1, 4, 5             13 Streaming         1-12
-    7  Tokenizer         1                   14 Command line      1-13
+Part One: the model                      uses
+    1  Configuration                     none
+    2  Safetensors                       none
+    3  Quantized layers                  none
+    4  Rotary embedding                  none
+    5  KV cache                          none
+    6  Transformer                       1-5
+    7  Tokenizer                         none
+    8  Sampling                          none
+    9  Generation                        none
+    10 A reply                           1-9
+Part Two: every Llama
+    11 Families                          1, 4
+    12 Chat templates                    none
+    13 Other vocabularies                1, 4, 7, 11, 12
+    14 Checked loading                   1-7, 11-13
+Part Three: faster
+    15 Prompt lookup                     9
+    16 Steps on a GPU                    1-6
+    17 The CUDA kernel                   1-6, 16
+    18 Tensor parallel                   1-7, 11-14, 16, 17
+Part Four: streaming
+    19 Sessions                          1-7, 11-14
+    20 Engine                            1-9, 11-19
+Part Five: command line
+    21 Info and inspect                  1-9, 11-20
+    22 Chat                              1-9, 11-21
+    23 Main                              1-9, 11-22
+
+How to lift a piece. Copy the section, the sections on its "uses:" line, and the imports
+on their "needs:" lines; nothing else is needed. "registers:" names tables of sections
+above to which a section adds entries. Importing this file starts nothing.
+test_llama.py keeps all this true: it runs every section alone, with only those.
 
 References
     [1] Llama 3, arXiv:2407.21783        [5] SwiGLU, arXiv:2002.05202
@@ -39,7 +68,7 @@ References
     [4] RMSNorm, arXiv:1910.07467        [8] SentencePiece, arXiv:1808.06226
     [9] Megatron-LM, arXiv:1909.08053
 
-MIT License; see LICENSE. A copied section needs only this line and a link.
+MIT License; see LICENSE. A copied section needs only this line and a link to its home.
 """
 
 # /// script
@@ -69,7 +98,6 @@ import os
 import queue
 import re
 import signal
-import socket
 import statistics
 import sys
 import threading
@@ -77,7 +105,7 @@ import time
 import unicodedata
 import weakref
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import NamedTuple, TextIO, get_args
@@ -89,380 +117,221 @@ from mlx import nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 # -----------------------------------------------------------------------------
+# Part One: the model. A complete runner: from a folder to a reply, on any device.
+#
+# A language model does one thing: it reads a text as a row of tokens, pieces that have
+# numbers, and gives each token of its vocabulary a score, the logit, for being the
+# next. Inside, every token is a vector of D numbers, the residual stream. A stack of
+# blocks adds to it. In each block, attention lets a token take from those before it: it
+# sends out a query, every token has a key that the query is compared with and a value
+# that is taken if they fit. Then an MLP works on each token alone. Last, the output
+# head turns the vector of the last token into the logits.
+#
+# MLX, for readers who know PyTorch. It is lazy: an operation on arrays computes nothing
+# and only notes down what is to be computed. mx.eval(x) computes x and waits for it,
+# mx.async_eval(x) starts it and does not wait, x.item() waits for a number. An
+# nn.Module is a dict of its arrays and modules, so module["weight"], and "bias" in
+# module, work. Random numbers come from a key that is passed on and split, not from a
+# hidden state. On a Mac, CPU and GPU share one memory.
+# -----------------------------------------------------------------------------
+
+# -----------------------------------------------------------------------------
 # 1. Configuration
-# The numbers that define a model, under the names of Hugging Face's config.json, so
-# that loading needs no translation table. What cannot be honoured is refused here.
+# A Llama is a stack of blocks of one shape, and a dozen numbers say what it looks like.
+# They are in config.json. The fields below have the names that Hugging Face gives them
+# there, so that loading needs no table of translations. The values in brackets are
+# those of Llama 3 8B. Multiplied out, they give its 8 billion parameters:
+#
+#     a block:  q and o for H heads, k and v for Hkv heads, of width Dh each:
+#                   D * (2 H + 2 Hkv) * Dh = 4096 * 80 * 128         =  41.9 million
+#               gate, up and down of the MLP:
+#                   3 * D * F = 3 * 4096 * 14336                     = 176.2 million
+#     32 blocks have 6.98 billion; the embedding and the output head, V * D each, have
+#     1.05 billion together
+#
 # uses: none
+# needs: dataclass, fields
 # -----------------------------------------------------------------------------
 
 
-# Parsed, a value takes up to 120 bytes, of 3 in the file, and a character up to 8: a
-# file could be made to swell forty-fold. So both its bytes and its values have a limit,
-# above what models need; for a tokenizer's, also so much for each token (Llama 3's has
-# 9 values and 60 to 160 bytes).
-JSON_BYTES, JSON_VALUES = 5_000_000, 100_000
-BYTES_PER_TOKEN, VALUES_PER_TOKEN = 200, 12
-
-
-def read_bounded(path: Path, limit: int) -> bytes:
-    """Return what is in a file. Raises ValueError if it has more bytes than `limit`."""
-    if (size := path.stat().st_size) > limit:
-        raise ValueError(f"{path}: {size:,} bytes, wanted at most {limit:,}")
-    return path.read_bytes()
-
-
-def parse_json(data: bytes, limit: int, source: object) -> dict:
-    """Return the JSON object in bytes.
-
-    Raises ValueError naming the source if they hold none, or more values than `limit`,
-    which are counted before they are made.
-    """
-    values = sum(map(data.count, (b",", b":", b"[", b"{")))
-    if values > limit:
-        raise ValueError(f"{source}: {values:,} values, wanted at most {limit:,}")
-    try:
-        value = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{source}: not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{source}: wanted a JSON object, got {type(value).__name__}")
-    return value
-
-
-def read_json(path: Path, *, tokens: int = 0) -> dict:
-    """Return the JSON object in a file, which may describe a vocabulary of `tokens`.
-
-    Raises ValueError if it holds none, or more than belongs to a model.
-    """
-    data = read_bounded(path, JSON_BYTES + tokens * BYTES_PER_TOKEN)
-    return parse_json(data, JSON_VALUES + tokens * VALUES_PER_TOKEN, path)
-
-
-# What config.json may say where it is not a matter of size; the first is the usual.
-SUPPORTED = {
-    "model_type": ("llama", "mistral"),
-    "hidden_act": ("silu", "swish", None),
-    "sliding_window": (None,),
-    "partial_rotary_factor": (1, None),
-}
-
-# type of a field: (in words, whether a value is of it)
-KINDS = {
-    bool: ("true or false", lambda v: type(v) is bool),
-    int: ("a positive integer", lambda v: type(v) is int and 0 < v < 2**31),
-    float: ("a positive number", lambda v: type(v) in (int, float) and 0 < v < 2**31),
-    dict: ("an object", lambda v: type(v) is dict),
-}
-
-
-def rotary_settings(config: dict) -> dict:
-    """Return rope_scaling and, if given, rope_theta, from either layout of config.json:
-    side by side, or both in the rope_parameters of transformers 5.
-
-    Raises ValueError naming the key and the value that cannot be honoured.
-    """
-    key = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
-    rope = config.get(key) or {}
-    # An object within is for layers of one type; a partial factor, for part of Dh.
-    if type(rope) is not dict or dict in map(type, rope.values()):
-        raise ValueError(f"{key} must be an object of numbers, got {rope!r:.80}")
-    if rope.get("partial_rotary_factor", 1) != 1:
-        raise ValueError(f"{key}: partial_rotary_factor must be 1, got {rope!r:.200}")
-    theta = rope.get("rope_theta", config.get("rope_theta"))
-    kind = rope.get("rope_type", rope.get("type", "default"))  # new, old spelling
-    rope = {k: v for k, v in rope.items() if k not in ("rope_theta", "type")}
-    scaling = None if kind == "default" else rope | {"rope_type": kind}
-    return {"rope_scaling": scaling} | ({} if theta is None else {"rope_theta": theta})
-
-
-@dataclass(frozen=True)
+@dataclass
 class ModelArgs:
-    """The shape of a Llama. Fields are config.json's keys; sizes count elements."""
+    """The shape of a Llama. Fields are config.json's keys."""
 
-    hidden_size: int  # D, width of the residual stream
-    intermediate_size: int  # F, width of the MLP's inner layer
-    num_hidden_layers: int
-    num_attention_heads: int  # H, query heads
-    vocab_size: int  # V, rows of the embedding; may exceed the tokenizer's ids
-    num_key_value_heads: int | None = None  # Hkv; None means H, no grouping
-    head_dim: int | None = None  # Dh; None means D / H
-    rms_norm_eps: float = 1e-6
-    max_position_embeddings: int = 2048  # longest context of the training, tokens
-    rope_theta: float = 10000.0  # base of the rotary wavelengths
-    rope_scaling: dict | None = None  # how they are stretched; see section 4
-    rope_traditional: bool = False  # rotate neighbours instead of halves
-    attention_bias: bool = False  # biases on q, k, v and o
-    mlp_bias: bool = False  # biases on gate, up and down
-    tie_word_embeddings: bool = False  # the head is the embedding, transposed
-    quantization: dict | None = None  # group_size, bits, mode, and layers' own entries
+    hidden_size: int  # D, width of the residual stream [4096]
+    intermediate_size: int  # F, width of the MLP's inner layer [14336]
+    num_hidden_layers: int  # blocks in the stack [32]
+    num_attention_heads: int  # H, query heads [32]
+    vocab_size: int  # V, rows of the embedding, at least the ids [128256]
+    num_key_value_heads: int | None = None  # Hkv; None means H, no sharing [8]
+    head_dim: int | None = None  # Dh; None means D // H [128]
+    rms_norm_eps: float = 1e-6  # keeps a norm from dividing by zero [1e-5]
+    max_position_embeddings: int = 2048  # longest context in training, tokens [8192]
+    rope_theta: float = 10000.0  # base of the rotary wavelengths [500000]
+    rope_scaling: dict | None = None  # how the wavelengths are stretched [None]
+    rope_traditional: bool = False  # which numbers form a pair; see RoPE [False]
+    tie_word_embeddings: bool = False  # the output head is the embedding [False]
 
     def __post_init__(self):
-        wrong = []
-        for entry in fields(self):
-            value, optional = getattr(self, entry.name), get_args(entry.type)
-            wanted, fits = KINDS[optional[0] if optional else entry.type]
-            if not (fits(value) or (optional and value is None)):
-                wrong.append(f"{entry.name} must be {wanted}, got {value!r:.80}")
-        if wrong:
-            raise ValueError("; ".join(wrong))
-        H = self.num_attention_heads
-        Hkv, Dh = self.num_key_value_heads or H, self.head_dim or self.hidden_size // H
-        object.__setattr__(self, "num_key_value_heads", Hkv)
-        object.__setattr__(self, "head_dim", Dh)
-        if H % Hkv:
-            raise ValueError(f"num_key_value_heads must divide {H} heads, got {Hkv}")
-        # Rotary embedding turns pairs, and no attention kernel has wider heads.
-        if Dh % 2 or not 0 < Dh <= 1024:
-            raise ValueError(f"head_dim must be even and at most 1024, got {Dh}")
-        if H * Dh >= 2**31:
-            raise ValueError(f"{H} heads of head_dim {Dh} are too many")
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads
 
     @classmethod
     def from_dict(cls, config: dict) -> "ModelArgs":
-        """Return the arguments that a config.json describes.
-
-        Raises ValueError naming the keys and values that this file cannot honour.
-        """
-        config = {"quantization": config.get("quantization_config")} | config
-        wrong = [
-            f"{key} must be {' or '.join(map(json.dumps, known))}"
-            f", got {config.get(key)!r:.80}"
-            for key, known in SUPPORTED.items()
-            if config.get(key) not in known
-        ]
+        """Return the shape that a config.json describes. Other keys are ignored, and a
+        value of null means the default."""
         values = {entry.name: config.get(entry.name) for entry in fields(cls)}
-        values = {name: value for name, value in values.items() if value is not None}
-        required = (entry.name for entry in fields(cls) if entry.default is MISSING)
-        wrong += [f"{name} is missing" for name in required if name not in values]
-        if wrong:
-            raise ValueError("; ".join(wrong))
-        values |= rotary_settings(config)
-        args = cls(**values)
-        # Llama 1 and 2 leave rope_theta out and mean 10000. A Llama 3 without it has
-        # lost it, and would read well for a page before falling apart.
-        if "rope_theta" not in values and args.vocab_size >= 128_000:
-            raise ValueError("rope_theta is missing; a Llama 3 vocabulary needs it")
-        return args
-
-
-def llama3_args(
-    D: int, F: int, layers: int, H: int, *, scaling: float = 8.0, **other: int
-) -> ModelArgs:
-    """Return the arguments of a Llama 3.x: what all its sizes share, and these."""
-    rope = {"rope_type": "llama3", "factor": scaling, "low_freq_factor": 1.0}
-    rope |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-    shared = {"vocab_size": 128_256, "num_key_value_heads": 8, "rms_norm_eps": 1e-5}
-    shared |= {"max_position_embeddings": 131_072, "rope_theta": 500_000.0}
-    return ModelArgs(D, F, layers, H, rope_scaling=rope, **shared, **other)
-
-
-# The published shapes: 8b, 70b and 405b of Llama 3.1 [1, table 3], 1b and 3b of 3.2.
-PRESETS = {
-    "1b": llama3_args(2048, 8192, 16, 32, scaling=32.0, tie_word_embeddings=True),
-    "3b": llama3_args(3072, 8192, 28, 24, scaling=32.0, tie_word_embeddings=True),
-    "8b": llama3_args(4096, 14336, 32, 32),
-    "70b": llama3_args(8192, 28672, 80, 64),
-    "405b": llama3_args(16384, 53248, 126, 128),
-}
+        return cls(**{name: v for name, v in values.items() if v is not None})
 
 
 # -----------------------------------------------------------------------------
 # 2. Safetensors
-# Weights are memory-mapped and handed to MLX in place: on Metal, where CPU and GPU
-# share memory, an aligned tensor is used where the file lies, without a copy. The
-# format: 8 bytes of header length, a JSON header, then the tensors end to end.
-# uses: 1
+# A file of weights has three parts: 8 bytes with the length of the header; the header,
+# which is JSON; and the tensors, one after another. A header:
+#
+#     {"model.norm.weight": {"dtype": "BF16", "shape": [4096],
+#                            "data_offsets": [0, 8192]}, ...}
+#
+# The file is not read but mapped into memory: the operating system brings in a page of
+# it when the page is first touched, and may drop the page, since it can read it from
+# the file again. On a Mac, where CPU and GPU share one memory, MLX can adopt the mapped
+# pages as an array. Then the GPU computes from the very pages of the file: nothing is
+# copied, and a model that was used a moment ago is ready at once, because its pages are
+# still in memory. A GPU with memory of its own needs one copy, and so does MLX's CPU
+# build, which adopts no foreign memory.
+# uses: none
+# needs: Iterable, Iterator, Path, dataclass, json, mmap, mx
 # -----------------------------------------------------------------------------
 
-# What checkpoints and MLX's converter write, by safetensors' names.
-DTYPES = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
-DTYPES |= {"U32": mx.uint32, "U8": mx.uint8, "I32": mx.int32, "I64": mx.int64}
+# What checkpoints and MLX's converter write, keyed by the format's names.
+DTYPES = {
+    "F32": mx.float32,
+    "F16": mx.float16,
+    "BF16": mx.bfloat16,
+    "U32": mx.uint32,
+    "U8": mx.uint8,
+    "I32": mx.int32,
+    "I64": mx.int64,
+}
+# A memoryview knows no bfloat16. So items are taken as whole numbers of the same size,
+# whose codes these are, and the array of them is then viewed as what it is.
+LETTERS = {1: "B", 2: "H", 4: "I", 8: "Q"}
+
+
+def adopt(mapping: memoryview, start: int, size: int, items: int) -> mx.array | None:
+    """Return items of `size` bytes from byte `start` on, in place, as whole numbers;
+    None where MLX cannot use memory in place. The array keeps the mapping alive.
+
+    Metal adopts only whole pages: so the array begins at the page boundary before
+    `start`, ends at one if the file goes on so far, and is then sliced.
+    """
+    first, end = start - start % mmap.PAGESIZE, start + items * size
+    last = min(end + (-end % mmap.PAGESIZE), len(mapping))
+    last -= (last - first) % size  # whole items, where the file ends within a page
+    try:
+        pages = mx.asarray(mapping[first:last].cast(LETTERS[size]), copy=False)
+    except ValueError:
+        return None
+    return pages[(start - first) // size :][:items]
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lies: `nbytes` bytes from byte `start` of `file`.
-
-    Of a rank's columns of a larger matrix, the rows begin `stride` bytes apart.
-    """
+    """Where a tensor lies: `nbytes` bytes from byte `start` of `file`."""
 
     name: str
-    dtype: str  # safetensors' name, a key of DTYPES
+    dtype: str  # a key of DTYPES
     shape: tuple[int, ...]
     file: Path
     start: int
     nbytes: int
-    stride: int | None = None
 
     @property
     def adoptable(self) -> bool:
-        """Whether MLX can view it in place: it must start at a multiple of its item
-        size, which the format does not promise and MLX's own writer does not keep."""
-        return self.stride is None and self.start % DTYPES[self.dtype].size == 0
+        """Whether MLX can use it where it lies: only if it starts at a multiple of its
+        item size. The format does not promise that, and MLX's writer does not care."""
+        return self.start % DTYPES[self.dtype].size == 0
+
+    def read(self, mapping: memoryview) -> mx.array:
+        """Return the tensor as an array over the mapping of its file, or as a copy."""
+        dtype, array = DTYPES[self.dtype], None
+        if self.adoptable:
+            array = adopt(mapping, self.start, dtype.size, self.nbytes // dtype.size)
+        if array is None:  # not aligned, or not possible on this device
+            own = mapping[self.start : self.start + self.nbytes]
+            array = mx.asarray(own.cast(LETTERS[dtype.size]))
+        return array.view(dtype).reshape(self.shape)
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """Return the files that hold a folder's weights, in order of their names.
-
-    Those that model.safetensors.index.json names, else model.safetensors; stray files
-    beside them are not read. Raises FileNotFoundError if one is missing, ValueError
-    for a name that is not a plain file name: an index must not point elsewhere.
-    """
-    index, weight_map = folder / "model.safetensors.index.json", None
-    if index.exists():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise ValueError(f"{index}: weight_map must be an object that names files")
-        for name in weight_map.values():
-            if not re.fullmatch(r"[\w.-]+\.safetensors", str(name)):
-                wanted = "wanted plain names that end in .safetensors"
-                raise ValueError(f"{index}: {wanted}, got {name!r:.80}")
-    names = sorted(set(weight_map.values())) if weight_map else ["model.safetensors"]
-    if missing := [name for name in names if not (folder / name).exists()]:
-        found = f"no {', '.join(missing)}; download incomplete?"
-        raise FileNotFoundError(f"{folder}: {found}")
-    return [folder / name for name in names]
-
-
-def split_header(file: Path) -> tuple[bytes, dict]:
-    """Return the bytes before the tensors of a safetensors file, and their JSON, which
-    may grow with the file, as a session's does. Raises ValueError naming the file."""
-    size, unsound = file.stat().st_size, f"{file}: not a safetensors file"
+def read_header(file: Path) -> dict[str, TensorInfo]:
+    """Return what a safetensors file holds, by name, in the order of the file."""
     with open(file, "rb") as stream:
-        prefix = stream.read(8)
-        if prefix == b"version ":  # https://git-lfs.github.com/spec/v1
-            raise ValueError(f"{file}: a git-lfs pointer, no weights; run git lfs pull")
-        length, limit = int.from_bytes(prefix, "little"), 2_000_000 + size // 10
-        if length > limit:
-            wanted = f"a header of at most {limit:,} bytes, got {length:,}"
-            raise ValueError(f"{unsound}: wanted {wanted}")
-        header = stream.read(length)
-    return prefix + header, parse_json(header, JSON_VALUES + size // 100, unsound)
-
-
-def read_header(file: Path) -> list[TensorInfo]:
-    """Return what a safetensors file holds, in order of offset, without its data.
-
-    The safetensors package judges the header. Its parser is fuzzed, but its readers
-    need NumPy; so it is given the header alone. Of a sound one it then has one thing to
-    say, that the data is "not fully covered"; the file's size is checked here.
-    Raises ValueError naming the file if it is not sound.
-    """
-    header, entries = split_header(file)
-    try:
-        safetensors.deserialize(header)
-    except safetensors.SafetensorError as error:
-        reason = str(error).removeprefix("Error while deserializing: ")
-        if "not fully covered" not in reason:
-            raise ValueError(f"{file}: not a safetensors file: {reason:.200}") from None
-    tensors, size, end = [], file.stat().st_size, len(header)
-    entries.pop("__metadata__", None)
-    for name, entry in sorted(entries.items(), key=lambda e: e[1]["data_offsets"]):
-        dtype, shape = entry["dtype"], tuple(entry["shape"])
-        if dtype not in DTYPES or any(n >= 2**31 for n in shape):
-            wanted = f"wanted {', '.join(DTYPES)}, sizes below 2**31"
-            got = f"{name} has dtype {dtype}, shape {list(shape)}"
-            raise ValueError(f"{file}: {got}; {wanted}")
-        start, end = (len(header) + offset for offset in entry["data_offsets"])
-        tensors.append(TensorInfo(name, dtype, shape, file, start, end - start))
-    if end != size:
-        raise ValueError(f"{file}: truncated or edited? {size} bytes, wanted {end}")
-    return tensors
-
-
-def list_tensors(
-    folder: Path, problems: list[Exception] | None = None
-) -> dict[str, TensorInfo]:
-    """Return every tensor of a folder by name, in the order in which they lie.
-
-    Raises ValueError for an unsound file, and for a name that stands in two files;
-    given a list of problems, adds the errors to it and goes on with the next file.
-    """
+        length = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(length))
+    header.pop("__metadata__", None)
     tensors = {}
-    for file in weight_files(folder):
-        try:
-            for info in read_header(file):
-                if info.name in tensors:
-                    both = f"{tensors[info.name].file.name} and {file.name}"
-                    raise ValueError(f"{folder}: {info.name} is in both {both}")
-                tensors[info.name] = info
-        except (OSError, ValueError) as error:
-            if problems is None:
-                raise
-            problems.append(error)
+    for name in sorted(header, key=lambda name: header[name]["data_offsets"]):
+        start, end = header[name]["data_offsets"]  # counted from the header's end
+        shape, dtype = tuple(header[name]["shape"]), header[name]["dtype"]
+        where = 8 + length + start
+        tensors[name] = TensorInfo(name, dtype, shape, file, where, end - start)
     return tensors
 
 
-def map_tensors(tensors: Iterable[TensorInfo]) -> Iterator[tuple[TensorInfo, mx.array]]:
-    """Yield each tensor as an array over the mapping of its file.
-
-    On Metal the array is the mapped memory itself; elsewhere MLX makes a copy.
-    subtle: adopted pages are read-only, and MLX may put the result of an operation
-    into the buffer of an input that nothing else refers to. Keep a reference to the
-    array for as long as anything computes from it.
-    """
-    file = None
+def read_tensors(
+    tensors: Iterable[TensorInfo],
+) -> Iterator[tuple[TensorInfo, mx.array]]:
+    """Yield each tensor with its array; see TensorInfo.read. Maps each file once."""
+    mappings = {}
     for info in tensors:
-        if info.file != file:
-            file = info.file
-            with open(file, "rb") as stream:
-                view = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
-            view = memoryview(view)
-        dtype, stop = DTYPES[info.dtype], info.start + info.nbytes
-        # Only whole pages can be adopted: start at the page, skip what precedes. CUDA
-        # adopts nothing, and a kernel failed there on a tensor within a buffer
-        # ("misaligned address"), so each begins one of its own.
-        start = info.start - info.start % mmap.PAGESIZE
-        data, skip = view[start:stop], (info.start - start) // dtype.size
-        if not info.adoptable or mx.cuda.is_available():
-            rows = 1 if info.stride is None else info.shape[0]
-            starts = (info.start + n * (info.stride or 0) for n in range(rows))
-            parts = (view[at : at + info.nbytes // rows] for at in starts)
-            data, skip = memoryview(b"".join(parts)), 0
-        # Counted in items, since MLX counts to 2**31 and large tensors have more bytes.
-        array = mx.asarray(data.cast({1: "B", 2: "H", 4: "I", 8: "Q"}[dtype.size]))
-        yield info, array[skip:].view(dtype).reshape(info.shape)
+        if info.file not in mappings:
+            with open(info.file, "rb") as stream:
+                mapping = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+            mappings[info.file] = memoryview(mapping)
+        yield info, info.read(mappings[info.file])
 
 
 # -----------------------------------------------------------------------------
 # 3. Quantized layers
-# Linear and embedding whose weights are stored in a few bits each. Groups of G
-# neighbours in a row share a scale and, in affine mode, a bias: w = scale * q + bias.
-# Decoding reads every weight once per token, so a quarter of the bytes can mean four
-# times the speed.
+# A row of weights is cut into groups of G neighbours. A group is stored as small whole
+# numbers q, and two numbers that they share: w = scale * q + bias. In 4 bits, q is one
+# of 0 .. 15. A group of four, for example:
+#
+#     w      -0.30   -0.10    0.02    0.45     scale = (0.45 - -0.30) / 15 = 0.05
+#     q          0       4       6      15     bias  = -0.30
+#     w'     -0.30   -0.10    0.00    0.45
+#
+# In 4 bits eight q's share a uint32, the first in the lowest bits: these four are its
+# lower half, 0xF640. 64 weights, with a scale and a bias of 16 bits each, take
+# 64 * 4 + 2 * 16 = 288 bits. These are 4.5 for a weight, where bfloat16 takes 16. To
+# generate one token a model reads all its weights once, and this reading is most of the
+# time that it takes. So weights in 3.6 times fewer bytes give a model that can be 3.6
+# times faster, and that fits into a smaller machine.
+#
+# This format is called affine. mxfp4, mxfp8 and nvfp4 store q as tiny floating-point
+# numbers and have no biases. The sizes of a layer's tensors tell its format; no setting
+# is needed. (A bias of a group is not the bias of a linear layer, which is added to its
+# result.)
 # uses: none
+# needs: mx, nn, tree_unflatten
 # -----------------------------------------------------------------------------
 
-# mode: (group sizes, bits), of what mx.quantized_matmul offers
-QUANTIZATION_MODES = {
-    "affine": ((32, 64, 128), (2, 3, 4, 5, 6, 8)),
-    "mxfp4": ((32,), (4,)),
-    "mxfp8": ((32,), (8,)),
-    "nvfp4": ((16,), (4,)),
-}
-
-
-def check_quantization(group_size: int, bits: int, mode: str) -> None:
-    """Raise ValueError if MLX has no kernel for the settings."""
-    sizes, widths = QUANTIZATION_MODES.get(mode, ((), ()))
-    if group_size not in sizes or bits not in widths:
-        got = f"group_size {group_size}, bits {bits}, mode {mode!r}"
-        raise ValueError(f"cannot quantize with {got}; known: {QUANTIZATION_MODES}")
+# Formats without biases, by group size and bits.
+FLOAT_MODES = {(32, 4): "mxfp4", (32, 8): "mxfp8", (16, 4): "nvfp4"}
 
 
 class QuantizedMatrix(nn.Module):
-    """A packed matrix (rows, columns) of zeros, to be filled; base of the two layers.
+    """A packed matrix (rows, columns), the base of the two layers; zeros, until loading
+    puts its tensors in their place.
 
-    weight: (rows, columns * bits / 32) uint32, the first element in the lowest bits.
-    scales, and biases in affine mode: (rows, columns / G).
-    Raises ValueError if MLX has no kernel for the settings, or G does not divide.
+    weight: (rows, columns * bits / 32) uint32. scales, and in affine mode biases:
+    (rows, columns / G).
     """
 
     def __init__(self, rows: int, columns: int, group_size: int, bits: int, mode: str):
         super().__init__()
-        check_quantization(group_size, bits, mode)
-        if columns % group_size:
-            raise ValueError(f"group_size {group_size} must divide {columns} columns")
         self.group_size, self.bits, self.mode = group_size, bits, mode
         groups = (rows, columns // group_size)
         self.weight = mx.zeros((rows, columns * bits // 32), mx.uint32)
@@ -472,15 +341,16 @@ class QuantizedMatrix(nn.Module):
 
     def as_linear(self, x: mx.array) -> mx.array:
         """Return x W^T for x (..., columns), unpacking W on the fly."""
-        packed = self["weight"], self["scales"], self.get("biases")
-        # On CUDA it takes less time to unpack all of W first, once x has many rows:
-        # 128, measured on an H200.
-        many = x.ndim > 2 and x.size >= 128 * x.shape[-1]
-        if many and mx.cuda.is_available():
-            whole = mx.dequantize(*packed, self.group_size, self.bits, self.mode)
-            return x @ whole.T
-        settings = True, self.group_size, self.bits, self.mode  # True: transposed
-        return mx.quantized_matmul(x, *packed, *settings)
+        return mx.quantized_matmul(
+            x,
+            self["weight"],
+            self["scales"],
+            self.get("biases"),
+            transpose=True,
+            group_size=self.group_size,
+            bits=self.bits,
+            mode=self.mode,
+        )
 
 
 class QuantizedLinear(QuantizedMatrix):
@@ -495,9 +365,44 @@ class QuantizedEmbedding(QuantizedMatrix):
     """nn.Embedding over a packed matrix: ids (...) -> (..., columns)."""
 
     def __call__(self, tokens: mx.array) -> mx.array:
-        packed = (self.weight, self.scales, self.get("biases"))
-        rows = (part if part is None else part[tokens] for part in packed)
+        biases = self.biases[tokens] if "biases" in self else None
+        rows = self.weight[tokens], self.scales[tokens], biases
         return mx.dequantize(*rows, self.group_size, self.bits, self.mode)
+
+
+def quantized_like(
+    layer: nn.Module, group_size: int, bits: int, mode: str
+) -> QuantizedMatrix:
+    """Return the quantized counterpart of a Linear or an Embedding, all zeros."""
+    kind = QuantizedLinear if isinstance(layer, nn.Linear) else QuantizedEmbedding
+    quantized = kind(*layer.weight.shape, group_size, bits, mode)
+    if "bias" in layer:
+        quantized.bias = layer.bias
+    return quantized
+
+
+def quantization_of(
+    path: str, weights: int, packed_bytes: int, scales: int, biases: bool
+) -> tuple[int, int, str]:
+    """Return group size, bits and mode of a packed layer, as its sizes tell.
+
+    path: its name. weights: how many it has, in so many bytes, with so many scales.
+    biases: whether it has any. Raises ValueError if no format has these sizes.
+    """
+    if not scales or weights % scales or 8 * packed_bytes % weights:
+        raise ValueError(
+            f"{path}: {weights} weights cannot be packed in {packed_bytes} bytes and "
+            f"{scales} scales"
+        )
+    group_size, bits = weights // scales, 8 * packed_bytes // weights
+    if biases:
+        return group_size, bits, "affine"
+    if (group_size, bits) not in FLOAT_MODES:
+        raise ValueError(
+            f"{path} has no biases, and no format without them has groups of "
+            f"{group_size} in {bits} bits"
+        )
+    return group_size, bits, FLOAT_MODES[group_size, bits]
 
 
 def dense_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -506,176 +411,148 @@ def dense_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return [(path, m) for path, m in model.named_modules() if isinstance(m, kinds)]
 
 
-def quantized_like(
-    layer: nn.Module, group_size: int, bits: int, mode: str
-) -> QuantizedMatrix:
-    """Return the quantized counterpart of a Linear or Embedding, all zeros."""
-    kind = QuantizedLinear if isinstance(layer, nn.Linear) else QuantizedEmbedding
-    quantized = kind(*layer.weight.shape, group_size, bits, mode)
-    if "bias" in layer:
-        quantized.bias = layer.bias
-    return quantized
+def quantize(model: nn.Module, group_size: int = 64, bits: int = 4) -> None:
+    """Replace in place every Linear and Embedding that can be cut into groups.
 
-
-def quantize(
-    model: nn.Module, *, group_size: int = 64, bits: int = 4, mode: str = "affine"
-) -> None:
-    """Replace in place every Linear and Embedding whose columns G divides.
-
-    The others stay as they are, which is also what MLX's converter does.
-    Raises ValueError if MLX has no kernel for the settings.
+    The others, whose number of columns is no multiple of G, stay as they are; MLX's
+    converter does the same.
     """
-    check_quantization(group_size, bits, mode)
     layers = dense_layers(model)
-    while layers:  # one by one, and each is let go: never two copies of all
+    while layers:  # one by one, and no list holds those that are replaced
         path, layer = layers.pop()
         if layer.weight.shape[1] % group_size == 0:
-            quantized = quantized_like(layer, group_size, bits, mode)
-            packed = mx.quantize(layer.weight, group_size, bits, mode)
-            quantized.update(dict(zip(("weight", "scales", "biases"), packed)))
+            quantized = quantized_like(layer, group_size, bits, "affine")
+            weight, scales, biases = mx.quantize(layer.weight, group_size, bits)
+            quantized.update({"weight": weight, "scales": scales, "biases": biases})
             mx.eval(quantized.parameters())
             model.update_modules(tree_unflatten([(path, quantized)]))
 
 
 # -----------------------------------------------------------------------------
 # 4. Rotary embedding
-# Position enters attention as a rotation [2]: pair i of a head turns by
-# position * theta**(-2i / Dh), so a dot product of two heads sees only the distance
-# between them. Long-context models slow the slow pairs down ("scaling").
+# Attention compares a query with a key by their dot product, and a dot product does not
+# know where in the text the two tokens stand. RoPE [2] rotates both first. It takes the
+# Dh numbers of a head as pairs, i = 0 .. Dh / 2 - 1. Each pair is a point in the plane,
+# and is turned by the angle position * theta^(-2i / Dh). A rotation changes no length,
+# and turning two vectors by the same angle does not change their product. So with R(m),
+# the rotation for position m, positions enter the product only as a difference:
+#
+#     R(m) q . R(n) k  =  q . R(n - m) k
+#
+# Fast pairs distinguish neighbouring tokens, slow pairs distant ones. In Llama 3, with
+# theta 500,000 and Dh 128, pair 0 turns by one radian a token: a full turn takes 2 pi,
+# 6.3 tokens. Pair 63 needs 2.6 million tokens for a turn, so it hardly moves within a
+# book. A model that was trained on short texts can read longer ones if its slow pairs
+# are slowed down further, so that they see no angle that they have not been trained on.
+# This is called scaling.
 # uses: none
+# needs: math, mx
 # -----------------------------------------------------------------------------
 
 
-def scaling_number(scaling: dict, key: str, default: float | None = None) -> float:
-    """Return a number of rope_scaling. Raises ValueError if it is not positive."""
-    value = default if scaling.get(key) is None else scaling[key]
-    if type(value) not in (int, float) or not 0 < value < 2**31:
-        raise ValueError(f"rope_scaling: {key} must be positive, got {value!r:.80}")
-    return value
-
-
-def ramp(x: float, low: float, high: float) -> float:
-    """Return 0 below low, 1 above high, and what lies on the line between."""
-    return min(max((x - low) / (high - low), 0.0), 1.0)
-
-
-def llama3_frequencies(frequencies: list[float], scaling: dict) -> list[float]:
-    """Return frequencies with the slow pairs slowed down by `factor`.
+def llama3_scaling(
+    frequencies: list[float], scaling: dict
+) -> tuple[list[float], float]:
+    """Return frequencies with the slow pairs slowed down by `factor`, and a multiplier
+    of queries and keys, which is 1.
 
     Pairs that turn more than high_freq_factor times within the original context keep
     their pace, those that turn less than low_freq_factor times are slowed down, and
     between the two the pace is interpolated.  Source: [1], Meta's apply_scaling.
     """
-    factor = scaling_number(scaling, "factor")
-    low = scaling_number(scaling, "low_freq_factor")
-    high = scaling_number(scaling, "high_freq_factor")
-    context = scaling_number(scaling, "original_max_position_embeddings")
-    if low >= high:
-        raise ValueError(f"rope_scaling: low_freq_factor {low} must be below {high}")
-    keep = [ramp(context * f / (2 * math.pi), low, high) for f in frequencies]
-    return [f * (k + (1 - k) / factor) for f, k in zip(frequencies, keep)]
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    context, factor = scaling["original_max_position_embeddings"], scaling["factor"]
+    scaled = []
+    for frequency in frequencies:
+        turns = context * frequency / (2 * math.pi)
+        keep = min(max((turns - low) / (high - low), 0.0), 1.0)
+        scaled.append(frequency * (keep + (1 - keep) / factor))
+    return scaled, 1.0
 
 
-def yarn_frequencies(
-    frequencies: list[float], theta: float, max_position: int, scaling: dict
-) -> tuple[list[float], float]:
-    """Return frequencies slowed down as YaRN does, and the factor on attention.
-
-    As llama3, but the ramp is linear in the index of the pair, between the pairs that
-    turn beta_fast and beta_slow times; and queries and keys are scaled.
-    Source: [7] section 3, as Hugging Face's modeling_rope_utils has it.
-    """
-    number, half = functools.partial(scaling_number, scaling), len(frequencies)
-    factor = number("factor")
-    context = number("original_max_position_embeddings", max_position)
-    # The index (of 2 * half) whose pair turns `beta` times within the context.
-    low, high = (
-        half * math.log(context / (beta * 2 * math.pi)) / math.log(theta)
-        for beta in (number("beta_fast", 32), number("beta_slow", 1))
-    )
-    if scaling.get("truncate", True):
-        low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, 2 * half - 1)
-    slow = [ramp(i, low, high if high != low else low + 0.001) for i in range(half)]
-    slowed = [f * (1 - s + s / factor) for f, s in zip(frequencies, slow)]
-    if scaling.get("attention_factor") is not None:
-        return slowed, number("attention_factor")
-    log, ratio = 0.1 * math.log(max(factor, 1.0)), ("mscale", "mscale_all_dim")
-    if all(map(scaling.get, ratio)):
-        over, under = (number(key) * log + 1 for key in ratio)
-        return slowed, over / under
-    return slowed, log + 1
+# From a rope_type to a function of frequencies and config.json's rope_scaling, which
+# returns new frequencies, and by what queries and keys are multiplied.
+ROPE_SCALINGS = {"llama3": llama3_scaling}
 
 
 def rope_frequencies(
-    head_dim: int, theta: float, max_position: int, scaling: dict | None = None
+    head_dim: int, theta: float, scaling: dict | None = None
 ) -> tuple[list[float], float]:
-    """Return the radians per position of each of the Dh / 2 pairs, and a factor.
-
-    The factor multiplies queries and keys alike; only YaRN has one other than 1.
-    scaling: config.json's rope_scaling, with rope_type linear, llama3 or yarn.
-    Raises ValueError for another type, or a number that is missing.  Source: [2] eq. 15
-    """
-    if theta <= 1:
-        raise ValueError(f"rope_theta must be above 1, got {theta}")
+    """Return the radians per position of each of the Dh / 2 pairs, and by what queries
+    and keys are multiplied.  Source: [2] eq. 15."""
     frequencies = [theta ** (-i / head_dim) for i in range(0, head_dim, 2)]
-    kind = "default" if scaling is None else scaling.get("rope_type")
-    if kind == "default":
+    if scaling is None:
         return frequencies, 1.0
-    if kind == "linear":
-        factor = scaling_number(scaling, "factor")
-        return [frequency / factor for frequency in frequencies], 1.0
-    if kind == "llama3":
-        return llama3_frequencies(frequencies, scaling), 1.0
-    if kind == "yarn":
-        return yarn_frequencies(frequencies, theta, max_position, scaling)
-    wanted = "default, linear, llama3 or yarn"
-    raise ValueError(f"rope_type must be {wanted}, got {kind!r:.80}")
+    if scaling["rope_type"] not in ROPE_SCALINGS:
+        known = ", ".join(ROPE_SCALINGS)
+        raise ValueError(f"rope_type must be {known}, got {scaling['rope_type']!r:.80}")
+    return ROPE_SCALINGS[scaling["rope_type"]](frequencies, scaling)
 
 
 class RoPE:
     """Rotate queries or keys (B, heads, L, Dh) by the positions offset .. offset + L-1.
 
-    traditional: pairs are neighbours (0, 1), (2, 3), as in [2]; otherwise halves,
-    (0, Dh/2), (1, Dh/2 + 1), which is how Hugging Face stores Llama's q and k.
-    Angles are float32, so at position 131071 they are good to 0.01 radians.
+    traditional: a pair is two neighbours, (0, 1), (2, 3), as in [2]; otherwise one of
+    each half, (0, Dh/2), (1, Dh/2 + 1), which is how Hugging Face stores Llamas.
     """
 
     def __init__(
         self,
         head_dim: int,
         theta: float = 10000.0,
-        max_position: int = 2048,
         scaling: dict | None = None,
         traditional: bool = False,
     ):
-        frequencies, factor = rope_frequencies(head_dim, theta, max_position, scaling)
-        # Dot products of queries and keys carry the factor twice.
-        self.score_factor = factor**2
-        # mx.fast.rope divides positions by its table. Made of numbers, it is not lazy:
-        # a lazy array could be evaluated only in the thread that made it.
-        periods = mx.array([1 / f for f in frequencies], mx.float32)
-        self.options = {"dims": head_dim, "traditional": traditional, "freqs": periods}
+        frequencies, multiplier = rope_frequencies(head_dim, theta, scaling)
+        self.head_dim, self.traditional = head_dim, traditional
+        self.score_factor = multiplier**2  # a dot product has it twice
+        # Despite its name, the argument `freqs` of mx.fast.rope takes 1 / frequency.
+        # This array is built from Python numbers, so it is not lazy.
+        self.periods = mx.array([1 / frequency for frequency in frequencies])
 
-    def __call__(self, x: mx.array, offset: int = 0) -> mx.array:
-        return mx.fast.rope(x, base=None, scale=1.0, offset=offset, **self.options)
+    def __call__(self, x: mx.array, offset: int | mx.array) -> mx.array:
+        return mx.fast.rope(
+            x,
+            self.head_dim,
+            traditional=self.traditional,
+            base=None,
+            scale=1.0,
+            offset=offset,
+            freqs=self.periods,
+        )
 
 
 # -----------------------------------------------------------------------------
 # 5. KV cache
-# Keys and values of past tokens, in buffers allocated once: decoding then writes one
-# slot per layer instead of recomputing, or re-allocating, the whole past.
+# No token sees a later one. So its key and value in a layer depend on it and on the
+# tokens before it, and stay valid whatever follows: they are computed once and kept,
+# the keys already rotated. A new token computes its own query, key and value, and looks
+# at all that are kept. Without the cache, token 1,000 would mean computing the 999
+# before it again.
+#
+# The price is memory. A token keeps one key and one value for each layer and key/value
+# head: 2 * layers * Hkv * Dh numbers. In Llama 3 8B, with 2 bytes for a number, that is
+# 2 * 32 * 8 * 128 * 2 bytes = 131 KB, so 8,192 tokens take 1.07 GB. The buffers are
+# allocated once, for the longest context that is wanted. After that, storing a token
+# costs the same at every position.
+#
+# Why `buffer[a:b] = x` is no copy. MLX is lazy, so this makes `buffer` a new array that
+# is noted down as the old one with x in it. When the new one is computed and nothing
+# else refers to the old one any more, MLX takes over its memory and writes only x. So
+# each step must be computed before the next is, and nobody may keep what an earlier
+# step returned: it refers to the old buffer.
 # uses: none
+# needs: mx
 # -----------------------------------------------------------------------------
 
 
 class KVCache:
-    """The past of one attention layer, at most `capacity` tokens.
+    """The past of one attention layer: at most `capacity` tokens.
 
-    Has mlx-lm's contract (`offset`, `update_and_fetch`, `trim`), so it can be used
-    there too. The buffers, (B, Hkv, capacity, Dh), appear with the first tokens,
-    whose shape and dtype they take; their length is a multiple of 256, as MLX's fused
-    attention on CUDA wants it.
+    It has the contract of the caches in mlx-lm, Apple's package of language models, so
+    it can be used there too. The two buffers, (B, Hkv, capacity, Dh), appear with the
+    first tokens, whose shape and dtype they take. Their length is rounded up to a
+    multiple of 256, as some attention kernels want it.
     """
 
     def __init__(self, capacity: int):
@@ -693,193 +570,173 @@ class KVCache:
         keys, values: (B, Hkv, L, Dh) -> (B, Hkv, offset + L, Dh), views of the buffers.
         Raises ValueError if they do not fit: a cache never drops what it holds.
         """
-        end = self.offset + keys.shape[2]
+        B, Hkv, L, Dh = keys.shape
+        end = self.offset + L
         if end > self.capacity:
-            found = f"{end} tokens, capacity {self.capacity}"
-            raise ValueError(f"the context is full: {found}")
+            raise ValueError(
+                f"the context is full: {end} tokens, capacity {self.capacity}"
+            )
         if self.keys is None:
-            B, Hkv, _, Dh = keys.shape
             shape = (B, Hkv, -(-self.capacity // 256) * 256, Dh)
             self.keys = mx.zeros(shape, keys.dtype)
             self.values = mx.zeros(shape, values.dtype)
-        # MLX arrays are values, but an update of one that nothing else will read is
-        # done in its memory. Nothing here may keep the old array alive.
         self.keys[:, :, self.offset : end] = keys
         self.values[:, :, self.offset : end] = values
         self.offset = end
         return self.keys[:, :, :end], self.values[:, :, :end]
 
     def trim(self, n: int) -> int:
-        """Forget the last n tokens; return n. Their slots are written over later."""
+        """Forget the last n tokens; return n. Their slots are overwritten later."""
         if not 0 <= n <= self.offset:
             raise ValueError(f"n must be in [0, {self.offset}], got {n}")
         self.offset -= n
         return n
 
+    def is_trimmable(self) -> bool:
+        return True
+
     @property
-    def state(self) -> list[mx.array]:
-        """The buffers, to be evaluated; empty before the first tokens."""
-        return [] if self.keys is None else [self.keys, self.values]
+    def state(self) -> tuple[mx.array | None, mx.array | None, int]:
+        """The buffers, None before the first tokens, and how many tokens they hold."""
+        return self.keys, self.values, self.offset
 
 
 # -----------------------------------------------------------------------------
 # 6. Transformer
-# Llama 3 [1]: blocks of attention and MLP, each reading the residual stream x through
-# a norm [4] and adding to it. Attributes carry the checkpoint's names.
-# uses: 1, 4, 5
+# The residual stream x holds D numbers for each token. It runs through the blocks, and
+# each block reads it twice and adds to it twice: attention brings in what other tokens
+# know, and the MLP works on each token by itself. What is read goes through a norm
+# first: RMSNorm [4] divides a vector by its root mean square, and multiplies each
+# number by a weight of its own.
+#
+# Attention. A token asks with a query, q = Wq x. Every token up to it, itself included,
+# answers with a key, k = Wk x, and a value, v = Wv x. The better a key fits the query,
+# the more of its value is taken:
+#
+#     weights = softmax(q . k / sqrt(Dh))        over all tokens up to this one
+#     result  = sum of weights * v
+#
+# This happens H times side by side, in heads of width Dh, each with a matrix of its
+# own, though the matrices of all heads are stored as one. In grouped-query attention
+# [3] several query heads share one key/value head. That costs little quality, and the
+# cache becomes H / Hkv times smaller: 4 times in Llama 3 8B, 131 KB a token instead of
+# 524 KB.
+#
+# The MLP is SwiGLU [5]: `up` computes F things to say, `gate` how much of each is said,
+# and `down` brings the result back to width D.
+# Attributes have the names of the tensors in a checkpoint, so that loading is by name.
+# uses: 1-5
+# needs: Iterator, Mapping, math, mx, nn, replace, tree_flatten, tree_unflatten
 # -----------------------------------------------------------------------------
 
 
-FEW_ROWS, LONG = 16, 128  # tokens: at most, of drafts; at least, of a prompt
-LARGE = 32_000_000  # bytes of a layer's cache, at least
-
-
 class Attention(nn.Module):
-    """Grouped-query attention [3]: H / Hkv query heads share a key/value head.
-
-    softmax(Q K^T / sqrt(Dh)) V over the past and this call's tokens, x (B, L, D). One
-    token each may come as (B, D): MLX flattens what is no matrix before a dense
-    product, and shapes it back.
-    """
+    """Grouped-query attention over the past and this call's tokens, x (B, L, D)."""
 
     def __init__(self, args: ModelArgs, rope: RoPE):
         super().__init__()
         D, H, Hkv = args.hidden_size, args.num_attention_heads, args.num_key_value_heads
-        self.n_heads, self.n_kv_heads = H, Hkv
-        self.scale = args.head_dim**-0.5 * rope.score_factor
-        self.rope = rope
-        bias = args.attention_bias
-        self.q_proj = nn.Linear(D, H * args.head_dim, bias=bias)
-        self.k_proj = nn.Linear(D, Hkv * args.head_dim, bias=bias)
-        self.v_proj = nn.Linear(D, Hkv * args.head_dim, bias=bias)
-        self.o_proj = nn.Linear(H * args.head_dim, D, bias=bias)
+        Dh = args.head_dim
+        self.n_heads, self.n_kv_heads, self.rope = H, Hkv, rope
+        self.scale = Dh**-0.5 * rope.score_factor
+        self.q_proj = nn.Linear(D, H * Dh, bias=False)
+        self.k_proj = nn.Linear(D, Hkv * Dh, bias=False)
+        self.v_proj = nn.Linear(D, Hkv * Dh, bias=False)
+        self.o_proj = nn.Linear(H * Dh, D, bias=False)
 
-    def split(self, x: mx.array, heads: int) -> mx.array:
-        """Return (B, L, heads * Dh), or (B, heads * Dh), as (B, heads, L, Dh)."""
-        if x.ndim == 2:  # the order is the same where L is 1: nothing to transpose
-            return x.reshape(x.shape[0], heads, 1, -1)
-        return x.reshape(*x.shape[:2], heads, -1).swapaxes(1, 2)
+    def project(
+        self, x: mx.array, offset: int | mx.array
+    ) -> tuple[mx.array, mx.array, mx.array]:
+        """Return queries (B, H, L, Dh), keys and values (B, Hkv, L, Dh) of x (B, L, D),
+        whose first token is at position `offset`."""
+        B, L, _ = x.shape
+        # (B, L, heads * Dh) -> (B, heads, L, Dh)
+        queries = self.q_proj(x).reshape(B, L, self.n_heads, -1).swapaxes(1, 2)
+        keys = self.k_proj(x).reshape(B, L, self.n_kv_heads, -1).swapaxes(1, 2)
+        values = self.v_proj(x).reshape(B, L, self.n_kv_heads, -1).swapaxes(1, 2)
+        if "q_norm" in self:  # as in Qwen3; build_model adds both norms
+            queries, keys = self.q_norm(queries), self.k_norm(keys)
+        return self.rope(queries, offset), self.rope(keys, offset), values
 
     def attend(self, queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
-        """Return (B, H, L, Dh), a mean of values for each query.
+        """Return (B, H, L, Dh): for each query a weighted mean of the values it may
+        see.
 
-        "causal" lines the last query up with the last key: query i of L sees the S - L
-        tokens before this call and 0 .. i of its own. One query sees all.
+        One call computes softmax(Q K^T / sqrt(Dh)) V. Written out, it would be
+            keys, values = each head of them repeated H / Hkv times
+            scores = scale * queries @ keys.swapaxes(2, 3)
+            scores = where(position of key > position of query, -inf, scores)
+            return softmax(scores, axis=-1) @ values
+        but the L x S scores are never held. A token must not see a later one. "causal"
+        lines the last query up with the last key: query i of L sees the S - L tokens
+        before this call, and tokens 0 .. i of this call. A single query sees all.
         """
-        L, S = queries.shape[2], keys.shape[2]
-        mask = "causal" if L > 1 else None
-        if not (1 < L <= FEW_ROWS and mx.cuda.is_available()):
-            return mx.fast.scaled_dot_product_attention(
-                queries, keys, values, scale=self.scale, mask=mask
-            )
-        # cuDNN takes some 60 ms to plan for every new pair of L and S. Only for one
-        # query over a KVCache does the plan of the last token serve again.
-        rows = (
-            self.attend(queries[:, :, n : n + 1], keys[:, :, :end], values[:, :, :end])
-            for n, end in enumerate(range(S - L + 1, S + 1))
+        mask = "causal" if queries.shape[2] > 1 else None
+        return mx.fast.scaled_dot_product_attention(
+            queries, keys, values, scale=self.scale, mask=mask
         )
-        return mx.concatenate([*rows], axis=2)
 
-    def __call__(self, x: mx.array, cache: KVCache | None = None) -> mx.array:
-        queries = self.split(self.q_proj(x), self.n_heads)
-        keys = self.split(self.k_proj(x), self.n_kv_heads)
-        values = self.split(self.v_proj(x), self.n_kv_heads)
+    def merge(self, attended: mx.array) -> mx.array:
+        """Return what the heads (B, H, L, Dh) add to the residual stream, (B, L, D)."""
+        B, _, L, _ = attended.shape
+        return self.o_proj(attended.swapaxes(1, 2).reshape(B, L, -1))
 
-        offset = 0 if cache is None else cache.offset
-        queries, keys = self.rope(queries, offset), self.rope(keys, offset)
-        if cache is not None:
-            keys, values = cache.update_and_fetch(keys, values)
-        attended = self.attend(queries, keys, values)
-        if x.ndim == 3:
-            attended = attended.swapaxes(1, 2)
-        return self.o_proj(attended.reshape(*x.shape[:-1], -1))
-
-
-def swiglu(gate: mx.array, up: mx.array) -> mx.array:
-    """Return silu(gate) * up."""
-    return gate * mx.sigmoid(gate) * up
-
-
-# One kernel instead of three; the CPU backend would run a compiler to make it.
-fused_swiglu = mx.compile(swiglu, shapeless=True)
+    def __call__(self, x: mx.array, cache: KVCache) -> mx.array:
+        queries, keys, values = self.project(x, cache.offset)
+        keys, values = cache.update_and_fetch(keys, values)  # now (B, Hkv, S, Dh)
+        return self.merge(self.attend(queries, keys, values))
 
 
 class MLP(nn.Module):
-    """SwiGLU [5]: down(silu(gate(x)) * up(x))."""
+    """SwiGLU [5]: down(silu(gate(x)) * up(x)), where silu(g) = g * sigmoid(g)."""
 
     def __init__(self, args: ModelArgs):
         super().__init__()
-        D, F, bias = args.hidden_size, args.intermediate_size, args.mlp_bias
-        self.gate_proj = nn.Linear(D, F, bias=bias)
-        self.up_proj = nn.Linear(D, F, bias=bias)
-        self.down_proj = nn.Linear(F, D, bias=bias)
+        D, F = args.hidden_size, args.intermediate_size
+        self.gate_proj = nn.Linear(D, F, bias=False)
+        self.up_proj = nn.Linear(D, F, bias=False)
+        self.down_proj = nn.Linear(F, D, bias=False)
 
     def __call__(self, x: mx.array) -> mx.array:
-        on_cpu = mx.default_device() == mx.cpu
-        activation = swiglu if on_cpu else fused_swiglu
-        return self.down_proj(activation(self.gate_proj(x), self.up_proj(x)))
+        gate = self.gate_proj(x)
+        return self.down_proj(gate * mx.sigmoid(gate) * self.up_proj(x))
 
 
 class TransformerBlock(nn.Module):
+    """Attention and MLP, each added to the residual stream x (B, L, D)."""
+
     def __init__(self, args: ModelArgs, rope: RoPE):
         super().__init__()
         D, eps = args.hidden_size, args.rms_norm_eps
         self.self_attn = Attention(args, rope)
         self.mlp = MLP(args)
         self.input_layernorm = nn.RMSNorm(D, eps)
-        self.post_attention_layernorm = nn.RMSNorm(D, eps)
+        self.post_attention_layernorm = nn.RMSNorm(D, eps)  # of what the MLP reads
 
-    def __call__(self, x: mx.array, cache: KVCache | None = None) -> mx.array:
+    def __call__(self, x: mx.array, cache: KVCache) -> mx.array:
         x = x + self.self_attn(self.input_layernorm(x), cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class LlamaModel(nn.Module):
-    """The stack without its head: tokens (B, L) -> (B, L, D), (B, D) where L is 1."""
+    """The stack without its head: tokens (B, L) -> (B, L, D)."""
 
     def __init__(self, args: ModelArgs):
         super().__init__()
         # One table of frequencies serves all layers.
         rope = RoPE(
-            args.head_dim,
-            args.rope_theta,
-            args.max_position_embeddings,
-            args.rope_scaling,
-            args.rope_traditional,
+            args.head_dim, args.rope_theta, args.rope_scaling, args.rope_traditional
         )
         self.embed_tokens = nn.Embedding(args.vocab_size, args.hidden_size)
         self.layers = [
             TransformerBlock(args, rope) for _ in range(args.num_hidden_layers)
         ]
         self.norm = nn.RMSNorm(args.hidden_size, args.rms_norm_eps)
-        self._halfway = mx.array(0)  # x there, of the last token; _: no parameter
 
-    def __call__(
-        self, tokens: mx.array, cache: list[KVCache] | None = None
-    ) -> mx.array:
-        # An embedding in mxfp4 has no dtype of its own: the norms set the stream's.
+    def __call__(self, tokens: mx.array, cache: list[KVCache]) -> mx.array:
+        # A packed embedding may not tell which dtype to compute in; the norms do.
         x = self.embed_tokens(tokens).astype(self.norm.weight.dtype)
-        if tokens.shape[1] == 1:
-            x = x[:, 0]
-        # A graph holds what it makes until it is through: so a long part of a prompt
-        # is computed in a graph for each layer, launched one in advance.
-        prompt = cache is not None and x.ndim == 3 and tokens.size >= LONG
-        # And what it reads: the next token would copy the cache instead of writing into
-        # it. So where that is large, a token is computed in two halves, and neither is
-        # launched before the same half of the last token is through.
-        large = cache and sum(array.nbytes for array in cache[0].state) >= LARGE
-        half, before = len(self.layers) // 2, x
-        cache = cache or [None] * len(self.layers)
-        for n, (layer, layer_cache) in enumerate(zip(self.layers, cache, strict=True)):
-            if prompt:
-                mx.async_eval(x)
-                mx.eval(before)
-                before = x
-            elif large and n == half:
-                mx.eval(self._halfway)
-                mx.async_eval(x)
-                mx.eval(tokens)  # they are what the second half of the last gave
-                self._halfway = x
+        for layer, layer_cache in zip(self.layers, cache, strict=True):
             x = layer(x, layer_cache)
         return self.norm(x)
 
@@ -887,7 +744,7 @@ class LlamaModel(nn.Module):
 class Llama(nn.Module):
     """A Llama: token ids in, logits out.
 
-    New weights are random and lazy: no memory is used until they are evaluated.
+    New weights are random and lazy: they use no memory until they are evaluated.
     """
 
     def __init__(self, args: ModelArgs):
@@ -904,224 +761,799 @@ class Llama(nn.Module):
         *,
         logits_to_keep: int | None = None,
     ) -> mx.array:
-        """Return the logits that follow each token, unnormalised.
+        """Return the logits of the token after each token, unnormalised.
 
         tokens: (B, L) int32. cache: one KVCache per layer, continued in place; None
-        starts from nothing. logits_to_keep: only the last n positions, since the head
-        is the largest matrix and prefill needs its last row alone; None keeps all.
+        starts from nothing. logits_to_keep: of the last n tokens only, since the output
+        head is a large matrix and of a prompt only the last logits are used; None: all.
         Returns (B, L or n, V) in the dtype of the weights.
         """
-        one = tokens.shape[1] == 1
+        if cache is None:
+            cache = self.make_cache(tokens.shape[1])
         x = self.model(tokens, cache)
-        if logits_to_keep is not None and not one:
-            x = x[:, x.shape[1] - logits_to_keep :]
-        head = self.lm_head if "lm_head" in self else self.model.embed_tokens.as_linear
-        return head(x)[:, None] if one else head(x)
+        if logits_to_keep is not None:
+            x = x[:, max(x.shape[1] - logits_to_keep, 0) :]
+        if "lm_head" in self:
+            return self.lm_head(x)
+        return self.model.embed_tokens.as_linear(x)
 
     def make_cache(self, capacity: int) -> list[KVCache]:
         """Return an empty cache for `capacity` tokens, one per layer."""
         return [KVCache(capacity) for _ in self.model.layers]
 
 
+def build_model(args: ModelArgs, tensors: Mapping[str, TensorInfo]) -> Llama:
+    """Return a model for these tensors, without its weights.
+
+    A checkpoint says what it is made of. The embedding serves as the head if the file
+    has no head, a layer is quantized if the file has scales for it and has a bias if
+    the file has one, and queries and keys are normalised if there are norms for them.
+    So Llama, Mistral, Qwen2 and Qwen3 are one transformer, and need no flags.
+    """
+    model = Llama(replace(args, tie_word_embeddings="lm_head.weight" not in tensors))
+    for block, layer in enumerate(model.model.layers):
+        if f"model.layers.{block}.self_attn.q_norm.weight" in tensors:
+            layer.self_attn.q_norm = nn.RMSNorm(args.head_dim, args.rms_norm_eps)
+            layer.self_attn.k_norm = nn.RMSNorm(args.head_dim, args.rms_norm_eps)
+    for path, layer in dense_layers(model):
+        if f"{path}.bias" in tensors and isinstance(layer, nn.Linear):
+            layer.bias = mx.zeros(layer.weight.shape[0])
+        if (scales := tensors.get(f"{path}.scales")) is None:
+            continue
+        packed, biases = tensors[f"{path}.weight"], f"{path}.biases" in tensors
+        sizes = layer.weight.size, packed.nbytes, math.prod(scales.shape), biases
+        layer = quantized_like(layer, *quantization_of(path, *sizes))
+        model.update_modules(tree_unflatten([(path, layer)]))
+    return model
+
+
+def read_weights(
+    model: Llama, tensors: Mapping[str, TensorInfo], dtype: mx.Dtype | None = None
+) -> Iterator[int]:
+    """Give a model its weights, one after another; yield the bytes read so far.
+
+    It is a generator: whoever iterates over it to the end loads the model. dtype: what
+    to compute in; floating-point tensors are cast to it. None keeps what the file
+    holds. Each weight is evaluated before the next is read. Otherwise all casts would
+    stay pending, and in the end both copies of the model would be in memory.
+    """
+    names, done = {name for name, _ in tree_flatten(model.parameters())}, 0
+    for info, array in read_tensors(t for t in tensors.values() if t.name in names):
+        if dtype is not None and mx.issubdtype(array.dtype, mx.floating):
+            array = array.astype(dtype)
+        mx.eval(array)
+        model.load_weights([(info.name, array)], strict=False)
+        done += info.nbytes
+        yield done
+
+
 # -----------------------------------------------------------------------------
 # 7. Tokenizer
-# Text to ids and back. Byte-pair encoding is tiktoken's; what is written here turns
-# the three kinds of vocabulary into its ranks, streams text out of ids, and writes
-# conversations down. Control tokens enter by id alone: no text can become one.
-# uses: 1
+# A model reads and writes ids. Each stands for a token, a piece of text that is
+# frequent. Byte-pair encoding makes the tokens: a regular expression cuts a text into
+# words, and a word starts as its bytes. Then the two neighbours whose union has the
+# lowest rank, which is the one that was learned first, are merged into it. This is
+# repeated until no union of neighbours is in the vocabulary. With he of rank 256, ll
+# 257, llo 258, hello 259:
+#
+#     h e l l o  ->  he l l o  ->  he ll o  ->  he llo  ->  hello
+#
+# Since every byte is a token, every text can be written. tiktoken does the merging; the
+# ranks that it wants are made here from a tokenizer.json, and ids are turned back into
+# text. A model writes one token at a time, and a character may be spread over several
+# tokens.
+#
+# A conversation is written down with control tokens, such as <|eot_id|>, which ends a
+# turn. They are put into a prompt as ids, and never made from text: whatever a user
+# types or pastes, "<|eot_id|>" becomes the ids of ten ordinary characters. So no text
+# can end a turn or begin one.
+# uses: none
+# needs: Iterable, Mapping, Path, codecs, dataclass, json, tiktoken
 # -----------------------------------------------------------------------------
 
-# How byte-level vocabularies split text before they merge: GPT-2's way, and Llama 3's.
-GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-LLAMA3_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+# Control tokens that end a reply. Config files often name only one of those that their
+# model was trained to stop with.
+STOP_NAMES = (
+    "<|eot_id|>",
+    "<|eom_id|>",
+    "<|end_of_text|>",
+    "<|im_end|>",
+    "<|endoftext|>",
+    "</s>",
 )
-
-# tiktoken's regular expressions overflow their stack on a run of some 500,000 spaces,
-# so longer runs than this are cut; and a regular expression of 500,000 characters takes
-# minutes to compile, so a longer one than this is refused.
-LONGEST_RUN, LONGEST_SPLIT = 65_536, 500
-MOST_TOKENS = 262_144  # a larger vocabulary is not read
-EMPTY = 2**31  # the rank of b"": a split that matches no text asks tiktoken for it
-SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # how SentencePiece writes a space
 
 
 @dataclass(frozen=True)
 class Vocabulary:
     """What tiktoken needs, and what its ranks mean."""
 
-    ranks: dict[bytes, int]
-    split: str  # regular expression of the pieces that are merged, one by one
-    ids: list[tuple[int, ...]]  # of a rank; several for a part of a character
-    text: dict[int, bytes]  # of an id
-    space: str = " "  # what a space is written as
-    # Where a space goes before a text: "always"; where it is "missing"; where it is
-    # missing at the "start" of a conversation; None, never.
-    prefix: str | None = None
-    form: str | None = None  # Unicode normal form
+    ranks: dict[bytes, int]  # from a piece to its rank; lower ranks are merged first
+    split: str  # regular expression that finds the words
+    ids: list[int]  # from a rank to the token's id
+    text: dict[int, bytes]  # from an id to its text
 
 
-def split_pattern(pre_tokenizer: dict) -> str:
-    """Return one regular expression that splits as a byte-level pre_tokenizer does.
+def byte_level(model: dict, split: str) -> Vocabulary:
+    """Return the vocabulary in a byte-level tokenizer.json.
 
-    Raises ValueError for what it cannot express, rather than guess: a wrong split would
-    only show as slightly worse text.
+    model: the value of its key "model". An id need not equal its rank, since control
+    tokens may have the first ids. So ranks are counted anew: 256 bytes, and then what
+    the merges make, in their order.
     """
-    steps = pre_tokenizer.get("pretokenizers") or [pre_tokenizer]
-    first, last = steps[0], {"add_prefix_space": False, "use_regex": True} | steps[-1]
-    kinds = [last["add_prefix_space"], last["use_regex"]]
-    kinds += [step.get("type") for step in steps]
-    if kinds == [False, True, "ByteLevel"]:
-        return GPT2_SPLIT
-    if kinds == [False, True, "Digits", "ByteLevel"]:
-        # Digits are cut out first, so text ends before one as at its end.
-        digits = r"\p{N}" if first.get("individual_digits") else r"\p{N}+"
-        rest = GPT2_SPLIT.replace(r"| ?\p{N}+", "")
-        return digits + "|" + rest.replace(r"(?!\S)", r"(?![^\s\p{N}])")
-    # Both its matches and the text between them must become pieces, none be dropped.
-    wanted = {"Isolated": False, "Removed": True}.get(first.get("behavior"))
-    whole = wanted is first.get("invert", False)
-    if kinds == [False, False, "Split", "ByteLevel"] and whole:
-        pattern = first["pattern"]
-        regex = pattern.get("Regex", re.escape(pattern.get("String", "")))
-        size, counts = len(regex), len(re.findall(r"\{\d", regex))
-        if size > LONGEST_SPLIT or counts > 2:  # compiled, these swell
-            found = f"{size:,} characters and {counts} counted repeats"
-            raise ValueError(f"the split's {found} are too many")
-        # tiktoken would drop the text between: a run of what begins no match.
-        return f"{regex}|(?:(?!{regex})(?s:.))+"
-    raise ValueError(f"unknown pre_tokenizer {json.dumps(pre_tokenizer):.200}")
-
-
-def byte_level(spec: dict, vocab: dict[str, int], merged: list[str]) -> Vocabulary:
-    """Return the vocabulary of a byte-level tokenizer.json (Llama 3, GPT-2, SmolLM2).
-
-    Ids need not be ranks: special tokens may come first. So ranks are made anew, 256
-    bytes and then what the merges make, in order.
-    """
-    # Printable bytes are written as themselves, the others as U+0100 and up.
+    # The file writes a printable byte as itself, and the others as U+0100 and up: this
+    # maps what it writes back to bytes.
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [b for b in range(256) if b not in printable]
-    byte_of = {b: b for b in printable} | {256 + n: b for n, b in enumerate(others)}
-    pieces = [chr(code) for code in byte_of] + merged
-    if missing := [piece for piece in pieces[:256] if piece not in vocab]:
-        raise ValueError(f"the vocabulary lacks the bytes {missing}")
-    if spec["model"].get("ignore_merges"):
-        pieces += sorted(vocab, key=vocab.get)  # also whole words that no merge makes
-    ids = {p.translate(byte_of).encode("latin-1"): vocab[p] for p in pieces}
-    form = (spec.get("normalizer") or {}).get("type")
-    if form not in (None, "NFC", "NFD", "NFKC", "NFKD"):
-        raise ValueError(f"unknown normalizer {form!r:.80}")
-    return Vocabulary(
-        ranks={piece: n for n, piece in enumerate(ids)},
-        split=split_pattern(spec.get("pre_tokenizer") or {}),
-        ids=[(i,) for i in ids.values()],
-        text={i: piece for piece, i in ids.items()},
-        form=form,
-    )
-
-
-def byte_fallback(spec: dict, vocab: dict[str, int], merged: list[str]) -> Vocabulary:
-    """Return the vocabulary of a SentencePiece-style tokenizer.json [8] (Llama 2).
-
-    Characters are merged, not bytes, and one that is not in the vocabulary becomes its
-    bytes' tokens <0xNN>. As ranks: the bytes; the beginnings of multi-byte characters,
-    so that a character's bytes join before all else; the characters; the merges.
-    """
-    byte_ids = [vocab.get(f"<0x{b:02X}>") for b in range(256)]
-    if None in byte_ids:
-        raise ValueError(f"the vocabulary lacks <0x{byte_ids.index(None):02X}>")
-    characters = [piece.encode() for piece in vocab if len(piece) == 1]
-    pieces = [bytes([b]) for b in range(256)]
-    pieces += [c[:end] for c in characters for end in range(2, len(c))]
-    pieces += characters + [piece.encode() for piece in merged]
-    ranks = {piece: n for n, piece in enumerate(dict.fromkeys(pieces))}
-    known = {piece.encode(): (i,) for piece, i in vocab.items()}
-    ids = [known.get(piece) or tuple(byte_ids[b] for b in piece) for piece in ranks]
-    text = {i: piece.replace(SPACE, " ").encode() for piece, i in vocab.items()}
-    text |= {i: bytes([b]) for b, i in enumerate(byte_ids)}
-    # Spaces are replaced by a normalizer, or since tokenizers 0.15 by Metaspace.
-    normalizer, split = spec.get("normalizer") or {}, spec.get("pre_tokenizer") or {}
-    steps = normalizer.get("normalizers", [normalizer])
-    prepend = {"type": "Prepend", "prepend": SPACE}
-    replace = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
-    if not split and steps in ([prepend, replace], [replace]):
-        prefix, words = "always" if prepend in steps else None, False
-    elif not normalizer and split.get("replacement") == SPACE:
-        rules = {"always": "missing", "first": "start", "never": None}
-        prefix, words = rules[split["prepend_scheme"]], split.get("split", True)
-    else:
-        found = f"normalizer {normalizer!r:.200} and pre_tokenizer {split!r:.200}"
-        raise ValueError(f"unknown {found}")
-    pattern = f"{SPACE}[^{SPACE}]*|[^{SPACE}]+" if words else r"(?s:.+)"
-    return Vocabulary(ranks, pattern, ids, text, SPACE, prefix)
-
-
-def read_vocabulary(spec: dict) -> Vocabulary:
-    """Return the vocabulary that a tokenizer.json describes.
-
-    Raises ValueError for what is inconsistent or unknown.
-    """
-    model, vocab = spec["model"], spec["model"]["vocab"]
-    # "a b" before tokenizers 0.20, ["a", "b"] since
+    others = [byte for byte in range(256) if byte not in printable]
+    byte_of = {byte: byte for byte in printable}
+    byte_of |= {256 + n: byte for n, byte in enumerate(others)}
     merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
-    extras = ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
-    if model.get("type") != "BPE" or any(map(model.get, extras)):
-        raise ValueError(f"wanted plain BPE, got type {model.get('type')!r:.80}")
-    if not merges:
-        raise ValueError("no merges")
-    merged = [left + right for left, right in merges]
-    if unknown := {*itertools.chain(*merges), *merged}.difference(vocab):
-        raise ValueError(f"merges of {min(unknown)!r:.80}, not in the vocabulary")
-    ids = set(vocab.values())
-    if len(ids) < len(vocab) or not all(type(i) is int and i >= 0 for i in ids):
-        raise ValueError("the ids of the vocabulary must be whole numbers, each once")
-    kind = byte_fallback if model.get("byte_fallback") else byte_level
-    return kind(spec, vocab, merged)
+    pieces = [chr(code) for code in byte_of] + [left + right for left, right in merges]
+    if model.get("ignore_merges"):  # then also words that no merge makes
+        pieces += sorted(model["vocab"], key=model["vocab"].get)
+    # A piece that comes twice keeps its first place.
+    ids = {p.translate(byte_of).encode("latin-1"): model["vocab"][p] for p in pieces}
+    ranks = {piece: rank for rank, piece in enumerate(ids)}
+    return Vocabulary(ranks, split, [*ids.values()], {i: p for p, i in ids.items()})
 
 
-# The control tokens behind the ranks of Meta's tokenizer.model: their places among 256.
-LLAMA3_TOKENS = {"<|begin_of_text|>": 0, "<|end_of_text|>": 1, "<|eom_id|>": 8}
-LLAMA3_TOKENS |= {"<|start_header_id|>": 6, "<|end_header_id|>": 7, "<|eot_id|>": 9}
+class TextStream:
+    """Turn ids into text as they come: whole characters only, each exactly once.
+
+    A character that is spread over tokens appears with its last byte. Bytes that never
+    become a character appear as U+FFFD. Control tokens, and ids of no token, give
+    nothing.
+    """
+
+    def __init__(self, text: Mapping[int, bytes]):
+        self._text = text
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def add(self, token: int) -> str:
+        return self._decoder.decode(self._text.get(token, b""))
+
+    def close(self) -> str:
+        """Return what is left of an unfinished character."""
+        return self._decoder.decode(b"", True)
 
 
-def rank_file(file: Path, tokens: int) -> tuple[Vocabulary, list[dict], str]:
-    """Return the vocabulary, the added tokens and the name of the first token of Meta's
-    tokenizer.model: lines of base64 and rank."""
-    lines = read_bounded(file, 40 * tokens).splitlines()
+class ByteLevelTokenizer:
+    """Text to ids and back, and conversations to ids, as Llama 3 has it."""
+
+    def __init__(self, vocabulary: Vocabulary, special_tokens: dict[str, int]):
+        self.vocabulary, self.special_tokens = vocabulary, special_tokens
+        names = [name for name in STOP_NAMES if name in special_tokens]
+        self.stop_tokens = {special_tokens[name] for name in names}
+        # Control tokens print nothing; and tiktoken knows none, so it can make none.
+        self._text = vocabulary.text | dict.fromkeys(special_tokens.values(), b"")
+        self._bpe = tiktoken.Encoding(
+            "llama.py",
+            pat_str=vocabulary.split,
+            mergeable_ranks=vocabulary.ranks,
+            special_tokens={},
+        )
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> "ByteLevelTokenizer":
+        """Return the tokenizer of a folder whose tokenizer.json is Llama 3's kind."""
+        spec = json.loads((folder / "tokenizer.json").read_text("utf-8"))
+        split = spec["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"]
+        special = {token["content"]: token["id"] for token in spec["added_tokens"]}
+        return cls(byte_level(spec["model"], split), special)
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of ordinary text: never a control token."""
+        ids = self.vocabulary.ids
+        # Unlike encode_ordinary, this raises ValueError for a text that tiktoken's
+        # regular expressions cannot split, such as a million spaces.
+        return [ids[rank] for rank in self._bpe.encode(text, disallowed_special=())]
+
+    def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
+        """Return a conversation as Llama 3 was trained to read it, up to the reply.
+
+        messages: [{"role": "system", "user" or "assistant", "content": text}, ...]. A
+        message is written, without the white space around its content, as
+            <|start_header_id|>role<|end_header_id|>\\n\\ncontent<|eot_id|>
+        and the header of the reply comes last.
+        """
+        control = self.special_tokens
+
+        def header(role: str) -> list[int]:
+            name = self.encode(role)
+            return [control["<|start_header_id|>"], *name, control["<|end_header_id|>"]]
+
+        ids = [control["<|begin_of_text|>"]]
+        for message in messages:
+            ids += header(message["role"])
+            ids += self.encode("\n\n" + message["content"].strip())
+            ids.append(control["<|eot_id|>"])
+        return [*ids, *header("assistant"), *self.encode("\n\n")]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Return the text of ids; control tokens, and unknown ids, give none."""
+        stream = self.stream()
+        return "".join(map(stream.add, ids)) + stream.close()
+
+    def stream(self) -> TextStream:
+        """Return a decoder for ids as they come."""
+        return TextStream(self._text)
+
+
+# -----------------------------------------------------------------------------
+# 8. Sampling
+# The model gives every token of the vocabulary a logit; softmax makes probabilities of
+# them. Always taking the likeliest token is called greedy, and tends to repeat itself.
+# So a token is drawn, but not from all: a vocabulary has 100,000 tokens that are wrong,
+# and even if each of them is very unlikely, it is not unlikely that one of them is
+# drawn. Of four tokens with the probabilities
+#
+#     0.5   0.3   0.15   0.05
+#
+# top-k 2 keeps the first two. top-p 0.9 keeps the smallest set of likeliest tokens
+# whose sum reaches 0.9: 0.5 and 0.3 are not enough, so three. min-p 0.2 keeps those
+# that have at least 0.2 times the probability of the likeliest, 0.1: three again. A
+# temperature divides the logits. One of 0.5 doubles them, which squares the
+# probabilities: after normalising they are 0.68, 0.25, 0.06 and 0.01. So below 1 the
+# likely becomes likelier.
+#
+# Each filter maps logprobs, which may be shifted by a constant, to logprobs, with -inf
+# where a token is ruled out. They come in the order of Hugging Face's generate:
+# repetition penalty, temperature, top-k, top-p and min-p. The draw uses a key that is
+# split for every token, so the same seed draws the same tokens.
+# uses: none
+# needs: Sequence, dataclass, field, math, mx, os
+# -----------------------------------------------------------------------------
+
+
+def apply_repetition_penalty(
+    logits: mx.array, seen: mx.array, penalty: float
+) -> mx.array:
+    """Return logits (B, V) with those of seen tokens (B, V) moved down.
+
+    Divided by the penalty where positive, multiplied where negative.
+    Source: CTRL, arXiv:1909.05858, section 4.1.
+    """
+    moved = mx.where(logits > 0, logits / penalty, logits * penalty)
+    return mx.where(seen, moved, logits)
+
+
+def apply_top_k(logprobs: mx.array, k: int) -> mx.array:
+    """Return logprobs (B, V) of the k likeliest tokens; ties with the last stay."""
+    if k >= logprobs.shape[-1]:
+        return logprobs
+    at = mx.argpartition(-logprobs, k - 1, axis=-1)[:, k - 1 : k]
+    least = mx.take_along_axis(logprobs, at, axis=-1)
+    return mx.where(logprobs < least, -mx.inf, logprobs)
+
+
+def apply_top_p(logprobs: mx.array, p: float) -> mx.array:
+    """Return logprobs (B, V) of the smallest set of likeliest tokens whose
+    probabilities reach p together [6]; ties with the last stay.
+
+    A token stays while those before it hold less than p, so the likeliest always does.
+    """
+    descending = -mx.sort(-logprobs, axis=-1)
+    probs = mx.softmax(descending, axis=-1)
+    before = mx.cumsum(probs, axis=-1) - probs
+    kept = (before < p) | (before == 0)  # the first, also if p is 0 in float32
+    least = mx.where(kept, descending, mx.inf).min(axis=-1, keepdims=True)
+    return mx.where(logprobs < least, -mx.inf, logprobs)
+
+
+def apply_min_p(logprobs: mx.array, p: float) -> mx.array:
+    """Return logprobs (B, V) of tokens with at least p times the highest probability.
+
+    Source: arXiv:2407.01082.
+    """
+    least = logprobs.max(axis=-1, keepdims=True) + math.log(p)
+    return mx.where(logprobs < least, -mx.inf, logprobs)
+
+
+# From an option to its minimum, whether it may be equal to that, and its maximum.
+INTERVALS = {
+    "temperature": (0, True, 1e9),
+    "top_k": (1, True, 2**31 - 1),
+    "top_p": (0, False, 1),
+    "min_p": (0, False, 1),
+    "repetition_penalty": (0, False, 1e9),
+}
+
+
+def check_sampling(**options: float | None) -> None:
+    """Raise ValueError, naming interval and value, for an option outside of it."""
+    for name, value in options.items():
+        if value is None:
+            continue
+        least, closed, greatest = INTERVALS[name]
+        inside = type(value) in (int, float) and least <= value <= greatest
+        if value == least and not closed:
+            inside = False
+        if name == "top_k" and inside and value != int(value):
+            inside = False
+        if not inside:
+            start = "[" if closed else "("
+            kind = ", a whole number" if name == "top_k" else ""
+            raise ValueError(
+                f"{name} must be in {start}{least}, {greatest:.0f}]{kind}, "
+                f"got {value!r:.80}"
+            )
+
+
+def new_seed() -> int:
+    """Return a random seed, short enough to be typed again."""
+    return int.from_bytes(os.urandom(4), "little")
+
+
+@dataclass(kw_only=True)
+class Sampler:
+    """A function from logits (B, V) to tokens (B,), lazy like any MLX code.
+
+    Its state is a key, which is split for every token, and which tokens were seen. Both
+    are made on first use, in the thread that samples.
+    Raises ValueError with the interval and the value for an option outside it.
+    """
+
+    temperature: float = 0.6  # 0 is greedy, the likeliest token
+    top_k: int | None = None  # at least 1; None turns a filter off
+    top_p: float | None = 0.9  # in (0, 1]
+    min_p: float | None = None  # in (0, 1]
+    repetition_penalty: float | None = None  # above 1 discourages what was seen
+    seed: int | None = None  # the same seed draws the same tokens; None takes a new one
+    prompt: Sequence[int] = ()  # seen before the tokens sampled, for the penalty
+    key: mx.array | None = field(default=None, init=False)
+    seen: mx.array | None = field(default=None, init=False)  # (B, V), bool
+
+    def __post_init__(self):
+        check_sampling(**{name: getattr(self, name) for name in INTERVALS})
+        self.seed = new_seed() if self.seed is None else self.seed
+
+    def __call__(self, logits: mx.array) -> mx.array:
+        # 16-bit cumulative sums would misjudge the tail, so float32 from here on.
+        logits = logits.astype(mx.float32)
+        if self.repetition_penalty is not None:
+            logits = self.penalize(logits)
+        if self.temperature < 1e-30:  # 0, or what float32 cannot divide by
+            token = mx.argmax(logits, axis=-1)
+        else:
+            token = self.draw(logits)
+        if self.seen is not None:
+            self.seen = self.seen | (mx.arange(logits.shape[-1]) == token[:, None])
+        return token
+
+    def penalize(self, logits: mx.array) -> mx.array:
+        if self.seen is None:
+            self.seen = mx.zeros(logits.shape, mx.bool_)
+            if len(self.prompt):
+                self.seen[:, mx.array(self.prompt)] = True
+        return apply_repetition_penalty(logits, self.seen, self.repetition_penalty)
+
+    def draw(self, logits: mx.array) -> mx.array:
+        # Subtract the maximum first: a shift changes no probability, avoids overflow.
+        logprobs = (logits - logits.max(axis=-1, keepdims=True)) / self.temperature
+        if self.top_k is not None:
+            logprobs = apply_top_k(logprobs, int(self.top_k))
+        if self.top_p is not None and self.top_p < 1:
+            logprobs = apply_top_p(logprobs, self.top_p)
+        if self.min_p is not None:
+            logprobs = apply_min_p(logprobs, self.min_p)
+        if self.key is None:
+            self.key = mx.random.key(self.seed)
+        self.key, now = mx.random.split(self.key)
+        return mx.random.categorical(logprobs, key=now)
+
+
+make_sampler = Sampler  # the name that mlx-lm has for it
+
+
+# -----------------------------------------------------------------------------
+# 9. Generation
+# A reply is made in two phases. Prefill reads the prompt: its tokens are known, so many
+# go through the model at once, and the weights are read once for all of them. Decode
+# generates one token after another, since each depends on the one before, and reads all
+# weights for each. So prefill is limited by arithmetic, and decode by memory bandwidth.
+#
+# Decode is one step ahead. Calling the model and the sampler takes a millisecond or two
+# of Python, and only describes a step. A step reads token n and makes token n + 1. It
+# can be described and launched before Python knows which token n is, while the GPU
+# still computes it. Only then does Python wait for token n, and yield it:
+#
+#     Python   describe 2 | wait for 1, yield it | describe 3 | wait for 2, yield it |
+#     GPU        step 1             |         step 2          |         step 3
+#
+# Prefill and decode are generators, so whoever calls them can report progress, or stop,
+# between two steps. They work with any model that is called like the one of section 6,
+# and has caches like those of section 5.
+# uses: none
+# needs: Callable, Collection, Iterator, Sequence, itertools, mx
+# -----------------------------------------------------------------------------
+
+
+class NotANumber(ValueError):
+    """The model computes NaN or infinity, from its weights or by an overflow."""
+
+
+def require_numbers(logits: mx.array) -> None:
+    """Raise NotANumber if logits are not finite: noise would be written for ever."""
+    if not mx.isfinite(logits.max()).item():
+        raise NotANumber("the model's output is not a number")
+
+
+def greedy(logits: mx.array) -> mx.array:
+    """Return the likeliest tokens (B,) of logits (B, V)."""
+    return mx.argmax(logits, axis=-1)
+
+
+def prefill(
+    model: Callable, prompt: Sequence[int], cache: list, step: int = 512
+) -> Iterator[tuple[int, mx.array | None]]:
+    """Read a prompt into a cache; yield, after each step, how many tokens are read, and
+    after the last the logits (1, V) that follow them.
+
+    step: tokens read at a time; the memory that is needed grows with it.
+    """
+    for start in range(0, len(prompt), step):
+        tokens = mx.array(prompt[start : start + step])[None]
+        logits = model(tokens, cache, logits_to_keep=1)[:, -1]
+        # Only the caches are computed. The logits of a step before the last are never
+        # asked for, so the output head is not applied there; and nobody may keep them,
+        # since they refer to the buffers that the next step writes into.
+        mx.eval([layer.state for layer in cache])
+        mx.clear_cache()  # gives back what the step needed; it is MLX's, not our cache
+        done = min(start + step, len(prompt))
+        yield done, logits if done == len(prompt) else None
+
+
+def decode(
+    model: Callable,
+    logits: mx.array,
+    cache: list,
+    sampler: Callable[[mx.array], mx.array],
+    max_tokens: int | None = None,
+    stop_tokens: Collection[int] = (),
+) -> Iterator[int]:
+    """Yield one id after another, the first sampled from logits (1, V).
+
+    The generator's return value says why it ended: "stop" (a stop token, which is not
+    yielded), "length" (max_tokens) or "context" (the cache is full). However it ends,
+    the cache then holds what it held and the ids that were yielded; without the last of
+    them after "length" and "context".
+    """
+    if max_tokens == 0:
+        return "length"
+    require_numbers(logits)
+    held, capacity = cache[0].offset, cache[0].capacity
+    token = sampler(logits)
+    mx.async_eval(token)
     try:
-        pairs = map(bytes.split, lines)
-        text = {int(rank): base64.b64decode(token) for token, rank in pairs}
-    except ValueError:
-        wanted = "wanted lines of base64 and rank; a SentencePiece model is not read"
-        raise ValueError(f"{file}: {wanted}, it needs its tokenizer.json") from None
-    ranks, size = {token: rank for rank, token in text.items()}, len(lines)
-    if sorted(ranks.values()) != list(range(size)):
-        raise ValueError(f"{file}: wanted the ranks 0 to {size - 1}, each once")
-    places = LLAMA3_TOKENS.items()
-    added = [{"content": t, "id": size + n, "special": True} for t, n in places]
-    ids = [(rank,) for rank in range(size)]
-    return Vocabulary(ranks, LLAMA3_SPLIT, ids, text), added, "<|begin_of_text|>"
+        for count in itertools.count(1):
+            last = count == max_tokens or cache[0].offset == capacity
+            if not last:  # launch the step that reads this token, then ask what it is
+                logits = model(token[:, None], cache, logits_to_keep=1)[:, -1]
+                following = sampler(logits)
+                mx.async_eval(following)
+            value = token.item()
+            if value in stop_tokens:
+                return "stop"
+            held += 1
+            yield value
+            if last:
+                return "length" if count == max_tokens else "context"
+            if count % 256 == 0:
+                require_numbers(logits)
+                mx.clear_cache()  # buffers of past sizes would pile up
+            token = following
+    finally:
+        for layer in cache:  # undo the step that was launched ahead, if there is one
+            layer.trim(max(layer.offset - held, 0))
 
 
-def read_tokenizer(
-    folder: Path, tokens: int
-) -> tuple[Vocabulary, list[dict], str | None]:
-    """Return a folder's vocabulary, its added tokens, as tokenizer.json has them, and
-    the one that is put before every text, if any. tokens: how many there may be."""
-    file, ranks = folder / "tokenizer.json", folder / "tokenizer.model"
-    if not file.exists():
-        if not ranks.exists():
-            names = "no tokenizer.json and no tokenizer.model"
-            raise FileNotFoundError(f"{folder}: {names}")
-        return rank_file(ranks, tokens)
-    spec = read_json(file, tokens=tokens)
-    post = spec.get("post_processor") or {}
-    parts = [step.get("single") for step in post.get("processors", [post])]
-    starts = [part[0].get("SpecialToken") for part in parts if part]
-    first = next((start["id"] for start in starts if start), None)
-    return read_vocabulary(spec), spec.get("added_tokens") or [], first
+def generate(
+    model: Callable,
+    prompt: Sequence[int],
+    *,
+    max_tokens: int | None = None,
+    sampler: Callable[[mx.array], mx.array] = greedy,
+    cache: list | None = None,
+    stop_tokens: Collection[int] = (),
+    prefill_step: int = 512,
+) -> Iterator[int]:
+    """Read a prompt, and return an iterator over the ids that continue it.
+
+    prompt: at least one id. max_tokens: None goes on until something else ends it.
+    sampler: logits (1, V) -> (1,). cache: holds what precedes the prompt, and is
+    continued in place; None makes one. stop_tokens: ids that end the text, not yielded.
+    prefill_step: see prefill. How it ends: see decode.
+    Raises ValueError if the prompt is empty or does not fit the cache, for other
+    arguments out of range, and if the model computes no numbers.
+    """
+    if max_tokens is not None and max_tokens < 0:
+        raise ValueError(f"max_tokens must be at least 0, got {max_tokens}")
+    if prefill_step < 1:
+        raise ValueError(f"prefill_step must be at least 1, got {prefill_step}")
+    if cache is None:
+        capacity = model.args.max_position_embeddings
+        if max_tokens is not None:
+            capacity = len(prompt) + max_tokens
+        cache = model.make_cache(max(capacity, 1))
+    room = cache[0].capacity - cache[0].offset
+    if not 0 < len(prompt) <= room:
+        raise ValueError(
+            f"the prompt must have 1 to {room} tokens, what the context has left, got "
+            f"{len(prompt)}"
+        )
+    for _done, logits in prefill(model, prompt, cache, prefill_step):
+        pass  # progress could be reported here
+    return decode(model, logits, cache, sampler, max_tokens, stop_tokens)
+
+
+# -----------------------------------------------------------------------------
+# 10. A reply
+# All of it at once: from a folder and a conversation to the text of a reply.
+#
+#     for piece in answer(Path("stories"), [{"role": "user", "content": "Hi!"}]):
+#         print(piece, end="", flush=True)
+#
+# It reads one file of weights and trusts the folder; Part Two reads shards, and checks.
+# uses: 1-9
+# needs: Iterator, Path, json, mx
+# -----------------------------------------------------------------------------
+
+
+def answer(
+    folder: Path,
+    messages: list[dict[str, str]],
+    dtype: mx.Dtype | None = None,
+    max_tokens: int = 512,
+    **options,
+) -> Iterator[str]:
+    """Yield the text that a model of Llama 3's kind replies to a conversation.
+
+    messages: see ByteLevelTokenizer.encode_chat. dtype: see read_weights. max_tokens:
+    at most so many are generated. options: the others of `generate`.
+    """
+    args = ModelArgs.from_dict(json.loads((folder / "config.json").read_text("utf-8")))
+    tensors = read_header(folder / "model.safetensors")
+    model = build_model(args, tensors)
+    for _bytes in read_weights(model, tensors, dtype):
+        pass  # progress could be reported here
+    tokenizer = ByteLevelTokenizer.from_folder(folder)
+    ids, stream = tokenizer.encode_chat(messages), tokenizer.stream()
+    options = {"stop_tokens": tokenizer.stop_tokens, "sampler": Sampler()} | options
+    for token in generate(model, ids, max_tokens=max_tokens, **options):
+        yield stream.add(token)
+    yield stream.close()
+
+
+# -----------------------------------------------------------------------------
+# Part Two: every Llama. What other folders need, and what is wrong with a folder.
+# -----------------------------------------------------------------------------
+
+# -----------------------------------------------------------------------------
+# 11. Families
+# Part One takes a config.json as it is. Here it is checked first: files have a largest
+# size, settings have types and ranges, and what cannot be honoured is an error that
+# names the key and the value. Two spellings become one, and two more ways of stretching
+# the rotary embedding join section 4: linear, and YaRN [7].
+# uses: 1, 4
+# needs: MISSING, Path, fields, get_args, json, math
+# registers: ROPE_SCALINGS
+# -----------------------------------------------------------------------------
+
+JSON_BYTES = 1_000_000  # of a file without a vocabulary; real ones have up to 300 KB
+
+
+def read_bounded(path: Path, limit: int) -> bytes:
+    """Return what is in a file. Raises ValueError if it has more bytes than `limit`."""
+    if (size := path.stat().st_size) > limit:
+        raise ValueError(f"{path}: {size:,} bytes, wanted at most {limit:,}")
+    return path.read_bytes()
+
+
+def parse_json(data: bytes, source: object) -> dict:
+    """Return the JSON object in bytes. Raises ValueError naming the source if none."""
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{source}: not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{source}: wanted a JSON object, got {type(value).__name__}")
+    return value
+
+
+def read_json(path: Path, limit: int = JSON_BYTES) -> dict:
+    """Return the JSON object in a file of at most `limit` bytes; an absent file is {}.
+
+    Parsing can turn 3 bytes of JSON into 120 bytes of objects, so the limit on a file
+    limits the memory that it can take to 40 times as much.
+    """
+    return parse_json(read_bounded(path, limit), path) if path.exists() else {}
+
+
+# What config.json may say where it is not a matter of size; the first is the usual.
+SUPPORTED = {
+    "model_type": ("llama", "mistral"),
+    "hidden_act": ("silu", "swish", None),
+    "sliding_window": (None,),
+    "partial_rotary_factor": (1, None),
+    "attention_bias": (False, True, None),
+    "mlp_bias": (False, True, None),
+}
+
+# type of a field: (in words, whether a value is of it)
+KINDS = {
+    bool: ("true or false", lambda v: type(v) is bool),
+    int: ("a positive integer", lambda v: type(v) is int and 0 < v < 2**31),
+    float: ("a positive number", lambda v: type(v) in (int, float) and 0 < v < 2**31),
+    dict: ("an object", lambda v: type(v) is dict),
+}
+
+
+def linear_scaling(
+    frequencies: list[float], scaling: dict
+) -> tuple[list[float], float]:
+    """Return all frequencies slowed down by `factor`, and factor 1."""
+    return [frequency / scaling["factor"] for frequency in frequencies], 1.0
+
+
+def yarn_scaling(frequencies: list[float], scaling: dict) -> tuple[list[float], float]:
+    """Return frequencies slowed down as YaRN does, and the factor on attention.
+
+    As llama3, but between the pairs that turn beta_fast and beta_slow times within the
+    original context, the pace changes with the index of the pair.
+    Source: [7] section 3, as Hugging Face's modeling_rope_utils has it.
+    """
+    half, factor = len(frequencies), scaling["factor"]
+    context, theta = scaling["original_max_position_embeddings"], scaling["rope_theta"]
+
+    def index(turns: float) -> float:  # of the pair that turns so often in the context
+        return half * math.log(context / (turns * 2 * math.pi)) / math.log(theta)
+
+    low, high = index(scaling["beta_fast"]), index(scaling["beta_slow"])
+    if scaling.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, 2 * half - 1)
+    width = high - low if high != low else 0.001
+    slowed = []
+    for pair, frequency in enumerate(frequencies):
+        slow = min(max((pair - low) / width, 0.0), 1.0)
+        slowed.append(frequency * (1 - slow + slow / factor))
+    if "attention_factor" in scaling:
+        return slowed, scaling["attention_factor"]
+    growth = 0.1 * math.log(max(factor, 1.0))
+    if "mscale" in scaling and "mscale_all_dim" in scaling:
+        over, under = scaling["mscale"], scaling["mscale_all_dim"]
+        return slowed, (over * growth + 1) / (under * growth + 1)
+    return slowed, growth + 1
+
+
+ROPE_SCALINGS["linear"] = linear_scaling
+ROPE_SCALINGS["yarn"] = yarn_scaling
+
+# rope_type: the numbers that it must have.
+SCALING_NUMBERS = {
+    "linear": ("factor",),
+    "llama3": (
+        "factor",
+        "low_freq_factor",
+        "high_freq_factor",
+        "original_max_position_embeddings",
+    ),
+    "yarn": (
+        "factor",
+        "beta_fast",
+        "beta_slow",
+        "original_max_position_embeddings",
+        "rope_theta",
+    ),
+}
+OPTIONAL_NUMBERS = ("attention_factor", "mscale", "mscale_all_dim")  # of yarn
+
+
+def check_scaling(scaling: dict) -> None:
+    """Raise ValueError unless rope_scaling has a known type, and its numbers."""
+    kind = scaling["rope_type"]
+    if type(kind) is not str or kind not in SCALING_NUMBERS:
+        raise ValueError(
+            f"rope_type must be default, linear, llama3 or yarn, got {kind!r:.80}"
+        )
+    optional = [key for key in OPTIONAL_NUMBERS if key in scaling]
+    for key in (*SCALING_NUMBERS[kind], *optional):
+        value = scaling.get(key)
+        # Below 1e-9 the formulas divide by what float64 takes for nothing.
+        if type(value) not in (int, float) or not 1e-9 < value < 2**31:
+            raise ValueError(f"rope_scaling: {key} must be positive, got {value!r:.80}")
+    if kind == "llama3" and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        raise ValueError(f"rope_scaling: low_freq_factor {low} must be below {high}")
+
+
+def rotary_settings(config: dict) -> dict:
+    """Return rope_scaling and, if given, rope_theta, from either layout of config.json:
+    side by side, or both in the rope_parameters of transformers 5.
+
+    Raises ValueError naming the key and the value that cannot be honoured.
+    """
+    key = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
+    rope = config.get(key) or {}
+    # An object within is for layers of one type; a partial factor, for part of Dh.
+    if type(rope) is not dict or dict in map(type, rope.values()):
+        raise ValueError(f"{key} must be an object of numbers, got {rope!r:.80}")
+    rope = {name: value for name, value in rope.items() if value is not None}
+    if rope.get("partial_rotary_factor", 1) != 1:
+        raise ValueError(f"{key}: partial_rotary_factor must be 1, got {rope!r:.200}")
+    theta = rope.get("rope_theta", config.get("rope_theta"))
+    settings = {} if theta is None else {"rope_theta": theta}
+    kind = rope.get("rope_type", rope.get("type", "default"))  # new, old spelling
+    if kind == "default":
+        return settings | {"rope_scaling": None}
+    scaling = {name: rope[name] for name in rope if name not in ("rope_theta", "type")}
+    scaling["rope_type"] = kind
+    if kind == "yarn":
+        longest = config.get("max_position_embeddings")
+        usual = {"beta_fast": 32, "beta_slow": 1}
+        usual["original_max_position_embeddings"] = longest
+        scaling = usual | scaling | {"rope_theta": theta or ModelArgs.rope_theta}
+    check_scaling(scaling)
+    return settings | {"rope_scaling": scaling}
+
+
+def check_args(args: ModelArgs) -> None:
+    """Raise ValueError for sizes that no Llama has, or that do not fit together."""
+    H, Hkv, Dh = args.num_attention_heads, args.num_key_value_heads, args.head_dim
+    if H % Hkv:
+        raise ValueError(f"num_key_value_heads must divide {H} heads, got {Hkv}")
+    # Rotary embedding turns pairs, and no attention kernel has wider heads.
+    if Dh % 2 or not 0 < Dh <= 1024:
+        raise ValueError(f"head_dim must be even and at most 1024, got {Dh}")
+    if H * Dh >= 2**31:
+        raise ValueError(f"{H} heads of head_dim {Dh} are too many")
+    if args.rope_theta <= 1:
+        raise ValueError(f"rope_theta must be above 1, got {args.rope_theta}")
+
+
+def read_args(config: dict) -> ModelArgs:
+    """Return the shape that a config.json describes.
+
+    Raises ValueError naming the keys and values that this file cannot honour.
+    """
+    wrong = []
+    for key, known in SUPPORTED.items():
+        if config.get(key) not in known:
+            wanted = " or ".join(map(json.dumps, known))
+            wrong.append(f"{key} must be {wanted}, got {config.get(key)!r:.80}")
+    for entry in fields(ModelArgs):
+        value, optional = config.get(entry.name), get_args(entry.type)
+        wanted, fits = KINDS[optional[0] if optional else entry.type]
+        if value is None and entry.default is MISSING:
+            wrong.append(f"{entry.name} is missing")
+        elif value is not None and entry.name != "rope_scaling" and not fits(value):
+            wrong.append(f"{entry.name} must be {wanted}, got {value!r:.80}")
+    if wrong:
+        raise ValueError("; ".join(wrong))
+    rotary = rotary_settings(config)
+    theta = rotary.get("rope_theta")
+    if theta is not None and not KINDS[float][1](theta):
+        raise ValueError(f"rope_theta must be a positive number, got {theta!r:.80}")
+    args = ModelArgs.from_dict(config | rotary)
+    check_args(args)
+    # Llama 1 and 2 leave rope_theta out and mean 10000. A Llama 3 without it has
+    # lost it, and would read well for a page before falling apart.
+    if theta is None and args.vocab_size >= 128_000:
+        raise ValueError("rope_theta is missing; a Llama 3 vocabulary needs it")
+    return args
+
+
+# -----------------------------------------------------------------------------
+# 12. Chat templates
+# A family of models has its own way of writing a conversation down, and published it as
+# a template in a language for web pages, Jinja. Templates are never run here: the text
+# of one tells its family, and the families are written down below, each as a few pieces
+# of text with a place for a message's content. Names of control tokens in them become
+# ids; everything else is text.
+# uses: none
+# needs: dataclass, re, replace
+# -----------------------------------------------------------------------------
+
+ROLES = ("system", "user", "assistant")
 
 
 @dataclass(frozen=True)
@@ -1129,7 +1561,7 @@ class ChatFormat:
     """How a family of models writes a conversation down.
 
     {} is a message's content. Names of control tokens, {bos} and {eos} become ids,
-    everything else is text. Source: the families' published Jinja templates.
+    everything else is text.  Source: the families' published Jinja templates.
     """
 
     user: str
@@ -1141,9 +1573,6 @@ class ChatFormat:
     date: str | None = None  # what {date} becomes; None means today
     bos: bool = False  # one at the very start
     strip: tuple[str, ...] = ()  # roles whose contents lose the white space around
-
-
-ROLES = ("system", "user", "assistant")
 
 
 def by_role(turn: str, **other) -> ChatFormat:
@@ -1215,6 +1644,260 @@ def recognise_format(template: str) -> tuple[str | None, ChatFormat | None]:
     return name, replace(CHAT_FORMATS[name], **changes)
 
 
+def arrange(messages: list[dict], chat: ChatFormat) -> list[tuple[str, str]]:
+    """Return a conversation as (role, content), with the system text in its place.
+
+    Raises ValueError unless it is one: a system message at most first, the user last.
+    """
+    turns = [(message.get("role"), message.get("content")) for message in messages]
+    roles = [role for role, _ in turns]
+    for n, (role, content) in enumerate(turns):
+        if role not in ROLES or (role == "system" and n):
+            raise ValueError(
+                f"message {n}: role must be system (first only), user or assistant, "
+                f"got {role!r:.80}"
+            )
+        if not isinstance(content, str):
+            raise ValueError(f"message {n}: content must be text, got {content!r:.80}")
+    if roles[-1:] != ["user"]:
+        raise ValueError(f"the last message must be the user's, got roles {roles}")
+    system = turns.pop(0)[1] if roles[0] == "system" else chat.default_system
+    if chat.system_in is None:
+        return turns if system is None else [("system", system), *turns]
+    if any(role != ROLES[1 + n % 2] for n, (role, _) in enumerate(turns)):
+        raise ValueError(f"user and assistant must alternate, got roles {roles}")
+    if system is not None:
+        n = 0 if chat.system_in == "first" else -1
+        turns[n] = ("user", chat.system.replace("{}", system, 1) + turns[n][1])
+    return turns
+
+
+# What, in a chat format, is a control token. Mistral's [INST] is one since version 3.
+CONTROL = re.compile(
+    r"(<\|(?:start_header_id|end_header_id|eot_id|im_start|im_end)\|>"
+    r"|\[/?INST\]|\{bos\}|\{eos\})"
+)
+
+
+# -----------------------------------------------------------------------------
+# 13. Other vocabularies
+# Section 7 reads Llama 3's kind of vocabulary. Others cut a text into words in another
+# way, merge characters instead of bytes (SentencePiece [8], Llama 2 and Mistral), put a
+# space before a text, or come as Meta's file of ranks. Each is turned into ranks for
+# tiktoken, so that one encoder serves all, and into what is done to a text before.
+# uses: 1, 4, 7, 11, 12
+# needs: Callable, Iterable, Mapping, Path, base64, dataclass, field, json, queue, re,
+#     threading, time, unicodedata
+# -----------------------------------------------------------------------------
+
+# How byte-level vocabularies split text before they merge: GPT-2's way, and Llama 3's.
+GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+QWEN2_SPLIT = LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
+
+# tiktoken's regular expressions overflow their stack on a run of some 500,000 spaces,
+# so longer runs than this are cut; and a regular expression of 500,000 characters takes
+# minutes to compile, so a longer one than this is refused.
+LONGEST_RUN, LONGEST_SPLIT = 65_536, 500
+MOST_TOKENS = 262_144  # a larger vocabulary is not read
+BYTES_PER_TOKEN = 200  # in a tokenizer.json; Llama 3's has 60 to 160
+EMPTY = 2**31  # the rank of b"": a split that matches no text asks tiktoken for it
+SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # how SentencePiece writes a space
+
+
+@dataclass(frozen=True)
+class SpelledVocabulary(Vocabulary):
+    """A vocabulary, and what is done to a text before it is split."""
+
+    form: str | None = None  # Unicode normal form
+    space: str = " "  # what a space is written as
+    # Where a space goes before a text: "always"; where it is "missing"; where it is
+    # missing at the "start" of a conversation; None, never.
+    prefix: str | None = None
+    # Ids of our own, of a part of a character: the ids of its bytes.
+    parts: dict[int, list[int]] = field(default_factory=dict)
+    foreign: bool = False  # the split is a folder's own regular expression
+
+
+def split_pattern(pre_tokenizer: dict) -> tuple[str, bool]:
+    """Return one regular expression that splits as a byte-level pre_tokenizer does, and
+    whether it is the folder's own, of which nothing is known.
+
+    Raises ValueError for what it cannot express, rather than guess: a wrong split would
+    only show as slightly worse text.
+    """
+    steps = pre_tokenizer.get("pretokenizers") or [pre_tokenizer]
+    first, last = steps[0], {"add_prefix_space": False, "use_regex": True} | steps[-1]
+    kinds = [last["add_prefix_space"], last["use_regex"]]
+    kinds += [step.get("type") for step in steps]
+    if kinds == [False, True, "ByteLevel"]:
+        return GPT2_SPLIT, False
+    if kinds == [False, True, "Digits", "ByteLevel"]:
+        # Digits are cut out first, so text ends before one as at its end.
+        digits = r"\p{N}" if first.get("individual_digits") else r"\p{N}+"
+        rest = GPT2_SPLIT.replace(r"| ?\p{N}+", "")
+        return digits + "|" + rest.replace(r"(?!\S)", r"(?![^\s\p{N}])"), False
+    # Both its matches and the text between them must become pieces, none be dropped.
+    wanted = {"Isolated": False, "Removed": True}.get(first.get("behavior"))
+    whole = wanted is first.get("invert", False)
+    if kinds == [False, False, "Split", "ByteLevel"] and whole:
+        pattern = first["pattern"]
+        regex = pattern.get("Regex", re.escape(pattern.get("String", "")))
+        if regex in (LLAMA3_SPLIT, QWEN2_SPLIT):
+            return regex, False
+        size, counts = len(regex), len(re.findall(r"\{\d", regex))
+        if size > LONGEST_SPLIT or counts > 2:  # compiled, these swell
+            raise ValueError(
+                f"the split's {size:,} characters and {counts} counted repeats are too "
+                "many"
+            )
+        # tiktoken would drop the text between: a run of what begins no match.
+        return f"{regex}|(?:(?!{regex})(?s:.))+", True
+    raise ValueError(f"unknown pre_tokenizer {json.dumps(pre_tokenizer):.200}")
+
+
+def byte_level_vocabulary(spec: dict) -> SpelledVocabulary:
+    """Return the vocabulary of a byte-level tokenizer.json (Llama 3, GPT-2, Qwen)."""
+    form = (spec.get("normalizer") or {}).get("type")
+    if form not in (None, "NFC", "NFD", "NFKC", "NFKD"):
+        raise ValueError(f"unknown normalizer {form!r:.80}")
+    split, foreign = split_pattern(spec.get("pre_tokenizer") or {})
+    try:
+        own = byte_level(spec["model"], split)
+    except KeyError as error:
+        raise ValueError(f"the vocabulary lacks {error.args[0]!r:.80}") from None
+    ranks = own.ranks | {b"": EMPTY} if foreign else own.ranks
+    return SpelledVocabulary(ranks, split, own.ids, own.text, form, foreign=foreign)
+
+
+def spaces(spec: dict) -> tuple[str | None, bool]:
+    """Return where a SentencePiece-style tokenizer.json puts a space before a text (see
+    SpelledVocabulary), and whether it splits into words. Raises ValueError if unknown.
+    """
+    # Spaces are replaced by a normalizer, or since tokenizers 0.15 by Metaspace.
+    normalizer, split = spec.get("normalizer") or {}, spec.get("pre_tokenizer") or {}
+    steps = normalizer.get("normalizers", [normalizer])
+    prepend = {"type": "Prepend", "prepend": SPACE}
+    replace = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+    if not split and steps == [prepend, replace]:
+        return "always", False
+    if not split and steps == [replace]:
+        return None, False
+    if not normalizer and split.get("replacement") == SPACE:
+        rules = {"always": "missing", "first": "start", "never": None}
+        return rules[split["prepend_scheme"]], split.get("split", True)
+    raise ValueError(
+        f"unknown normalizer {normalizer!r:.200} and pre_tokenizer {split!r:.200}"
+    )
+
+
+def byte_fallback_vocabulary(spec: dict) -> SpelledVocabulary:
+    """Return the vocabulary of a SentencePiece-style tokenizer.json [8] (Llama 2).
+
+    Characters are merged, not bytes, and one that is not in the vocabulary becomes its
+    bytes' tokens <0xNN>. As ranks: the bytes; the beginnings of multi-byte characters,
+    so that a character's bytes join before all else; the characters; the merges.
+    """
+    vocab, merges = spec["model"]["vocab"], spec["model"]["merges"]
+    byte_ids = [vocab.get(f"<0x{byte:02X}>") for byte in range(256)]
+    if None in byte_ids:
+        raise ValueError(f"the vocabulary lacks <0x{byte_ids.index(None):02X}>")
+    characters = [piece.encode() for piece in vocab if len(piece) == 1]
+    pieces = [bytes([byte]) for byte in range(256)]
+    pieces += [c[:end] for c in characters for end in range(2, len(c))]
+    pieces += characters + [(left + right).encode() for left, right in merges]
+    ranks = {piece: rank for rank, piece in enumerate(dict.fromkeys(pieces))}
+    known, parts, ids = {piece.encode(): i for piece, i in vocab.items()}, {}, []
+    for piece in ranks:
+        if piece in known:
+            ids.append(known[piece])
+        elif len(piece) == 1:
+            ids.append(byte_ids[piece[0]])
+        else:  # the beginning of a character, all that a text has of it
+            ids.append(EMPTY + len(parts))
+            parts[ids[-1]] = [byte_ids[byte] for byte in piece]
+    text = {i: piece.replace(SPACE, " ").encode() for piece, i in vocab.items()}
+    text |= {i: bytes([byte]) for byte, i in enumerate(byte_ids)}
+    prefix, words = spaces(spec)
+    split = f"{SPACE}[^{SPACE}]*|[^{SPACE}]+" if words else r"(?s:.+)"
+    return SpelledVocabulary(ranks, split, ids, text, None, SPACE, prefix, parts)
+
+
+def read_vocabulary(spec: dict) -> SpelledVocabulary:
+    """Return the vocabulary that a tokenizer.json describes.
+
+    Raises ValueError for what is inconsistent or unknown.
+    """
+    model, vocab = spec["model"], spec["model"]["vocab"]
+    # "a b" before tokenizers 0.20, ["a", "b"] since
+    merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
+    extras = ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
+    if model.get("type") != "BPE" or any(map(model.get, extras)):
+        raise ValueError(f"wanted plain BPE, got type {model.get('type')!r:.80}")
+    if not merges:
+        raise ValueError("no merges")
+    for left, right in merges:
+        for piece in (left, right, left + right):
+            if piece not in vocab:
+                raise ValueError(f"merges of {piece!r:.80}, not in the vocabulary")
+    ids = set(vocab.values())
+    if len(ids) < len(vocab) or not all(type(i) is int and 0 <= i < EMPTY for i in ids):
+        raise ValueError("the ids of the vocabulary must be whole numbers, each once")
+    spec = spec | {"model": model | {"merges": merges}}
+    if model.get("byte_fallback"):
+        return byte_fallback_vocabulary(spec)
+    return byte_level_vocabulary(spec)
+
+
+# The control tokens behind the ranks of Meta's tokenizer.model: their places among 256.
+LLAMA3_TOKENS = {"<|begin_of_text|>": 0, "<|end_of_text|>": 1, "<|eom_id|>": 8}
+LLAMA3_TOKENS |= {"<|start_header_id|>": 6, "<|end_header_id|>": 7, "<|eot_id|>": 9}
+
+
+def rank_file(file: Path, tokens: int) -> tuple[SpelledVocabulary, list[dict], str]:
+    """Return the vocabulary, the added tokens and the name of the first token of Meta's
+    tokenizer.model: lines of base64 and rank."""
+    lines, text = read_bounded(file, 40 * tokens).splitlines(), {}
+    try:
+        for token, rank in map(bytes.split, lines):
+            text[int(rank)] = base64.b64decode(token)
+    except ValueError:
+        raise ValueError(
+            f"{file}: wanted lines of base64 and rank; a SentencePiece model is not "
+            "read, it needs its tokenizer.json"
+        ) from None
+    ranks, size = {token: rank for rank, token in text.items()}, len(lines)
+    if sorted(ranks.values()) != list(range(size)):
+        raise ValueError(f"{file}: wanted the ranks 0 to {size - 1}, each once")
+    places = LLAMA3_TOKENS.items()
+    added = [{"content": t, "id": size + n, "special": True} for t, n in places]
+    vocabulary = SpelledVocabulary(ranks, LLAMA3_SPLIT, [*range(size)], text)
+    return vocabulary, added, "<|begin_of_text|>"
+
+
+def read_tokenizer(
+    folder: Path, tokens: int
+) -> tuple[SpelledVocabulary, list[dict], str | None]:
+    """Return a folder's vocabulary, its added tokens, as tokenizer.json has them, and
+    the one that is put before every text, if any. tokens: how many there may be."""
+    file, ranks = folder / "tokenizer.json", folder / "tokenizer.model"
+    if not file.exists():
+        if not ranks.exists():
+            raise FileNotFoundError(
+                f"{folder}: no tokenizer.json and no tokenizer.model"
+            )
+        return rank_file(ranks, tokens)
+    spec = read_json(file, JSON_BYTES + tokens * BYTES_PER_TOKEN)
+    post = spec.get("post_processor") or {}
+    parts = [step.get("single") for step in post.get("processors", [post])]
+    starts = [part[0].get("SpecialToken") for part in parts if part]
+    first = next((start["id"] for start in starts if start), None)
+    return read_vocabulary(spec), spec.get("added_tokens") or [], first
+
+
 def read_format(folder: Path, settings: dict) -> tuple[str | None, ChatFormat | None]:
     """Return the name and the format of a folder's chat template.
 
@@ -1231,68 +1914,18 @@ def read_format(folder: Path, settings: dict) -> tuple[str | None, ChatFormat | 
     return name or "unknown", chat_format
 
 
-def arrange(messages: list[dict], chat: ChatFormat) -> list[tuple[str, str]]:
-    """Return a conversation as (role, content), with the system text in its place.
-
-    Raises ValueError unless it is one: a system message at most first, the user last.
-    """
-    turns = [(message.get("role"), message.get("content")) for message in messages]
-    roles = [role for role, _ in turns]
-    for n, (role, content) in enumerate(turns):
-        if role not in ROLES or (role == "system" and n):
-            wanted = "system (first only), user or assistant"
-            raise ValueError(f"message {n}: role must be {wanted}, got {role!r:.80}")
-        if not isinstance(content, str):
-            raise ValueError(f"message {n}: content must be text, got {content!r:.80}")
-    if roles[-1:] != ["user"]:
-        raise ValueError(f"the last message must be the user's, got roles {roles}")
-    system = turns.pop(0)[1] if roles[0] == "system" else chat.default_system
-    if chat.system_in is None:
-        return turns if system is None else [("system", system), *turns]
-    if any(role != ROLES[1 + n % 2] for n, (role, _) in enumerate(turns)):
-        raise ValueError(f"user and assistant must alternate, got roles {roles}")
-    if system is not None:
-        n = 0 if chat.system_in == "first" else -1
-        turns[n] = ("user", chat.system.replace("{}", system, 1) + turns[n][1])
-    return turns
-
-
-class TextStream:
-    """Turn ids into text as they come: whole characters only, each exactly once.
-
-    A character split over tokens appears with its last byte; bytes that never become
-    one appear as U+FFFD. Special ids, and ids that no token has, are no text.
-    """
-
-    def __init__(self, text: Mapping[int, bytes], drop_space: bool):
-        self._text, self._drop_space = text, drop_space
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-
-    def add(self, token: int) -> str:
-        encoded = self._text.get(token, b"")
-        if self._drop_space and encoded:
-            encoded, self._drop_space = encoded.removeprefix(b" "), False
-        return self._decoder.decode(encoded)
-
-    def close(self) -> str:
-        """Return what is left of an unfinished character."""
-        return self._decoder.decode(b"", True)
-
-
 def tokenizer_settings(folder: Path, template: str | None) -> dict:
     """Return Tokenizer's arguments, gathered from the files of a folder."""
-    paths = [folder / f"{name}.json" for name in ("config", "generation_config")]
-    config, generation = (read_json(path) if path.exists() else {} for path in paths)
-    # No more tokens are read than the weights have room for, were they an embedding
-    # with rows of 16 bytes.
-    weights = [file for file in folder.glob("*.safetensors") if file.is_file()]
-    rows = sum(file.stat().st_size for file in weights) // 16 or MOST_TOKENS
-    tokens = min(rows, config.get("vocab_size", rows), MOST_TOKENS)
-    path = folder / "tokenizer_config.json"
-    settings = read_json(path, tokens=tokens) if path.exists() else {}
+    config = read_json(folder / "config.json")
+    generation = read_json(folder / "generation_config.json")
+    rows = config.get("vocab_size")
+    rows = rows if type(rows) is int and rows > 0 else MOST_TOKENS
+    tokens = min(rows, MOST_TOKENS)
+    limit = JSON_BYTES + tokens * BYTES_PER_TOKEN
+    settings = read_json(folder / "tokenizer_config.json", limit)
     vocabulary, added, first = read_tokenizer(folder, tokens)
     special = {token["content"]: token["id"] for token in added}
-    named = (settings.get("bos_token", first), settings.get("eos_token"))
+    named = settings.get("bos_token", first), settings.get("eos_token")
     bos, eos = (special.get(t["content"] if isinstance(t, dict) else t) for t in named)
     bos, stops = config.get("bos_token_id") if bos is None else bos, [eos]
     for ids in (config.get("eos_token_id"), generation.get("eos_token_id")):
@@ -1301,11 +1934,12 @@ def tokenizer_settings(folder: Path, template: str | None) -> dict:
     ids = [*special.values(), *stops, 0 if bos is None else bos]
     if not all(type(i) is int and 0 <= i < 2**31 for i in ids):
         raise ValueError(f"token ids must be whole numbers, got {ids!r:.200}")
-    size, rows = max(vocabulary.text) + 1, config.get("vocab_size", math.inf)
-    if size > rows:
+    if (size := max(vocabulary.text) + 1) > rows:
         raise ValueError(f"the tokenizer has {size} ids, the model {rows}")
-    own = read_format(folder, settings) if template is None else None
-    template, chat_format = own or (template, CHAT_FORMATS[template])
+    if template is None:
+        template, chat_format = read_format(folder, settings)
+    else:
+        chat_format = CHAT_FORMATS[template]
     return {
         "vocabulary": vocabulary,
         "special_tokens": special,
@@ -1320,44 +1954,72 @@ def tokenizer_settings(folder: Path, template: str | None) -> dict:
     }
 
 
-# Names that end a reply wherever they are control tokens: folders often name only one
-# of the ids that their model was trained to stop with.
-STOP_NAMES = ("<|eot_id|>", "<|eom_id|>", "<|end_of_text|>")
-STOP_NAMES += ("<|im_end|>", "<|endoftext|>", "</s>")
+def within(seconds: float, task: Callable[[], list[int]]) -> list[int]:
+    """Return what a task returns. Raises ValueError after so many seconds: a regular
+    expression that takes for ever cannot be stopped, only left alone in its thread."""
+    outcome = queue.SimpleQueue()
 
-# What, in a chat format, is a control token. Mistral's [INST] is one since version 3.
-CONTROL = re.compile(
-    r"(<\|(?:start_header_id|end_header_id|eot_id|im_start|im_end)\|>"
-    r"|\[/?INST\]|\{bos\}|\{eos\})"
-)
+    def attempt() -> None:
+        try:
+            outcome.put(task())
+        except (IndexError, ValueError) as error:
+            outcome.put(error)
+
+    threading.Thread(target=attempt, daemon=True).start()
+    try:
+        result = outcome.get(timeout=seconds)
+    except queue.Empty:
+        raise ValueError(f"it takes longer than {seconds:.1f} s") from None
+    if isinstance(result, Exception):
+        raise result
+    return result
 
 
-@dataclass(eq=False)
-class Tokenizer:
-    """Text to ids and back, and conversations to ids."""
+class NoChatFormat(ValueError):
+    """A conversation cannot be written down for a model."""
 
-    vocabulary: Vocabulary
-    special_tokens: dict[str, int]  # added tokens, by their text
-    visible: Iterable[str] = ()  # those of them that are text: "<think>", say
-    bos: int | None = None
-    eos: int | None = None
-    stop_tokens: Iterable[int] = ()  # end a reply; joined by all of STOP_NAMES
-    adds_bos: bool = False  # before a text on its own
-    template: str | None = None  # name of the chat format; None for a base model
-    chat_format: ChatFormat | None = None
-    source: str = "this tokenizer"  # in messages
 
-    def __post_init__(self):
-        special, own = self.special_tokens, self.vocabulary
-        self.stop_tokens = {*self.stop_tokens}
-        self.stop_tokens |= {special[name] for name in STOP_NAMES if name in special}
-        self.bos_prefix = [self.bos] if self.adds_bos and self.bos is not None else []
-        self._text = own.text | dict.fromkeys(special.values(), b"")
-        self._text |= {special[name]: name.encode() for name in self.visible}
-        ranks = own.ranks | {b"": EMPTY}
-        self._bpe = tiktoken.Encoding(
-            "llama.py", pat_str=own.split, mergeable_ranks=ranks, special_tokens={}
-        )
+class SpacedStream(TextStream):
+    """A stream that takes away the space before the first text."""
+
+    started = False
+
+    def add(self, token: int) -> str:
+        encoded = self._text.get(token, b"")
+        if encoded and not self.started:
+            encoded, self.started = encoded.removeprefix(b" "), True
+        return self._decoder.decode(encoded)
+
+
+class Tokenizer(ByteLevelTokenizer):
+    """Text to ids and back, and conversations to ids, for every kind of vocabulary.
+
+    visible: names of added tokens that are text ("<think>", say). bos, eos: ids, None
+    if there is none. stop_tokens: end a reply, besides those of STOP_NAMES. adds_bos:
+    whether a text on its own begins with bos. template: the name of chat_format; both
+    None for a base model. source: whose tokenizer it is, in messages.
+    """
+
+    def __init__(
+        self,
+        vocabulary: SpelledVocabulary,
+        special_tokens: dict[str, int],
+        *,
+        visible: Iterable[str] = (),
+        bos: int | None = None,
+        eos: int | None = None,
+        stop_tokens: Iterable[int] = (),
+        adds_bos: bool = False,
+        template: str | None = None,
+        chat_format: ChatFormat | None = None,
+        source: str = "this tokenizer",
+    ):
+        super().__init__(vocabulary, special_tokens)
+        self.bos, self.eos, self.source = bos, eos, source
+        self.stop_tokens |= {*stop_tokens}
+        self.bos_prefix = [bos] if adds_bos and bos is not None else []
+        self.template, self.chat_format = template, chat_format
+        self._text |= {special_tokens[name]: name.encode() for name in visible}
 
     @classmethod
     def from_folder(
@@ -1383,7 +2045,7 @@ class Tokenizer:
             raise ValueError(f"{folder}: tokenizer files: {error!r}") from error
 
     def encode(self, text: str, *, first: bool = True) -> list[int]:
-        """Return the ids of ordinary text: never a special id, and no BOS.
+        """Return the ids of ordinary text: never a control token, and no BOS.
 
         first: whether the text begins a document; SentencePiece-style vocabularies
         put a space before it then, so that its first word is a word like any other.
@@ -1394,30 +2056,37 @@ class Tokenizer:
         missing = own.prefix == "always" or not text.startswith(own.space)
         if first and text and own.prefix is not None and missing:
             text = own.space + text
+        if own.foreign:
+            return self._encode_foreign(text)
+        ids = self._encode_cut(text)
+        return [i for token in ids for i in own.parts.get(token, (token,))]
+
+    def _encode_cut(self, text: str) -> list[int]:
+        """Return the ids of a text with its longest runs of blanks cut."""
         cuts = [0]
         for run in re.finditer(r"\s+", text):
             cuts += range(run.start() + LONGEST_RUN, run.end(), LONGEST_RUN)
-        parts = [text[start:end] for start, end in zip(cuts, [*cuts[1:], None])]
-        # In a thread: nothing can stop a regular expression that takes for ever.
-        outcome, seconds = queue.SimpleQueue(), 3 + len(text) / 100_000
-        threading.Thread(target=self._rank, args=(parts, outcome), daemon=True).start()
-        try:
-            ranks = outcome.get(timeout=seconds)
-        except queue.Empty:
-            ranks = ValueError(f"it takes longer than {seconds:.1f} s")
-        if isinstance(ranks, ValueError):
-            raise ValueError(f"{self.source}: the split fails: {ranks}")
-        return [i for rank in ranks for i in own.ids[rank]]
+        ids = []
+        for start, end in zip(cuts, [*cuts[1:], None]):
+            ids += super().encode(text[start:end])
+        return ids
 
-    def _rank(self, parts: list[str], outcome: queue.SimpleQueue) -> None:
-        """Put the ranks of parts of a text, or what is wrong, into outcome."""
-        # encode_ordinary panics, which Rust prints, where encode raises.
-        split = functools.partial(self._bpe.encode, disallowed_special=())
+    def _encode_foreign(self, text: str) -> list[int]:
+        """Return the ids of a text, split by an expression that may take for ever."""
+        if not text:
+            return []
         try:
-            ranks = [*itertools.chain(*map(split, parts))]
-            outcome.put(ValueError("it matches no text") if EMPTY in ranks else ranks)
+            ids = within(3 + len(text) / 100_000, lambda: self._encode_cut(text))
+            # A match of nothing can make tiktoken skip the character that follows it.
+            size = sum(len(self.vocabulary.text[token]) for token in ids)
+            if size == len(text.encode("utf-8", "surrogatepass")):
+                return ids
+            reason = "it loses a part of the text"
+        except IndexError:  # the rank of no bytes
+            reason = "it matches no text"
         except ValueError as error:
-            outcome.put(error)
+            reason = str(error)
+        raise ValueError(f"{self.source}: the split fails: {reason}")
 
     def encode_chat(
         self,
@@ -1451,13 +2120,14 @@ class Tokenizer:
         return self._join([*parts, *self._parts(chat.reply)])
 
     def require_format(self) -> ChatFormat:
-        """Return the chat format. Raises ValueError if there is none."""
+        """Return the chat format. Raises NoChatFormat if there is none."""
         if self.chat_format is not None:
             return self.chat_format
-        base = "is a base model, it has no chat template"
-        found = "has a chat template that is not known here" if self.template else base
-        advice = f"use --raw, or --template with one of {', '.join(CHAT_FORMATS)}"
-        raise ValueError(f"{self.source} {found}: {advice}")
+        if self.template:
+            raise NoChatFormat(
+                f"{self.source} has a chat template that is not known here"
+            )
+        raise NoChatFormat(f"{self.source} is a base model, it has no chat template")
 
     def _parts(self, text: str) -> list[str | list[int]]:
         """Return a piece of a chat format as text, and ids of control tokens."""
@@ -1483,46 +2153,55 @@ class Tokenizer:
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Return the text of ids; special ids, and ids of no token, are no text."""
+        """Return the text of ids; control tokens, and ids of no token, are no text."""
         stream = self.stream(drop_space=True)
         return "".join(map(stream.add, ids)) + stream.close()
 
-    def stream(self, *, drop_space: bool) -> TextStream:
+    def stream(self, *, drop_space: bool = False) -> TextStream:
         """Return a decoder for ids as they come.
 
         drop_space: take away the space that SentencePiece-style vocabularies put
         before a text; not wanted where the ids continue one.
         """
-        return TextStream(self._text, drop_space and self.vocabulary.prefix is not None)
+        if drop_space and self.vocabulary.prefix is not None:
+            return SpacedStream(self._text)
+        return super().stream()
 
 
 # -----------------------------------------------------------------------------
-# 8. Loading
-# From a folder to a model ready to run: find it, build the modules that its files
-# describe, check every tensor before reading any, then map them in.
-# uses: 1-7
+# 14. Checked loading
+# From a folder of anyone's making to a model that is ready to run. A folder is found,
+# its files are compared with each other, and what is wrong is said before a weight is
+# read. Model folders come from strangers, so here is the border: what has passed it is
+# trusted everywhere else.
+# uses: 1-7, 11-13
+# needs: Iterable, Iterator, Mapping, Path, difflib, math, mx, os, re, safetensors,
+#     tree_flatten
 # -----------------------------------------------------------------------------
+
+
+def hub_folder() -> Path:
+    """Return where huggingface_hub keeps models: HF_HUB_CACHE, else hub/ in HF_HOME,
+    else huggingface/hub in XDG_CACHE_HOME or ~/.cache."""
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    home = os.environ.get("HF_HOME") or f"{home}/huggingface"
+    return Path(os.environ.get("HF_HUB_CACHE") or f"{home}/hub")
 
 
 def find_folder(model: str | Path) -> Path:
     """Return the folder of a model: a path, or org/name in the Hugging Face cache.
 
-    The cache is where huggingface_hub puts it: HF_HUB_CACHE, else hub/ in HF_HOME,
-    else huggingface/hub in XDG_CACHE_HOME or ~/.cache. Nothing is fetched.
-    Raises FileNotFoundError that says how to get it.
+    Nothing is fetched. Raises FileNotFoundError that says how to get it.
     """
     if Path(model).is_dir():
         return Path(model)
     if Path(model).exists():
         raise FileNotFoundError(f"{model}: a file, wanted the folder that it is in")
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(model)):
-        found = "no such folder, and not of the form org/name"
-        if model in PRESETS:
-            found = "a shape without weights; info knows it, and --measure runs it"
-        raise FileNotFoundError(f"{model}: {found}")
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    home = os.environ.get("HF_HOME") or f"{home}/huggingface"
-    hub = Path(os.environ.get("HF_HUB_CACHE") or f"{home}/hub")
+        raise FileNotFoundError(
+            f"{model}: no such folder, and not of the form org/name"
+        )
+    hub = hub_folder()
     repo = hub / f"models--{str(model).replace('/', '--')}"
     if (main := repo / "refs" / "main").is_file():
         snapshot = repo / "snapshots" / main.read_text().strip()
@@ -1530,96 +2209,288 @@ def find_folder(model: str | Path) -> Path:
             return snapshot
     there = [path.name[8:].replace("--", "/") for path in hub.glob("models--*")]
     near = ", ".join(difflib.get_close_matches(str(model), there, 3, 0.5))
-    found = f"no such folder, and not in {hub}" + (near and f", which has {near}")
-    raise FileNotFoundError(f"{model}: {found}; to get it: hf download {model}")
+    near = f", which has {near}" if near else ""
+    raise FileNotFoundError(
+        f"{model}: no such folder, and not in {hub}{near}; to get it: "
+        f"hf download {model}"
+    )
 
 
-def build_model(args: ModelArgs, tensors: Mapping[str, TensorInfo]) -> Llama:
-    """Return the modules for these tensors, without their weights.
+def weight_files(folder: Path) -> list[Path]:
+    """Return the files that hold a folder's weights, in order of their names.
 
-    The files decide: a head among them is used, else the embedding serves; a layer is
-    quantized if it has scales, as config.json's quantization says, which may hold an
-    entry of its own for it. Raises ValueError naming the layer that cannot be built.
+    Those that model.safetensors.index.json names, else model.safetensors; stray files
+    beside them are not read. Raises FileNotFoundError if one is missing, ValueError
+    for a name that is not a plain file name: an index must not point elsewhere.
     """
-    model = Llama(replace(args, tie_word_embeddings="lm_head.weight" not in tensors))
-    usual, swaps = args.quantization or {}, []
-    for path, layer in dense_layers(model):
-        if f"{path}.scales" not in tensors:
-            continue
-        own = usual[path] if isinstance(usual.get(path), dict) else usual
-        if not own:
-            raise ValueError(f"{path} has scales, but config.json no quantization")
-        settings = {"group_size": 64, "bits": 4, "mode": "affine"}
-        settings = {key: own.get(key, settings[key]) for key in settings}
-        try:
-            swaps.append((path, quantized_like(layer, **settings)))
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{path}: {error}") from None
-    model.update_modules(tree_unflatten(swaps))
-    return model
+    index, names = folder / "model.safetensors.index.json", ["model.safetensors"]
+    if index.exists():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ValueError(f"{index}: weight_map must be an object that names files")
+        for name in weight_map.values():
+            if not re.fullmatch(r"[\w.-]+\.safetensors", str(name)):
+                raise ValueError(
+                    f"{index}: wanted plain names that end in .safetensors, got "
+                    f"{name!r:.80}"
+                )
+        names = sorted(set(weight_map.values()))
+    if missing := [name for name in names if not (folder / name).exists()]:
+        some = ", ".join(missing[:4]) + ", ..." * (len(missing) > 4)
+        raise FileNotFoundError(f"{folder}: no {some}; download incomplete?")
+    return [folder / name for name in names]
+
+
+def header_bytes(file: Path) -> bytes:
+    """Return what precedes the tensors of a safetensors file: a length, then JSON.
+
+    Raises ValueError naming the file if it is something else.
+    """
+    size = file.stat().st_size
+    with open(file, "rb") as stream:
+        prefix = stream.read(8)
+        if prefix == b"version ":  # https://git-lfs.github.com/spec/v1
+            raise ValueError(f"{file}: a git-lfs pointer, no weights; run git lfs pull")
+        # A header may grow with the file, as that of a session does.
+        length, limit = int.from_bytes(prefix, "little"), JSON_BYTES + size // 10
+        if length > limit:
+            raise ValueError(
+                f"{file}: not a safetensors file: wanted a header of at most {limit:,} "
+                f"bytes, got {length:,}"
+            )
+        return prefix + stream.read(length)
+
+
+def checked_header(file: Path) -> dict[str, TensorInfo]:
+    """Return what a safetensors file holds, as read_header, once it is found sound.
+
+    The safetensors package judges the header. Its parser is fuzzed, but its readers
+    need NumPy; so it is given the header alone. Of a sound one it then has one thing to
+    say, that the data is "not fully covered"; the file's size is checked here.
+    Raises ValueError naming the file if it is not sound.
+    """
+    header = header_bytes(file)
+    parse_json(header[8:], f"{file}: not a safetensors file")
+    try:
+        safetensors.deserialize(header)
+    except safetensors.SafetensorError as error:
+        reason = str(error).removeprefix("Error while deserializing: ")
+        if "not fully covered" not in reason:
+            raise ValueError(f"{file}: not a safetensors file: {reason:.200}") from None
+    tensors, end, size = read_header(file), len(header), file.stat().st_size
+    for info in tensors.values():
+        end = info.start + info.nbytes
+        if info.dtype not in DTYPES or any(n >= 2**31 for n in info.shape):
+            raise ValueError(
+                f"{file}: {info.name} has dtype {info.dtype}, shape "
+                f"{list(info.shape)}; wanted {', '.join(DTYPES)}, sizes below 2**31"
+            )
+    if end != size:
+        raise ValueError(f"{file}: truncated or edited? {size} bytes, wanted {end}")
+    return tensors
 
 
 # What a file may hold where a model has an array of a dtype.
 STORED_AS = {mx.float32: ("F32", "F16", "BF16"), mx.uint32: ("U32",), mx.uint8: ("U8",)}
 
+# mode: (group sizes, bits), of what mx.quantized_matmul offers
+QUANTIZATION_MODES = {
+    "affine": ((32, 64, 128), (2, 3, 4, 5, 6, 8)),
+    "mxfp4": ((32,), (4,)),
+    "mxfp8": ((32,), (8,)),
+    "nvfp4": ((16,), (4,)),
+}
 
-def mismatches(model: Llama, tensors: Mapping[str, TensorInfo]) -> list[str]:
-    """Return how tensors differ from what a model wants, one line for each kind."""
-    wanted = dict(tree_flatten(model.parameters()))
+
+def unfit_quantization(model: Llama, settings: dict) -> Iterator[str]:
+    """Yield which packed layers cannot be computed, or contradict config.json.
+
+    settings: its quantization, which may hold an entry of its own for a layer's path.
+    """
+    for path, layer in model.named_modules():
+        if not isinstance(layer, QuantizedMatrix):
+            continue
+        sizes, widths = QUANTIZATION_MODES[layer.mode]
+        if layer.group_size not in sizes or layer.bits not in widths:
+            got = f"group_size {layer.group_size}, bits {layer.bits}, mode {layer.mode}"
+            yield f"{path}: cannot compute with {got}; known: {QUANTIZATION_MODES}"
+            continue
+        own = settings.get(path) if isinstance(settings.get(path), dict) else settings
+        for key in ("group_size", "bits", "mode"):
+            if own.get(key) not in (None, getattr(layer, key)):
+                has = f"{path} has {key} {getattr(layer, key)}"
+                yield f"{has}, but config.json says {own[key]!r:.80}"
+
+
+# The layers that have a bias if a key of config.json says so.
+BIASED = {
+    "attention_bias": [f"self_attn.{name}_proj" for name in "qkvo"],
+    "mlp_bias": [f"mlp.{name}_proj" for name in ("gate", "up", "down")],
+}
+
+
+def wanted_extras(config: dict, args: ModelArgs) -> set[str]:
+    """Return the names of the biases that config.json says the layers have."""
+    paths = [path for key, paths in BIASED.items() if config.get(key) for path in paths]
+    layers = range(args.num_hidden_layers)
+    return {f"model.layers.{n}.{path}.bias" for n in layers for path in paths}
+
+
+def grouped(names: Iterable[str], what: str) -> Iterator[str]:
+    """Yield a line that names the first few of some tensors, if there are any."""
+    names = sorted(names)
+    if names:
+        some = ", ".join(names[:4]) + ", ..." * (len(names) > 4)
+        yield f"{len(names)} tensors {what}: {some}"
+
+
+def mismatches(
+    model: Llama, tensors: Mapping[str, TensorInfo], extras: set[str]
+) -> Iterator[str]:
+    """Yield how tensors differ from what a model wants, one line for each kind.
+
+    extras: the biases that it is to have, which `build_model` takes from the tensors.
+    """
+    arrays = dict(tree_flatten(model.parameters()))
+    optional = (".bias", ".q_norm.weight", ".k_norm.weight")
+    wanted = {name for name in arrays if not name.endswith(optional)} | extras
     # Old checkpoints carry the rotary frequencies, which are computed here.
     found = {name for name in tensors if not name.endswith("rotary_emb.inv_freq")}
     shapes = []
-    for name in sorted(found & wanted.keys()):
-        info, shape = tensors[name], wanted[name].shape
-        if info.shape != shape or info.dtype not in STORED_AS[wanted[name].dtype]:
-            want = f"{'/'.join(STORED_AS[wanted[name].dtype])} {list(shape)}"
+    for name in sorted(found & arrays.keys()):
+        info, shape = tensors[name], arrays[name].shape
+        if info.shape != shape or info.dtype not in STORED_AS[arrays[name].dtype]:
+            want = f"{'/'.join(STORED_AS[arrays[name].dtype])} {list(shape)}"
             shapes.append(f"{name} is {info.dtype} {list(info.shape)}, wanted {want}")
-    kinds = {
-        "missing": sorted(wanted.keys() - found),
-        "unexpected": sorted(found - wanted.keys()),
-        "not as config.json says": shapes,
-    }
-    return [
-        f"{len(names)} tensors {kind}: "
-        f"{', '.join(names[:4])}{', ...' * (len(names) > 4)}"
-        for kind, names in kinds.items()
-        if names
-    ]
+    yield from grouped(wanted - found, "missing")
+    yield from grouped(found - wanted, "unexpected")
+    if any(name.endswith("_proj.bias") for name in wanted ^ found):
+        yield f"config.json wants {len(extras)} biases in the layers"
+    yield from grouped(shapes, "not as config.json says")
 
 
-def examine(
-    folder: Path, problems: list[Exception] | None = None
-) -> tuple[Llama | None, dict[str, TensorInfo]]:
-    """Return a folder's model without its weights, and its tensors. Reads no weight.
+def same_data(one: TensorInfo, other: TensorInfo) -> bool:
+    """Return whether two tensors hold the same bytes."""
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    with open(one.file, "rb") as left, open(other.file, "rb") as right:
+        left.seek(one.start)
+        right.seek(other.start)
+        for at in range(0, one.nbytes, 2**20):
+            size = min(2**20, one.nbytes - at)
+            if left.read(size) != right.read(size):
+                return False
+    return True
 
-    Raises the first that is wrong; given a list of problems, adds all that is wrong to
-    it, and the model is None where config.json cannot be honoured.
+
+def wrong_head(config: dict, tensors: Mapping[str, TensorInfo]) -> Iterator[str]:
+    """Yield how the head contradicts what config.json says of it."""
+    tied = config.get("tie_word_embeddings")
+    heads = [name for name in tensors if name.startswith("lm_head.")]
+    if tied is False and not heads:
+        yield "tie_word_embeddings is false, but there is no lm_head.weight"
+    for name in heads if tied else ():
+        other = tensors.get(name.replace("lm_head", "model.embed_tokens"))
+        if other is None or not same_data(tensors[name], other):
+            yield f"tie_word_embeddings is true, but {name} is not the embedding's"
+
+
+class Checkpoint:
+    """What a model folder holds. `problems` fills it: model (None where config.json
+    cannot be honoured) is without its weights, and tensors says where they lie."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.config = folder, folder / "config.json"
+        self.model, self.tensors = None, {}
+
+    def problems(self) -> Iterator[Exception]:
+        """Yield all that is wrong with the folder, most of it without reading a weight.
+
+        Each is an OSError or a ValueError that names the file at fault.
+        """
+        sound = True
+        for problem in self._file_problems():
+            sound = False
+            yield problem
+        try:
+            if not self.config.exists():
+                raise FileNotFoundError(f"{self.folder}: no config.json")
+            config = read_json(self.config)
+            args = read_args(config)
+            # A module for each of a billion layers would take all memory: not begun. A
+            # layer has nine tensors at least.
+            if (layers := args.num_hidden_layers) > max(len(self.tensors) // 9, 1000):
+                raise ValueError(
+                    f"num_hidden_layers is {layers}, there are {len(self.tensors)} "
+                    "tensors"
+                )
+        except OSError as error:
+            yield error
+            return
+        except ValueError as error:
+            known = str(self.config) in str(error)
+            yield error if known else ValueError(f"{self.config}: {error}")
+            return
+        for wrong in self._tensor_problems(config, args, sound):
+            yield ValueError(f"{self.folder}: {wrong}")
+
+    def _file_problems(self) -> Iterator[Exception]:
+        """Find the tensors in the files; yield what is wrong with these."""
+        try:
+            files = weight_files(self.folder)
+        except (OSError, ValueError) as error:
+            yield error
+            return
+        for file in files:
+            try:
+                found = checked_header(file)
+            except (OSError, ValueError) as error:
+                yield error
+                continue
+            for name in found.keys() & self.tensors.keys():
+                yield ValueError(
+                    f"{self.folder}: {name} is in both {self.tensors[name].file.name} "
+                    f"and {file.name}"
+                )
+            self.tensors |= found
+
+    def _tensor_problems(
+        self, config: dict, args: ModelArgs, sound: bool
+    ) -> Iterator[str]:
+        """Build the model; yield how the tensors, if sound, differ from it."""
+        settings = config.get("quantization") or config.get("quantization_config") or {}
+        if not isinstance(settings, dict):
+            yield f"quantization must be an object, got {settings!r:.80}"
+            return
+        try:
+            model = build_model(args, self.tensors)
+        except KeyError as error:  # scales without what they scale
+            yield f"no {error.args[0]}, though there are scales for it"
+            return
+        except ValueError as error:
+            yield str(error)
+            return
+        if wrong := [*unfit_quantization(model, settings)]:
+            more = f", and {len(wrong) - 1} layers more" if len(wrong) > 1 else ""
+            yield wrong[0] + more
+            return
+        self.model = model
+        if sound:
+            extras = wanted_extras(config, args)
+            if wrong := [*mismatches(self.model, self.tensors, extras)]:
+                yield "; ".join(wrong)
+            yield from wrong_head(config, self.tensors)
+
+
+def examine(folder: str | Path) -> tuple[Llama, dict[str, TensorInfo]]:
+    """Return a folder's model without its weights, and its tensors.
+
+    Raises the first of what is wrong with it, an OSError or a ValueError.
     """
-    found = [] if problems is None else problems
-    model, tensors, config = None, {}, folder / "config.json"
-    try:
-        tensors = list_tensors(folder, found)
-    except (OSError, ValueError) as error:
-        found.append(error)
-    try:
-        if not config.exists():
-            raise FileNotFoundError(f"{folder}: no config.json")
-        args = ModelArgs.from_dict(read_json(config))
-        # A module for each of a billion layers would take all memory: not begun.
-        if (layers := args.num_hidden_layers) > max(len(tensors), 1000):
-            there = f"there are {len(tensors)} tensors"
-            raise ValueError(f"num_hidden_layers is {layers}, {there}")
-        model = build_model(args, tensors)
-        if not found and (wrong := mismatches(model, tensors)):
-            found.append(ValueError(f"{folder}: {'; '.join(wrong)}"))
-    except OSError as error:
-        found.append(error)
-    except ValueError as error:
-        where = "" if str(config) in str(error) else f"{config}: "
-        found.append(ValueError(f"{where}{error}"))
-    if found and problems is None:
-        raise found[0]
-    return model, tensors
+    checkpoint = Checkpoint(Path(folder))
+    for problem in checkpoint.problems():
+        raise problem
+    return checkpoint.model, checkpoint.tensors
 
 
 def default_dtype() -> mx.Dtype | None:
@@ -1627,283 +2498,6 @@ def default_dtype() -> mx.Dtype | None:
     CPU backend multiplies packed matrices many times faster in float32 than in 16 bits.
     """
     return mx.float32 if mx.default_device() == mx.cpu else None
-
-
-def read_weights(
-    model: Llama,
-    tensors: Mapping[str, TensorInfo],
-    *,
-    dtype: mx.Dtype | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> None:
-    """Give a model its weights, mapped in and evaluated; options: see load_model."""
-    dtype, wanted = dtype or default_dtype(), dict(tree_flatten(model.parameters()))
-    wanted = [info for info in tensors.values() if info.name in wanted]
-    done, total, weights = 0, sum(info.nbytes for info in wanted), []
-    for info, mapped in map_tensors(wanted):
-        packed = info.dtype in ("U32", "U8")
-        array = mapped if packed or dtype is None else mapped.astype(dtype)
-        # Evaluated one by one, or a cast would hold both copies of all weights; while
-        # `mapped` is still referred to, or the cast could be written into the file's
-        # pages; and now, since a lazy array is bound to the thread that made it.
-        mx.eval(array)
-        weights.append((info.name, array))
-        done += info.nbytes
-        if progress is not None:
-            progress(done, total)
-    model.load_weights(weights)
-
-
-def load_model(
-    folder: str | Path,
-    *,
-    dtype: mx.Dtype | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> Llama:
-    """Return a folder's model, its weights mapped in and evaluated.
-
-    dtype: of activations, and of weights that are not packed; None: default_dtype.
-    progress: called with bytes done and in all.
-    Raises FileNotFoundError or ValueError that names the file at fault.
-    """
-    model, tensors = examine(Path(folder))
-    read_weights(model, tensors, dtype=dtype, progress=progress)
-    return model
-
-
-def load(
-    folder: str | Path, *, dtype: mx.Dtype | None = None
-) -> tuple[Llama, Tokenizer]:
-    """Return the model and the tokenizer of a folder, or of org/name.
-
-    They may be used in another thread than this one, but in one at a time.
-    Raises FileNotFoundError or ValueError that names the file at fault.
-    """
-    folder = find_folder(folder)
-    return load_model(folder, dtype=dtype), Tokenizer.from_folder(folder)
-
-
-def memory_of(tensors: Iterable[TensorInfo], item_size: int) -> int:
-    """Return the bytes that tensors take loaded; item_size: of what is not packed."""
-    return sum(
-        t.nbytes if t.dtype in ("U32", "U8") else math.prod(t.shape) * item_size
-        for t in tensors
-    )
-
-
-DEFAULT_CONTEXT = 8192  # tokens, of a model that can have as many
-
-
-def kv_bytes_per_token(args: ModelArgs, item_size: int) -> int:
-    """Return the bytes that one token takes in the cache: a key and a value a layer."""
-    heads = args.num_hidden_layers * args.num_key_value_heads
-    return 2 * heads * args.head_dim * item_size
-
-
-def recommended_memory() -> int | None:
-    """Return the bytes that Metal lets one process keep on the GPU, None elsewhere."""
-    if not mx.metal.is_available():
-        return None
-    return mx.device_info()["max_recommended_working_set_size"]
-
-
-def machine_memory() -> int:
-    """Return the bytes that a model can use here."""
-    physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return recommended_memory() or mx.device_info().get("total_memory") or physical
-
-
-def require_memory(weights: int, cache: int) -> str | None:
-    """Return a warning if weights and cache, in bytes, nearly fill what Metal allows.
-
-    Raises ValueError if they do not fit this machine.
-    """
-    needed, there, limit = weights + cache, machine_memory(), recommended_memory()
-    parts = f"{weights / 1e9:.2f} GB of weights and {cache / 1e9:.2f} GB of cache"
-    if needed > there:
-        advice = "--ctx (of info: --prompt-tokens) sets the size of the cache"
-        if weights > there:
-            advice = "quantized weights need less (of info, a preset's: --bits 4)"
-        raise ValueError(f"{parts} do not fit {there / 1e9:.2f} GB of memory; {advice}")
-    if limit is None or needed < 0.9 * limit:
-        return None
-    advice = f"sudo sysctl iogpu.wired_limit_mb={needed // 1_000_000 + 4000}"
-    return f"{parts}, of {limit / 1e9:.2f} GB that Metal recommends; if slow: {advice}"
-
-
-@contextlib.contextmanager
-def wired_memory(nbytes: int) -> Iterator[None]:
-    """Keep a model of `nbytes`, weights and cache, in wired memory within the block.
-
-    macOS may otherwise page a large model out between tokens, which makes it many
-    times slower; wiring more than needed takes memory from everything else. So: what
-    is needed and 2 GB, at most what Metal recommends. Does nothing elsewhere.
-    """
-    limit = recommended_memory()
-    before = limit and mx.set_wired_limit(min(limit, nbytes + 2_000_000_000))
-    try:
-        yield
-    finally:
-        if limit:
-            mx.synchronize()  # nothing may be running that counts on it
-            mx.set_wired_limit(before)
-
-
-# -----------------------------------------------------------------------------
-# 9. Samplers
-# From logits to a token. Each filter maps logprobs to logprobs, -inf where a token is
-# ruled out; Sampler composes them in the order that Hugging Face's generate has:
-# repetition penalty, temperature, top-k, top-p, min-p.
-# uses: none
-# -----------------------------------------------------------------------------
-
-
-def apply_repetition_penalty(
-    logits: mx.array, seen: mx.array, penalty: float
-) -> mx.array:
-    """Return logits (B, V) with those of seen tokens (B, V) moved down.
-
-    Divided by the penalty where positive, multiplied where negative.
-    Source: CTRL, arXiv:1909.05858, section 4.1.
-    """
-    moved = mx.where(logits > 0, logits / penalty, logits * penalty)
-    return mx.where(seen, moved, logits)
-
-
-def apply_top_k(logprobs: mx.array, k: int) -> mx.array:
-    """Return logprobs (B, V) of the k likeliest tokens; ties with the last stay."""
-    if k >= logprobs.shape[-1]:
-        return logprobs
-    at = mx.argpartition(-logprobs, k - 1, axis=-1)[:, k - 1 : k]
-    least = mx.take_along_axis(logprobs, at, axis=-1)
-    return mx.where(logprobs < least, -mx.inf, logprobs)
-
-
-def apply_top_p(logprobs: mx.array, p: float) -> mx.array:
-    """Return logprobs (B, V) of the fewest likeliest tokens that hold p together [6].
-
-    A token stays while those before it hold less than p, so the likeliest always does.
-    """
-    descending = -mx.sort(-logprobs, axis=-1)
-    probs = mx.softmax(descending, axis=-1)
-    before = mx.cumsum(probs, axis=-1) - probs
-    kept = (before < p) | (before == 0)  # the first, however small p is
-    last = mx.where(kept, descending, mx.inf).min(axis=-1, keepdims=True)
-    return mx.where(logprobs < last, -mx.inf, logprobs)
-
-
-def apply_min_p(logprobs: mx.array, p: float) -> mx.array:
-    """Return logprobs (B, V) of the tokens with p times the likeliest's probability.
-
-    Source: arXiv:2407.01082.
-    """
-    least = logprobs.max(axis=-1, keepdims=True) + math.log(p)
-    return mx.where(logprobs < least, -mx.inf, logprobs)
-
-
-# option: (least, is that allowed, greatest)
-INTERVALS = {
-    "temperature": (0, True, 1e9),
-    "top_k": (1, True, 2**31 - 1),
-    "top_p": (0, False, 1),
-    "min_p": (0, False, 1),
-    "repetition_penalty": (0, False, 1e9),
-}
-
-
-def check_sampling(**options: float | None) -> None:
-    """Raise ValueError, naming interval and value, for an option outside of it."""
-    for name, value in options.items():
-        least, closed, greatest = INTERVALS[name]
-        inside = type(value) in (int, float) and least <= value <= greatest
-        inside = inside and (closed or value > least)
-        inside = inside and (name != "top_k" or value == int(value))
-        if value is not None and not inside:
-            interval = f"{'[' if closed else '('}{least}, {greatest:.0f}]"
-            kind = ", a whole number" if name == "top_k" else ""
-            raise ValueError(f"{name} must be in {interval}{kind}, got {value!r:.80}")
-
-
-def new_seed() -> int:
-    """Return a seed that no other call returns, short enough to be typed again."""
-    return int.from_bytes(os.urandom(4), "little")
-
-
-@dataclass(kw_only=True)
-class Sampler:
-    """A function from logits (B, V) to tokens (B,), lazy like any MLX code.
-
-    Its state is a key, split for every token, and which tokens were seen; both appear
-    on first use, in the thread that samples. A copy goes on from where it was made.
-    Raises ValueError with the interval and the value for an option outside it.
-    """
-
-    temperature: float = 0.6  # 0 is greedy, the likeliest token
-    top_k: int | None = None  # at least 1; None turns a filter off
-    top_p: float | None = 0.9  # in (0, 1], as min_p
-    min_p: float | None = None
-    repetition_penalty: float | None = None  # above 1 discourages what was seen
-    seed: int | None = None  # the same draws the same tokens; None draws anew
-    prompt: Sequence[int] = ()  # seen before the tokens sampled, for the penalty
-    key: mx.array | None = field(default=None, init=False)
-    seen: mx.array | None = field(default=None, init=False)  # (B, V), bool
-
-    def __post_init__(self):
-        check_sampling(**{name: getattr(self, name) for name in INTERVALS})
-        self.seed = new_seed() if self.seed is None else self.seed
-
-    def __call__(self, logits: mx.array) -> mx.array:
-        # 16-bit cumulative sums would misjudge the tail, so float32 from here on.
-        logits = logits.astype(mx.float32)
-        if self.repetition_penalty is not None:
-            logits = self.penalize(logits)
-        if self.temperature < 1e-30:  # 0, or what float32 cannot divide by
-            token = mx.argmax(logits, axis=-1)
-        else:
-            token = self.draw(logits)
-        if self.seen is not None:
-            self.seen = self.seen | (mx.arange(logits.shape[-1]) == token[:, None])
-        return token
-
-    def penalize(self, logits: mx.array) -> mx.array:
-        if self.seen is None:
-            self.seen = mx.zeros(logits.shape, mx.bool_)
-            if len(self.prompt):
-                self.seen[:, mx.array(self.prompt)] = True
-        return apply_repetition_penalty(logits, self.seen, self.repetition_penalty)
-
-    def draw(self, logits: mx.array) -> mx.array:
-        # Less a constant that no filter minds: they compare, or normalise themselves.
-        logprobs = (logits - logits.max(axis=-1, keepdims=True)) / self.temperature
-        if self.top_k is not None:
-            logprobs = apply_top_k(logprobs, int(self.top_k))
-        if self.top_p is not None and self.top_p < 1:
-            logprobs = apply_top_p(logprobs, self.top_p)
-        if self.min_p is not None:
-            logprobs = apply_min_p(logprobs, self.min_p)
-        if self.key is None:
-            self.key = mx.random.key(self.seed)
-        self.key, now = mx.random.split(self.key)
-        return mx.random.categorical(logprobs, key=now)
-
-
-make_sampler = Sampler  # the name that mlx-lm has for it
-
-
-# -----------------------------------------------------------------------------
-# 10. Generation
-# Two phases: prefill reads the prompt, many tokens at a time, and decode writes one
-# token after another. Works with any model that has the call and the cache of 6.
-# uses: none
-# -----------------------------------------------------------------------------
-
-
-def require_numbers(logits: mx.array) -> None:
-    """Raise ValueError if logits have no greatest number: NaN, or infinity, in weights
-    or from overflow would otherwise go on as noise for ever."""
-    if not mx.isfinite(logits.max()).item():
-        advice = "`inspect --check` finds NaN in the files, --dtype float32 may help"
-        raise ValueError(f"the model's output is not a number; {advice}")
 
 
 def default_prefill_step() -> int:
@@ -1917,38 +2511,108 @@ def default_prefill_step() -> int:
     return 2048 if mx.cuda.is_available() else 512
 
 
-def prefill(
-    model: Callable,
-    prompt: Sequence[int],
-    cache: list,
-    *,
-    step: int,
-    progress: Callable[[int, int], None] | None = None,
-    cancelled: Callable[[], bool] | None = None,
-) -> mx.array | None:
-    """Return the logits (1, V) that follow a prompt, read into the cache.
+def default_drafts() -> int:
+    """Return how many tokens to draft at a time here: none on a CPU, which takes 16
+    times as long for 16 tokens as for one."""
+    return 0 if mx.default_device() == mx.cpu else 15
 
-    step: tokens read at a time; memory grows with it. progress: called with the tokens
-    read, and in all. cancelled: asked before each step; returns None then, and the
-    cache holds the steps that were done.
+
+def memory_of(tensors: Iterable[TensorInfo], dtype: mx.Dtype | None) -> int:
+    """Return the bytes that tensors take loaded; dtype: see read_weights."""
+    total = 0
+    for info in tensors:
+        cast = dtype is not None and mx.issubdtype(DTYPES[info.dtype], mx.floating)
+        total += math.prod(info.shape) * dtype.size if cast else info.nbytes
+    return total
+
+
+def cache_item_size(tensors: Mapping[str, TensorInfo], dtype: mx.Dtype | None) -> int:
+    """Return the bytes of a number in the cache, which is of the norms' dtype."""
+    return (dtype or DTYPES[tensors["model.norm.weight"].dtype]).size
+
+
+DEFAULT_CONTEXT = 8192  # tokens, of a model that can have as many
+
+
+def kv_bytes_per_token(args: ModelArgs, item_size: int) -> int:
+    """Return the bytes that one token takes in the cache: a key and a value a layer."""
+    heads = args.num_hidden_layers * args.num_key_value_heads
+    return 2 * heads * args.head_dim * item_size
+
+
+def machine_memory() -> tuple[int, int | None]:
+    """Return the bytes that a model can use here, and on Metal what it recommends to
+    keep on the GPU at most, None elsewhere."""
+    physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    device = mx.device_info()
+    if mx.metal.is_available():
+        recommended = device["max_recommended_working_set_size"]
+        return recommended, recommended
+    return device.get("total_memory") or physical, None
+
+
+class MemoryTooSmall(ValueError):
+    """Weights and cache, in bytes, do not fit into `there`."""
+
+    def __init__(self, weights: int, cache: int, there: int):
+        self.weights, self.cache, self.there = weights, cache, there
+        parts = f"{weights / 1e9:.2f} GB of weights and {cache / 1e9:.2f} GB of cache"
+        super().__init__(f"{parts} do not fit {there / 1e9:.2f} GB of memory")
+
+
+def require_memory(weights: int, cache: int) -> str | None:
+    """Return a warning if weights and cache, in bytes, nearly fill what Metal allows.
+
+    Raises MemoryTooSmall if they do not fit this machine.
     """
-    for at in range(0, len(prompt), step):
-        if cancelled is not None and cancelled():
-            return None
-        tokens = mx.array(prompt[at : at + step])[None]
-        logits = model(tokens, cache, logits_to_keep=1)[:, -1]
-        # MLX computes what is asked for: the cache, so not the head of every step.
-        mx.eval([layer.state for layer in cache])
-        mx.clear_cache()
-        if progress is not None:
-            progress(min(at + step, len(prompt)), len(prompt))
-    return logits
+    needed, (there, limit) = weights + cache, machine_memory()
+    if needed > there:
+        raise MemoryTooSmall(weights, cache, there)
+    if limit is None or needed < 0.9 * limit:
+        return None
+    parts = f"{weights / 1e9:.2f} GB of weights and {cache / 1e9:.2f} GB of cache"
+    advice = f"sudo sysctl iogpu.wired_limit_mb={needed // 1_000_000 + 4000}"
+    return f"{parts}, of {limit / 1e9:.2f} GB that Metal recommends; if slow: {advice}"
+
+
+def load(
+    folder: str | Path, *, dtype: mx.Dtype | None = None
+) -> tuple[Llama, Tokenizer]:
+    """Return the model and the tokenizer of a folder, or of org/name.
+
+    dtype: of activations, and of weights that are not packed; None: default_dtype.
+    They may be used in another thread than this one, but in one at a time.
+    Raises FileNotFoundError or ValueError that names the file at fault.
+    """
+    folder, dtype = find_folder(folder), dtype or default_dtype()
+    model, tensors = examine(folder)
+    tokenizer = Tokenizer.from_folder(folder)
+    require_memory(memory_of(tensors.values(), dtype), 0)
+    for _ in read_weights(model, tensors, dtype):
+        pass
+    return model, tokenizer
+
+
+# -----------------------------------------------------------------------------
+# Part Three: faster. The same replies sooner; nothing above needs any of it.
+# -----------------------------------------------------------------------------
+
+# -----------------------------------------------------------------------------
+# 15. Prompt lookup
+# A GPU that reads all weights for one token could compute 16 tokens in nearly the same
+# time, if it knew them. Much of writing is copying: names, code, what was asked. So
+# where the last tokens have occurred before, those that followed then are drafts of
+# what follows now. One pass of the model reads them all, and each is kept while the
+# sampler, run on the model's own logits, picks the same token. So replies stay the
+# same, except where rounding breaks a tie. This loop takes the place of `decode`.
+# uses: 9
+# needs: Callable, Collection, Iterable, Iterator, NamedTuple, copy, itertools, math, mx
+# -----------------------------------------------------------------------------
 
 
 class Lookup:
     """Drafts of what comes next: the n tokens that followed when the last 8 (or n, if
-    that is less) occurred before. So copying, which much of writing is, is foreseen
-    without a second model, and text that repeats nothing is left in peace.
+    that is less) occurred before. Text that repeats nothing is left in peace.
 
     Source: github.com/apoorvumang/prompt-lookup-decoding.
     """
@@ -1994,165 +2658,316 @@ def launch(
     tokens = token
     if drafts:
         tokens = mx.concatenate([token, mx.array([drafts], token.dtype)], axis=1)
-    rows = tokens.shape[1]
-    logits, sampled, samplers = model(tokens, cache, logits_to_keep=rows), [], []
-    for row in range(rows):
+    logits, sampled, samplers = model(tokens, cache), [], []
+    for row in range(tokens.shape[1]):
         sampler = copy.copy(sampler)  # its state, for when later rows are rejected
         sampled.append(sampler(logits[:, row]))
         samplers.append(sampler)
-    sampled = (mx.concatenate(sampled) if drafts else sampled[0])[None]
+    sampled = mx.stack(sampled, axis=1) if drafts else sampled[0][None]
     mx.async_eval(sampled)
     return Step(drafts, sampled, samplers, logits[:, -1])
 
 
-def agreed(step: Step, cache: list) -> list[int]:
-    """Wait for a step; return the ids to keep, and take rejected drafts back.
+def verify_drafts(step: Step, cache: list) -> list[int]:
+    """Wait for a step; return the ids to keep, and trim rejected drafts.
 
-    A draft is right where the sampler picked it too; what was picked after it holds.
+    A draft is right where the sampler picked it too; what it picked after that holds.
     """
     (values,) = step.sampled.tolist()
-    right = (draft == value for draft, value in zip(step.drafts, values))
-    kept = values[: 1 + sum(itertools.takewhile(bool, right))]
-    for layer in cache if len(kept) < len(values) else ():
+    right = 0
+    while right < len(step.drafts) and step.drafts[right] == values[right]:
+        right += 1
+    kept = values[: right + 1]
+    for layer in cache:
         layer.trim(len(values) - len(kept))
     return kept
 
 
-def passes(
+def decode_with_lookup(
     model: Callable,
     logits: mx.array,
     cache: list,
     sampler: Callable[[mx.array], mx.array],
-    lookup: Lookup | None,
-    limit: int,
-) -> Iterator[list[int]]:
-    """Yield what each pass of the model adds, one id or more; the first from logits.
-
-    Drafts are read together with the token before them, and kept while the sampler, run
-    on the model's own logits, picks the same: the text is what it would be without
-    them. Ends when the cache would hold more than `limit` tokens.
-    """
-    step = Step([], sampler(logits)[None], [sampler], logits)
-    mx.async_eval(step.sampled)
-    for count in itertools.count(1):
-        ahead, room = None, limit - cache[0].offset
-        if not step.drafts and room > 0:
-            # Whatever the one token is, it is kept: the step that reads it is launched
-            # before it is known, so that Python works while the device does. The first
-            # draft is a guess of it; those to check in its step come after that.
-            drafts = lookup.drafts()[1:room] if lookup else []
-            ahead = launch(model, step.sampled, drafts, cache, step.samplers[0])
-        kept = agreed(step, cache)
-        yield kept
-        if lookup:
-            lookup.extend(kept)
-            lookup.accepted += len(kept) - 1
-        last, room = len(kept) - 1, limit - cache[0].offset
-        if step.drafts and room > 0:
-            token, sampler = step.sampled[:, last : last + 1], step.samplers[last]
-            drafts = lookup.drafts()[: room - 1]
-            ahead = launch(model, token, drafts, cache, sampler)
-        if ahead is None:
-            return
-        step = ahead
-        if count % 256 == 0:
-            require_numbers(step.logits)
-            mx.clear_cache()  # buffers of past sizes would pile up
-
-
-def decode(
-    model: Callable,
-    logits: mx.array,
-    cache: list,
-    sampler: Callable[[mx.array], mx.array],
-    lookup: Lookup | None,
-    max_tokens: int | None,
-    stop_tokens: Iterable[int],
-    cancelled: Callable[[], bool] | None,
-) -> Iterator[int]:
-    """Yield one id after another, the first sampled from logits (1, V).
-
-    The arguments, and what it returns in the end, are those of generate.
-    """
-    end = cache[0].offset  # of what the cache is to hold
-    last = end + (math.inf if max_tokens is None else max_tokens)
-    limit = min(cache[0].capacity, last - 1)  # the last token is not read
-    try:
-        for kept in passes(model, logits, cache, sampler, lookup, limit):
-            for value in kept:
-                if value in stop_tokens:
-                    return "stop"
-                end += 1
-                yield value
-                if end == last:
-                    return "length"
-            if cancelled is not None and cancelled():
-                return "cancelled"
-        return "context"
-    finally:
-        for layer in cache:  # the step that was launched ahead is not wanted
-            layer.trim(max(layer.offset - end, 0))
-
-
-def generate(
-    model: Callable,
-    prompt: Sequence[int],
-    *,
+    lookup: Lookup,
     max_tokens: int | None = None,
-    sampler: Callable[[mx.array], mx.array] | None = None,
-    cache: list | None = None,
-    lookup: Lookup | None = None,
-    stop_tokens: Iterable[int] = (),
-    prefill_step: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
-    cancelled: Callable[[], bool] | None = None,
+    stop_tokens: Collection[int] = (),
 ) -> Iterator[int]:
-    """Yield the ids that continue a prompt, each as soon as it is known.
+    """Yield and return what `decode` does, checking the drafts of a lookup meanwhile.
 
-    prompt: at least one id. max_tokens: None goes on until something else ends it.
-    sampler: logits (1, V) -> (1,); None is greedy. cache: what precedes the prompt, is
-    continued in place; None makes one. stop_tokens: ids that end the text, not yielded.
-    prefill_step, progress, cancelled: see prefill. lookup: drafts tokens, from what it
-    holds, the prompt, and the tokens themselves; None does not.
-    Returns, as a generator does, why it ended: "stop", "length" (max_tokens),
-    "context" (the cache is full) or "cancelled". However it ends, the cache then holds
-    the prompt and what was yielded, except perhaps the last token: its offset tells.
-    Raises ValueError if the prompt is empty or does not fit the cache, and if the model
-    computes no numbers: asked of the first token, and of one in 256.
+    lookup: holds the text so far, and takes in what is added.
     """
-    if max_tokens is not None and max_tokens < 0:
-        raise ValueError(f"max_tokens must be at least 0, got {max_tokens}")
-    if prefill_step is not None and prefill_step < 1:
-        raise ValueError(f"prefill_step must be at least 1, got {prefill_step}")
-    if cache is None:
-        longest = model.args.max_position_embeddings
-        longest = longest if max_tokens is None else len(prompt) + max_tokens
-        cache = model.make_cache(max(longest, 1))
-    room = cache[0].capacity - cache[0].offset
-    if not 0 < len(prompt) <= room:
-        wanted = f"1 to {room} tokens, what the context has left"
-        raise ValueError(f"the prompt must have {wanted}, got {len(prompt)}")
-    steps = {"step": prefill_step or default_prefill_step(), "progress": progress}
-    logits = prefill(model, prompt, cache, **steps, cancelled=cancelled)
-    if logits is None:
-        return "cancelled"
     if max_tokens == 0:
         return "length"
     require_numbers(logits)
-    sampler = sampler or functools.partial(mx.argmax, axis=-1)
-    if lookup is not None:
-        lookup.extend(prompt)
-    ends = max_tokens, frozenset(stop_tokens), cancelled
-    return (yield from decode(model, logits, cache, sampler, lookup, *ends))
+    held = cache[0].offset
+    last = held + (math.inf if max_tokens is None else max_tokens)
+    limit = min(cache[0].capacity, last - 1)  # the last token is not read
+    step = Step([], sampler(logits)[None], [sampler], logits)
+    mx.async_eval(step.sampled)
+    try:
+        for count in itertools.count(1):
+            ahead, room = None, limit - cache[0].offset
+            if not step.drafts and room > 0:
+                # Whatever the one token is, it is kept: the step that reads it is
+                # launched before it is known. The first draft is a guess of it; those
+                # to check in its step come after that.
+                drafts = lookup.drafts()[1:room]
+                ahead = launch(model, step.sampled, drafts, cache, step.samplers[0])
+            kept = verify_drafts(step, cache)
+            for value in kept:
+                if value in stop_tokens:
+                    return "stop"
+                held += 1
+                yield value
+                if held == last:
+                    return "length"
+            lookup.extend(kept)
+            lookup.accepted += len(kept) - 1
+            room = limit - cache[0].offset
+            if step.drafts and room > 0:
+                token = step.sampled[:, len(kept) - 1 : len(kept)]
+                drafts = lookup.drafts()[: room - 1]
+                sampler = step.samplers[len(kept) - 1]
+                ahead = launch(model, token, drafts, cache, sampler)
+            if ahead is None:
+                return "context"
+            step = ahead
+            if count % 256 == 0:
+                require_numbers(step.logits)
+                mx.clear_cache()
+    finally:
+        for layer in cache:  # the step that was launched ahead may not be wanted
+            layer.trim(max(layer.offset - held, 0))
 
 
 # -----------------------------------------------------------------------------
-# 11. Kernels
+# 16. Steps on a GPU
+# Part One describes each step anew, launches it as a whole, and computes with packed
+# weights as they are. A GPU gains by something else in three places:
+#   - To decode, it waits for Python. So what is the same for every token is compiled.
+#   - A prompt has many rows. So a packed matrix is unpacked once for all of them.
+#   - A launched step holds the arrays that it makes, and that it reads, until it is
+#     through. So a long prompt would take memory for all its layers at once, and over a
+#     large cache a step would copy what the last step still reads: they are launched in
+#     pieces.
+# All of this is put into a model by exchanging parts of it, each for one that is given
+# the old one; the loop over the blocks stays as it is.
+# uses: 1-6
+# needs: Callable, functools, itertools, mx, nn, tree_unflatten
+# -----------------------------------------------------------------------------
+
+
+def on_cuda() -> bool:
+    """Return whether what is computed here is computed by CUDA."""
+    return mx.cuda.is_available() and mx.default_device() == mx.gpu
+
+
+def become(module: nn.Module, other: nn.Module) -> None:
+    """Give a new module all that another one holds: the same parts and names."""
+    nn.Module.__init__(module)
+    dict.update(module, other)  # modules and arrays
+    vars(module).update(vars(other))  # everything else
+
+
+MANY_ROWS = 128  # from so many rows on, unpacking first takes less time
+
+
+class UnpackedForMany(QuantizedLinear):
+    """A quantized layer, given by another, that is unpacked once for many rows of x.
+
+    Also for a few rows, where a row of weights is a single group: there CUDA's product
+    (MLX 0.32.4) gives wrong numbers.
+    """
+
+    def __init__(self, layer: QuantizedLinear):
+        become(self, layer)
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        rows, one_group = x.size // x.shape[-1], x.shape[-1] == self.group_size
+        if rows == 1 or (rows < MANY_ROWS and not one_group):
+            return super().as_linear(x)
+        packed = self["weight"], self["scales"], self.get("biases")
+        whole = mx.dequantize(*packed, self.group_size, self.bits, self.mode)
+        return x @ whole.T
+
+
+def unpack_for_many(model: Llama) -> None:
+    """Have the quantized layers of a model unpacked once for many rows."""
+    for path, layer in model.named_modules():
+        if type(layer) is QuantizedLinear:
+            model.update_modules(tree_unflatten([(path, UnpackedForMany(layer))]))
+
+
+FEW_ROWS = 16  # of drafts, at most
+
+
+class AttentionInRows(Attention):
+    """Attention that reads a few tokens one by one, over a cache.
+
+    On CUDA, cuDNN takes some 60 ms to plan for every new pair of L and S. Only for one
+    query over a KVCache does the plan of the last token serve again.
+    """
+
+    def __init__(self, attention: Attention):
+        become(self, attention)
+
+    def attend(self, queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
+        L, S = queries.shape[2], keys.shape[2]
+        if not 1 < L <= FEW_ROWS:
+            return super().attend(queries, keys, values)
+        rows = []
+        for n, end in enumerate(range(S - L + 1, S + 1)):
+            past = keys[:, :, :end], values[:, :, :end]
+            rows.append(super().attend(queries[:, :, n : n + 1], *past))
+        return mx.concatenate(rows, axis=2)
+
+
+class CompiledBlock(TransformerBlock):
+    """A block, given by another, that decodes through two compiled pieces.
+
+    One token keeps a GPU busy for less time than Python takes to describe the step. The
+    operations before and after the cache are the same for every token, so MLX notes
+    them down once, and fuses those that work element by element. The cache is left out:
+    its shapes grow, and each would be noted down anew.
+    """
+
+    made = itertools.count()
+
+    def __init__(self, block: TransformerBlock):
+        become(self, block)
+        before, after = self.pieces(block)
+        # subtle: MLX finds what it has compiled by a function's address, and of several
+        # threads not all forget it with the function. A number is never used again.
+        number = next(self.made)
+        self.before = functools.partial(mx.compile(before), number)
+        self.after = functools.partial(mx.compile(after), number)
+
+    @staticmethod
+    def pieces(block: TransformerBlock) -> tuple[Callable, Callable]:
+        """Return functions of (number, x, offset) and of (number, x, attended)."""
+        attention, mlp = block.self_attn, block.mlp
+        norm, other_norm = block.input_layernorm, block.post_attention_layernorm
+
+        def before(_: int, x: mx.array, offset: mx.array) -> tuple[mx.array, ...]:
+            return attention.project(norm(x), offset)
+
+        def after(_: int, x: mx.array, attended: mx.array) -> mx.array:
+            x = x + attention.merge(attended)
+            return x + mlp(other_norm(x))
+
+        return before, after
+
+    def __call__(self, x: mx.array, cache: KVCache) -> mx.array:
+        if x.shape[:2] != (1, 1):
+            return super().__call__(x, cache)
+        # An array, since mx.compile would trace the piece anew for each number.
+        queries, keys, values = self.before(x, mx.array(cache.offset))
+        keys, values = cache.update_and_fetch(keys, values)
+        return self.after(x, self.self_attn.attend(queries, keys, values))
+
+
+@functools.partial(mx.compile, shapeless=True)
+def fused_swiglu(gate: mx.array, up: mx.array) -> mx.array:
+    return gate * mx.sigmoid(gate) * up
+
+
+class FusedMLP(MLP):
+    """An MLP, given by another, with one kernel for SwiGLU instead of three."""
+
+    def __init__(self, mlp: MLP):
+        become(self, mlp)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.down_proj(fused_swiglu(self.gate_proj(x), self.up_proj(x)))
+
+
+LONG = 128  # tokens of a prompt, from which on each block is launched by itself
+LARGE = 32_000_000  # bytes of a layer's cache, from which on a token is halved
+
+
+class LaunchedBlock(TransformerBlock):
+    """A block, given by another, that calls `launch` with its arguments first."""
+
+    def __init__(self, block: TransformerBlock, launch: Callable):
+        become(self, block)
+        # Not as a module of this one, or all parameters would be there twice.
+        vars(self).update({"block": block, "launch": launch})
+
+    def __call__(self, x: mx.array, cache: KVCache) -> mx.array:
+        self.launch(x, cache)
+        return self.block(x, cache)
+
+
+def launch_in_pieces(model: Llama) -> None:
+    """Have a step launched before its end, where it is long or the cache is large.
+
+    Each block of a long prompt is launched by itself, one in advance of the last. Over
+    a large cache a token is launched in two halves, and each half waits until the GPU
+    has finished the same half of the last token, so that nothing still reads its cache.
+    """
+    blocks = model.model.layers
+    middle, end = len(blocks) // 2, len(blocks) - 1
+    # x as it reached a block: the last that was launched, and of the last token the one
+    # in the middle, and the last block, which is in the graph of the second half.
+    block_x = middle_x = end_x = mx.array(0)
+
+    def launch(x: mx.array, _: KVCache) -> None:
+        nonlocal block_x
+        if x.shape[1] >= LONG:
+            mx.async_eval(x)
+            mx.eval(block_x)
+            block_x = x
+
+    def launch_half(x: mx.array, cache: KVCache) -> None:
+        nonlocal middle_x
+        launch(x, cache)
+        large = cache.keys is not None and 2 * cache.keys.nbytes >= LARGE
+        if x.shape[1] < LONG and large:
+            mx.eval(middle_x)
+            mx.async_eval(x)
+            mx.eval(end_x)
+            middle_x = x
+
+    def note_end(x: mx.array, cache: KVCache) -> None:
+        nonlocal end_x
+        launch(x, cache)
+        end_x = x
+
+    special = {middle: launch_half} if middle < end else {}
+    special[end] = note_end
+    for n, block in enumerate(blocks):
+        blocks[n] = LaunchedBlock(block, special.get(n, launch))
+
+
+def compile_blocks(model: Llama) -> None:
+    """Have the blocks of a model decode through compiled pieces, on a GPU."""
+    if mx.default_device() == mx.gpu:
+        for n, block in enumerate(blocks := model.model.layers):
+            if type(block) is TransformerBlock:
+                blocks[n] = CompiledBlock(block)
+
+
+def arrange_steps(model: Llama) -> None:
+    """Put into a model everything else in this section that its device gains by."""
+    if mx.default_device() == mx.cpu:
+        return
+    for block in model.model.layers:
+        block.mlp = FusedMLP(block.mlp)
+        if on_cuda():
+            block.self_attn = AttentionInRows(block.self_attn)
+    if on_cuda():
+        unpack_for_many(model)
+    launch_in_pieces(model)
+
+
+# -----------------------------------------------------------------------------
+# 17. The CUDA kernel
 # Decoding a 4-bit model on CUDA, where MLX's matrix-vector product uses a fifth of the
-# memory's bandwidth. This one uses up to half, and takes along the norm before it, and
-# the addition or SwiGLU after it: a layer is four products and attention. Never on
-# Metal or the CPU.
-# uses: 1, 3-6
+# memory's bandwidth. This one uses up to half, and also computes the norm that precedes
+# it, and the addition or SwiGLU that follows: a layer is four products and attention.
+# It is never used on Metal or on a CPU.
+# uses: 1-6, 16
+# needs: Callable, itertools, mx, nn, tree_flatten
 # -----------------------------------------------------------------------------
 
 # A block of threads multiplies x by eight rows: neighbours, or four of gate and the
@@ -2210,7 +3025,7 @@ if (r < own && first + r < rows) {
   const float factor = norm ? rsqrtf(whole(ROWS) / K + float(gain[K])) : 1;  // eps
   float v = factor * whole(r);
   if (swiglu) v *= factor * whole(own + r) / (1 + expf(-v));
-  y[first + r] = v + (residual_shape[1] > 1 ? float(residual[first + r]) : 0);
+  y[first + r] = v + (residual_shape[2] > 1 ? float(residual[first + r]) : 0);
 }
 """
 
@@ -2218,12 +3033,12 @@ if (r < own && first + r < rows) {
 def fused_linear(
     *layers: QuantizedLinear, norm: nn.RMSNorm | None = None, parts: int = 1
 ) -> Callable[..., mx.array]:
-    """Return a function of x, as many numbers as W has columns, and of a residual in
-    the shape of the result, which may be left out; all in bfloat16.
+    """Return a function of x (1, 1, columns), and of a residual in the shape of the
+    result, which may be left out; all in bfloat16.
 
-    It gives W norm(x) + residual, (1, rows), where W has the rows of all layers; of two
-    parts, silu(first norm(x)) * second norm(x) + residual, (1, rows / 2). subtle: call
-    that function inside mx.compile; a graph built anew costs more than it saves.
+    It gives W norm(x) + residual, (1, 1, rows), where W has the rows of all layers; of
+    two parts, silu(first norm(x)) * second norm(x) + residual, (1, 1, rows / 2).
+    subtle: call it inside mx.compile; a graph built anew costs more than it saves.
     """
     names, packed = ["x", "weight", "scales", "biases", "gain", "residual"], []
     *starts, rows = itertools.accumulate(len(layer.weight) for layer in layers)
@@ -2234,7 +3049,7 @@ def fused_linear(
         packed.append(whole.reshape(parts, -1, whole.shape[-1]))
     # subtle: eps goes with the gain. Arrays of up to 8 bytes MLX keeps in the host's
     # memory, and blocks would wait longer for one than they compute.
-    gain = none = mx.array([[0]], mx.bfloat16)  # never read: its shape says so
+    gain = none = mx.array([[[0]]], mx.bfloat16)  # never read: its shape says so
     if norm is not None:
         gain = mx.concatenate([norm.weight, mx.array([norm.eps], mx.bfloat16)])
     mx.eval(packed, gain, layers)  # a lazy view could be used in this thread alone
@@ -2243,19 +3058,16 @@ def fused_linear(
         inputs=[x, *packed, gain, residual],
         grid=(-(-rows // 8) * 128, 1, 1),  # ROWS for 32 * WARPS threads
         threadgroup=(128, 1, 1),
-        output_shapes=[(1, rows // parts)],
+        output_shapes=[(1, 1, rows // parts)],
         output_dtypes=[mx.bfloat16],
     )[0]
 
 
-class FusedBlock(TransformerBlock):
-    """A block with the modules of another, which decodes through the kernel."""
+class FusedBlock(CompiledBlock):
+    """A block, given by another, that decodes through the kernel."""
 
-    made = itertools.count()
-
-    def __init__(self, block: TransformerBlock):
-        nn.Module.__init__(self)  # TransformerBlock's would make modules
-        dict.update(self, block)
+    @staticmethod
+    def pieces(block: TransformerBlock) -> tuple[Callable, Callable]:
         attention, mlp = block.self_attn, block.mlp
         norm = block.post_attention_layernorm
         H, Hkv = attention.n_heads, attention.n_kv_heads
@@ -2265,7 +3077,7 @@ class FusedBlock(TransformerBlock):
         o, down = fused_linear(attention.o_proj), fused_linear(mlp.down_proj)
 
         def before(_: int, x: mx.array, offset: mx.array) -> tuple[mx.array, ...]:
-            heads = attention.split(qkv(x), H + 2 * Hkv)
+            heads = qkv(x).reshape(1, H + 2 * Hkv, 1, -1)
             turned, values = mx.split(heads, [H + Hkv], axis=1)
             return *mx.split(attention.rope(turned, offset), [H], axis=1), values
 
@@ -2273,31 +3085,18 @@ class FusedBlock(TransformerBlock):
             x = o(attended, x)
             return down(gate_up(x), x)
 
-        # subtle: MLX finds what it has compiled by a function's address, and of several
-        # threads not all forget it with the function. A number is never used again.
-        number = next(self.made)
-        self.before = functools.partial(mx.compile(before), number)
-        self.after = functools.partial(mx.compile(after), number)
-
-    def __call__(self, x: mx.array, cache: KVCache | None = None) -> mx.array:
-        if cache is None or x.shape[:-1] != (1,):
-            return super().__call__(x, cache)
-        # An array, since mx.compile would trace the piece anew for each number.
-        queries, keys, values = self.before(x, mx.array(cache.offset))
-        keys, values = cache.update_and_fetch(keys, values)
-        return self.after(x, self.self_attn.attend(queries, keys, values))
+        return before, after
 
 
 def fuse(model: Llama) -> None:
     """Have a model in bfloat16 decode its 4-bit blocks through the kernel; CUDA only.
 
     To be called when the weights are in place: later changes reach prefill alone. What
-    reads more than one token at a time, or without a cache, is computed as before, and
-    so are blocks with modules of other kinds, which may do something else.
+    reads more than one token at a time is computed as before, and so are blocks with
+    modules of other kinds, which may do something else.
     """
-    on_cuda = mx.cuda.is_available() and mx.default_device() == mx.gpu
     dtypes = {array.dtype for _, array in tree_flatten(model.parameters())}
-    if not on_cuda or dtypes - {mx.bfloat16, mx.uint32, mx.uint8}:
+    if not on_cuda() or dtypes - {mx.bfloat16, mx.uint32, mx.uint8}:
         return
     kinds = {TransformerBlock, Attention, MLP, nn.RMSNorm, QuantizedLinear}
     for n, block in enumerate(blocks := model.model.layers):
@@ -2310,11 +3109,13 @@ def fuse(model: Llama) -> None:
 
 
 # -----------------------------------------------------------------------------
-# 12. Tensor parallel
+# 18. Tensor parallel
 # One model on several machines. Every rank, a process of the group, holds a share of
 # each layer, cut as in Megatron-LM [9]; two sums over all ranks a layer make it whole.
-# MLX's own mx.distributed carries them: nothing here opens a connection.
-# uses: 1-8, 11
+# MLX's own mx.distributed carries them: nothing here opens a connection. mlx.launch
+# starts the ranks, and ends the others when one fails.
+# uses: 1-7, 11-14, 16, 17
+# needs: Callable, Mapping, Path, Sequence, dataclass, json, mx, nn, os, replace
 # -----------------------------------------------------------------------------
 
 Group = mx.distributed.Group
@@ -2334,18 +3135,19 @@ class SummedLinear(nn.Module):
         return x + self.bias if "bias" in self else x
 
 
-def finish_rank(model: Llama, group: Group | None) -> None:
-    """Put the sums into a rank's model: one after attention, one after the MLP.
+@dataclass(frozen=True)
+class ColumnsInfo(TensorInfo):
+    """Some columns of a matrix in a file: of each row a part; the parts begin `stride`
+    bytes apart."""
 
-    To be called when the weights are in place. A rank alone has nothing to sum; its
-    layers are fused instead, which would leave no room for a sum.
-    """
-    if group is None or group.size() == 1:
-        fuse(model)
-        return
-    for block in model.model.layers:
-        block.self_attn.o_proj = SummedLinear(block.self_attn.o_proj, group)
-        block.mlp.down_proj = SummedLinear(block.mlp.down_proj, group)
+    stride: int = 0
+
+    def read(self, mapping: memoryview) -> mx.array:
+        width, dtype = self.nbytes // self.shape[0], DTYPES[self.dtype]
+        starts = [self.start + row * self.stride for row in range(self.shape[0])]
+        data = b"".join(mapping[start : start + width] for start in starts)
+        array = mx.asarray(memoryview(data).cast(LETTERS[dtype.size]))
+        return array.view(dtype).reshape(self.shape)
 
 
 def rank_args(args: ModelArgs, n: int) -> ModelArgs:
@@ -2353,12 +3155,54 @@ def rank_args(args: ModelArgs, n: int) -> ModelArgs:
 
     Raises ValueError if n does not divide them.
     """
-    names = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
-    sizes = {name: getattr(args, name) for name in names}
-    if any(size % n for size in sizes.values()):
-        parts = "{} heads, {} key/value heads and an MLP of {}".format(*sizes.values())
-        raise ValueError(f"{n} ranks cannot share {parts} evenly")
-    return replace(args, **{name: size // n for name, size in sizes.items()})
+    H, Hkv, F = (
+        args.num_attention_heads,
+        args.num_key_value_heads,
+        args.intermediate_size,
+    )
+    if H % n or Hkv % n or F % n:
+        raise ValueError(
+            f"{n} ranks cannot share {H} heads, {Hkv} key/value heads and an MLP of "
+            f"{F} evenly"
+        )
+    return replace(
+        args,
+        num_attention_heads=H // n,
+        num_key_value_heads=Hkv // n,
+        intermediate_size=F // n,
+    )
+
+
+# The layers of which a rank has some outputs, and those of which it has some inputs.
+CUT_BY_ROWS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+CUT_BY_COLUMNS = ("o_proj", "down_proj")
+
+
+def rank_tensor(info: TensorInfo, rank: int, n: int) -> TensorInfo:
+    """Return where the part of a tensor lies that one of n ranks has, perhaps all.
+
+    Raises ValueError if n does not divide it; a packed matrix is cut between groups.
+    """
+    layer, kind = info.name.split(".")[-2:]
+    by_rows = layer in CUT_BY_ROWS
+    if not by_rows and (layer not in CUT_BY_COLUMNS or kind == "bias"):
+        return info
+    axis = 0 if by_rows else 1
+    if info.shape[axis] % n:
+        raise ValueError(
+            f"{n} ranks cannot share {info.name}, {list(info.shape)}, evenly along "
+            f"axis {axis}"
+        )
+    shape, nbytes = list(info.shape), info.nbytes // n
+    shape[axis] //= n
+    if by_rows:
+        start = info.start + rank * nbytes
+        return replace(info, shape=tuple(shape), start=start, nbytes=nbytes)
+    stride = info.nbytes // info.shape[0]
+    start = info.start + rank * stride // n
+    return ColumnsInfo(
+        info.name, info.dtype, tuple(shape), info.file, start, nbytes, stride
+    )
 
 
 def rank_share(
@@ -2367,35 +3211,48 @@ def rank_share(
     """Return what this rank runs of a model, without weights, and where these lie.
 
     q, k, v, gate and up are cut by rows, which are outputs; o and down, which take
-    those in, by columns; the rest is whole. A packed matrix is cut between groups.
-    Raises ValueError if the ranks cannot share it. group: None is a rank alone.
+    those in, by columns; the rest is whole. group: None is a rank alone.
+    Raises ValueError if the ranks cannot share it.
     """
     if group is None:
         return model, tensors
-    model, share = build_model(rank_args(model.args, group.size()), tensors), {}
-    shapes = {name: array.shape for name, array in tree_flatten(model.parameters())}
-    for name, info in tensors.items():
-        shape = shapes.get(name, info.shape)
-        if shape != info.shape:  # then one axis is n times as long in the file
-            nbytes, stride = info.nbytes // group.size(), None
-            step = nbytes
-            if shape[0] == info.shape[0]:  # some columns: a part of each row
-                stride, step = info.nbytes // shape[0], nbytes // shape[0]
-            at = info.start + group.rank() * step
-            info = replace(info, shape=shape, start=at, nbytes=nbytes, stride=stride)
-        share[name] = info
-    return model, share
+    rank, n = group.rank(), group.size()
+    args = rank_args(model.args, n)
+    share = {name: rank_tensor(info, rank, n) for name, info in tensors.items()}
+    return build_model(args, share), share
 
 
-def load_rank(folder: str | Path, group: Group | None, **options) -> Llama:
+def accelerate(model: Llama, group: Group | None = None) -> None:
+    """Put into a model whatever makes it faster on this device; to be called when the
+    weights are in place.
+
+    The ranks of a group need their sums instead of the kernel: one after attention, one
+    after the MLP. Without this a model gives the same logits, but for rounding.
+    """
+    if mx.default_device() == mx.cpu and group is None:
+        return
+    if group is not None and group.size() > 1:
+        for block in model.model.layers:
+            block.self_attn.o_proj = SummedLinear(block.self_attn.o_proj, group)
+            block.mlp.down_proj = SummedLinear(block.mlp.down_proj, group)
+    else:
+        fuse(model)
+        compile_blocks(model)
+    arrange_steps(model)
+
+
+def load_rank(
+    folder: str | Path, group: Group | None, dtype: mx.Dtype | None = None
+) -> Llama:
     """Return a rank's share of a folder's model, which is all that it reads.
 
     It takes tokens, and gives logits, as the whole does; all ranks must call it with
-    the same tokens. Its cache is that of its own heads. options: see load_model.
+    the same tokens. Its cache is that of its own heads. dtype: see load.
     """
-    model, tensors = rank_share(*examine(Path(folder)), group)
-    read_weights(model, tensors, **options)
-    finish_rank(model, group)
+    model, tensors = rank_share(*examine(folder), group)
+    for _ in read_weights(model, tensors, dtype or default_dtype()):
+        pass
+    accelerate(model, group)
     return model
 
 
@@ -2412,7 +3269,7 @@ def broadcast(group: Group, message: list) -> list:
 def cancelled_by_any(
     group: Group, stop: Callable[[], bool], tokens: Sequence[int]
 ) -> Callable[[], bool]:
-    """Return a `cancelled` for generate: whether a rank wants to stop, alike on all.
+    """Return a function that tells whether a rank wants to stop, alike on all ranks.
 
     tokens: those sampled so far. Each call gives the answer to the call before: its own
     is a sum that the device computes after the step that was launched ahead.
@@ -2436,71 +3293,159 @@ def cancelled_by_any(
     return cancelled
 
 
-def lost(number: int) -> bool:
-    """Return whether a file descriptor is no connection, or one that the other side has
-    ended. Takes nothing from it."""
-    try:
-        with socket.fromfd(number, socket.AF_INET, socket.SOCK_STREAM) as connection:
-            return connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
-    except OSError as error:
-        return not isinstance(error, BlockingIOError)  # nothing to take at the moment
-
-
-def connections() -> set[int]:
-    """Return the file descriptors of this process's connections."""
-    return {number for number in map(int, os.listdir("/dev/fd")) if not lost(number)}
-
-
-def watch(ring: Iterable[int], rank: int) -> None:
-    """End this process when a connection of MLX's ring has ended.
-
-    The ring raises an error only where it is waiting for the other rank just then. A
-    step that was launched ahead would wait for ever, and this process with it.
-    """
-    while not any(map(lost, ring)):
-        time.sleep(0.5)
-    time.sleep(2)  # to end by itself, as it does when all is done
-    if callable(signal.getsignal(signal.SIGTERM)):
-        # It may be waiting for a line to be typed, on a terminal that it must restore.
-        signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)
-        time.sleep(1)
-    text = f"rank {rank}: the connection to another rank was lost"
-    print(f"llama.py: error: {text}", file=sys.stderr, flush=True)
-    os._exit(1)
+RANK_VARIABLES = ("MLX_RANK", "OMPI_COMM_WORLD_RANK")  # set for a rank of a group
 
 
 def join_ranks() -> Group | None:
     """Return the group of ranks that mlx.launch, or mpirun, has started this process
-    as one of, when all are there; None for a process of its own.
-
-    Call it in the main thread. From then on Ctrl-C is rank 0's to take, and other
-    signals end the process at once, but for rank 0 at a terminal.
-    """
-    if os.environ.keys().isdisjoint({"MLX_RANK", "OMPI_COMM_WORLD_RANK"}):
+    as one of, when all are there; None for a process of its own."""
+    if os.environ.keys().isdisjoint(RANK_VARIABLES):
         return None
-    # No handler of Python's is called while MLX waits: now for the others, and in the
-    # end perhaps for one that has died.
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    handlers = [signal.signal(number, signal.SIG_DFL) for number in numbers]
-    before, group = connections(), mx.distributed.init(strict=True)
-    if "MLX_HOSTFILE" in os.environ:  # a ring; other backends see to theirs
-        ring = connections() - before
-        threading.Thread(target=watch, args=(ring, group.rank()), daemon=True).start()
-    if group.rank() > 0:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-    else:
-        for number, handler in zip(numbers, handlers):
-            if number == signal.SIGINT or os.isatty(0):
-                signal.signal(number, handler)
-    return group
+    return mx.distributed.init(strict=True)
 
 
 # -----------------------------------------------------------------------------
-# 13. Streaming
+# Part Four: streaming. A model that answers in the background, and remembers.
+# -----------------------------------------------------------------------------
+
+# -----------------------------------------------------------------------------
+# 19. Sessions
+# A conversation on the disk: the cache, the ids that it holds, and notes of whoever
+# saves it. Reading the text anew would take as long as it took the first time; reading
+# the file takes as long as the disk. A file is replaced whole or not at all, is checked
+# for damage, and belongs to one model.
+# uses: 1-7, 11-14
+# needs: Callable, Mapping, Path, hashlib, json, mx, os, zlib
+# -----------------------------------------------------------------------------
+
+
+def fingerprint(folder: Path, tensors: Mapping[str, TensorInfo]) -> str:
+    """Return what tells a model from another: a hash of its settings, the list of its
+    tensors, and the first bytes of each."""
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for info in tensors.values():
+        digest.update(f"{info.name} {info.dtype} {info.shape}".encode())
+        with open(info.file, "rb") as stream:
+            stream.seek(info.start)
+            digest.update(stream.read(min(info.nbytes, 1024)))
+    return digest.hexdigest()
+
+
+def checksum(arrays: Mapping[str, mx.array]) -> int:
+    """Return the CRC-32 of the bytes of arrays, in the order of their names."""
+    total = 0
+    for name in sorted(arrays):
+        total = zlib.crc32(memoryview(arrays[name].view(mx.uint8)), total)
+    return total
+
+
+class SessionTooLong(ValueError):
+    """A session file holds more tokens than the context."""
+
+    def __init__(self, file: Path, tokens: int, context: int):
+        super().__init__(f"{file}: {tokens} tokens, context {context}")
+
+
+def are_ids(value: object) -> bool:
+    return type(value) is list and all(type(i) is int and 0 <= i < 2**31 for i in value)
+
+
+def replace_file(file: Path, write: Callable[[Path], None]) -> None:
+    """Have `write` write a file under another name, and put it in the place of `file`
+    when it is on the disk: a crash leaves the old one."""
+    if not file.parent.is_dir():
+        raise FileNotFoundError(f"{file.parent}: no such folder")
+    draft = file.with_name(f".{file.name}.{os.getpid()}.safetensors")
+    try:
+        write(draft)
+        with open(draft, "rb") as stream:
+            os.fsync(stream.fileno())
+        os.replace(draft, file)
+    except RuntimeError as error:  # MLX's, of a full disk, say
+        raise OSError(f"{file} cannot be written: {error}") from None
+    finally:
+        draft.unlink(missing_ok=True)
+    folder = os.open(file.parent, os.O_RDONLY)
+    os.fsync(folder)
+    os.close(folder)
+
+
+def save_session(
+    file: Path, cache: list[KVCache], ids: list[int], notes: dict, model: str
+) -> None:
+    """Write to a file the part of a cache that holds ids, these, and notes for JSON.
+
+    model: its fingerprint.
+    """
+    arrays, held = {}, len(ids)
+    for n, layer in enumerate(cache if held else []):
+        arrays[f"{n}.keys"] = mx.contiguous(layer.keys[..., :held, :])
+        arrays[f"{n}.values"] = mx.contiguous(layer.values[..., :held, :])
+    session = {"fingerprint": model, "checksum": checksum(arrays)}
+    text = json.dumps(session | {"ids": ids, "notes": notes})
+    metadata = {"session": text, "crc32": str(zlib.crc32(text.encode()))}
+    replace_file(file, lambda draft: mx.save_safetensors(str(draft), arrays, metadata))
+
+
+def read_session(file: Path) -> dict:
+    """Return what a session file holds beside the cache. Raises ValueError if none."""
+    try:
+        metadata = json.loads(header_bytes(file)[8:])["__metadata__"]
+        text, crc32 = metadata["session"], int(metadata["crc32"])
+        session = json.loads(text)
+        sound = type(session["notes"]) is dict and are_ids(session["ids"])
+    except (ArithmeticError, KeyError, RecursionError, TypeError, ValueError):
+        raise ValueError(f"{file}: not a session of llama.py") from None
+    if zlib.crc32(text.encode()) != crc32:
+        raise ValueError(f"{file}: the conversation is damaged")
+    if not sound:
+        raise ValueError(f"{file}: not a session of llama.py")
+    return session
+
+
+def restore_session(
+    file: Path, cache: list[KVCache], args: ModelArgs, dtype: mx.Dtype, model: str
+) -> tuple[list[int], dict]:
+    """Fill a cache from a file that `save_session` wrote; return ids and notes.
+
+    args: whose cache it is, in dtype. model: its fingerprint.
+    Raises OSError, or ValueError if it is no such file, is damaged, does not fit the
+    cache, or was written with another model; the cache is as it was then.
+    """
+    infos, session = checked_header(file), read_session(file)
+    ids, capacity = session["ids"], cache[0].capacity
+    if session.get("fingerprint") != model:
+        raise ValueError(f"{file}: a session with another model")
+    if len(ids) > capacity:
+        raise SessionTooLong(file, len(ids), capacity)
+    if "checksum" not in session:
+        raise ValueError(f"{file}: a session of an older llama.py")
+    arrays = {info.name: array for info, array in read_tensors(infos.values())}
+    if checksum(arrays) != session["checksum"]:
+        raise ValueError(f"{file}: the cache in it is damaged")
+    layers = range(len(cache) if ids else 0)
+    wanted = (1, args.num_key_value_heads, len(ids), args.head_dim)
+    for name in [f"{n}.{part}" for n in layers for part in ("keys", "values")]:
+        if name not in arrays or arrays[name].shape != wanted:
+            raise ValueError(f"{file}: damaged: {name} is not {wanted}")
+    for layer in cache:
+        layer.trim(layer.offset)
+    for n in layers:
+        keys, values = arrays[f"{n}.keys"], arrays[f"{n}.values"]
+        cache[n].update_and_fetch(keys.astype(dtype), values.astype(dtype))
+        mx.eval(cache[n].state)
+    return ids, session["notes"]
+
+
+# -----------------------------------------------------------------------------
+# 20. Engine
 # An actor: one thread owns everything of MLX, whose arrays and streams belong to the
 # thread that made them, and the outside exchanges ids and strings with it through
-# queues. So an interface never blocks, and any thread may ask.
-# uses: 1-12
+# queues. So an interface never blocks, and any thread may ask. What the cache holds of
+# one conversation is kept: the next turn begins with the same ids, and reads its own.
+# uses: 1-9, 11-19
+# needs: Callable, Iterator, NamedTuple, Path, collections, contextlib, dataclass,
+#     field, functools, mx, queue, threading, time, weakref
 # -----------------------------------------------------------------------------
 
 
@@ -2539,21 +3484,30 @@ class Piece:
 
 @dataclass
 class Request:
-    """What the worker is to do; options are generate's, sampling is make_sampler's."""
+    """What the worker is to do; sampling is make_sampler's options."""
 
     ids: list[int]
-    options: dict
+    max_tokens: int | None
     sampling: dict
-    lookup: int  # tokens to draft, 0 for none
+    drafts: int  # tokens to draft at a time, 0 for none
     drop_space: bool  # see Tokenizer.stream
     # What comes of it: Progress and Pieces, in the end Stats or an error.
     events: queue.SimpleQueue = field(default_factory=queue.SimpleQueue)
     stopped: threading.Event = field(default_factory=threading.Event)
     submitted: float = field(default_factory=time.perf_counter)
+    # What the worker has written, and when: its start, then each token.
+    tokens: list[int] = field(default_factory=list)
+    times: list[float] = field(default_factory=list)
 
     def told(self) -> list:
         """Return what the other ranks are told, which make their own of it."""
-        return [self.ids, self.options, self.sampling, self.lookup, self.drop_space]
+        return [
+            self.ids,
+            self.max_tokens,
+            self.sampling,
+            self.drafts,
+            self.drop_space,
+        ]
 
     def finish(self, outcome: "Stats | Exception") -> None:
         """Send the last event, twice: a Ctrl-C can strike whoever waits for it between
@@ -2603,53 +3557,22 @@ class Reply(Iterator[str]):
         raise StopIteration
 
 
-def checksum(array: mx.array) -> int:
-    """Return the CRC-32 of an array's bytes."""
-    return zlib.crc32(memoryview(array.view(mx.uint8)))
+@contextlib.contextmanager
+def wired_memory(nbytes: int) -> Iterator[None]:
+    """Keep a model of `nbytes`, weights and cache, in wired memory within the block.
 
-
-def fingerprint(folder: Path) -> str:
-    """Return what tells a model from another: a hash of its settings, the list of its
-    tensors, and the first bytes of each."""
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for info in list_tensors(folder).values():
-        digest.update(f"{info.name} {info.dtype} {info.shape}".encode())
-        with open(info.file, "rb") as stream:
-            stream.seek(info.start)
-            digest.update(stream.read(min(info.nbytes, 1024)))
-    return digest.hexdigest()
-
-
-def are_ids(value: object) -> bool:
-    return type(value) is list and all(type(i) is int and 0 <= i < 2**31 for i in value)
-
-
-def rebuilt(kind: type, values: dict) -> object:
-    """Return a Piece or Stats from what JSON kept of one. Raises TypeError if it is of
-    another one, or a value is of another type than the default."""
-    made, usual = kind(**values), kind()
-    for entry in fields(kind):
-        value, wanted = getattr(made, entry.name), type(getattr(usual, entry.name))
-        if type(value) is not wanted or (wanted is list and not are_ids(value)):
-            found = f"wanted {wanted.__name__}, got {value!r:.80}"
-            raise TypeError(f"{entry.name}: {found}")
-    return made
-
-
-def read_session(file: Path) -> dict:
-    """Return what a session file holds beside the cache. Raises ValueError if none."""
-    found = "not a session of llama.py"
+    macOS may otherwise page a large model out between tokens, which makes it many
+    times slower; wiring more than needed takes memory from everything else. So: what
+    is needed and 2 GB, at most what Metal recommends. Does nothing elsewhere.
+    """
+    _, limit = machine_memory()
+    before = limit and mx.set_wired_limit(min(limit, nbytes + 2_000_000_000))
     try:
-        metadata = split_header(file)[1]["__metadata__"]
-        session = json.loads(metadata["session"])
-        ids, notes, sums = session["ids"], session["notes"], session["checksums"]
-        if zlib.crc32(metadata["session"].encode()) != int(metadata["crc32"]):
-            found = "the conversation is damaged"
-        elif type(notes) is type(sums) is dict and are_ids(ids):
-            return session
-    except (ArithmeticError, KeyError, RecursionError, TypeError, ValueError):
-        pass
-    raise ValueError(f"{file}: {found}")
+        yield
+    finally:
+        if limit:
+            mx.synchronize()  # nothing may be running that counts on it
+            mx.set_wired_limit(before)
 
 
 TICK = 0.05  # seconds; how often ranks with nothing to do meet
@@ -2664,18 +3587,20 @@ class Worker(threading.Thread):
         tokenizer: Tokenizer,
         context: int | None,
         group: Group | None,
-        **options,
+        dtype: mx.Dtype | None,
+        prefill_step: int | None,
     ):
         super().__init__(name="llama worker", daemon=True)
         self.folder, self.tokenizer, self.context = folder, tokenizer, context
-        self.group, self.options, self.failure = group, options, None
+        self.group, self.dtype, self.prefill_step = group, dtype, prefill_step
+        self.failure = None
         self.events = queue.SimpleQueue()  # of the load: Progress; ModelArgs or error
         self.requests = queue.SimpleQueue()  # Request or function; None to end
         self.closing = threading.Event()
 
     def run(self) -> None:
         try:
-            self.load(**self.options)
+            self.load()
             with wired_memory(self.nbytes):
                 while (request := self.next_request()) is not None:
                     if not isinstance(request, Request):
@@ -2692,6 +3617,9 @@ class Worker(threading.Thread):
         except Exception as error:
             self.failure = error
             self.events.put(error)
+            while not self.requests.empty():  # or whoever asked would wait for ever
+                if isinstance(request := self.requests.get(), Request):
+                    request.finish(error)
         finally:
             # What a thread leaves running when it ends can abort the process.
             self.model = self.cache = None
@@ -2715,38 +3643,44 @@ class Worker(threading.Thread):
                 return request
         return self.requests.get()
 
-    def load(self, dtype: mx.Dtype | None, prefill_step: int | None) -> None:
-        model, tensors = examine(self.folder)
+    def load(self) -> None:
+        """Load the model; report Progress, and in the end its ModelArgs."""
+        model, whole = examine(self.folder)
         args, longest = model.args, model.args.max_position_embeddings
         if self.context is None:
             self.context = min(longest, DEFAULT_CONTEXT)
         if not 1 <= self.context <= longest:
-            wanted = f"[1, {longest}], what the model was made for"
-            raise ValueError(f"the context must be in {wanted}, got {self.context}")
-        model, tensors = rank_share(model, tensors, self.group)
-        item_size = (dtype or default_dtype() or mx.bfloat16).size
+            raise ValueError(
+                f"the context must be in [1, {longest}], what the model was made for, "
+                f"got {self.context}"
+            )
+        tensors = whole
+        if self.group:
+            model, tensors = rank_share(model, whole, self.group)
+        dtype, self.drafts = self.dtype or default_dtype(), default_drafts()
+        self.prefill_step = self.prefill_step or default_prefill_step()
+        item_size = cache_item_size(tensors, dtype)
         cache = self.context * kv_bytes_per_token(model.args, item_size)
-        weights = memory_of(tensors.values(), item_size)
+        weights = memory_of(tensors.values(), dtype)
         self.warning, self.nbytes = require_memory(weights, cache), weights + cache
-        read_weights(model, tensors, dtype=dtype, progress=self.report)
-        finish_rank(model, self.group)
-        self.model, self.prefill_step = model, prefill_step
+        total = sum(info.nbytes for info in tensors.values())
+        for done in read_weights(model, tensors, dtype):
+            self.events.put(Progress(done, total))
+            if self.closing.is_set():
+                raise RuntimeError("the engine was closed while loading")
+        accelerate(model, self.group)
+        self.model, self.tensors = model, whole
         self.forget()
         self.events.put(args)
-
-    def report(self, done: int, total: int) -> None:
-        self.events.put(Progress(done, total))
-        if self.closing.is_set():
-            raise RuntimeError("the engine was closed while loading")
 
     def forget(self) -> None:
         self.cache, self.cached = self.model.make_cache(self.context), []
 
     def reuse(self, ids: list[int]) -> int:
         """Trim the cache to the ids that a prompt begins with; return their number."""
-        # One id at least must be left to be read, for its logits.
-        same = (a == b for a, b in zip(self.cached, ids[:-1]))
-        reused = sum(itertools.takewhile(bool, same))
+        reused, most = 0, min(len(self.cached), len(ids) - 1)  # one is left to be read
+        while reused < most and self.cached[reused] == ids[reused]:
+            reused += 1
         for layer in self.cache:
             layer.trim(layer.offset - reused)
         return reused
@@ -2754,125 +3688,92 @@ class Worker(threading.Thread):
     def unwanted(self, request: Request) -> bool:
         return request.stopped.is_set() or self.closing.is_set()
 
-    def tokens_of(
-        self, request: Request, reused: int, lookup: Lookup | None, given: list[int]
-    ) -> Iterator[int]:
-        """Return what generates a reply, which is the same on all ranks; `given`: where
-        the ids that it yields are to be put."""
-        cancelled = functools.partial(self.unwanted, request)
-        if self.group:
-            cancelled = cancelled_by_any(self.group, cancelled, given)
-        return generate(
-            self.model,
-            request.ids[reused:],
-            cache=self.cache,
-            lookup=lookup,
-            prefill_step=self.prefill_step,
-            progress=lambda *step: request.events.put(Progress(*step)),
-            cancelled=cancelled,
-            sampler=make_sampler(**request.sampling, prompt=request.ids),
-            **request.options,
-        )
-
     def serve(self, request: Request) -> None:
-        """Answer a request: Pieces as they come, then Stats."""
-        started, ids = time.perf_counter(), request.ids
+        """Answer a request: Progress and Pieces as they come, then Stats."""
+        request.times.append(time.perf_counter())
         mx.reset_peak_memory()
-        reused, tokens = self.reuse(ids), []
-        stream = self.tokenizer.stream(drop_space=request.drop_space)
-        lookup = Lookup(request.lookup, ids[:reused]) if request.lookup else None
-        generation = self.tokens_of(request, reused, lookup, tokens)
-        times, piece = [started], Piece()
-        try:
-            while True:
-                tokens.append(next(generation))
-                times.append(time.perf_counter())
-                piece.ids.append(tokens[-1])
-                piece.text += stream.add(tokens[-1])
-                if piece.text:
-                    request.events.put(piece)
-                    piece = Piece()
-        except StopIteration as end:
-            reason = end.value
-        offset = self.cache[0].offset
-        self.cached = (ids + tokens)[:offset]
-        piece.text += stream.close()
-        request.events.put(piece)
-        first = times[1] if tokens else started
-        elapsed = times[-1] - first
-        stats = Stats(
-            prompt_tokens=len(ids),
-            reused_tokens=reused,
-            generation_tokens=len(tokens),
-            accepted_tokens=lookup.accepted if lookup else 0,
-            time_to_first_token_s=first - request.submitted,
-            prefill_tps=(len(ids) - reused) / (first - started) if tokens else 0.0,
-            decode_tps=(len(tokens) - 1) / elapsed if elapsed else 0.0,
-            context_used=offset,
-            context=self.context,
-            peak_memory=mx.get_peak_memory(),
-            finish_reason=reason,
-            ranks=self.group.size() if self.group else 1,
-        )
+        ids, cancelled = request.ids, functools.partial(self.unwanted, request)
+        if self.group:
+            cancelled = cancelled_by_any(self.group, cancelled, request.tokens)
+        reused = self.reuse(ids)
+        lookup = Lookup(request.drafts, ids) if request.drafts else None
+        step, prompt = self.prefill_step, ids[reused:]
+        for done, logits in prefill(self.model, prompt, self.cache, step):
+            request.events.put(Progress(done, len(prompt)))
+            if cancelled():
+                reason = "cancelled"
+                break
+        else:
+            sampler = make_sampler(**request.sampling, prompt=ids)
+            start = self.model, logits, self.cache, sampler
+            ends = request.max_tokens, self.tokenizer.stop_tokens
+            if lookup:
+                reply = decode_with_lookup(*start, lookup, *ends)
+            else:
+                reply = decode(*start, *ends)
+            reason = self.write(request, reply, cancelled)
+        self.cached = (ids + request.tokens)[: self.cache[0].offset]
+        stats = self.statistics(request, reused)
+        stats.accepted_tokens = lookup.accepted if lookup else 0
+        stats.finish_reason = reason
         request.finish(stats)
 
+    def write(
+        self, request: Request, reply: Iterator[int], cancelled: Callable[[], bool]
+    ) -> str:
+        """Put what is decoded into Pieces of whole characters; return why it ended."""
+        stream = self.tokenizer.stream(drop_space=request.drop_space)
+        piece, reason = Piece(), None
+        while reason is None:
+            try:
+                token = next(reply)
+            except StopIteration as end:
+                reason = end.value
+                break
+            request.tokens.append(token)
+            request.times.append(time.perf_counter())
+            piece.ids.append(token)
+            piece.text += stream.add(token)
+            if piece.text:
+                request.events.put(piece)
+                piece = Piece()
+            if cancelled():
+                reason = "cancelled"
+        reply.close()  # which trims the step that was launched ahead
+        piece.text += stream.close()
+        request.events.put(piece)
+        return reason
+
+    def statistics(self, request: Request, reused: int) -> Stats:
+        """Return what a reply took; reused: how many of its ids the cache held."""
+        started, *times = request.times
+        read = len(request.ids) - reused
+        first, last = (times[0], times[-1]) if times else (started, started)
+        return Stats(
+            prompt_tokens=len(request.ids),
+            reused_tokens=reused,
+            generation_tokens=len(times),
+            time_to_first_token_s=first - request.submitted,
+            prefill_tps=read / (first - started) if times else 0.0,
+            decode_tps=(len(times) - 1) / (last - first) if last > first else 0.0,
+            context_used=self.cache[0].offset,
+            context=self.context,
+            peak_memory=mx.get_peak_memory(),
+            ranks=self.group.size() if self.group else 1,
+        )
+
     def save(self, file: Path, notes: dict, tokens: int | None) -> None:
-        """Write the cache, what it holds and notes to a file, whole or not at all."""
-        arrays, held = {}, len(self.cached[:tokens])
-        for n, layer in enumerate(self.cache if held else []):
-            arrays[f"{n}.keys"] = mx.contiguous(layer.keys[..., :held, :])
-            arrays[f"{n}.values"] = mx.contiguous(layer.values[..., :held, :])
-        session = {
-            "fingerprint": fingerprint(self.folder),
-            "checksums": {name: checksum(array) for name, array in arrays.items()},
-            "ids": self.cached[:held],
-            "notes": notes,
-        }
-        text = json.dumps(session)
-        metadata = {"session": text, "crc32": str(zlib.crc32(text.encode()))}
-        if not file.parent.is_dir():
-            raise FileNotFoundError(f"{file.parent}: no such folder")
-        # Under another name until it is on the disk: a crash leaves the last one.
-        draft = file.with_name(f".{file.name}.{os.getpid()}.safetensors")
-        try:
-            mx.save_safetensors(str(draft), arrays, metadata)
-            with open(draft, "rb") as stream:
-                os.fsync(stream.fileno())
-            os.replace(draft, file)
-        except RuntimeError as error:  # MLX's, of a full disk, say
-            raise OSError(f"{file} cannot be written: {error}") from None
-        finally:
-            draft.unlink(missing_ok=True)
-        folder = os.open(file.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
+        """Write the cache, what it holds, and notes to a file."""
+        name = fingerprint(self.folder, self.tensors)
+        save_session(file, self.cache, self.cached[:tokens], notes, name)
 
     def restore(self, file: Path) -> dict:
-        """Fill the cache from a file that `save` wrote; see Engine.restore."""
-        infos = read_header(file)
-        session = read_session(file)
-        ids, held = session["ids"], len(session["ids"])
-        if session.get("fingerprint") != fingerprint(self.folder):
-            raise ValueError(f"{file}: a session with another model than {self.folder}")
-        if held > self.context:
-            found = f"{held} tokens, context {self.context}"
-            raise ValueError(f"{file}: {found}; see --ctx")
-        arrays = {}
-        for info, array in map_tensors(infos):
-            if checksum(array) != session["checksums"].get(info.name):
-                raise ValueError(f"{file}: damaged at {info.name}")
-            arrays[info.name] = array
-        self.forget()
+        """Fill the cache from a file, and return its notes; see Engine.restore."""
         args, dtype = self.model.args, self.model.model.norm.weight.dtype
-        wanted = (1, args.num_key_value_heads, held, args.head_dim)
-        for n, layer in enumerate(self.cache if held else []):
-            keys, values = arrays.get(f"{n}.keys"), arrays.get(f"{n}.values")
-            if keys is None or values is None or {keys.shape, values.shape} != {wanted}:
-                raise ValueError(f"{file}: damaged: layer {n} is not {wanted}")
-            layer.update_and_fetch(keys.astype(dtype), values.astype(dtype))
-            mx.eval(layer.state)
+        name = fingerprint(self.folder, self.tensors)
+        ids, notes = restore_session(file, self.cache, args, dtype, name)
         self.cached = ids
-        return session["notes"]
+        return notes
 
 
 def put_result(task: Callable, answer: queue.SimpleQueue) -> None:
@@ -2890,10 +3791,11 @@ def default_sampling(folder: Path) -> dict[str, float]:
     Raises ValueError naming the file if it has one out of range.
     """
     file = folder / "generation_config.json"
-    config = read_json(file) if file.exists() else {}
-    options = {name: config.get(name) for name in INTERVALS}
-    # 0 is how that file spells a filter turned off.
-    options = {k: v for k, v in options.items() if v or (v == 0 and k == "temperature")}
+    config, options = read_json(file), {}
+    for name in INTERVALS:
+        value = config.get(name)
+        if value or (value == 0 and name == "temperature"):  # elsewhere 0 means off
+            options[name] = value
     if config.get("do_sample") is False:
         options["temperature"] = 0.0
     options = {"temperature": Sampler.temperature, "top_p": Sampler.top_p} | options
@@ -2902,6 +3804,15 @@ def default_sampling(folder: Path) -> dict[str, float]:
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
     return options
+
+
+class PromptTooLong(ValueError):
+    """A prompt of `tokens` does not fit the context, which may be `longest` at most."""
+
+    def __init__(self, tokens: int, context: int, longest: int):
+        self.tokens, self.context, self.longest = tokens, context, longest
+        wanted = f"1 to {context} tokens, got {tokens}"
+        super().__init__(f"the prompt must have {wanted}")
 
 
 def shut_down(worker: Worker) -> None:
@@ -2920,12 +3831,11 @@ class Engine(contextlib.AbstractContextManager):
     """A model and a worker thread that answers with it; a context manager.
 
     model: a folder or org/name. tokenizer: None is the folder's. context: tokens of
-    cache, allocated once; None is the model's longest, at most 8192. dtype: see
-    load_model. prefill_step: see prefill; None is default_prefill_step(). progress:
-    called with the bytes loaded, and in all. group: ranks that share the model, from
-    join_ranks; rank 0 is asked, the others answer with it until it closes its engine.
-    Returns when the model is loaded; raises what Tokenizer.from_folder and load_model
-    raise.
+    cache, allocated once; None is the model's longest, at most 8192. dtype: see load.
+    prefill_step: see prefill; None is default_prefill_step(). progress: called with the
+    bytes loaded, and in all. group: ranks that share the model, from join_ranks; rank 0
+    is asked, the others answer with it until it closes its engine.
+    Returns when the model is loaded; raises what Tokenizer.from_folder and load raise.
 
     Attributes: tokenizer, args (a ModelArgs), context, defaults (make_sampler's
     options where a request gives none), warning (about memory, or None).
@@ -2947,8 +3857,9 @@ class Engine(contextlib.AbstractContextManager):
         self.defaults = default_sampling(folder)
         self._taken = collections.deque(maxlen=256)  # the Piece of each past reply
         self._lock = threading.Lock()
-        options = {"dtype": dtype, "prefill_step": prefill_step}
-        self._worker = Worker(folder, self.tokenizer, context, group, **options)
+        self._worker = Worker(
+            folder, self.tokenizer, context, group, dtype, prefill_step
+        )
         # Also when the engine is dropped, and at exit: a thread that is still in MLX
         # when the interpreter goes makes the process abort.
         self._shut_down = weakref.finalize(self, shut_down, self._worker)
@@ -3000,15 +3911,19 @@ class Engine(contextlib.AbstractContextManager):
 
         max_tokens: None goes on to the end of the turn, or of the context. Sampling:
         see make_sampler; None is the folder's default. lookup: tokens drafted at a
-        time, see Lookup; 0 is off, None is 15 on a GPU, off on a CPU. progress: called,
-        by whoever iterates, with the tokens of the prompt read, and in all. drop_space:
+        time, see Lookup; 0 is off, None is default_drafts(). progress: called, by
+        whoever iterates, with the tokens of the prompt read, and in all. drop_space:
         see Tokenizer.stream.
         Raises ValueError for options out of range or a prompt that does not fit,
         RuntimeError if the engine is closed.
         """
-        self._require_room(ids)
-        if lookup is None:  # reading 16 tokens takes a CPU 16 times as long as one
-            lookup = 0 if mx.default_device() == mx.cpu else 15
+        if not 0 < len(ids) <= self.context:
+            longest = self.args.max_position_embeddings
+            raise PromptTooLong(len(ids), self.context, longest)
+        size = self.args.vocab_size
+        if unknown := [i for i in ids if not 0 <= i < size]:
+            raise ValueError(f"the prompt has id {unknown[0]}, the model {size} ids")
+        lookup = self._worker.drafts if lookup is None else lookup
         for name, value in (("max_tokens", max_tokens), ("lookup", lookup)):
             if value is not None and value < 0:
                 raise ValueError(f"{name} must be at least 0, got {value}")
@@ -3018,9 +3933,7 @@ class Engine(contextlib.AbstractContextManager):
         sampling = self.defaults | given
         check_sampling(**sampling)
         sampling["seed"] = new_seed() if seed is None else seed
-        options = {"max_tokens": max_tokens}
-        options["stop_tokens"] = sorted(self.tokenizer.stop_tokens)
-        request = Request(ids, options, sampling, lookup, drop_space)
+        request = Request(ids, max_tokens, sampling, lookup, drop_space)
         reply = Reply(request, progress)
         with self._lock:  # nothing may be asked after the worker's last request
             self._require_worker()
@@ -3045,14 +3958,19 @@ class Engine(contextlib.AbstractContextManager):
         """
         return self._on_worker(functools.partial(self._worker.restore, Path(file)))
 
-    def _require_room(self, ids: list[int]) -> None:
-        if not 0 < len(ids) <= self.context:
-            wanted = f"1 to {self.context} tokens, got {len(ids)}"
-            advice = f"--ctx sets the limit, up to {self.args.max_position_embeddings}"
-            raise ValueError(f"the prompt must have {wanted}; {advice}")
-        size = self.args.vocab_size
-        if unknown := [i for i in ids if not 0 <= i < size]:
-            raise ValueError(f"the prompt has id {unknown[0]}, the model {size} ids")
+    def remember(self, piece: Piece) -> None:
+        """Let `chat` use these ids for an assistant's message that is this text."""
+        self._taken.append(piece)
+
+    def close(self) -> None:
+        """End the worker, cancelling what it does, and wait for it. Idempotent."""
+        with self._lock:
+            self._shut_down()
+
+    def __exit__(self, *_exception) -> None:
+        self.close()
+        if self._worker.failure:  # which a rank other than 0 has no reply to tell
+            raise self._worker.failure
 
     def _require_worker(self) -> None:
         worker = self._worker
@@ -3074,29 +3992,21 @@ class Engine(contextlib.AbstractContextManager):
             raise result
         return result
 
-    def remember(self, piece: Piece) -> None:
-        """Let `chat` use these ids for an assistant's message that is this text."""
-        self._taken.append(piece)
-
-    def close(self) -> None:
-        """End the worker, cancelling what it does, and wait for it. Idempotent."""
-        with self._lock:
-            self._shut_down()
-
-    def __exit__(self, *_exception) -> None:
-        self.close()
-        if self._worker.failure:  # which a rank other than 0 has no reply to tell
-            raise self._worker.failure
-
 
 # -----------------------------------------------------------------------------
-# 14. Command line
-# info, inspect and chat. The model's text goes to stdout, everything else to stderr,
-# and escapes only to a terminal; what comes from a model or a file is made printable.
-# uses: 1-13
+# Part Five: command line. What a person types, and what is printed.
 # -----------------------------------------------------------------------------
 
-FLOATS = ("float32", "float16", "bfloat16")  # of --dtype
+# -----------------------------------------------------------------------------
+# 21. Info and inspect
+# What a model is, whether it fits this machine and how fast it is here; and what a
+# folder holds, with everything that is wrong with it. Answers go to stdout, notes and
+# progress to stderr, and escapes only to a terminal; what comes from a model or a file
+# is made printable first.
+# uses: 1-9, 11-20
+# needs: Iterable, Iterator, Path, TextIO, argparse, asdict, collections, json, math,
+#     mx, nn, os, re, statistics, sys, time, tree_flatten, tree_unflatten
+# -----------------------------------------------------------------------------
 
 # Characters that move the cursor, repaint lines or reorder text: the C0 and C1 controls
 # but newline and tab, DEL, and the bidirectional overrides.
@@ -3128,12 +4038,31 @@ def note(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def complain(error: Exception, who: str = "") -> None:
-    """Print an error as one line; one of the system's without its number."""
+def advice(error: Exception) -> str:
+    """Return which options may help against an error; "" if none does."""
+    if isinstance(error, MemoryTooSmall):
+        if error.weights > error.there:
+            return "; quantized weights need less (of info, a preset's: --bits 4)"
+        return "; --ctx (of info: --prompt-tokens) sets the size of the cache"
+    if isinstance(error, PromptTooLong) and error.context < error.longest:
+        return f"; --ctx sets the limit, up to {error.longest}"
+    if isinstance(error, SessionTooLong):
+        return "; see --ctx"
+    if isinstance(error, NotANumber):
+        return "; `inspect --check` finds NaN in the files, --dtype float32 may help"
+    if isinstance(error, NoChatFormat):
+        return f": use --raw, or --template with one of {', '.join(CHAT_FORMATS)}"
+    return ""
+
+
+def complain(error: Exception, more: str = "", who: str = "") -> None:
+    """Print an error as one line, with advice; one of the system's without its number.
+    more: what else to say. who: whose error it is."""
     text = str(error)
     if isinstance(error, OSError) and error.strerror:
         about = "" if error.filename is None else f"{error.filename}: "
         text = about + error.strerror
+    text += advice(error) + more
     line = printable(" ".join(text.split()))
     print(f"llama.py: error: {who}{line}", file=sys.stderr, flush=True)
 
@@ -3168,15 +4097,55 @@ def gigabytes(nbytes: float) -> str:
     return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.2f} MB"
 
 
+def llama3_args(
+    D: int, F: int, layers: int, H: int, *, scaling: float = 8.0, tied: bool = False
+) -> ModelArgs:
+    """Return the shape of a Llama 3.x: the values that all sizes share, with these."""
+    return ModelArgs(
+        hidden_size=D,
+        intermediate_size=F,
+        num_hidden_layers=layers,
+        num_attention_heads=H,
+        vocab_size=128_256,
+        num_key_value_heads=8,
+        rms_norm_eps=1e-5,
+        max_position_embeddings=131_072,
+        rope_theta=500_000.0,
+        rope_scaling={
+            "rope_type": "llama3",
+            "factor": scaling,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+        tie_word_embeddings=tied,
+    )
+
+
+# The published shapes: 8b, 70b and 405b of Llama 3.1 [1, table 3], 1b and 3b of 3.2.
+PRESETS = {
+    "1b": llama3_args(2048, 8192, 16, 32, scaling=32.0, tied=True),
+    "3b": llama3_args(3072, 8192, 28, 24, scaling=32.0, tied=True),
+    "8b": llama3_args(4096, 14336, 32, 32),
+    "70b": llama3_args(8192, 28672, 80, 64),
+    "405b": llama3_args(16384, 53248, 126, 128),
+}
+
+
 def choose_folder(model: str | None) -> Path:
     """Return the folder of MODEL; without one, of the model beside this file."""
+    if model in PRESETS and not Path(model).is_dir():
+        raise FileNotFoundError(
+            f"{model} is a preset without weights; only info accepts it"
+        )
     if model is not None:
         return find_folder(model)
     folder = Path(__file__).resolve().parent / "stories"
     if not (folder / "config.json").exists():
-        example = "llama.py chat mlx-community/Llama-3.2-1B-Instruct-4bit"
-        wanted = f"give a folder or org/name, as in: {example}"
-        raise FileNotFoundError(f"no MODEL: {wanted}")
+        raise FileNotFoundError(
+            "no MODEL: give a folder or org/name, as in: llama.py chat "
+            "mlx-community/Llama-3.2-1B-Instruct-4bit"
+        )
     return folder
 
 
@@ -3255,21 +4224,24 @@ PARTS = {  # where parameters are, by what their names contain
 
 def describe(model: str | None) -> dict:
     """Return what `info` tells of a preset or a model."""
-    args, stored, folder = PRESETS.get(model), None, None
+    args, stored, folder, unpacked = PRESETS.get(model), None, None, {}
     # In memory: the CPU computes in float32, so all that is not packed doubles.
     item_size = 4 if mx.default_device() == mx.cpu else 2
     if args is None:
         try:
             folder = choose_folder(model)
         except FileNotFoundError as error:
-            presets = f"{model} is none of {', '.join(PRESETS)}"
-            raise FileNotFoundError(f"{presets}; {error}") from None
+            raise FileNotFoundError(
+                f"{model} is none of {', '.join(PRESETS)}; {error}"
+            ) from None
         skeleton, tensors = examine(folder)
         args, stored = skeleton.args, sum(info.nbytes for info in tensors.values())
-    dense, parts = Llama(args), collections.Counter()
+        unpacked = {n: t for n, t in tensors.items() if not n.endswith(".scales")}
+    dense = build_model(args, unpacked) if unpacked else Llama(args)
+    parts = collections.Counter()
     for name, array in tree_flatten(dense.parameters()):
         parts[next((PARTS[k] for k in PARTS if k in name), "norms")] += array.size
-    cache, memory = kv_bytes_per_token(args, item_size), machine_memory()
+    cache, (memory, _) = kv_bytes_per_token(args, item_size), machine_memory()
     longest, verdicts = args.max_position_embeddings, {}
     for bits in (16, 8, 4):
         size = weight_bytes(dense, bits, item_size)
@@ -3329,18 +4301,20 @@ def measure(model: Llama, prompt_tokens: int, generation_tokens: int) -> dict:
     read = sum(sizes.values()) - (embedding if "lm_head" in model else 0)
     ids = mx.random.randint(0, model.args.vocab_size, (prompt_tokens,)).tolist()
     progress, bandwidth, runs = ProgressLine("measuring"), copy_bandwidth(), []
-    options, each = {"max_tokens": generation_tokens}, prompt_tokens + generation_tokens
+    each, step = prompt_tokens + generation_tokens, default_prefill_step()
     mx.reset_peak_memory()
     for before in range(0, 4 * each, each):
-        options["progress"] = lambda n, _, before=before: progress(before + n, 4 * each)
-        started, times = time.perf_counter(), []
-        for _ in generate(model, ids, cache=model.make_cache(each), **options):
+        started, times, cache = time.perf_counter(), [], model.make_cache(each)
+        for done, logits in prefill(model, ids, cache, step):
+            progress(before + done, 4 * each)
+        for _ in decode(model, logits, cache, greedy, generation_tokens):
             times.append(time.perf_counter())
-            options["progress"](prompt_tokens + len(times), each)
+            progress(before + prompt_tokens + len(times), 4 * each)
         first, last = times[0] - started, times[-1] - times[0]
         runs.append((first, (generation_tokens - 1) / last))
     progress.clear()
-    first, decode_tps = (statistics.median(values) for values in zip(*runs[1:]))
+    first = statistics.median(first for first, _ in runs[1:])
+    decode_tps = statistics.median(speed for _, speed in runs[1:])
     return {
         "prompt_tokens": prompt_tokens,
         "generation_tokens": generation_tokens,
@@ -3360,22 +4334,28 @@ def measured(options: argparse.Namespace, found: dict) -> dict:
     args = ModelArgs(**found["config"])
     total = options.prompt_tokens + options.generation_tokens
     if total > args.max_position_embeddings:
-        wanted = f"at most {args.max_position_embeddings}, what the model was made for"
-        raise ValueError(f"prompt and generation have {total} tokens, wanted {wanted}")
-    group, item_size = options.group, (default_dtype() or mx.bfloat16).size
+        raise ValueError(
+            f"prompt and generation have {total} tokens, wanted at most "
+            f"{args.max_position_embeddings}, what the model was made for"
+        )
+    group, dtype = options.group, default_dtype()
     args = rank_args(args, group.size() if group else 1)
-    cache = total * kv_bytes_per_token(args, item_size)
     if found["folder"] is None:
+        item_size = (dtype or mx.bfloat16).size
         size = weight_bytes(Llama(args), options.bits or 16, item_size)
-        require_memory(size, cache)
+        require_memory(size, total * kv_bytes_per_token(args, item_size))
         model = random_model(args, options.bits)
     else:
-        model, tensors = rank_share(*examine(Path(found["folder"])), group)
-        require_memory(memory_of(tensors.values(), item_size), cache)
+        model, tensors = rank_share(*examine(found["folder"]), group)
+        item_size = cache_item_size(tensors, dtype)
+        cache = total * kv_bytes_per_token(args, item_size)
+        require_memory(memory_of(tensors.values(), dtype), cache)
         progress = ProgressLine("loading")
-        read_weights(model, tensors, progress=progress)
+        size = sum(info.nbytes for info in tensors.values())
+        for done in read_weights(model, tensors, dtype):
+            progress(done, size)
         progress.clear()
-    finish_rank(model, group)
+    accelerate(model, group)
     return measure(model, options.prompt_tokens, options.generation_tokens)
 
 
@@ -3458,12 +4438,14 @@ def cmd_info(options: argparse.Namespace) -> int:
 
 def not_finite(tensors: Iterable[TensorInfo]) -> Iterator[ValueError]:
     """Yield an error for each tensor that holds NaN or infinity; reads all data."""
-    for info, array in map_tensors(tensors):
+    for info, array in read_tensors(tensors):
         if not mx.issubdtype(array.dtype, mx.floating):
             continue
         if bad := mx.sum(~mx.isfinite(array)).item():
-            values = f"{bad} of {array.size} values of {info.name}"
-            yield ValueError(f"{info.file}: {values} are NaN or infinite")
+            yield ValueError(
+                f"{info.file}: {bad} of {array.size} values of {info.name} are NaN or "
+                "infinite"
+            )
 
 
 def layer_kinds(model: Llama) -> dict[str, int]:
@@ -3481,8 +4463,9 @@ def layer_kinds(model: Llama) -> dict[str, int]:
 
 def inspection(folder: Path, check: bool) -> dict:
     """Return what `inspect` tells of a folder; check: look at every value too."""
-    problems, tokenizer, sampling = [], None, {}
-    model, tensors = examine(folder, problems)
+    checkpoint, tokenizer, sampling = Checkpoint(folder), None, {}
+    problems = [*checkpoint.problems()]
+    model, tensors = checkpoint.model, checkpoint.tensors
     try:
         sampling = default_sampling(folder)
     except (OSError, ValueError) as error:
@@ -3554,6 +4537,15 @@ def cmd_inspect(options: argparse.Namespace) -> int:
     return status
 
 
+# -----------------------------------------------------------------------------
+# 22. Chat
+# A conversation: on a terminal one that is typed, with commands that begin with a
+# slash; in a pipe one question and its answer.
+# uses: 1-9, 11-21
+# needs: Path, Sequence, argparse, asdict, collections, contextlib, difflib, fields,
+#     json, os, signal, sys
+# -----------------------------------------------------------------------------
+
 CHOICES = "/undo and /reset make room"
 
 
@@ -3580,7 +4572,7 @@ def stats_lines(stats: Stats, seed: int) -> str:
     )
 
 
-def answer(
+def print_reply(
     engine: Engine, messages: list[dict], options: argparse.Namespace, seed: int
 ) -> Reply:
     """Print the reply to a conversation as it comes, and return it.
@@ -3621,24 +4613,20 @@ def answer(
     return reply
 
 
-def whole_number(least: int) -> Callable[[str], int]:
-    """Return an argparse type: a whole number that is at least so large."""
-
-    def parse(text: str) -> int:
-        if not text.isdecimal() or not least <= int(text) < 2**63:
-            wanted = f"a whole number of at least {least}"
-            raise argparse.ArgumentTypeError(f"must be {wanted}, got {text!r}")
-        return int(text)
-
-    return parse
-
-
 def state_folder() -> Path:
     """Return where this program keeps what it remembers of its user, made if absent."""
     base = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
     folder = Path(base, "llama.py")
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     return folder
+
+
+def read_line(prompt: str) -> str:
+    """Return a line that is typed after a prompt, which stays out of a file or pipe."""
+    if sys.stdout.isatty():
+        return input(prompt)
+    print(prompt, end="", file=sys.stderr, flush=True)
+    return input()
 
 
 class LineEditor:
@@ -3648,7 +4636,7 @@ class LineEditor:
     """
 
     def __init__(self, words: Sequence[str]):
-        self.words, self.private = words, False
+        self.words = words
         try:
             import readline
         except ImportError:
@@ -3672,8 +4660,9 @@ class LineEditor:
         return [*words, None][state]
 
     def remember(self, text: str) -> None:
-        """Keep a message, for this user only: the last 1000, a JSON string a line."""
-        if self.readline is None or self.private:
+        """Keep a message, for this user only: the last 1000, a JSON string a line. One
+        that begins with a blank is not kept, as in a shell."""
+        if self.readline is None or text.startswith(" "):
             return
         self.readline.add_history(text)
         with contextlib.suppress(OSError, ValueError):  # not ours, or not writable
@@ -3686,14 +4675,11 @@ class LineEditor:
 
     def line(self, prompt: str) -> str:
         """Return a line that is typed after a prompt."""
-        if not sys.stdout.isatty():  # then that carries replies alone
-            print(prompt, end="", file=sys.stderr, flush=True)
-            return input()
         backend = getattr(self.readline, "__doc__", None) or "libedit"
         if coloured(sys.stdout) and "libedit" not in backend:
             # Between 1 and 2: what takes no room, for GNU readline to reckon with.
             prompt = f"\x01\x1b[2m\x02{prompt}\x01\x1b[0m\x02"
-        return input(prompt)
+        return read_line(prompt)
 
     def read(self) -> str | None:
         """Return a message, or None at Ctrl-D. Ctrl-C clears what was typed.
@@ -3733,26 +4719,137 @@ def counted(turns: list) -> str:
     return "1 turn" if len(turns) == 1 else f"{len(turns)} turns"
 
 
-class Chat:
-    """A conversation: its turns, and on a terminal its commands.
+def rebuilt(kind: type, values: dict) -> object:
+    """Return a Piece or Stats from what JSON kept of one. Raises TypeError if it is of
+    another one, or a value is of another type than the default."""
+    made, usual = kind(**values), kind()
+    for entry in fields(kind):
+        value, wanted = getattr(made, entry.name), type(getattr(usual, entry.name))
+        if type(value) is not wanted or (wanted is list and not are_ids(value)):
+            raise TypeError(
+                f"{entry.name}: wanted {wanted.__name__}, got {value!r:.80}"
+            )
+    return made
 
-    The commands, which begin with a slash, are the methods named do_; the first line of
-    a command's docstring is its help, and says in capitals what it takes.
+
+class Conversation:
+    """The turns of a conversation, and their file if it is a session's."""
+
+    def __init__(self, engine: Engine, options: argparse.Namespace):
+        self.engine, self.options, self.system = engine, options, options.system
+        self.seed = new_seed() if options.seed is None else options.seed
+        self.turns = []  # (user, Piece, Stats, seed)
+        if options.session and Path(options.session).exists():
+            self.load(Path(options.session))
+
+    def ask(self, text: str, seed: int) -> Reply:
+        """Answer a message, and add both to the conversation and its session file."""
+        messages = [{"role": "system", "content": self.system}] if self.system else []
+        for user, piece, *_ in self.turns:
+            messages.append({"role": "user", "content": user})
+            messages.append({"role": "assistant", "content": piece.text})
+        messages.append({"role": "user", "content": text})
+        reply = print_reply(self.engine, messages, self.options, seed)
+        self.seed = (seed + 1) % 2**64
+        self.turns.append((text, reply.taken, reply.stats, seed))
+        self.keep()
+        return reply
+
+    def last(self) -> tuple[str, Piece, Stats, int]:
+        if not self.turns:
+            raise ValueError("the conversation is empty")
+        return self.turns[-1]
+
+    def keep(self) -> None:
+        """Bring the file of --session up to date."""
+        if self.options.session:
+            self.save(Path(self.options.session))
+
+    def save(self, file: Path) -> None:
+        """Write a session file."""
+        turns = [
+            [user, asdict(piece), asdict(stats), seed]
+            for user, piece, stats, seed in self.turns
+        ]
+        notes = {"system": self.system, "turns": turns, "seed": self.seed}
+        notes["settings"] = {name: getattr(self.options, name) for name in INTERVALS}
+        used = self.turns[-1][2].context_used if self.turns else 0
+        self.engine.save(file, notes, tokens=used)  # and nothing that was forgotten
+
+    def load(self, file: Path) -> None:
+        """Go on with the conversation of a session file; what the command line says of
+        instructions, seed and sampling goes first."""
+        notes = self.read_notes(file)
+        try:
+            turns = [
+                (str(user), rebuilt(Piece, piece), rebuilt(Stats, stats), int(seed))
+                for user, piece, stats, seed in notes["turns"]
+            ]
+            settings = {name: notes["settings"][name] for name in INTERVALS}
+            check_sampling(**settings)
+            system, seed = notes["system"], notes["seed"]
+            if type(seed) is not int or not 0 <= seed < 2**64:
+                raise TypeError(f"seed: got {seed!r:.80}")
+            system = system if system is None else str(system)
+        except (KeyError, OverflowError, TypeError) as error:
+            raise ValueError(f"{file}: not a conversation: {error!r}") from None
+        self.turns, self.seed = turns, seed if self.options.seed is None else self.seed
+        self.system = system if self.options.system is None else self.system
+        for name, value in settings.items():
+            if getattr(self.options, name) is None:
+                setattr(self.options, name, value)
+        for _, piece, *_ in turns:
+            self.engine.remember(piece)
+        note(f"{file}: {counted(turns)}")
+
+    def read_notes(self, file: Path) -> dict:
+        """Return the notes of a session file, its cache restored; without the cache if
+        that cannot be used and the user wants the text all the same."""
+        try:
+            return self.engine.restore(file)
+        except ValueError as error:
+            notes = read_session(file)["notes"]
+            if not sys.stdin.isatty():
+                raise
+            complain(error)
+            try:
+                wanted = read_line("Read its text anew? [y/N] ").strip().lower()
+            except (EOFError, KeyboardInterrupt):
+                wanted = "no"
+            if wanted not in ("y", "yes"):
+                raise ValueError(f"{file} stays as it is") from None
+            return notes
+
+
+# command: (what it takes, what it does); each is the method of Chat named do_
+COMMANDS = {
+    "context": ("", "shows how full the context is, and what each turn took"),
+    "file": ("PATH", "puts a text file before the next message"),
+    "help": ("", "lists these commands"),
+    "load": ("FILE", "goes on with the conversation of a session file"),
+    "reset": ("", "forgets the conversation, but not the instructions"),
+    "retry": ("", "answers the last message again, with the next seed"),
+    "save": ("FILE", "a new one: a session for /load, or as FILE.md Markdown to read"),
+    "set": ("NAME VALUE", "of sampling, max_tokens or seed; without, shows them"),
+    "stats": ("", "shows speed and memory of the last reply"),
+    "system": ("TEXT", "instructions before the conversation; without TEXT, none"),
+    "undo": ("", "forgets a file that waits, else the last message and its reply"),
+}
+
+
+class Chat(Conversation):
+    """A conversation that is typed, with its commands.
+
+    A command begins with a slash, and is the method of that name after do_.
     """
 
-    def __init__(self, engine: Engine, options: argparse.Namespace, seed: int):
-        self.engine, self.options, self.seed = engine, options, seed
-        self.system = options.system
-        self.turns = []  # (user, Piece, Stats, seed)
+    def __init__(self, engine: Engine, options: argparse.Namespace):
+        super().__init__(engine, options)
         self.attached = []  # texts of files that go into the next message
-        names = [name[3:] for name in dir(self) if name.startswith("do_")]
-        self.commands = {name: getattr(self, f"do_{name}") for name in names}
-        if options.session and Path(options.session).exists():
-            self.do_load(options.session)
 
     def run(self) -> None:
         """Read messages and commands, and answer them, until Ctrl-D."""
-        self.editor = LineEditor([f"/{name}" for name in self.commands])
+        self.editor = LineEditor([f"/{name}" for name in COMMANDS])
         source = Path(self.engine.tokenizer.source)
         if source.parent.name == "snapshots":  # of the Hugging Face cache
             note(f"{self.options.model}, revision {source.name}")
@@ -3771,131 +4868,63 @@ class Chat:
             except KeyboardInterrupt:  # before or after a reply; that handles its own
                 note("")
             except (OSError, RuntimeError, ValueError) as error:
-                complain(error)  # the conversation goes on, and can be saved elsewhere
+                full = isinstance(error, PromptTooLong) and self.turns
+                complain(error, f"; {CHOICES}" if full else "")
+                # The conversation goes on, and can be saved elsewhere.
+
+    def obey(self, text: str) -> None:
+        """Do what a command says, without its slash."""
+        name, _, argument = text.partition(" ")
+        argument = argument.strip()
+        if name not in COMMANDS:
+            near = difflib.get_close_matches(name, COMMANDS, 1)
+            hint = f"did you mean /{near[0]}?" if near else "/help lists them"
+            hint = "Ctrl-D quits" if name in ("bye", "exit", "quit") else hint
+            raise ValueError(f"no command /{name}; {hint} (// sends a slash)")
+        takes = COMMANDS[name][0]
+        if argument and not takes:
+            raise ValueError(f"/{name} takes nothing, got {argument!r}")
+        if takes in ("FILE", "PATH") and not argument:
+            raise ValueError(f"/{name} wants a {takes}")
+        getattr(self, f"do_{name}")(argument)
+        if name in ("load", "reset", "set", "system", "undo"):
+            self.keep()
 
     def take(self, text: str) -> None:
         """Do what a typed text says: a command, or a message to the model."""
         if text.startswith("/") and not text.startswith("//"):
-            name, _, argument = text[1:].strip().partition(" ")
-            if name not in self.commands:
-                near = difflib.get_close_matches(name, self.commands, 1)
-                hint = f"did you mean /{near[0]}?" if near else "/help lists them"
-                hint = "Ctrl-D quits" if name in ("bye", "exit", "quit") else hint
-                raise ValueError(f"no command /{name}; {hint} (// sends a slash)")
-            command, argument = self.commands[name], argument.strip()
-            wanted = re.match("[A-Z]*", command.__doc__)[0]
-            if argument and not wanted:
-                raise ValueError(f"/{name} takes nothing, got {argument!r}")
-            if wanted in ("FILE", "PATH") and not argument:
-                raise ValueError(f"/{name} wants a {wanted}")
-            command(argument)
-            if name in ("load", "reset", "set", "system", "undo"):
-                self.keep()
+            self.obey(text[1:].strip())
         elif text.strip():
             text = text[1:] if text.startswith("//") else text
             self.ask("\n\n".join([*self.attached, text]), self.seed)
             self.attached = []
 
     def ask(self, text: str, seed: int) -> Reply:
-        """Answer a message, and add both to the conversation and its session file."""
-        messages = [{"role": "system", "content": self.system}] if self.system else []
-        for user, piece, *_ in self.turns:
-            messages.append({"role": "user", "content": user})
-            messages.append({"role": "assistant", "content": piece.text})
-        messages.append({"role": "user", "content": text})
-        try:
-            reply = answer(self.engine, messages, self.options, seed)
-        except ValueError as error:  # it does not fit, say
-            choices = f"; {CHOICES}" if self.turns else ""
-            raise ValueError(f"{error}{choices}") from None
-        self.seed = (seed + 1) % 2**64
-        self.turns.append((text, reply.taken, reply.stats, seed))
-        self.keep()
+        """As for any conversation; and say when the context is nearly full."""
+        reply = super().ask(text, seed)
         used, size = reply.stats.context_used, reply.stats.context
         if used > 0.9 * size:
             note(f"the context is {100 * used // size} % full: {CHOICES}")
         return reply
 
-    def last(self) -> tuple[str, Piece, Stats, int]:
-        if not self.turns:
-            raise ValueError("the conversation is empty")
-        return self.turns[-1]
-
-    def keep(self) -> None:
-        """Bring the file of --session up to date."""
-        if self.options.session:
-            self.save_session(Path(self.options.session))
-
-    def save_session(self, file: Path) -> None:
-        notes = {
-            "system": self.system,
-            "turns": [
-                [user, asdict(piece), asdict(stats), seed]
-                for user, piece, stats, seed in self.turns
-            ],
-            "settings": {name: getattr(self.options, name) for name in INTERVALS},
-            "seed": self.seed,
-        }
-        used = self.turns[-1][2].context_used if self.turns else 0
-        self.engine.save(file, notes, tokens=used)  # and nothing that was forgotten
-
     def do_load(self, path: str) -> None:
-        """FILE, goes on with the conversation of a session file"""
-        file = Path(path).expanduser()
-        try:
-            notes = self.engine.restore(file)
-        except ValueError as error:
-            notes = read_session(file)["notes"]  # its text may still be of use
-            if not sys.stdin.isatty():
-                raise
-            complain(error)
-            try:
-                wanted = input("Read its text anew? [y/N] ").strip().lower()
-            except (EOFError, KeyboardInterrupt):
-                wanted = "no"
-            if wanted not in ("y", "yes"):
-                raise ValueError(f"{file} stays as it is") from None
-        try:
-            turns = [
-                (str(user), rebuilt(Piece, piece), rebuilt(Stats, stats), int(seed))
-                for user, piece, stats, seed in notes["turns"]
-            ]
-            settings = {name: notes["settings"][name] for name in INTERVALS}
-            check_sampling(**settings)
-            system, seed = notes["system"], notes["seed"]
-            if type(seed) is not int or not 0 <= seed < 2**64:
-                raise TypeError(f"seed: got {seed!r:.80}")
-            system = system if system is None else str(system)
-        except (KeyError, OverflowError, TypeError) as error:
-            raise ValueError(f"{file}: not a conversation: {error!r}") from None
-        self.turns, self.seed = turns, seed if self.options.seed is None else self.seed
-        self.system = system if self.options.system is None else self.system
-        for name, value in settings.items():  # what the command line says goes first
-            if getattr(self.options, name) is None:
-                setattr(self.options, name, value)
-        for _, piece, *_ in turns:
-            self.engine.remember(piece)
-        note(f"{file}: {counted(turns)}")
+        self.load(Path(path).expanduser())
 
     def do_help(self, _: str) -> None:
-        """lists these commands"""
-        for name, command in self.commands.items():
-            note(f"/{name:8} {command.__doc__.splitlines()[0]}")
+        for name, (takes, text) in COMMANDS.items():
+            note(f"/{name:8} {takes + ', ' if takes else ''}{text}")
 
     def do_system(self, text: str) -> None:
-        """TEXT, instructions before the conversation; without TEXT, none"""
         if text and self.options.raw:
             raise ValueError("--raw has no chat format: no place for instructions")
         self.system = text
         note(f"from now on: {text!r}" if text else "no instructions")
 
     def do_reset(self, _: str) -> None:
-        """forgets the conversation, but not the instructions"""
         note(f"{counted(self.turns)} forgotten")
         self.turns, self.attached = [], []
 
     def do_undo(self, _: str) -> None:
-        """forgets a file that waits, else the last message and its reply"""
         if self.attached:
             forgotten = self.attached.pop()
         else:
@@ -3904,7 +4933,6 @@ class Chat:
         note(f"forgotten: {forgotten[:60]!r}")
 
     def do_retry(self, _: str) -> None:
-        """answers the last message again, with the next seed"""
         turn = self.last()
         self.turns.pop()
         try:
@@ -3914,7 +4942,6 @@ class Chat:
             raise
 
     def do_file(self, path: str) -> None:
-        """PATH, puts a text file before the next message"""
         try:
             text = Path(path).expanduser().read_text("utf-8")
         except UnicodeDecodeError:
@@ -3922,18 +4949,19 @@ class Chat:
         attached = [*self.attached, f"{Path(path).name}:\n\n{text}"]
         tokens = len(self.engine.tokenizer.encode("\n\n".join(attached)))
         if tokens >= self.engine.context:
-            full = f"context {self.engine.context}; --ctx sets its size"
-            raise ValueError(f"{path}: {tokens} tokens with what waits, {full}")
+            raise ValueError(
+                f"{path}: {tokens} tokens with what waits, context "
+                f"{self.engine.context}; --ctx sets its size"
+            )
         self.attached = attached
         note(f"{len(text)} characters go before the next message")
 
     def do_save(self, path: str) -> None:
-        """FILE, a new one: a session for /load, or as FILE.md Markdown to read"""
         file = Path(path).expanduser()
         if file.exists():
             raise FileExistsError(f"{file} exists; choose another name")
         if file.suffix != ".md":
-            self.save_session(file)
+            self.save(file)
         else:
             parts = [("system", self.system)] if self.system else []
             for user, piece, *_ in self.turns:
@@ -3943,11 +4971,9 @@ class Chat:
         note(f"{counted(self.turns)} written to {file}")
 
     def do_stats(self, _: str) -> None:
-        """shows speed and memory of the last reply"""
         note(stats_lines(*self.last()[2:]))
 
     def do_set(self, text: str) -> None:
-        """NAME VALUE, of sampling, max_tokens or seed; without, shows them"""
         name, _, value = text.partition(" ")
         name, value = name.replace("-", "_"), value.strip()
         names = (*INTERVALS, "max_tokens")
@@ -3966,10 +4992,12 @@ class Chat:
             return
         whole = name in ("max_tokens", "seed")
         try:
-            number = whole_number(0)(value) if whole else float(value)
-        except (argparse.ArgumentTypeError, ValueError):
-            wanted = "a whole number of at least 0" if whole else "a number"
-            raise ValueError(f"{name} must be {wanted}, got {value!r}") from None
+            if whole and not value.isdecimal():
+                raise ValueError
+            number = int(value) if whole else float(value)
+        except ValueError:
+            kind = "a whole number of at least 0" if whole else "a number"
+            raise ValueError(f"{name} must be {kind}, got {value!r}") from None
         if not whole:
             check_sampling(**{name: number})
         number = int(number) if name == "top_k" else number
@@ -3977,7 +5005,6 @@ class Chat:
         note(f"{name} is {number}")
 
     def do_context(self, _: str) -> None:
-        """shows how full the context is, and what each turn took"""
         size, before = self.engine.context, 0
         for n, (user, _, stats, _) in enumerate(self.turns, 1):
             note(f"turn {n}: {stats.context_used - before} tokens, {user[:40]!r}")
@@ -3986,10 +5013,27 @@ class Chat:
             note(f"waits: {text[:40]!r}")
         note(f"{before} of {size} tokens used, {size - before} left")
 
-    def do_private(self, _: str) -> None:
-        """keeps what is typed from now on out of the history file"""
-        self.editor.private = True
-        note("what is typed now stays out of the history")
+
+# -----------------------------------------------------------------------------
+# 23. Main
+# The command line: its options, what they must be, and how a run ends.
+# uses: 1-9, 11-22
+# needs: Callable, Path, Sequence, argparse, functools, mx, os, signal, sys, time
+# -----------------------------------------------------------------------------
+
+FLOATS = ("float32", "float16", "bfloat16")  # of --dtype
+
+
+def whole_number(least: int) -> Callable[[str], int]:
+    """Return an argparse type: a whole number that is at least so large."""
+
+    def parse(text: str) -> int:
+        if not text.isdecimal() or not least <= int(text) < 2**63:
+            wanted = f"a whole number of at least {least}"
+            raise argparse.ArgumentTypeError(f"must be {wanted}, got {text!r}")
+        return int(text)
+
+    return parse
 
 
 def read_prompt(options: argparse.Namespace) -> str | None:
@@ -4025,16 +5069,14 @@ def check_chat(options: argparse.Namespace) -> None:
 def cmd_chat(options: argparse.Namespace) -> int:
     """Answer one prompt, or talk until Ctrl-D."""
     check_chat(options)
-    seed = new_seed() if options.seed is None else options.seed
     follower = options.group and options.group.rank() > 0
-    folder = choose_folder(options.model)
+    folder, progress = choose_folder(options.model), ProgressLine("loading")
     tokenizer = Tokenizer.from_folder(folder, template=options.template)
     if not options.raw:
         tokenizer.require_format()  # now, rather than after loading a large model
     prompt = None if follower else read_prompt(options)
     if prompt == "":
         raise ValueError("the prompt is empty")
-    progress = ProgressLine("loading")
     with Engine(
         folder,
         tokenizer=tokenizer,
@@ -4049,48 +5091,16 @@ def cmd_chat(options: argparse.Namespace) -> int:
             return 0  # when rank 0 has closed its engine
         if engine.warning:
             note(engine.warning)
-        chat = Chat(engine, options, seed)
         if prompt is None:
-            chat.run()
+            Chat(engine, options).run()
             return 0
-        reply = chat.ask(prompt, chat.seed)
+        conversation = Conversation(engine, options)
+        reply = conversation.ask(prompt, conversation.seed)
         return 130 if reply.stats.finish_reason == "cancelled" else 0
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Return a parser whose help is a screen of 24 lines and 80 columns."""
-    number, count, size = whole_number(0), whole_number(1), whole_number(2)
-    where = "a folder, or org/name as downloaded; default: stories/"
-    # Rows: name and metavar, help; type, default and choices where there are any. None,
-    # the default of most, leaves it to the model's folder.
-    info = (
-        ("--measure", "run it here; a preset with random weights"),
-        ("--prompt-tokens N", "of --measure, at least 2; default: 512", size, 512),
-        ("--generation-tokens N", "of --measure, at least 2; default: 128", size, 128),
-        ("--bits N", "of random weights, 4 or 8; default: 16", int, None, (4, 8)),
-    )
-    inspect = (("--check", "also look for NaN in all data"),)
-    floats = f"{' '.join(FLOATS)}; default: file's, CPU float32"
-    formats = f"{', '.join(CHAT_FORMATS)}; default: the model's"
-    chat = (
-        ("--prompt TEXT", "answer this, with all that is piped in, and end"),
-        ("--system TEXT", "instructions before the conversation"),
-        ("--session FILE", "go on with this conversation, and keep it there"),
-        ("--raw", "continue the text, with no chat format"),
-        ("--template NAME", formats, str, None, CHAT_FORMATS),
-        ("--max-tokens N", "longest reply, tokens; default: no limit", number),
-        ("--temperature T", "[0, inf), 0 is greedy; default: model's or 0.6", float),
-        ("--top-k K", "[1, inf), the K likeliest; default: model's or all", int),
-        ("--top-p P", "(0, 1], likeliest that hold P; default: model's or 0.9", float),
-        ("--min-p P", "(0, 1], of the likeliest's; default: model's or none", float),
-        ("--repetition-penalty R", "(0, inf), 1 is none; default: model's or 1", float),
-        ("--seed N", "repeats a run exactly; default: a new one", number),
-        ("--ctx N", "context, tokens; default: the model's, up to 8192", count),
-        ("--lookup N", "tokens to draft, 0 is none; default: 15, on a CPU 0", number),
-        ("--prefill-step N", "tokens; default: 512, on CUDA 2048, on a CPU 32", count),
-        ("--dtype D", floats, str, None, FLOATS),
-        ("--stats", "print speed and memory to stderr"),
-    )
     layout = functools.partial(argparse.HelpFormatter, max_help_position=26, width=80)
     parser = argparse.ArgumentParser(
         prog="llama.py",
@@ -4099,13 +5109,13 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=layout,
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for run, example, text, rows in (
-        (cmd_info, "info 8b", "describe a model, and what fits here", info),
-        (cmd_inspect, "inspect ./model", "list and check a model folder", inspect),
-        (cmd_chat, 'chat ./model --prompt "Hi!"', "talk to a model", chat),
+    options = {}
+    for run, name, text, example in (
+        (cmd_info, "info", "describe a model, and what fits here", "info 8b"),
+        (cmd_inspect, "inspect", "list and check a model folder", "inspect ./model"),
+        (cmd_chat, "chat", "talk to a model", 'chat ./model --prompt "Hi!"'),
     ):
-        name = example.split()[0]
-        sub = commands.add_parser(
+        command = commands.add_parser(
             name,
             help=text,
             usage=f"llama.py {name} [MODEL] [options]",
@@ -4113,16 +5123,62 @@ def build_parser() -> argparse.ArgumentParser:
             formatter_class=layout,
             add_help=False,
         )
-        sub.set_defaults(run=run, usage=sub.error, group=None)
-        option = sub.add_argument_group().add_argument  # one list, without headings
-        option("-h", "--help", action="help", help=argparse.SUPPRESS)
-        model = f"{', '.join(PRESETS)}, {where}" if rows is info else where
-        option("model", nargs="?", metavar="MODEL", help=model)
-        for names, text, *rest in (*rows, ("--json", "print JSON instead of text")):
-            flag, *metavar = names.split()
-            keys = ("metavar", "type", "default", "choices")
-            more = dict(zip(keys, (*metavar, *rest))) or {"action": "store_true"}
-            option(flag, help=text, **more)
+        command.set_defaults(run=run, usage=command.error, group=None)
+        options[name] = command.add_argument_group().add_argument  # a single list
+        options[name]("-h", "--help", action="help", help=argparse.SUPPRESS)
+    number, count, size = whole_number(0), whole_number(1), whole_number(2)
+    where = "a folder, or org/name as downloaded; default: stories/"
+
+    add = options["info"]
+    add("model", nargs="?", metavar="MODEL", help=f"{', '.join(PRESETS)}, {where}")
+    text = "run it here; a preset with random weights"
+    add("--measure", action="store_true", help=text)
+    text = "of --measure, at least 2; default: 512"
+    add("--prompt-tokens", metavar="N", type=size, default=512, help=text)
+    text = "of --measure, at least 2; default: 128"
+    add("--generation-tokens", metavar="N", type=size, default=128, help=text)
+    text = "of random weights, 4 or 8; default: 16"
+    add("--bits", metavar="N", type=int, choices=(4, 8), help=text)
+    add("--json", action="store_true", help="print JSON instead of text")
+
+    add = options["inspect"]
+    add("model", nargs="?", metavar="MODEL", help=where)
+    add("--check", action="store_true", help="also look for NaN in all data")
+    add("--json", action="store_true", help="print JSON instead of text")
+
+    # None, the default of most, leaves it to the model's folder.
+    add = options["chat"]
+    add("model", nargs="?", metavar="MODEL", help=where)
+    add("--prompt", metavar="TEXT", help="answer this and any piped input, and exit")
+    add("--system", metavar="TEXT", help="instructions before the conversation")
+    add("--session", metavar="FILE", help="resume a conversation, and save it there")
+    add("--raw", action="store_true", help="continue the text, with no chat format")
+    text = f"{', '.join(CHAT_FORMATS)}; default: the model's"
+    add("--template", metavar="NAME", choices=CHAT_FORMATS, help=text)
+    text = "longest reply, tokens; default: no limit"
+    add("--max-tokens", metavar="N", type=number, help=text)
+    text = "[0, inf), 0 is greedy; default: model's or 0.6"
+    add("--temperature", metavar="T", type=float, help=text)
+    text = "[1, inf), the K likeliest; default: model's or all"
+    add("--top-k", metavar="K", type=int, help=text)
+    text = "(0, 1], fewest that sum to P; default: model's or 0.9"
+    add("--top-p", metavar="P", type=float, help=text)
+    text = "(0, 1], of the likeliest's; default: model's or none"
+    add("--min-p", metavar="P", type=float, help=text)
+    text = "(0, inf), 1 is none; default: model's or 1"
+    add("--repetition-penalty", metavar="R", type=float, help=text)
+    text = "repeats a run exactly; default: a new one"
+    add("--seed", metavar="N", type=number, help=text)
+    text = "context, tokens; default: the model's, up to 8192"
+    add("--ctx", metavar="N", type=count, help=text)
+    text = "tokens to draft, 0 is none; default: 15, on a CPU 0"
+    add("--lookup", metavar="N", type=number, help=text)
+    text = "tokens; default: 512, on CUDA 2048, on a CPU 32"
+    add("--prefill-step", metavar="N", type=count, help=text)
+    text = f"{' '.join(FLOATS)}; default: file's, CPU float32"
+    add("--dtype", metavar="D", choices=FLOATS, help=text)
+    add("--stats", action="store_true", help="print speed and memory to stderr")
+    add("--json", action="store_true", help="print JSON instead of text")
     return parser
 
 
@@ -4131,7 +5187,7 @@ def run(argv: Sequence[str] | None) -> int:
     rank = ""
     try:
         options = build_parser().parse_args(argv)
-        if options.run is cmd_chat or "measure" in options and options.measure:
+        if options.run is cmd_chat or getattr(options, "measure", False):
             options.group = group = join_ranks()
             rank = f"rank {group.rank()} of {group.size()}: " if group else ""
         status = options.run(options)
@@ -4144,7 +5200,7 @@ def run(argv: Sequence[str] | None) -> int:
     except BrokenPipeError:  # who read the output has gone
         return 0
     except (MemoryError, OSError, RuntimeError, ValueError) as error:
-        complain(error, rank)
+        complain(error, who=rank)
         if rank:
             time.sleep(0.5)  # a launcher ends the others as soon as one has ended
         return 1

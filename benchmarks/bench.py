@@ -1,12 +1,12 @@
 """Measure llama.py beside mlx-lm, in one process, turn about, for ratios that hold on a
 noisy machine. Needs mlx-lm; run it with nothing else on the machine.
 
-    python bench.py speed 8b --bits 4        prefill, decode and peak memory of both
-    python bench.py steps 8b --bits 4        what one decode step is made of, in both
-    python bench.py context 8b --bits 4      prefill, decode, memory as the context grows
-    python bench.py turns stories            what each turn of a chat reads anew
-    python bench.py memory FOLDER            weights, load, cache, peak, Python's own: MB
-    python bench.py lookup 8b                prompt lookup, on copying and on free text
+    python benchmarks/bench.py speed 8b --bits 4        prefill, decode and peak memory of both
+    python benchmarks/bench.py steps 8b --bits 4        what one decode step is made of, in both
+    python benchmarks/bench.py context 8b --bits 4      prefill, decode, memory as the context grows
+    python benchmarks/bench.py turns stories            what each turn of a chat reads anew
+    python benchmarks/bench.py memory FOLDER            weights, load, cache, peak, Python's own: MB
+    python benchmarks/bench.py lookup 8b                prompt lookup, on copying and on free text
 
 MODEL is a preset, whose random weights both tools share, or a folder, which each loads.
 Speeds are tokens/s: prefill to the first token, decode from the first to the last.
@@ -17,6 +17,7 @@ import collections
 import dataclasses
 import re
 import statistics
+import sys
 import tempfile
 import threading
 import time
@@ -30,25 +31,35 @@ from mlx_lm.models import llama as peer
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model
 
+# This file may be started from any folder, and llama.py lies in the one above it.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import llama
+
+
+def loaded(folder):
+    """Return llama.py's model of a folder, as it is before anything makes it faster."""
+    model, tensors = llama.examine(folder)
+    for _ in llama.read_weights(model, tensors, llama.default_dtype()):
+        pass
+    return model
 
 
 def both_models(options):
     """Return llama.py's model, as its engine would run it, and mlx-lm's."""
     if options.model not in llama.PRESETS:
         folder = llama.find_folder(options.model)
-        model = llama.load_model(folder)
-        llama.fuse(model)
+        model = loaded(folder)
+        llama.accelerate(model)
         return model, load_model(folder)[0]
     args = llama.PRESETS[options.model]
     model = llama.random_model(args, options.bits)
-    llama.fuse(model)
     other = peer.Model(
         peer.ModelArgs.from_dict(dataclasses.asdict(args) | {"model_type": "llama"})
     )
     if options.bits:
         nn.quantize(other, group_size=64, bits=options.bits)
     other.load_weights(tree_flatten(model.parameters()))
+    llama.accelerate(model)
     return model, other
 
 
@@ -62,28 +73,39 @@ def rewind(cache, length):
         layer.trim(layer.offset - length)
 
 
-def timed(tokens, others=()):
+def timed(generation, others=()):
     """Return (seconds to the first token, tokens/s after it, peak GB without the cache
-    of others)."""
+    of others). generation: a function that begins to read the prompt, and returns an
+    iterator over what follows."""
     mx.clear_cache()
     mx.reset_peak_memory()
     times = [time.perf_counter()]
-    times += [time.perf_counter() for _ in tokens]
+    times += [time.perf_counter() for _ in generation()]
     decode = (len(times) - 2) / (times[-1] - times[1]) if len(times) > 2 else 0.0
     peak = mx.get_peak_memory() - cached_bytes(others)
     return times[1] - times[0], decode, peak / 1e9
 
 
-def ours(model, ids, count, cache=None, others=(), **options):
+def ours(model, ids, count, cache=None, others=(), sampler=llama.greedy, lookup=None):
+    """Return what `timed` does of llama.py, with prompt lookup if there is a Lookup."""
     cache = cache or model.make_cache(len(ids) + count)
-    tokens = llama.generate(model, ids, max_tokens=count, cache=cache, **options)
-    return timed(tokens, others)
+    step = llama.default_prefill_step()
+
+    def generation():
+        for _, logits in llama.prefill(model, ids, cache, step):
+            pass
+        start = model, logits, cache, sampler
+        if lookup is None:
+            return llama.decode(*start, count)
+        return llama.decode_with_lookup(*start, lookup, count)
+
+    return timed(generation, others)
 
 
 def theirs(model, ids, count, cache, others):
-    ids = mx.array(ids)
-    tokens = generate_step(ids, model, max_tokens=count, prompt_cache=cache)
-    return timed(tokens, others)
+    """Return what `timed` does of mlx-lm."""
+    ids, most = mx.array(ids), {"max_tokens": count, "prompt_cache": cache}
+    return timed(lambda: generate_step(ids, model, **most), others)
 
 
 def random_ids(model, count):
@@ -197,15 +219,13 @@ def context(options):
         ]
         for _ in range(2):  # the first makes plans for every step
             rewind(cache, 0)
-            tokens = llama.generate(model, ids, max_tokens=count, cache=cache)
-            seconds, _, peak = timed(tokens, others)
+            seconds, _, peak = ours(model, ids, count, cache, others)
         tflops = flop_of_prompt(model.args, length) / seconds / 1e12
         rows[length] = length / seconds, tflops, peak
     for _ in range(options.trials + 1):
         for length, cache in caches.items():
             rewind(cache, length)
-            tokens = llama.generate(model, [1], max_tokens=count - 1, cache=cache)
-            times[length].append(1e3 / timed(tokens)[1])
+            times[length].append(1e3 / ours(model, [1], count - 1, cache)[1])
     read, first = weight_bytes_read(model), None
     weights = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
     for length, cache in caches.items():
@@ -254,13 +274,15 @@ def memory(options):
             highest.append(anonymous_bytes() - before)
 
     threading.Thread(target=watch, daemon=True).start()
-    model = llama.load_model(llama.find_folder(options.model))
-    loaded, weights = max(highest), sum(a.nbytes for _, a in tree_flatten(model))
+    model = loaded(llama.find_folder(options.model))
+    after_load = max(highest, default=0)
+    weights = sum(a.nbytes for _, a in tree_flatten(model.parameters()))
     cache = model.make_cache(options.context)
     ids = random_ids(model, options.prompt_tokens[0])
     ours(model, ids, options.generation_tokens, cache)
     ended.set()
-    parts = (weights, loaded, cached_bytes(cache), max(highest), before)
+    peak = max(highest, default=0)
+    parts = (weights, after_load, cached_bytes(cache), peak, before)
     print(f"| {options.name} | " + " | ".join(f"{n / 1e6:,.1f}" for n in parts) + " |")
 
 
@@ -285,7 +307,7 @@ def lookup(options):
         ratios, speeds = [], []
         for seed in range(options.trials + 1):
             plain = ours(model, ids, count, sampler=sampler(seed))[1]
-            drafted = llama.Lookup(options.drafts)
+            drafted = llama.Lookup(options.drafts, ids)
             ahead = ours(model, ids, count, sampler=sampler(seed), lookup=drafted)[1]
             speeds.append((plain, ahead, drafted.accepted))
             ratios.append(ahead / plain)

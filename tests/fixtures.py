@@ -1,0 +1,49 @@
+"""Fixtures that several test files ask for."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+
+import llama
+from tests.emulated import emulated_kernel
+from tests.support import DEVICE, random_folder
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """What section 17 takes for a CUDA device: one, or its kernel compiled as C++."""
+    if not mx.cuda.is_available():
+        monkeypatch.setattr(mx.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(mx, "default_device", lambda: mx.gpu)
+        monkeypatch.setattr(mx.fast, "cuda_kernel", emulated_kernel)
+        # The emulated kernel needs numbers, which a function that is traced has not.
+        monkeypatch.setattr(mx, "compile", lambda function: function)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return random_folder(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def engine(folder):
+    with llama.Engine(folder) as engine:
+        yield engine
+
+
+@pytest.fixture(autouse=True)
+def state(tmp_path_factory, monkeypatch) -> Path:
+    """What the program remembers of its user, out of the way of the real one."""
+    folder = tmp_path_factory.mktemp("state")
+    monkeypatch.setenv("XDG_STATE_HOME", str(folder))
+    return folder / "llama.py"
+
+
+@pytest.fixture
+def cpu() -> Iterator[None]:
+    """MLX's CPU as the default device, in all threads, for as long as a test runs."""
+    mx.set_default_device(mx.cpu)
+    yield
+    mx.set_default_device(DEVICE)

@@ -1,0 +1,414 @@
+"""Sessions: files that are damaged, foreign, interrupted or written by anyone."""
+
+import collections
+import errno
+import json
+import math
+import os
+import random
+import re
+import time
+import zlib
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+import llama
+from tests.support import (
+    CTRL_C,
+    CTRL_D,
+    ON_A_GPU,
+    USER,
+    Terminal,
+    chat_with,
+    command,
+    continued,
+    file_of,
+    places,
+    random_folder,
+    refusal,
+    without,
+)
+
+pytest_plugins = ["tests.fixtures"]
+
+
+def test_a_fingerprint_is_of_every_tensor(tmp_path):
+    found = set()
+    for n, (name, shape, dtype) in enumerate(
+        (
+            ("a", (2, 4), mx.float32),
+            ("b", (2, 4), mx.float32),
+            ("a", (4, 2), mx.float32),
+            ("a", (2, 4), mx.int32),
+        )
+    ):
+        (folder := tmp_path / str(n)).mkdir()
+        (folder / "config.json").write_text("{}")
+        tensors = {name: mx.zeros(shape, dtype)}
+        mx.save_safetensors(str(folder / "model.safetensors"), tensors)
+        infos = llama.read_header(folder / "model.safetensors")
+        found.add(llama.fingerprint(folder, infos))
+    assert len(found) == 4
+
+
+def test_a_session_that_cannot_be_written_leaves_nothing_behind(engine, tmp_path):
+    (tmp_path / "s").mkdir()  # in the way
+    with pytest.raises(OSError, match="s"):
+        engine.save(tmp_path / "s", {})
+    assert [path.name for path in tmp_path.iterdir()] == ["s"]
+
+
+def test_a_saved_conversation_goes_on_without_being_read_anew(folder, tmp_path):
+    options = {"max_tokens": 10, "temperature": 0}
+    with llama.Engine(folder) as engine:
+        first = engine.chat(USER, **options)
+        collections.deque(first, 0)
+        engine.save(tmp_path / "s", {"ids": first.taken.ids})
+        second = engine.chat(continued(first), **options)
+        wanted = "".join(second)
+    assert [path.name for path in tmp_path.iterdir()] == ["s"]  # no draft is left
+    with llama.Engine(folder) as engine:
+        notes = engine.restore(tmp_path / "s")
+        engine.remember(llama.Piece(first.text, notes["ids"]))
+        again = engine.chat(continued(first), **options)
+        assert "".join(again) == wanted
+        assert again.stats.reused_tokens == second.stats.reused_tokens > 20
+
+
+def session_file(session: dict, file: Path) -> bytes:
+    """A session file with the cache of another, and a checksum that is right."""
+    before = llama.header_bytes(file)
+    header = json.loads(before[8:])
+    text = json.dumps(session)
+    crc32 = str(zlib.crc32(text.encode()))
+    header["__metadata__"] |= {"session": text, "crc32": crc32}
+    return file_of(header, file.read_bytes()[len(before) :])
+
+
+def with_arrays(arrays: dict[str, mx.array], file: Path) -> bytes:
+    """A session file with the conversation of another, and a checksum that is right."""
+    session = llama.read_session(file) | {"checksum": llama.checksum(arrays)}
+    text = json.dumps(session)
+    metadata = {"session": text, "crc32": str(zlib.crc32(text.encode()))}
+    draft = file.with_name("draft.safetensors")
+    mx.save_safetensors(str(draft), arrays, metadata)
+    data = draft.read_bytes()
+    draft.unlink()
+    return data
+
+
+def of_an_older_llama(file: Path) -> bytes:
+    """A session file as it was when each tensor had a checksum of its own."""
+    arrays = mx.load(str(file), format="safetensors")
+    sums = {name: llama.checksum({name: array}) for name, array in arrays.items()}
+    session = without(llama.read_session(file), "checksum")
+    return session_file(session | {"checksums": sums}, file)
+
+
+def test_a_session_that_cannot_be_trusted_is_refused(folder, tmp_path):
+    other = random_folder(tmp_path / "other", intermediate_size=96)
+    file, bad = tmp_path / "s", tmp_path / "bad"
+    with llama.Engine(folder) as engine:
+        collections.deque(engine.chat(USER, max_tokens=5), 0)
+        engine.save(file, {"text": "be kind"})
+        data = file.read_bytes()
+
+        def refused(changed: bytes) -> str:
+            bad.write_bytes(changed)
+            with pytest.raises(ValueError, match=str(bad)) as caught:
+                engine.restore(bad)
+            return str(caught.value)
+
+        for at in (-1, -2000, -5000):  # anywhere in the cache
+            flipped = bytearray(data)
+            flipped[at] ^= 1
+            assert "damaged" in refused(bytes(flipped))
+        assert "truncated" in refused(data[:-1])
+        assert "not a safetensors file" in refused(data[:300])
+        assert "not a safetensors file" in refused(b"\xff" * 100)
+        plain = (folder / "model.safetensors").read_bytes()
+        assert "not a session" in refused(plain)
+        session = llama.read_session(file)
+        unnamed = without(session, "fingerprint")
+        assert "another model" in refused(session_file(unnamed, file))
+        assert "not a session" in refused(
+            session_file(session | {"ids": [math.inf]}, file)
+        )
+        assert "a session of an older llama.py" in refused(of_an_older_llama(file))
+        assert "conversation is damaged" in refused(data.replace(b"kind", b"kinX"))
+        engine.restore(file)
+    with (
+        llama.Engine(other) as engine,
+        pytest.raises(ValueError, match="a session with another model"),
+    ):
+        engine.restore(file)
+    with (
+        llama.Engine(folder, context=16) as engine,
+        pytest.raises(llama.SessionTooLong, match=r"\d+ tokens, context 16$"),
+    ):
+        engine.restore(file)
+
+
+@pytest.mark.parametrize("name", ["0.keys", "1.values"])
+def test_a_session_without_an_array_is_refused(engine, tmp_path, name):
+    file = str(tmp_path / "s.safetensors")
+    collections.deque(engine.chat(USER, max_tokens=5), 0)
+    engine.save(file, {})
+    arrays, metadata = mx.load(file, return_metadata=True)
+    mx.eval(arrays)  # before the file is written anew
+    mx.save_safetensors(file, without(arrays, name), metadata)
+    with pytest.raises(ValueError, match="the cache in it is damaged"):
+        engine.restore(file)
+    shape = arrays[name].shape
+    flat = arrays[name].reshape(1, 1, -1, shape[-1])  # the same bytes
+    for changed in (without(arrays, name), arrays | {name: flat}):
+        bad = Path(file).with_name("bad")
+        bad.write_bytes(with_arrays(changed, Path(file)))
+        with pytest.raises(
+            ValueError, match=re.escape(f"damaged: {name} is not {shape}")
+        ):
+            engine.restore(bad)
+
+
+def test_a_session_that_is_refused_leaves_the_cache_as_it_was(folder, tmp_path):
+    file, bad = tmp_path / "s", tmp_path / "bad"
+    options = {"max_tokens": 10, "temperature": 0}
+    with llama.Engine(folder) as engine:
+        first = engine.chat(USER, **options)
+        collections.deque(first, 0)
+        engine.save(file, {})
+        second = engine.chat(continued(first), **options)
+        wanted, reused = "".join(second), second.stats.reused_tokens
+        data, session = file.read_bytes(), llama.read_session(file)
+        arrays = mx.load(str(file), format="safetensors")
+        for content, error in (
+            (data[:-1], "truncated"),
+            (data[:-1] + bytes([data[-1] ^ 1]), "the cache in it is damaged"),
+            (of_an_older_llama(file), "older"),
+            (session_file(session | {"fingerprint": "x"}, file), "another model"),
+            (session_file(session | {"ids": [1] * 600}, file), "600 tokens, context"),
+            (with_arrays(without(arrays, "1.values"), file), "damaged: 1.values"),
+        ):
+            again = engine.chat(USER, **options)
+            assert "".join(again) == first.text
+            bad.write_bytes(content)
+            with pytest.raises(ValueError, match=error):
+                engine.restore(bad)
+            again = engine.chat(continued(first), **options)
+            assert ("".join(again), again.stats.reused_tokens) == (wanted, reused)
+
+
+def test_a_conversation_that_cannot_be_saved_goes_on(folder, tmp_path):
+    chat = Terminal("chat", folder, "--max-tokens", 3)
+    for typed, shown in (
+        ("Hi", "[stopped: 3 tokens"),
+        (f"/save {tmp_path}/no/talk", f"{tmp_path}/no: no such folder"),
+        (f"/save {tmp_path}/talk", "1 turn written"),
+    ):
+        chat.wait_for(">>> ")
+        chat.type(f"{typed}\r")
+        chat.wait_for(shown)
+    chat.wait_for(">>> ")
+    chat.type(CTRL_D)
+    assert chat.status() == 0
+
+
+def test_a_session_is_resumed_with_its_settings_and_kept_up_to_date(folder, tmp_path):
+    words = ("chat", folder, "--session", tmp_path / "s", "--max-tokens", 4, "--json")
+
+    def run(prompt: str, *more: str) -> dict:
+        return json.loads(command(*words, "--prompt", prompt, *more).stdout)
+
+    run("one", "--temperature", "0.25", "--system", "Be kind.", "--seed", "5")
+    second = run("two")
+    assert second["seed"] == 6 and second["stats"]["reused_tokens"] > 20
+    notes = llama.read_session(tmp_path / "s")["notes"]
+    assert [turn[0] for turn in notes["turns"]] == ["one", "two"]
+    assert notes["settings"]["temperature"] == 0.25 and notes["system"] == "Be kind."
+    run("three", "--temperature", "0.5")
+    notes = llama.read_session(tmp_path / "s")["notes"]
+    assert notes["settings"]["temperature"] == 0.5
+
+
+def test_what_is_forgotten_is_forgotten_in_the_session_file_too(engine, tmp_path):
+    chat, file = chat_with(engine, "--session", str(tmp_path / "s")), tmp_path / "s"
+    for text in ("one", "two"):
+        chat.take(text)
+    one, two = (stats.context_used for _, _, stats, _ in chat.turns)
+    assert len(llama.read_session(file)["ids"]) == two
+    chat.take("/undo")
+    session = llama.read_session(file)
+    assert len(session["ids"]) == one and len(session["notes"]["turns"]) == 1
+    chat.take("/set temperature 0.25")
+    assert llama.read_session(file)["notes"]["settings"]["temperature"] == 0.25
+    chat.take("/reset")
+    session = llama.read_session(file)
+    assert session["ids"] == [] and session["notes"]["turns"] == []
+    resumed = chat_with(engine, "--session", str(file))
+    resumed.take("three")
+    assert len(resumed.turns) == 1 and resumed.options.temperature == 0.25
+    resumed.take(f"/save {tmp_path}/other")
+    resumed.take("/reset")
+    resumed.take(f"/load {tmp_path}/other")
+    assert len(llama.read_session(file)["notes"]["turns"]) == 1
+
+
+NOT_OF_A_SESSION = (None, -1, 1.5, 10**30, math.inf, True, "x", [], [1], {}, [[1]])
+
+
+def test_a_session_that_someone_wrote_is_used_or_refused(engine, tmp_path):
+    """With a checksum that is right, and anything anywhere in the conversation."""
+    file, bad = tmp_path / "s", tmp_path / "bad"
+    chat = chat_with(engine)
+    for text in ("one", "two"):
+        chat.take(text)
+    chat.save(file)
+    used = 0
+    for seed in range(200):
+        rng, session = random.Random(seed), llama.read_session(file)
+        container, key = rng.choice([p for p in places(session) if len(p[0]) < 30])
+        container[key] = rng.choice(NOT_OF_A_SESSION)
+        bad.write_bytes(session_file(session, file))
+        try:
+            resumed = chat_with(engine, "--session", str(bad))
+        except ValueError:
+            continue
+        commands = ("/context", "/stats") if resumed.turns else ()
+        for typed in (*commands, "/set", "three"):
+            resumed.take(typed)
+        used += 1
+    assert 20 < used < 180
+    session = llama.read_session(file)
+    for seed in (-1, 2**64, 1.0):
+        session["notes"]["seed"] = seed
+        bad.write_bytes(session_file(session, file))
+        with pytest.raises(ValueError, match=f"seed: got {seed}"):
+            chat_with(engine, "--session", str(bad))
+
+
+def test_a_session_with_another_model_offers_its_text(folder, tmp_path):
+    other, session = random_folder(tmp_path / "m", num_hidden_layers=1), tmp_path / "s"
+    words = ("--session", session, "--max-tokens", 3)
+    assert command("chat", other, *words, "--prompt", "x").returncode == 0
+    line = refusal("chat", folder, *words, "--prompt", "y")
+    assert "a session with another model" in line
+    before = session.read_bytes()
+    for no in ("\r", CTRL_C, CTRL_D):  # and no reply takes the place of what is there
+        chat = Terminal("chat", folder, *words)
+        chat.wait_for("[y/N] ")
+        chat.type(no)
+        chat.wait_for(f"llama.py: error: {session} stays as it is")
+        assert chat.status() == 1 and session.read_bytes() == before
+    chat = Terminal("chat", folder, *words)
+    chat.wait_for("a session with another model")
+    chat.wait_for("[y/N] ")
+    chat.type("y\r")
+    chat.wait_for("s: 1 turn\x1b")
+    chat.wait_for(">>> ")
+    chat.type("and?\r")
+    chat.wait_for("[stopped")
+    chat.wait_for(">>> ")
+    chat.type(CTRL_D)
+    assert chat.status() == 0
+    assert len(llama.read_session(session)["notes"]["turns"]) == 2
+
+
+@pytest.mark.parametrize("spoilt", ["older", "truncated", "damaged", "too long"])
+def test_a_session_whose_cache_cannot_be_used_offers_its_text(spoilt, folder, tmp_path):
+    file, words = tmp_path / "s", ("--session", tmp_path / "s", "--max-tokens", 3)
+    assert command("chat", folder, *words, "--prompt", "Hi").returncode == 0
+    data = file.read_bytes()
+    content, told = {
+        "older": (of_an_older_llama(file), "s: a session of an older llama.py"),
+        "truncated": (data[:-1], "truncated or"),
+        "damaged": (data[:-1] + bytes([data[-1] ^ 1]), "the cache in it is damaged"),
+        "too long": (data, " tokens, context 16; see --ctx"),
+    }[spoilt]
+    file.write_bytes(content)
+    words += ("--ctx", 16) if spoilt == "too long" else ()
+    assert told in refusal("chat", folder, *words, "--prompt", "y")
+    chat = Terminal("chat", folder, *words, "--stats")
+    chat.wait_for(told)
+    chat.wait_for("Read its text anew? [y/N] ")
+    chat.type("y\r")
+    chat.wait_for("s: 1 turn\x1b")
+    if spoilt != "too long":
+        chat.wait_for(">>> ")
+        chat.type("and?\r")
+        chat.wait_for("(reused 0)")  # all of it was read anew
+    chat.wait_for(">>> ")
+    chat.type(CTRL_D)
+    assert chat.status() == 0
+    if spoilt != "too long":  # what is saved now can be resumed
+        assert command("chat", folder, *words, "--prompt", "so").returncode == 0
+        assert len(llama.read_session(file)["notes"]["turns"]) == 3
+
+
+def test_the_question_about_a_session_stays_out_of_a_file(folder, tmp_path):
+    session, out = tmp_path / "s", tmp_path / "out.txt"
+    words = ("chat", folder, "--session", session, "--max-tokens", 3, "--prompt", "Hi")
+    assert command(*words).returncode == 0
+    session.write_bytes(of_an_older_llama(session))
+    with open(out, "wb") as file:
+        chat = Terminal(*words, stdout=file.fileno())
+    chat.wait_for("a session of an older llama.py")
+    chat.type("y\r")
+    assert chat.status() == 0
+    assert out.read_text("utf-8", "replace") and b"[y/N]" not in out.read_bytes()
+
+
+def test_a_session_killed_at_any_moment_keeps_every_completed_turn(folder, tmp_path):
+    """A turn is complete when the next prompt stands on the screen."""
+    rng, everything = np.random.default_rng(0), 0
+    words = ("--max-tokens", 2, "--session")
+    for n in range(30):
+        session, completed = tmp_path / f"s{n}", 0
+        chat = Terminal("chat", folder, *words, session)
+        chat.wait_for(">>> ")
+        if ON_A_GPU:  # which takes a while before it computes at all
+            chat.type("x\r")
+            chat.wait_for(">>> ")
+            completed += 1
+        everything -= completed
+        ends = time.monotonic() + rng.uniform(0, 0.2)
+        os.write(chat.master, b"x\r" * 20)
+        while time.monotonic() < ends:
+            chat.read()
+            *done, chat.screen = chat.screen.split(">>> ")
+            completed += len(done)
+        chat.process.kill()
+        chat.process.wait()
+        os.close(chat.master)
+        kept = 0
+        if session.exists():
+            kept = len(llama.read_session(session)["notes"]["turns"])
+            llama.read_header(session)
+        assert kept >= completed, n
+        everything += completed
+    assert everything > 15  # there was something to lose
+
+
+def test_a_full_disk_leaves_the_last_session_complete(folder, tmp_path, monkeypatch):
+    file = tmp_path / "talk"
+    with llama.Engine(folder) as engine:
+        "".join(engine.chat(USER, max_tokens=4))
+        engine.save(file, {})
+        saved = file.read_bytes()
+        "".join(engine.chat([{"role": "user", "content": "Bye"}], max_tokens=4))
+
+        def full(_):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        def failed(*_):
+            raise RuntimeError("[write] Unable to write 9 bytes to file.")
+
+        monkeypatch.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="No space left"):
+            engine.save(file, {})
+        monkeypatch.setattr(mx, "save_safetensors", failed)
+        with pytest.raises(OSError, match=r"talk cannot be written: \[write\] Unable"):
+            engine.save(file, {})
+    assert file.read_bytes() == saved and os.listdir(tmp_path) == ["talk"]

@@ -1,0 +1,286 @@
+"""Signals, pipes, closed streams and many threads at once."""
+
+import collections
+import gc
+import itertools
+import os
+import random
+import signal
+import subprocess
+import sys
+import termios
+import threading
+import time
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+import llama
+from tests.support import (
+    CTRL_C,
+    CTRL_D,
+    HERE,
+    ON_A_GPU,
+    Terminal,
+    command,
+    random_folder,
+)
+
+pytest_plugins = ["tests.fixtures"]
+
+
+def test_requests_from_many_threads_are_all_answered_with_their_own(engine):
+    def ask(n: int) -> str:
+        return "".join(engine.complete(f"number {n}", max_tokens=8, temperature=0))
+
+    wanted = {n: ask(n) for n in range(12)}
+    found = {}
+    threads = [
+        threading.Thread(target=lambda n=n: found.update({n: ask(n)}))
+        for n in range(12)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert found == wanted and len(set(wanted.values())) > 1
+
+
+@pytest.mark.parametrize("requests", [int(os.environ.get("LLAMA_TEST_SOAK", "240"))])
+def test_every_one_of_many_requests_gets_its_own_reply(folder, requests, monkeypatch):
+    """From eight threads; a third are cancelled or dropped, some fail in the worker.
+
+    LLAMA_TEST_SOAK sets how many there are.
+    """
+    prompts = [f"{'prompt ' * (n % 7)}{n}" for n in range(24)]
+    real, failures = llama.prefill, itertools.count()
+
+    def prefill(*args):
+        if next(failures) % 29 == 28:
+            raise FloatingPointError("injected")
+        return real(*args)
+
+    with llama.Engine(folder) as engine:
+        options = {"max_tokens": 12, "temperature": 0}
+        wanted = {p: "".join(engine.complete(p, **options)) for p in prompts}
+        before = threading.active_count(), mx.get_active_memory()
+        monkeypatch.setattr(llama, "prefill", prefill)
+        wrong, failed = [], []
+
+        def work(seed: int) -> None:
+            rng = np.random.default_rng(seed)
+            for _ in range(requests // 8):
+                prompt = prompts[rng.integers(len(prompts))]
+                kind, stop = rng.integers(6), rng.integers(12)
+                try:
+                    if rng.integers(20) == 0:
+                        with pytest.raises(ValueError, match="top_p"):
+                            engine.complete(prompt, top_p=-1)
+                    reply = engine.complete(prompt, **options)
+                    pieces = list(itertools.islice(reply, stop if kind < 2 else None))
+                    if kind == 0:
+                        reply.cancel()
+                        collections.deque(reply, 0)
+                    text = "".join(pieces)
+                    if not wanted[prompt].startswith(text) or (
+                        kind > 1 and text != wanted[prompt]
+                    ):
+                        wrong.append((prompt, text))
+                except FloatingPointError:
+                    failed.append(prompt)
+
+        threads = [threading.Thread(target=work, args=(seed,)) for seed in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(300)
+            assert not thread.is_alive()
+        assert wrong == [] and failed
+        monkeypatch.setattr(llama, "prefill", real)
+        assert "".join(engine.complete(prompts[0], **options)) == wanted[prompts[0]]
+        assert threading.active_count() == before[0]
+        gc.collect()  # tracebacks of the injected errors are cycles
+        assert mx.get_active_memory() <= before[1] + 100_000
+
+
+@pytest.mark.parametrize("ending", ["engine.close()", "pass", "raise SystemExit(0)"])
+def test_twenty_one_processes_end_with_status_0(folder, ending):
+    """A thread alive in MLX at exit would abort about half of them."""
+    program = f"import llama; engine = llama.Engine({str(folder)!r});"
+    program += f"reply = engine.complete('x'); next(reply); {ending}"
+    command = [sys.executable, "-c", program]
+    running = [subprocess.Popen(command, cwd=HERE) for _ in range(7)]
+    assert [process.wait(60) for process in running] == [0] * 7
+
+
+def test_ten_one_shot_runs_end_with_status_0(folder):
+    words = ("chat", folder, "--prompt", "x", "--max-tokens", 3)
+    assert [command(*words).returncode for _ in range(10)] == [0] * 10
+
+
+@pytest.mark.parametrize("buffered", [True, False])
+def test_a_reader_that_goes_away_is_no_error(folder, buffered):
+    words = ["chat", str(folder), "--raw", "--prompt", "x"]
+    environment = os.environ | {"PYTHONUNBUFFERED": "" if buffered else "1"}
+    process = subprocess.Popen(
+        [sys.executable, str(HERE / "llama.py"), *words],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=environment,
+    )
+    process.stdout.read(1)
+    process.stdout.close()
+    assert process.wait(60) == 0
+    assert process.stderr.read() == b""
+    process.stderr.close()
+
+
+@pytest.mark.parametrize("words", ["info 8b", "chat --help", "inspect {}"])
+@pytest.mark.parametrize(
+    ("out", "status", "error"),
+    [(">&-", 0, ""), ("| true", 0, ""), (">/dev/full", 1, "No space left")],
+)
+def test_output_that_goes_nowhere_is_told_in_one_line_or_not_at_all(
+    words, out, status, error, folder
+):
+    line = f"'{sys.executable}' llama.py {words.format(folder)} {out}"
+    shell = f"set -o pipefail; {line.replace('| true', '| (sleep 0.5; true)')}"
+    done = subprocess.run(
+        ["bash", "-c", shell],
+        cwd=HERE,
+        env=os.environ | {"PYTHONUNBUFFERED": ""},
+        capture_output=True,
+        check=False,
+        timeout=60,
+    )
+    told = done.stderr.decode().splitlines()
+    assert done.returncode == status and len(told) == bool(error), told
+    assert error in "".join(told)
+
+
+def test_standard_input_may_be_closed(folder):
+    line = f"'{sys.executable}' llama.py chat {folder} --prompt x --max-tokens 2 <&-"
+    done = subprocess.run(
+        ["bash", "-c", line], cwd=HERE, capture_output=True, check=False
+    )
+    assert done.returncode == 0 and b"Traceback" not in done.stderr
+
+
+def test_ctrl_c_stops_the_reading_of_a_prompt_and_keeps_what_was_read(tmp_path):
+    slow = random_folder(tmp_path / "m", context=65536, width=256)
+    words = ("--ctx", 65536, "--max-tokens", 2, "--stats")
+    # A GPU would have read 10,000 tokens, in its own steps, before Ctrl-C is typed.
+    words += ("--prefill-step", 64) if ON_A_GPU else ()
+    chat = Terminal("chat", slow, *words)
+    chat.wait_for(">>> ")
+    (tmp_path / "long.txt").write_text("word " * (10_000 if ON_A_GPU else 2000))
+    chat.type(f"/file {tmp_path}/long.txt\r")
+    chat.wait_for(">>> ")
+    chat.type("Sum up.\r")
+    chat.wait_for("reading the prompt")
+    chat.type(CTRL_C)
+    chat.wait_for("[stopped: Ctrl-C]", 10)
+    chat.wait_for("context ")
+    kept = int(chat.wait_for(" of"))
+    assert kept > 0
+    chat.wait_for(">>> ")
+    chat.type("/undo\r")
+    chat.wait_for(">>> ")
+    chat.type("And?\r")
+    chat.wait_for("(reused ")
+    assert int(chat.wait_for(")")) > 0  # the header, at least
+    chat.wait_for(">>> ")
+    chat.type(CTRL_D)
+    assert chat.status() == 0
+
+
+def test_ctrl_c_ends_a_reply_and_keeps_the_conversation(tmp_path):
+    slow = random_folder(tmp_path / "m", context=8192, width=128)
+    chat = Terminal("chat", slow, "--temperature", "0")
+    chat.wait_for(">>> ")
+    chat.type("Hello!\r")
+    chat.wait_for("\\x")  # bytes that are no text: it writes
+    chat.type(CTRL_C)
+    chat.wait_for("[stopped: Ctrl-C]", 10)
+    chat.wait_for(">>> ")
+    chat.type(CTRL_D)
+    assert chat.status() == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("writing", [False, True])
+def test_a_signal_ends_it_and_restores_the_terminal(number, writing, folder):
+    chat = Terminal("chat", folder, "--max-tokens", 5000)
+    before = termios.tcgetattr(chat.master)
+    chat.wait_for(">>> ")
+    if writing:
+        chat.type("Hello!\r")
+        chat.wait_for("\\x")
+    time.sleep(0.2)
+    chat.process.send_signal(number)
+    chat.process.wait(10)
+    assert termios.tcgetattr(chat.master) == before
+    assert chat.status(10) == 128 + number and "Traceback" not in chat.screen
+
+
+def test_a_terminal_that_goes_away_ends_it(folder):
+    chat = Terminal("chat", folder)
+    chat.wait_for(">>> ")
+    os.close(chat.master)
+    assert chat.process.wait(10) in (0, 128 + signal.SIGHUP)
+
+
+WHEN_IMPORTED = """
+import sys
+import llama
+print("imported", file=sys.stderr, flush=True)
+sys.exit(llama.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("moments", [int(os.environ.get("LLAMA_TEST_MOMENTS", "6"))])
+def test_ctrl_c_at_any_moment_is_quiet(moments):
+    """While it loads, reads the prompt, writes or ends; LLAMA_TEST_MOMENTS of them."""
+    prompt = "Tell me a story about a cat. " * 20
+    line = [sys.executable, "-c", WHEN_IMPORTED, "chat", "--prompt", prompt]
+    if ON_A_GPU:  # kernels that no run has used yet are compiled, whatever is typed
+        assert command("chat", "--prompt", prompt).returncode == 0
+    ends = set()
+    for n in range(moments):
+        process = subprocess.Popen(
+            line,
+            cwd=HERE,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        )
+        process.stderr.readline()
+        time.sleep(2.0 * random.Random(n).random() ** 3)
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=20)
+        ends.add(process.returncode)
+        # Python's last act is to give the signal back: then a shell says 130 for -2.
+        assert process.returncode in (0, 130, -signal.SIGINT), error
+        assert b"Traceback" not in error and b"xception" not in error
+    assert 130 in ends
+
+
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_ctrl_c_ends_a_one_shot_run_with_status_130(phase, tmp_path):
+    """The whole run would take far longer than it is given to end."""
+    slow = random_folder(tmp_path / "m", context=65536, width=256)
+    text = "word " * (10_000 if phase == "prefill" else 1)
+    words = ("chat", slow, "--ctx", 65536, "--prefill-step", 64, "--prompt", text)
+    run = Terminal(*words, "--temperature", 0)
+    if phase == "prefill":
+        run.wait_for("reading the prompt")
+    else:
+        for _ in range(3):
+            run.wait_for("\\x")  # bytes that are no text, spelled out
+    started = time.monotonic()
+    run.type(CTRL_C)
+    assert run.status(seconds=20) == 130
+    assert time.monotonic() - started < 2  # a second, and room for a busy machine
+    assert "Traceback" not in run.screen

@@ -1,0 +1,373 @@
+"""The chat on a terminal: editing, commands, history, colour."""
+
+import fcntl
+import functools
+import itertools
+import json
+import re
+import signal
+import struct
+import termios
+import types
+
+import pytest
+
+import llama
+from tests.support import (
+    CTRL_C,
+    CTRL_D,
+    HERE,
+    Terminal,
+    chat_with,
+    random_folder,
+)
+
+pytest_plugins = ["tests.fixtures"]
+
+
+def test_a_prompt_on_the_screen_stays_out_of_a_file(folder, tmp_path):
+    out = tmp_path / "out.txt"
+    program = f"import llama, sys; sys.stdout = open({str(out)!r}, 'w');"
+    program += (
+        f"llama.main(['chat', {str(folder)!r}, '--max-tokens', '3', '--seed', '1'])"
+    )
+    script = tmp_path / "script.py"
+    script.write_text(f"import sys; sys.path.insert(0, {str(HERE)!r}); {program}")
+    chat = Terminal(program=script)
+    chat.wait_for(">>> ")
+    chat.type("x\r")
+    chat.wait_for("[stopped")
+    chat.wait_for(">>> ")
+    chat.type(CTRL_D)
+    assert chat.status() == 0
+    assert ">>>" not in out.read_text() and out.read_text()
+
+
+def test_the_conversation_is_what_the_commands_make_of_it(engine, monkeypatch):
+    chat, asked = chat_with(engine, "--system", "Be kind."), []
+    stats = llama.Stats(context_used=10, context=100)
+
+    def spy(_engine, messages, _options, seed):
+        asked.append([m["content"] for m in messages])
+        reply = f"reply {len(asked)}, seed {seed}"
+        return types.SimpleNamespace(taken=llama.Piece(reply), stats=stats)
+
+    monkeypatch.setattr(llama, "print_reply", spy)
+    typed = ["one", "two", "/undo", "three", "/retry", "//four", "/system", "five"]
+    for text in [*typed, "/reset", "/system Be brief.", "six"]:
+        chat.take(text)
+    first = ["one", "reply 1, seed 1"]
+    assert asked == [
+        ["Be kind.", "one"],
+        ["Be kind.", *first, "two"],
+        ["Be kind.", *first, "three"],
+        ["Be kind.", *first, "three"],
+        ["Be kind.", *first, "three", "reply 4, seed 4", "/four"],
+        [*first, "three", "reply 4, seed 4", "/four", "reply 5, seed 5", "five"],
+        ["Be brief.", "six"],
+    ]
+
+
+def test_undo_recomputes_nothing(engine):
+    chat = chat_with(engine, "--temperature", "0")
+    for text in ("one", "two", "/undo", "two"):
+        chat.take(text)
+    assert chat.last()[2].reused_tokens == chat.last()[2].prompt_tokens - 1
+
+
+def test_a_file_goes_before_the_next_message_and_a_transcript_to_a_new_one(
+    engine, tmp_path, capsys
+):
+    chat = chat_with(engine)
+    (tmp_path / "notes.txt").write_text("Zürich 🙂")
+    chat.take(f"/file {tmp_path}/notes.txt")
+    chat.take("Sum it up.")
+    chat.take("And now?")
+    users = [turn[0] for turn in chat.turns]
+    assert users == ["notes.txt:\n\nZürich 🙂\n\nSum it up.", "And now?"]
+    chat.take(f"/save {tmp_path}/talk.md")
+    written = (tmp_path / "talk.md").read_text()
+    assert re.findall("^## (.*)", written, re.MULTILINE) == ["user", "assistant"] * 2
+    assert "Zürich 🙂" in written and chat.turns[1][1].text in written
+    with pytest.raises(FileExistsError):
+        chat.take(f"/save {tmp_path}/talk.md")
+    (tmp_path / "raw").write_bytes(b"\xff")
+    with pytest.raises(ValueError, match="raw: not a text in UTF-8"):
+        chat.take(f"/file {tmp_path}/raw")
+
+
+def test_a_file_that_does_not_fit_is_refused_and_one_that_waits_is_undone_first(
+    engine, tmp_path, capsys
+):
+    chat, file = chat_with(engine), tmp_path / "a.txt"
+    chat.take("one")
+    file.write_text("x" * engine.context)
+    with pytest.raises(
+        ValueError, match=r"a\.txt: 5\d\d tokens with what waits, context"
+    ):
+        chat.take(f"/file {file}")
+    file.write_text("x" * (engine.context // 2))
+    chat.take(f"/file {file}")
+    with pytest.raises(
+        ValueError, match=r"a\.txt: 5\d\d tokens with what waits, context"
+    ):
+        chat.take(f"/file {file}")  # twice would be too much
+    chat.take("/context")
+    assert "waits: 'a.txt:" in capsys.readouterr().err
+    chat.take("/undo")
+    assert not chat.attached and len(chat.turns) == 1
+    assert "forgotten: 'a.txt:" in capsys.readouterr().err
+    chat.take("/undo")
+    assert not chat.turns
+
+
+def test_a_reply_that_fails_in_mlx_does_not_end_the_conversation(
+    engine, monkeypatch, capsys
+):
+    def fail(*_):
+        raise RuntimeError("out of memory")
+
+    typed = iter(("one", "/context", None))
+    editor = types.SimpleNamespace(read=lambda: next(typed))
+    monkeypatch.setattr(llama, "print_reply", fail)
+    monkeypatch.setattr(llama, "LineEditor", lambda _: editor)
+    chat_with(engine).run()
+    shown = capsys.readouterr().err
+    assert "error: out of memory" in shown and "tokens used" in shown
+
+
+def test_a_tab_completes_commands_and_is_text_elsewhere():
+    editor = llama.LineEditor(["/help", "/reset", "/retry"])
+    for typed, completed in (
+        ("/h", ["/help"]),
+        ("/re", ["/reset", "/retry"]),
+        ("/x", []),
+        ("", ["\t"]),
+        ("if", ["if\t"]),
+    ):
+        states = map(functools.partial(editor.complete, typed), itertools.count())
+        assert [*itertools.takewhile(bool, states)] == completed
+
+
+def test_options_are_set_and_shown_while_talking(engine, capsys):
+    chat = chat_with(engine)
+    for text in ("/set temperature 0.25", "/set top-k 3", "/set max_tokens 2"):
+        chat.take(text)
+    chat.take("/set seed 9")
+    chat.take("x")
+    assert chat.last()[2].generation_tokens == 2 and chat.last()[3] == 9
+    capsys.readouterr()
+    for text in ("/set", "/stats", "/context", "/help"):
+        chat.take(text)
+    shown = capsys.readouterr().err
+    assert max(map(len, shown.splitlines())) < 80
+    for part in (
+        "temperature        0.25",
+        "top_k              3",
+        "seed 9",
+        "turn 1: ",
+    ):
+        assert part in shown
+    assert shown.count("\n/") == len(llama.COMMANDS)
+    for text in ("/set top-k 3", "/set seed 7", "/system Be kind."):
+        chat.take(text)
+    chat.take("/set max_tokens off")
+    chat.take("/set temperature default")
+    assert chat.options.max_tokens is None and chat.options.temperature is None
+    shown = capsys.readouterr().err
+    for part in ("top_k is 3", "seed is 7", "'Be kind.'"):
+        assert part in shown
+    assert "max_tokens is off" in shown
+
+
+def test_commands_that_cannot_be_followed_say_why(engine):
+    chat = chat_with(engine)
+    for text, error in (
+        ("/set top_p 2", r"top_p must be in \(0, 1\], got 2"),
+        ("/set colour red", "no option colour; temperature"),
+        ("/set temperature hot", "temperature must be a number, got 'hot'"),
+        ("/set max-tokens -1", "max_tokens must be a whole number .*, got '-1'"),
+        ("/set top_k 1.5", r"\[1, 2147483647\], a whole number, got 1.5"),
+        ("/file", "/file wants a PATH"),
+        ("/save ", "/save wants a FILE"),
+        ("/undo 2", "/undo takes nothing, got '2'"),
+        ("/contxt", "no command /contxt; did you mean /context"),
+        ("/xyzzy", "no command /xyzzy; /help lists them"),
+        ("/quit", "no command /quit; Ctrl-D quits"),
+        ("/private", "no command /private; /help lists them"),
+    ):
+        with pytest.raises(ValueError, match=error):
+            chat.take(text)
+    with pytest.raises(ValueError, match="--raw has no chat format: no place"):
+        chat_with(engine, "--raw").take("/system Be kind.")
+    for nothing in ("/undo", "/retry", "/stats"):
+        with pytest.raises(ValueError, match="the conversation is empty"):
+            chat_with(engine).take(nothing)
+
+
+def test_a_context_that_fills_up_is_announced(engine, capsys):
+    chat = chat_with(engine)
+    chat.take("x" * 300)
+    assert "full" not in capsys.readouterr().err
+    chat.take("x" * 120)
+    assert re.search(r"9\d % full: /undo and /reset", capsys.readouterr().err)
+
+
+def test_lines_pasted_or_between_quotes_are_one_message(folder, state):
+    chat = Terminal("chat", folder, "--max-tokens", 2)
+    chat.wait_for("\x1b[?2004h")  # which asks the terminal to mark what is pasted
+    for typed in (
+        '\x1b[200~"""one\ntwo\x1b[201~\r',
+        '"""\rthree\rfour"""\r',
+        "y" * 300 + "\r",
+    ):
+        chat.wait_for(">>> ")
+        chat.type(typed)
+        chat.wait_for("[stopped: 2 tokens")
+    chat.wait_for(">>> ")
+    chat.type("/con\t\r")
+    chat.wait_for("turn 3")
+    chat.wait_for(">>> ")
+    chat.type(CTRL_D)
+    assert chat.status() == 0
+    lines = (state / "history").read_text().splitlines()
+    typed = [json.loads(line) for line in lines]
+    assert typed == ['"""one\ntwo', "three\nfour", "y" * 300, "/context"]
+    assert (state / "history").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_message_that_begins_with_a_blank_is_sent_and_not_kept(folder, state):
+    """Neither in the file nor for the arrow keys."""
+    chat = Terminal("chat", folder, "--max-tokens", 2)
+    for typed, shown in (
+        ("open\r", "[stopped"),
+        (" secret\r", "[stopped"),
+        ("/context\r", "tokens, ' secret'"),  # it was sent, as it is
+        ("\x1b[A\x1b[A\r", "[stopped"),  # twice up, where it would be the first
+        ("/context\r", "turn 3: "),
+    ):
+        chat.wait_for(">>> ")
+        chat.type(typed)
+        chat.wait_for(shown)
+    chat.wait_for(" tokens, 'open'")
+    chat.wait_for(">>> ")
+    chat.type(CTRL_D)
+    assert chat.status() == 0
+    lines = (state / "history").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == ["open", "/context"] * 2
+
+
+@pytest.mark.parametrize("content", [b"{", b"[1]", b"\xff", b'1\n"x"'])
+def test_a_history_that_is_not_ours_is_no_obstacle(folder, state, content):
+    state.mkdir(parents=True)
+    (state / "history").write_bytes(content)
+    chat = Terminal("chat", folder, "--max-tokens", 2)
+    chat.wait_for(">>> ")
+    chat.type("x\r")
+    chat.wait_for("[stopped")
+    chat.wait_for(">>> ")
+    chat.type(CTRL_D)
+    assert chat.status() == 0
+
+
+def test_editing_counts_characters_that_are_wide_or_made_of_several_bytes(
+    folder, state
+):
+    chat = Terminal("chat", folder, "--max-tokens", 2, LANG="C.UTF-8", LC_ALL="C.UTF-8")
+    chat.wait_for(">>> ")
+    left, delete = "\x1b[D", "\x7f"
+    chat.type("日本語🙂x" + left + left + delete + "é\r")  # before the smile
+    chat.wait_for("[stopped")
+    chat.wait_for(">>> ")
+    chat.type(CTRL_D)
+    assert chat.status() == 0
+    lines = (state / "history").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == ["日本é🙂x"]
+
+
+def test_a_terminal_may_be_resized_at_any_time(tmp_path):
+    slow = random_folder(tmp_path / "m", context=8192, width=128)
+    chat = Terminal("chat", slow, "--temperature", 0)
+    chat.wait_for(">>> ")
+    for typed, shown in (("half", "half"), (" a line\r", "\\x")):
+        chat.type(typed)
+        chat.wait_for(shown)  # what is typed, then bytes that are no text
+        size = struct.pack("HHHH", 10, 30, 0, 0)
+        fcntl.ioctl(chat.master, termios.TIOCSWINSZ, size)
+        chat.process.send_signal(signal.SIGWINCH)
+    chat.type(CTRL_C)
+    chat.wait_for("[stopped: Ctrl-C]")
+    chat.wait_for(">>> ")
+    chat.type(CTRL_D)
+    assert chat.status() == 0
+
+
+def test_history_goes_on_in_the_next_run(folder, state):
+    state.mkdir(parents=True)
+    lines = [json.dumps(f"line {n}") for n in range(1500)]
+    (state / "history").write_text("\n".join(lines))
+    chat = Terminal("chat", folder, "--max-tokens", 2)
+    chat.wait_for(">>> ")
+    chat.type("\x1b[A\x1b[A\x01first \r")  # twice up, to the beginning of the line
+    chat.wait_for("[stopped")
+    chat.wait_for(">>> ")
+    chat.type(CTRL_D)
+    assert chat.status() == 0
+    typed = [json.loads(line) for line in (state / "history").read_text().splitlines()]
+    assert typed[-1] == "first line 1498" and len(typed) == 1000
+
+
+def test_a_conversation_on_a_terminal(folder):
+    chat = Terminal("chat", folder, "--max-tokens", 5, "--stats", "--seed", 1)
+    chat.wait_for("Ctrl-D quits")
+    chat.wait_for(">>> ")
+    chat.type("Hello!\r")
+    chat.wait_for("reused 0")
+    chat.wait_for(">>> ")
+    chat.type("half a line" + CTRL_C)
+    chat.wait_for("(Ctrl-D quits)")
+    chat.wait_for(">>> ")
+    chat.type("And now?\r")
+    reused = re.match(r"\d+", chat.wait_for(")", 60).partition("(reused ")[2])
+    assert int(reused[0]) > 20
+    chat.wait_for(">>> ")
+    chat.type(CTRL_D)
+    assert chat.status() == 0
+
+
+def test_a_message_that_does_not_fit_leaves_the_conversation_alive(folder):
+    chat = Terminal("chat", folder, "--max-tokens", 3)
+    chat.wait_for(">>> ")
+    chat.type("x" * 600 + "\r")
+    chat.wait_for("1 to 512 tokens, got 6")
+    chat.wait_for(">>> ")
+    chat.type("Hi\r")
+    chat.wait_for("[stopped: 3 tokens")
+    chat.wait_for(">>> ")
+    chat.type("y" * 600 + "\r")
+    chat.wait_for("; /undo and /reset make room")
+    chat.wait_for(">>> ")
+    chat.type(CTRL_D)
+    assert chat.status() == 0
+
+
+@pytest.mark.parametrize("environment", [{"TERM": "dumb"}, {"NO_COLOR": "1"}])
+def test_no_colour_where_it_is_not_wanted(folder, environment):
+    chat = Terminal(
+        *("chat", folder, "--prompt", "x", "--max-tokens", 2, "--stats"), **environment
+    )
+    assert chat.status() == 0
+    assert "\x1b[2m" not in chat.screen and "seed" in chat.screen
+
+
+@pytest.mark.parametrize(
+    ("environment", "escapes"),
+    [({"TERM": "dumb"}, "\x1b"), ({"NO_COLOR": "1"}, r"\x1b\[[0-9;]*m")],
+)
+def test_a_conversation_without_escapes(environment, escapes, folder):
+    chat, seen = Terminal("chat", folder, "--max-tokens", 2, **environment), ""
+    for typed in ("x" * 200 + "\r", "/help\r", CTRL_D):
+        seen += chat.wait_for(">>> ")
+        chat.type(typed)
+    assert chat.status() == 0
+    assert not re.search(escapes, seen + chat.screen)
