@@ -1342,7 +1342,10 @@ JSON_BYTES = 1_000_000  # of a file without a vocabulary; real ones have up to 3
 
 
 def read_bounded(path: Path, limit: int) -> bytes:
-    """Return what is in a file. Raises ValueError if it has more bytes than `limit`."""
+    """Return what is in a file. Raises ValueError if it has more bytes than `limit`, or
+    is none: a device or a pipe need not end."""
+    if not path.is_file():
+        raise ValueError(f"{path}: not a regular file")
     if (size := path.stat().st_size) > limit:
         raise ValueError(f"{path}: {size:,} bytes, wanted at most {limit:,}")
     return path.read_bytes()
@@ -5228,7 +5231,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    # A rank is ended at once: it may be waiting in MLX for one that has gone, and no
+    # handler of Python's is called there.
+    alone = os.environ.keys().isdisjoint(RANK_VARIABLES)
     for signal_number in (signal.SIGHUP, signal.SIGTERM):
-        if signal.getsignal(signal_number) is signal.SIG_DFL:  # not under nohup
+        if alone and signal.getsignal(signal_number) is signal.SIG_DFL:  # not nohup's
             signal.signal(signal_number, end_by_signal)
     sys.exit(main())

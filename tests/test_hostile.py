@@ -857,3 +857,16 @@ def test_a_file_that_shrinks_once_it_is_loaded_harms_nothing(folder, tmp_path):
         wanted = "".join(engine.chat(USER, max_tokens=8, temperature=0.0))
         os.truncate(copy / "model.safetensors", 100)
         assert "".join(engine.chat(USER, max_tokens=8, temperature=0.0)) == wanted
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
+def test_a_link_to_a_device_is_not_read(name, folder, tmp_path):
+    spoilt = shutil.copytree(folder, tmp_path / "m")
+    (spoilt / name).unlink()
+    (spoilt / name).symlink_to("/dev/zero")  # of no size, and without an end
+    problems = [*llama.Checkpoint(spoilt).problems()] if name == "config.json" else []
+    if name == "tokenizer.json":
+        with pytest.raises(ValueError, match="not a regular file") as error:
+            llama.Tokenizer.from_folder(spoilt)
+        problems.append(error.value)
+    assert "not a regular file" in str(problems[0])
