@@ -11,9 +11,9 @@ model folder holds is executed.
 
 How a text goes through this file (the numbers are sections):
 
-    folder --1, 2--> model
-    text --7--> ids --6--> embedding --> blocks (3): attention (4, 5), MLP --> logits
-    logits --8--> an id, which is shown (7) and goes back in (9)
+    folder --1, 2--> model, whose matrices may be packed (3)
+    text --7--> ids --6--> embedding --> blocks of attention (4, 5) and MLP --> logits
+    logits --8--> an id, which is shown as text (7) and goes back in (9)
 
 How to read it. Part One, sections 1 to 10, is a complete runner: read it from its
 beginning, at one sitting. The other parts extend it, each for a purpose of its own, and
@@ -22,10 +22,10 @@ can be read in any order. Every section uses only sections above it.
 Symbols (shapes are written like (B, H, L, Dh))
     B    batch size                      D    width of the residual stream, hidden_size
     L    tokens given in this call       F    width of the MLP, intermediate_size
-    S    tokens attended to: L and the   V    size of the vocabulary, vocab_size
-         offset, those in the cache      H    query heads, num_attention_heads
-    Dh   width of a head, head_dim       Hkv  key/value heads, num_key_value_heads
-                                         G    weights that share a scale, group_size
+    S    tokens attended to, offset + L  V    size of the vocabulary, vocab_size
+    H    query heads                     Hkv  key/value heads, num_key_value_heads
+    Dh   width of a head, head_dim       G    weights that share a scale, group_size
+    offset: the number of tokens that are already in the cache
 
 Part One: the model                      uses
     1  Configuration                     none
@@ -122,17 +122,18 @@ from mlx.utils import tree_flatten, tree_unflatten
 # A language model does one thing: it reads a text as a row of tokens, pieces that have
 # numbers, and gives each token of its vocabulary a score, the logit, for being the
 # next. Inside, every token is a vector of D numbers, the residual stream. A stack of
-# blocks adds to it. In each block, attention lets a token take from those before it: it
-# sends out a query, every token has a key that the query is compared with and a value
-# that is taken if they fit. Then an MLP works on each token alone. Last, the output
-# head turns the vector of the last token into the logits.
+# blocks adds to it. In each block, attention lets a token take something from the
+# tokens up to it: the token has a query, which is compared with the key of each of
+# them, and the better the two fit, the more of that token's value is added. Then an MLP
+# works on each token alone. Last, the output head turns the vector of the last token
+# into logits.
 #
 # MLX, for readers who know PyTorch. It is lazy: an operation on arrays computes nothing
 # and only notes down what is to be computed. mx.eval(x) computes x and waits for it,
-# mx.async_eval(x) starts it and does not wait, x.item() waits for a number. An
-# nn.Module is a dict of its arrays and modules, so module["weight"], and "bias" in
-# module, work. Random numbers come from a key that is passed on and split, not from a
-# hidden state. On a Mac, CPU and GPU share one memory.
+# mx.async_eval(x) starts it and does not wait, x.item() computes x, waits, and gives a
+# Python number. An nn.Module is a dict of its arrays and modules, so module["weight"],
+# and "bias" in module, work. Random numbers come from a key that is passed on and
+# split, not from a global generator. On a Mac, CPU and GPU share one memory.
 # -----------------------------------------------------------------------------
 
 # -----------------------------------------------------------------------------
@@ -142,7 +143,8 @@ from mlx.utils import tree_flatten, tree_unflatten
 # there, so that loading needs no table of translations. The values in brackets are
 # those of Llama 3 8B. Multiplied out, they give its 8 billion parameters:
 #
-#     a block:  q and o for H heads, k and v for Hkv heads, of width Dh each:
+#     a block (section 6 says what q, k, v, o, gate, up and down are):
+#               q and o for H heads, k and v for Hkv heads, of width Dh each:
 #                   D * (2 H + 2 Hkv) * Dh = 4096 * 80 * 128         =  41.9 million
 #               gate, up and down of the MLP:
 #                   3 * D * F = 3 * 4096 * 14336                     = 176.2 million
@@ -162,7 +164,7 @@ class ModelArgs:
     intermediate_size: int  # F, width of the MLP's inner layer [14336]
     num_hidden_layers: int  # blocks in the stack [32]
     num_attention_heads: int  # H, query heads [32]
-    vocab_size: int  # V, rows of the embedding, at least the ids [128256]
+    vocab_size: int  # V, rows of the embedding, perhaps more than ids [128256]
     num_key_value_heads: int | None = None  # Hkv; None means H, no sharing [8]
     head_dim: int | None = None  # Dh; None means D // H [128]
     rms_norm_eps: float = 1e-6  # keeps a norm from dividing by zero [1e-5]
@@ -199,8 +201,9 @@ class ModelArgs:
 # the file again. On a Mac, where CPU and GPU share one memory, MLX can adopt the mapped
 # pages as an array. Then the GPU computes from the very pages of the file: nothing is
 # copied, and a model that was used a moment ago is ready at once, because its pages are
-# still in memory. A GPU with memory of its own needs one copy, and so does MLX's CPU
-# build, which adopts no foreign memory.
+# still in memory. (This holds for a tensor that starts at a multiple of its item size,
+# and is not cast to another dtype.) A GPU with memory of its own needs one copy, and so
+# does MLX's CPU build, which adopts no foreign memory.
 # uses: none
 # needs: Iterable, Iterator, Path, dataclass, json, mmap, mx
 # -----------------------------------------------------------------------------
@@ -215,8 +218,9 @@ DTYPES = {
     "I32": mx.int32,
     "I64": mx.int64,
 }
-# A memoryview knows no bfloat16. So items are taken as whole numbers of the same size,
-# whose codes these are, and the array of them is then viewed as what it is.
+# A memoryview knows no bfloat16. So items of n bytes are read as whole numbers of n
+# bytes. This gives memoryview's letter for n; `view` then gives the array its true type
+# back.
 LETTERS = {1: "B", 2: "H", 4: "I", 8: "Q"}
 
 
@@ -224,8 +228,9 @@ def adopt(mapping: memoryview, start: int, size: int, items: int) -> mx.array | 
     """Return items of `size` bytes from byte `start` on, in place, as whole numbers;
     None where MLX cannot use memory in place. The array keeps the mapping alive.
 
-    Metal adopts only whole pages: so the array begins at the page boundary before
-    `start`, ends at one if the file goes on so far, and is then sliced.
+    Metal adopts only whole pages. So the array begins at the page boundary before
+    `start` and ends at the one behind the items, or with the file, whose last page MLX
+    may have to copy. Slices and views of it copy nothing.
     """
     first, end = start - start % mmap.PAGESIZE, start + items * size
     last = min(end + (-end % mmap.PAGESIZE), len(mapping))
@@ -251,12 +256,13 @@ class TensorInfo:
     @property
     def adoptable(self) -> bool:
         """Whether MLX can use it where it lies: only if it starts at a multiple of its
-        item size. The format does not promise that, and MLX's writer does not care."""
+        item size. The format does not promise that, nor does MLX's writer see to it."""
         return self.start % DTYPES[self.dtype].size == 0
 
     def read(self, mapping: memoryview) -> mx.array:
         """Return the tensor as an array over the mapping of its file, or as a copy."""
-        dtype, array = DTYPES[self.dtype], None
+        dtype = DTYPES[self.dtype]
+        array = None
         if self.adoptable:
             array = adopt(mapping, self.start, dtype.size, self.nbytes // dtype.size)
         if array is None:  # not aligned, or not possible on this device
@@ -305,7 +311,7 @@ def read_tensors(
 #
 # In 4 bits eight q's share a uint32, the first in the lowest bits: these four are its
 # lower half, 0xF640. 64 weights, with a scale and a bias of 16 bits each, take
-# 64 * 4 + 2 * 16 = 288 bits. These are 4.5 for a weight, where bfloat16 takes 16. To
+# 64 * 4 + 2 * 16 = 288 bits. That is 4.5 bits a weight, where bfloat16 takes 16. To
 # generate one token a model reads all its weights once, and this reading is most of the
 # time that it takes. So weights in 3.6 times fewer bytes give a model that can be 3.6
 # times faster, and that fits into a smaller machine.
@@ -386,8 +392,8 @@ def quantization_of(
 ) -> tuple[int, int, str]:
     """Return group size, bits and mode of a packed layer, as its sizes tell.
 
-    path: its name. weights: how many it has, in so many bytes, with so many scales.
-    biases: whether it has any. Raises ValueError if no format has these sizes.
+    path: its name. weights, packed_bytes, scales: how many of each it has. biases:
+    whether it has any. Raises ValueError if no format has these sizes.
     """
     if not scales or weights % scales or 8 * packed_bytes % weights:
         raise ValueError(
@@ -418,7 +424,7 @@ def quantize(model: nn.Module, group_size: int = 64, bits: int = 4) -> None:
     converter does the same.
     """
     layers = dense_layers(model)
-    while layers:  # one by one, and no list holds those that are replaced
+    while layers:  # popped, so that no list keeps the old weights alive
         path, layer = layers.pop()
         if layer.weight.shape[1] % group_size == 0:
             quantized = quantized_like(layer, group_size, bits, "affine")
@@ -453,8 +459,8 @@ def quantize(model: nn.Module, group_size: int = 64, bits: int = 4) -> None:
 def llama3_scaling(
     frequencies: list[float], scaling: dict
 ) -> tuple[list[float], float]:
-    """Return frequencies with the slow pairs slowed down by `factor`, and a multiplier
-    of queries and keys, which is 1.
+    """Return frequencies with the slow pairs slowed down by `factor`, and by what
+    queries and keys are multiplied: 1 here; YaRN, in section 11, has another.
 
     Pairs that turn more than high_freq_factor times within the original context keep
     their pace, those that turn less than low_freq_factor times are slowed down, and
@@ -505,9 +511,11 @@ class RoPE:
     ):
         frequencies, multiplier = rope_frequencies(head_dim, theta, scaling)
         self.head_dim, self.traditional = head_dim, traditional
-        self.score_factor = multiplier**2  # a dot product has it twice
+        self.score_factor = multiplier**2  # of q and of k, so their product has both
         # Despite its name, the argument `freqs` of mx.fast.rope takes 1 / frequency.
-        # This array is built from Python numbers, so it is not lazy.
+        # The array is built from Python numbers, so it is not lazy: a lazy array
+        # belongs to the thread that made it, and loading and generating may be in
+        # different ones.
         self.periods = mx.array([1 / frequency for frequency in frequencies])
 
     def __call__(self, x: mx.array, offset: int | mx.array) -> mx.array:
@@ -538,11 +546,12 @@ class RoPE:
 #
 # Why `buffer[a:b] = x` is no copy. MLX is lazy, so this makes `buffer` a new array that
 # is noted down as the old one with x in it. When the new one is computed and nothing
-# else refers to the old one any more, MLX takes over its memory and writes only x. So
-# each step must be computed before the next is, and nobody may keep what an earlier
-# step returned: it refers to the old buffer.
+# else refers to the old one any more, MLX takes over its memory and writes only x. So a
+# step must be launched, with eval or async_eval, before the next one is described. And
+# nobody may keep views of the buffers, or results that are not computed yet and refer
+# to them: while one lives, MLX has to copy the whole buffer.
 # uses: none
-# needs: mx
+# needs: math, mx
 # -----------------------------------------------------------------------------
 
 
@@ -552,7 +561,7 @@ class KVCache:
     It has the contract of the caches in mlx-lm, Apple's package of language models, so
     it can be used there too. The two buffers, (B, Hkv, capacity, Dh), appear with the
     first tokens, whose shape and dtype they take. Their length is rounded up to a
-    multiple of 256, as some attention kernels want it.
+    multiple of 256: attention on CUDA keeps its plan for views of such a buffer.
     """
 
     def __init__(self, capacity: int):
@@ -577,7 +586,7 @@ class KVCache:
                 f"the context is full: {end} tokens, capacity {self.capacity}"
             )
         if self.keys is None:
-            shape = (B, Hkv, -(-self.capacity // 256) * 256, Dh)
+            shape = (B, Hkv, math.ceil(self.capacity / 256) * 256, Dh)
             self.keys = mx.zeros(shape, keys.dtype)
             self.values = mx.zeros(shape, values.dtype)
         self.keys[:, :, self.offset : end] = keys
@@ -617,10 +626,11 @@ class KVCache:
 #     result  = sum of weights * v
 #
 # This happens H times side by side, in heads of width Dh, each with a matrix of its
-# own, though the matrices of all heads are stored as one. In grouped-query attention
-# [3] several query heads share one key/value head. That costs little quality, and the
-# cache becomes H / Hkv times smaller: 4 times in Llama 3 8B, 131 KB a token instead of
-# 524 KB.
+# own, though the matrices of all heads are stored as one. The H results are joined, and
+# one more matrix, Wo, brings them back to width D. In grouped-query attention [3]
+# several query heads share one key/value head. That costs little quality, and the cache
+# becomes H / Hkv times smaller: 4 times in Llama 3 8B, 131 KB a token instead of 524
+# KB.
 #
 # The MLP is SwiGLU [5]: `up` computes F things to say, `gate` how much of each is said,
 # and `down` brings the result back to width D.
@@ -663,13 +673,14 @@ class Attention(nn.Module):
         see.
 
         One call computes softmax(Q K^T / sqrt(Dh)) V. Written out, it would be
-            keys, values = each head of them repeated H / Hkv times
+            keys, values = each head H / Hkv times in a row: head 0, head 0, head 1, ...
             scores = scale * queries @ keys.swapaxes(2, 3)
             scores = where(position of key > position of query, -inf, scores)
             return softmax(scores, axis=-1) @ values
-        but the L x S scores are never held. A token must not see a later one. "causal"
-        lines the last query up with the last key: query i of L sees the S - L tokens
-        before this call, and tokens 0 .. i of this call. A single query sees all.
+        The fused call never holds the L x S scores. A token must not see a later one.
+        "causal" lines the last query up with the last key: query i of L sees the S - L
+        tokens before this call, and tokens 0 .. i of this call. A single query sees
+        all.
         """
         mask = "causal" if queries.shape[2] > 1 else None
         return mx.fast.scaled_dot_product_attention(
@@ -734,7 +745,7 @@ class LlamaModel(nn.Module):
         self.norm = nn.RMSNorm(args.hidden_size, args.rms_norm_eps)
 
     def __call__(self, tokens: mx.array, cache: list[KVCache]) -> mx.array:
-        # A packed embedding may not tell which dtype to compute in; the norms do.
+        # An embedding with scales of 8 bits has no dtype to compute in; the norms do.
         x = self.embed_tokens(tokens).astype(self.norm.weight.dtype)
         for layer, layer_cache in zip(self.layers, cache, strict=True):
             x = layer(x, layer_cache)
@@ -800,9 +811,14 @@ def build_model(args: ModelArgs, tensors: Mapping[str, TensorInfo]) -> Llama:
             layer.bias = mx.zeros(layer.weight.shape[0])
         if (scales := tensors.get(f"{path}.scales")) is None:
             continue
-        packed, biases = tensors[f"{path}.weight"], f"{path}.biases" in tensors
-        sizes = layer.weight.size, packed.nbytes, math.prod(scales.shape), biases
-        layer = quantized_like(layer, *quantization_of(path, *sizes))
+        settings = quantization_of(
+            path,
+            weights=layer.weight.size,
+            packed_bytes=tensors[f"{path}.weight"].nbytes,
+            scales=math.prod(scales.shape),
+            biases=f"{path}.biases" in tensors,
+        )
+        layer = quantized_like(layer, *settings)
         model.update_modules(tree_unflatten([(path, layer)]))
     return model
 
@@ -815,9 +831,15 @@ def read_weights(
     It is a generator: whoever iterates over it to the end loads the model. dtype: what
     to compute in; floating-point tensors are cast to it. None keeps what the file
     holds. Each weight is evaluated before the next is read. Otherwise all casts would
-    stay pending, and in the end both copies of the model would be in memory.
+    stay pending, and in the end both copies of the model would be in memory. Raises
+    ValueError if a weight is missing.
     """
-    names, done = {name for name, _ in tree_flatten(model.parameters())}, 0
+    names = {name for name, _ in tree_flatten(model.parameters())}
+    if missing := sorted(names - tensors.keys()):
+        raise ValueError(
+            f"{len(missing)} tensors are missing: {', '.join(missing[:4])}"
+        )
+    done = 0
     for info, array in read_tensors(t for t in tensors.values() if t.name in names):
         if dtype is not None and mx.issubdtype(array.dtype, mx.floating):
             array = array.astype(dtype)
@@ -831,10 +853,10 @@ def read_weights(
 # 7. Tokenizer
 # A model reads and writes ids. Each stands for a token, a piece of text that is
 # frequent. Byte-pair encoding makes the tokens: a regular expression cuts a text into
-# words, and a word starts as its bytes. Then the two neighbours whose union has the
-# lowest rank, which is the one that was learned first, are merged into it. This is
-# repeated until no union of neighbours is in the vocabulary. With he of rank 256, ll
-# 257, llo 258, hello 259:
+# words, and a word starts as its bytes, whose ranks are 0 to 255. Of all pairs of
+# neighbours, the one whose concatenation has the lowest rank, because it was learned
+# first, is joined. This is repeated until no pair makes a piece of the vocabulary. With
+# he of rank 256, ll 257, llo 258 and hello 259:
 #
 #     h e l l o  ->  he l l o  ->  he ll o  ->  he llo  ->  hello
 #
@@ -845,8 +867,8 @@ def read_weights(
 #
 # A conversation is written down with control tokens, such as <|eot_id|>, which ends a
 # turn. They are put into a prompt as ids, and never made from text: whatever a user
-# types or pastes, "<|eot_id|>" becomes the ids of ten ordinary characters. So no text
-# can end a turn or begin one.
+# types or pastes, "<|eot_id|>" becomes the ids of ordinary text. So no text can end a
+# turn or begin one.
 # uses: none
 # needs: Iterable, Mapping, Path, codecs, dataclass, json, tiktoken
 # -----------------------------------------------------------------------------
@@ -880,8 +902,8 @@ def byte_level(model: dict, split: str) -> Vocabulary:
     tokens may have the first ids. So ranks are counted anew: 256 bytes, and then what
     the merges make, in their order.
     """
-    # The file writes a printable byte as itself, and the others as U+0100 and up: this
-    # maps what it writes back to bytes.
+    # The file writes a printable byte as itself, and the others as U+0100 and up: a
+    # space is U+0120. This maps what it writes back to bytes.
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     byte_of = {byte: byte for byte in printable}
@@ -952,7 +974,7 @@ class ByteLevelTokenizer:
 
         messages: [{"role": "system", "user" or "assistant", "content": text}, ...]. A
         message is written, without the white space around its content, as
-            <|start_header_id|>role<|end_header_id|>\\n\\ncontent<|eot_id|>
+            <|start_header_id|>role<|end_header_id|>, two line breaks, content<|eot_id|>
         and the header of the reply comes last.
         """
         control = self.special_tokens
@@ -983,14 +1005,14 @@ class ByteLevelTokenizer:
 # The model gives every token of the vocabulary a logit; softmax makes probabilities of
 # them. Always taking the likeliest token is called greedy, and tends to repeat itself.
 # So a token is drawn, but not from all: a vocabulary has 100,000 tokens that are wrong,
-# and even if each of them is very unlikely, it is not unlikely that one of them is
-# drawn. Of four tokens with the probabilities
+# and even if each of them is very unlikely, together they would be drawn quite often.
+# Of four tokens with the probabilities
 #
 #     0.5   0.3   0.15   0.05
 #
 # top-k 2 keeps the first two. top-p 0.9 keeps the smallest set of likeliest tokens
 # whose sum reaches 0.9: 0.5 and 0.3 are not enough, so three. min-p 0.2 keeps those
-# that have at least 0.2 times the probability of the likeliest, 0.1: three again. A
+# that have at least 0.2 times the highest probability, 0.2 * 0.5 = 0.1: three again. A
 # temperature divides the logits. One of 0.5 doubles them, which squares the
 # probabilities: after normalising they are 0.68, 0.25, 0.06 and 0.01. So below 1 the
 # likely becomes likelier.
@@ -1027,7 +1049,7 @@ def apply_top_k(logprobs: mx.array, k: int) -> mx.array:
 
 def apply_top_p(logprobs: mx.array, p: float) -> mx.array:
     """Return logprobs (B, V) of the smallest set of likeliest tokens whose
-    probabilities reach p together [6]; ties with the last stay.
+    probabilities reach p together [6]; tokens as likely as the last one stay, too.
 
     A token stays while those before it hold less than p, so the likeliest always does.
     """
@@ -1141,7 +1163,7 @@ class Sampler:
         return mx.random.categorical(logprobs, key=now)
 
 
-make_sampler = Sampler  # the name that mlx-lm has for it
+make_sampler = Sampler  # since it reads as a function that makes one
 
 
 # -----------------------------------------------------------------------------
@@ -1152,9 +1174,9 @@ make_sampler = Sampler  # the name that mlx-lm has for it
 # weights for each. So prefill is limited by arithmetic, and decode by memory bandwidth.
 #
 # Decode is one step ahead. Calling the model and the sampler takes a millisecond or two
-# of Python, and only describes a step. A step reads token n and makes token n + 1. It
-# can be described and launched before Python knows which token n is, while the GPU
-# still computes it. Only then does Python wait for token n, and yield it:
+# of Python, and only describes a step. Step n reads token n - 1 and makes token n. It
+# can be described and launched before Python knows which token n - 1 is, while the GPU
+# still computes that one. Only then does Python wait for token n - 1, and yield it:
 #
 #     Python   describe 2 | wait for 1, yield it | describe 3 | wait for 2, yield it |
 #     GPU        step 1             |         step 2          |         step 3
@@ -1172,7 +1194,7 @@ class NotANumber(ValueError):
 
 
 def require_numbers(logits: mx.array) -> None:
-    """Raise NotANumber if logits are not finite: noise would be written for ever."""
+    """Raise NotANumber if the greatest of the logits is not finite: noise follows."""
     if not mx.isfinite(logits.max()).item():
         raise NotANumber("the model's output is not a number")
 
@@ -1194,11 +1216,11 @@ def prefill(
         tokens = mx.array(prompt[start : start + step])[None]
         logits = model(tokens, cache, logits_to_keep=1)[:, -1]
         # Only the caches are computed. The logits of a step before the last are never
-        # asked for, so the output head is not applied there; and nobody may keep them,
-        # since they refer to the buffers that the next step writes into.
+        # asked for, so the output head is not applied there.
         mx.eval([layer.state for layer in cache])
         mx.clear_cache()  # gives back what the step needed; it is MLX's, not our cache
         done = min(start + step, len(prompt))
+        # Nobody may keep the others: they refer to buffers that the next step writes.
         yield done, logits if done == len(prompt) else None
 
 
@@ -1212,10 +1234,11 @@ def decode(
 ) -> Iterator[int]:
     """Yield one id after another, the first sampled from logits (1, V).
 
-    The generator's return value says why it ended: "stop" (a stop token, which is not
-    yielded), "length" (max_tokens) or "context" (the cache is full). However it ends,
-    the cache then holds what it held and the ids that were yielded; without the last of
-    them after "length" and "context".
+    The generator's return value, which `reason = yield from decode(...)` gives, says
+    why it ended: "stop" (a stop token, which is not yielded), "length" (max_tokens) or
+    "context" (the cache is full). However it ends, the cache then holds what it held
+    before, and the yielded ids. After "length" and "context" the last of them is not
+    there, since no step has read it.
     """
     if max_tokens == 0:
         return "length"

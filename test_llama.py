@@ -1201,6 +1201,17 @@ def test_shapes_tell_how_a_layer_is_packed(mode, group_size, bits):
     assert described(built) == tensors
 
 
+def test_a_weight_that_is_missing_is_never_left_random(tmp_path):
+    """Part One checks no folder, but it does not talk with what was not read either."""
+    write_model(tmp_path)
+    tensors = llama.read_header(tmp_path / "model.safetensors")
+    model = llama.build_model(llama.read_args(CONFIG), tensors)
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    words = r"1 tensors are missing: model\.layers\.1\.mlp\.up_proj\.weight"
+    with pytest.raises(ValueError, match=words):
+        list(llama.read_weights(model, tensors))
+
+
 @on_the_cpu
 def test_reading_weights_holds_one_of_them_twice_at_most(tmp_path):
     """What is yielded adds up to the file, and each weight is cast before the next."""
