@@ -395,12 +395,13 @@ def quantization_of(
     path: its name. weights, packed_bytes, scales: how many of each it has. biases:
     whether it has any. Raises ValueError if no format has these sizes.
     """
-    if not scales or weights % scales or 8 * packed_bytes % weights:
+    bits, rest = divmod(8 * packed_bytes, weights)
+    if not scales or weights % scales or rest or not 1 <= bits <= 8:
         raise ValueError(
             f"{path}: {weights} weights cannot be packed in {packed_bytes} bytes and "
             f"{scales} scales"
         )
-    group_size, bits = weights // scales, 8 * packed_bytes // weights
+    group_size = weights // scales
     if biases:
         return group_size, bits, "affine"
     if (group_size, bits) not in FLOAT_MODES:
@@ -1352,10 +1353,10 @@ def answer(
 
 # -----------------------------------------------------------------------------
 # 11. Families
-# Part One takes a config.json as it is. Here it is checked first: files have a largest
-# size, settings have types and ranges, and what cannot be honoured is an error that
-# names the key and the value. Two spellings become one, and two more ways of stretching
-# the rotary embedding join section 4: linear, and YaRN [7].
+# Part One takes a config.json as it is. Here it is checked first: the size of a file is
+# limited, settings must have the right type and range, and what cannot be honoured is
+# an error that names the key and the value. The two layouts of rotary settings are read
+# as one, and two more scalings join those of section 4: linear, and YaRN [7].
 # uses: 1, 4
 # needs: MISSING, Path, fields, get_args, json, math
 # registers: ROPE_SCALINGS
@@ -1394,7 +1395,7 @@ def read_json(path: Path, limit: int = JSON_BYTES) -> dict:
     return parse_json(read_bounded(path, limit), path) if path.exists() else {}
 
 
-# What config.json may say where it is not a matter of size; the first is the usual.
+# Settings that are not sizes, and the values that are accepted; None: may be absent.
 SUPPORTED = {
     "model_type": ("llama", "mistral"),
     "hidden_act": ("silu", "swish", None),
@@ -1408,7 +1409,7 @@ SUPPORTED = {
 KINDS = {
     bool: ("true or false", lambda v: type(v) is bool),
     int: ("a positive integer", lambda v: type(v) is int and 0 < v < 2**31),
-    float: ("a positive number", lambda v: type(v) in (int, float) and 0 < v < 2**31),
+    float: ("a positive number", lambda v: type(v) in (int, float) and 0 < v < 1e30),
     dict: ("an object", lambda v: type(v) is dict),
 }
 
@@ -1423,9 +1424,10 @@ def linear_scaling(
 def yarn_scaling(frequencies: list[float], scaling: dict) -> tuple[list[float], float]:
     """Return frequencies slowed down as YaRN does, and the factor on attention.
 
-    As llama3, but between the pairs that turn beta_fast and beta_slow times within the
-    original context, the pace changes with the index of the pair.
-    Source: [7] section 3, as Hugging Face's modeling_rope_utils has it.
+    As in llama3, but the change of pace is linear in the index of the pair, from the
+    one that turns beta_fast times within the original context to the one that turns
+    beta_slow times. Source: [7] section 3, as Hugging Face's modeling_rope_utils has
+    it.
     """
     half, factor = len(frequencies), scaling["factor"]
     context, theta = scaling["original_max_position_embeddings"], scaling["rope_theta"]
@@ -1484,7 +1486,7 @@ def check_scaling(scaling: dict) -> None:
     optional = [key for key in OPTIONAL_NUMBERS if key in scaling]
     for key in (*SCALING_NUMBERS[kind], *optional):
         value = scaling.get(key)
-        # Below 1e-9 the formulas divide by what float64 takes for nothing.
+        # Below 1e-9 a formula may divide by a number that float64 rounds to zero.
         if type(value) not in (int, float) or not 1e-9 < value < 2**31:
             raise ValueError(f"rope_scaling: {key} must be positive, got {value!r:.80}")
     if kind == "llama3" and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
@@ -1512,6 +1514,9 @@ def rotary_settings(config: dict) -> dict:
     if kind == "default":
         return settings | {"rope_scaling": None}
     scaling = {name: rope[name] for name in rope if name not in ("rope_theta", "type")}
+    for name in OPTIONAL_NUMBERS:  # 0 means that there is none
+        if not scaling.get(name):
+            scaling.pop(name, None)
     scaling["rope_type"] = kind
     if kind == "yarn":
         longest = config.get("max_position_embeddings")
@@ -1710,7 +1715,8 @@ CONTROL = re.compile(
 # Section 7 reads Llama 3's kind of vocabulary. Others cut a text into words in another
 # way, merge characters instead of bytes (SentencePiece [8], Llama 2 and Mistral), put a
 # space before a text, or come as Meta's file of ranks. Each is turned into ranks for
-# tiktoken, so that one encoder serves all, and into what is done to a text before.
+# tiktoken, so that one encoder serves all, and into a list of changes that are made to
+# a text before it is split.
 # uses: 1, 4, 7, 11, 12
 # needs: Callable, Iterable, Mapping, Path, base64, dataclass, field, json, queue, re,
 #     threading, time, unicodedata
@@ -1740,10 +1746,11 @@ class SpelledVocabulary(Vocabulary):
 
     form: str | None = None  # Unicode normal form
     space: str = " "  # what a space is written as
-    # Where a space goes before a text: "always"; where it is "missing"; where it is
-    # missing at the "start" of a conversation; None, never.
+    # Where a space is put before a text: "always"; "missing": unless the text begins
+    # with one; "start": as "missing", but only at the start of a conversation; None:
+    # nowhere.
     prefix: str | None = None
-    # Ids of our own, of a part of a character: the ids of its bytes.
+    # Ids made up here for the beginning of a character, each with the ids of its bytes.
     parts: dict[int, list[int]] = field(default_factory=dict)
     foreign: bool = False  # the split is a folder's own regular expression
 
@@ -1762,7 +1769,8 @@ def split_pattern(pre_tokenizer: dict) -> tuple[str, bool]:
     if kinds == [False, True, "ByteLevel"]:
         return GPT2_SPLIT, False
     if kinds == [False, True, "Digits", "ByteLevel"]:
-        # Digits are cut out first, so text ends before one as at its end.
+        # Digits are cut out first, so the text before one is split as if it ended
+        # there.
         digits = r"\p{N}" if first.get("individual_digits") else r"\p{N}+"
         rest = GPT2_SPLIT.replace(r"| ?\p{N}+", "")
         return digits + "|" + rest.replace(r"(?!\S)", r"(?![^\s\p{N}])"), False
@@ -1780,7 +1788,7 @@ def split_pattern(pre_tokenizer: dict) -> tuple[str, bool]:
                 f"the split's {size:,} characters and {counts} counted repeats are too "
                 "many"
             )
-        # tiktoken would drop the text between: a run of what begins no match.
+        # tiktoken would drop the text between matches, so this matches it too.
         return f"{regex}|(?:(?!{regex})(?s:.))+", True
     raise ValueError(f"unknown pre_tokenizer {json.dumps(pre_tokenizer):.200}")
 
@@ -1982,7 +1990,7 @@ def tokenizer_settings(folder: Path, template: str | None) -> dict:
 
 def within(seconds: float, task: Callable[[], list[int]]) -> list[int]:
     """Return what a task returns. Raises ValueError after so many seconds: a regular
-    expression that takes for ever cannot be stopped, only left alone in its thread."""
+    expression that takes for ever cannot be stopped, so its thread is left running."""
     outcome = queue.SimpleQueue()
 
     def attempt() -> None:
@@ -2198,8 +2206,8 @@ class Tokenizer(ByteLevelTokenizer):
 # 14. Checked loading
 # From a folder of anyone's making to a model that is ready to run. A folder is found,
 # its files are compared with each other, and what is wrong is said before a weight is
-# read. Model folders come from strangers, so here is the border: what has passed it is
-# trusted everywhere else.
+# read. Model folders come from strangers, so everything is checked here, and trusted
+# after this.
 # uses: 1-7, 11-13
 # needs: Iterable, Iterator, Mapping, Path, difflib, math, mx, os, re, safetensors,
 #     tree_flatten
@@ -2291,8 +2299,8 @@ def checked_header(file: Path) -> dict[str, TensorInfo]:
     """Return what a safetensors file holds, as read_header, once it is found sound.
 
     The safetensors package judges the header. Its parser is fuzzed, but its readers
-    need NumPy; so it is given the header alone. Of a sound one it then has one thing to
-    say, that the data is "not fully covered"; the file's size is checked here.
+    need NumPy; so it is given the header alone. For a sound header its only complaint
+    is then that the data is "not fully covered"; the file's size is checked here.
     Raises ValueError naming the file if it is not sound.
     """
     header = header_bytes(file)
@@ -2529,8 +2537,9 @@ def default_dtype() -> mx.Dtype | None:
 def default_prefill_step() -> int:
     """Return how many tokens to read at a time here.
 
-    A step cannot be interrupted: a CPU takes seconds for a long one, and gains nothing.
-    CUDA gains, since there a step costs some 25 ms of launches whatever its length.
+    A step cannot be interrupted. On a CPU a long one takes seconds, and is no faster
+    per token. On CUDA a step costs some 25 ms of launches whatever its length, so long
+    steps are faster.
     """
     if mx.default_device() == mx.cpu:
         return 32
@@ -2638,7 +2647,7 @@ def load(
 
 class Lookup:
     """Drafts of what comes next: the n tokens that followed when the last 8 (or n, if
-    that is less) occurred before. Text that repeats nothing is left in peace.
+    that is less) occurred before. Where nothing repeats, it drafts nothing.
 
     Source: github.com/apoorvumang/prompt-lookup-decoding.
     """
@@ -2789,7 +2798,7 @@ def on_cuda() -> bool:
 
 
 def become(module: nn.Module, other: nn.Module) -> None:
-    """Give a new module all that another one holds: the same parts and names."""
+    """Make a module, which is not initialised yet, hold all that another one holds."""
     nn.Module.__init__(module)
     dict.update(module, other)  # modules and arrays
     vars(module).update(vars(other))  # everything else
@@ -2801,8 +2810,8 @@ MANY_ROWS = 128  # from so many rows on, unpacking first takes less time
 class UnpackedForMany(QuantizedLinear):
     """A quantized layer, given by another, that is unpacked once for many rows of x.
 
-    Also for a few rows, where a row of weights is a single group: there CUDA's product
-    (MLX 0.32.4) gives wrong numbers.
+    It is unpacked for a few rows too, if a row of weights is a single group: there the
+    product of MLX 0.32.4 on CUDA gives wrong numbers.
     """
 
     def __init__(self, layer: QuantizedLinear):
@@ -2830,8 +2839,8 @@ FEW_ROWS = 16  # of drafts, at most
 class AttentionInRows(Attention):
     """Attention that reads a few tokens one by one, over a cache.
 
-    On CUDA, cuDNN takes some 60 ms to plan for every new pair of L and S. Only for one
-    query over a KVCache does the plan of the last token serve again.
+    On CUDA, cuDNN takes some 60 ms to plan for every new pair of L and S. A plan is
+    used again only where there is a single query over a KVCache.
     """
 
     def __init__(self, attention: Attention):
@@ -2862,8 +2871,9 @@ class CompiledBlock(TransformerBlock):
     def __init__(self, block: TransformerBlock):
         become(self, block)
         before, after = self.pieces(block)
-        # subtle: MLX finds what it has compiled by a function's address, and of several
-        # threads not all forget it with the function. A number is never used again.
+        # subtle: MLX finds what it has compiled by a function's address. A thread may
+        # keep the entry after the function is gone, and a new function may get the
+        # address. So each gets a number, which is never used again.
         number = next(self.made)
         self.before = functools.partial(mx.compile(before), number)
         self.after = functools.partial(mx.compile(after), number)
@@ -2908,7 +2918,7 @@ class FusedMLP(MLP):
 
 
 LONG = 128  # tokens of a prompt, from which on each block is launched by itself
-LARGE = 32_000_000  # bytes of a layer's cache, from which on a token is halved
+LARGE = 32_000_000  # bytes of a layer's cache, from which on a step has two halves
 
 
 class LaunchedBlock(TransformerBlock):
@@ -2933,8 +2943,9 @@ def launch_in_pieces(model: Llama) -> None:
     """
     blocks = model.model.layers
     middle, end = len(blocks) // 2, len(blocks) - 1
-    # x as it reached a block: the last that was launched, and of the last token the one
-    # in the middle, and the last block, which is in the graph of the second half.
+    # Inputs of blocks: of the block that was launched last, and, in the step of the
+    # last token, of the middle and the last block. To wait for end_x is to wait for the
+    # whole second half, since MLX signals once per launch.
     block_x = middle_x = end_x = mx.array(0)
 
     def launch(x: mx.array, _: KVCache) -> None:
@@ -2944,11 +2955,14 @@ def launch_in_pieces(model: Llama) -> None:
             mx.eval(block_x)
             block_x = x
 
+    def halved(x: mx.array, cache: KVCache) -> bool:
+        large = cache.keys is not None and 2 * cache.keys.nbytes >= LARGE
+        return x.shape[1] < LONG and large
+
     def launch_half(x: mx.array, cache: KVCache) -> None:
         nonlocal middle_x
         launch(x, cache)
-        large = cache.keys is not None and 2 * cache.keys.nbytes >= LARGE
-        if x.shape[1] < LONG and large:
+        if halved(x, cache):
             mx.eval(middle_x)
             mx.async_eval(x)
             mx.eval(end_x)
@@ -2957,7 +2971,7 @@ def launch_in_pieces(model: Llama) -> None:
     def note_end(x: mx.array, cache: KVCache) -> None:
         nonlocal end_x
         launch(x, cache)
-        end_x = x
+        end_x = x if halved(x, cache) else mx.array(0)
 
     special = {middle: launch_half} if middle < end else {}
     special[end] = note_end
@@ -2978,8 +2992,9 @@ def arrange_steps(model: Llama) -> None:
     if mx.default_device() == mx.cpu:
         return
     for block in model.model.layers:
-        block.mlp = FusedMLP(block.mlp)
-        if on_cuda():
+        if type(block.mlp) is MLP:
+            block.mlp = FusedMLP(block.mlp)
+        if on_cuda() and type(block.self_attn) is Attention:
             block.self_attn = AttentionInRows(block.self_attn)
     if on_cuda():
         unpack_for_many(model)
@@ -2990,8 +3005,8 @@ def arrange_steps(model: Llama) -> None:
 # 17. The CUDA kernel
 # Decoding a 4-bit model on CUDA, where MLX's matrix-vector product uses a fifth of the
 # memory's bandwidth. This one uses up to half, and also computes the norm that precedes
-# it, and the addition or SwiGLU that follows: a layer is four products and attention.
-# It is never used on Metal or on a CPU.
+# it, and the addition or SwiGLU that follows: so a layer is four launches and
+# attention. It is never used on Metal or on a CPU.
 # uses: 1-6, 16
 # needs: Callable, itertools, mx, nn, tree_flatten
 # -----------------------------------------------------------------------------
@@ -3073,8 +3088,8 @@ def fused_linear(
         for layer, view in zip(layers, mx.split(whole, starts)):
             layer[name] = view  # nothing is held twice
         packed.append(whole.reshape(parts, -1, whole.shape[-1]))
-    # subtle: eps goes with the gain. Arrays of up to 8 bytes MLX keeps in the host's
-    # memory, and blocks would wait longer for one than they compute.
+    # subtle: eps goes with the gain. MLX keeps arrays of up to 8 bytes in the host's
+    # memory, and to read one from there takes longer than to compute.
     gain = none = mx.array([[[0]]], mx.bfloat16)  # never read: its shape says so
     if norm is not None:
         gain = mx.concatenate([norm.weight, mx.array([norm.eps], mx.bfloat16)])
@@ -3128,9 +3143,10 @@ def fuse(model: Llama) -> None:
     for n, block in enumerate(blocks := model.model.layers):
         modules = block.modules()
         layers = [m for m in modules if isinstance(m, QuantizedLinear)]
-        settings = {(m.bits, m.mode, "bias" in m, m.group_size) for m in layers}
-        four_bit = [setting[:3] for setting in settings] == [(4, "affine", False)]
-        if four_bit and {*map(type, modules)} == kinds:
+        settings = {(m.bits, m.mode, "bias" in m) for m in layers}
+        one_group_size = len({m.group_size for m in layers}) == 1
+        plain = {*map(type, modules)} == kinds and "q_norm" not in block.self_attn
+        if plain and one_group_size and settings == {(4, "affine", False)}:
             blocks[n] = FusedBlock(block)
 
 
@@ -3163,8 +3179,8 @@ class SummedLinear(nn.Module):
 
 @dataclass(frozen=True)
 class ColumnsInfo(TensorInfo):
-    """Some columns of a matrix in a file: of each row a part; the parts begin `stride`
-    bytes apart."""
+    """Some columns of a matrix in a file: the same part of each row. From one part to
+    the next it is `stride` bytes."""
 
     stride: int = 0
 
@@ -3286,7 +3302,7 @@ def broadcast(group: Group, message: list) -> list:
     """Return on every rank the list, for JSON, that rank 0 gives."""
     data = json.dumps(message).encode() if message and group.rank() == 0 else b""
     length = mx.distributed.all_sum(mx.array([len(data)]), group=group).item()
-    if length == 0:  # an empty list, as mostly: one sum is enough
+    if length == 0:  # usually the list is empty: one sum is enough
         return []
     data = mx.array(list(data or bytes(length)), mx.uint8)
     return json.loads(bytes(mx.distributed.all_sum(data, group=group).tolist()))
@@ -3297,8 +3313,8 @@ def cancelled_by_any(
 ) -> Callable[[], bool]:
     """Return a function that tells whether a rank wants to stop, alike on all ranks.
 
-    tokens: those sampled so far. Each call gives the answer to the call before: its own
-    is a sum that the device computes after the step that was launched ahead.
+    tokens: those sampled so far. A call starts a sum over the ranks, and returns the
+    result of the sum before, so that nobody waits for the step that is in flight.
     It raises RuntimeError if the ranks have sampled different tokens.
     """
     asked = []  # the sums over all ranks on their way, and the token of this one
@@ -3399,7 +3415,7 @@ def replace_file(file: Path, write: Callable[[Path], None]) -> None:
 def save_session(
     file: Path, cache: list[KVCache], ids: list[int], notes: dict, model: str
 ) -> None:
-    """Write to a file the part of a cache that holds ids, these, and notes for JSON.
+    """Write to a file ids, the part of a cache that holds them, and notes for JSON.
 
     model: its fingerprint.
     """
@@ -3420,9 +3436,10 @@ def read_session(file: Path) -> dict:
         text, crc32 = metadata["session"], int(metadata["crc32"])
         session = json.loads(text)
         sound = type(session["notes"]) is dict and are_ids(session["ids"])
+        whole = zlib.crc32(text.encode()) == crc32
     except (ArithmeticError, KeyError, RecursionError, TypeError, ValueError):
         raise ValueError(f"{file}: not a session of llama.py") from None
-    if zlib.crc32(text.encode()) != crc32:
+    if not whole:
         raise ValueError(f"{file}: the conversation is damaged")
     if not sound:
         raise ValueError(f"{file}: not a session of llama.py")
@@ -3447,13 +3464,15 @@ def restore_session(
     if "checksum" not in session:
         raise ValueError(f"{file}: a session of an older llama.py")
     arrays = {info.name: array for info, array in read_tensors(infos.values())}
-    if checksum(arrays) != session["checksum"]:
-        raise ValueError(f"{file}: the cache in it is damaged")
     layers = range(len(cache) if ids else 0)
     wanted = (1, args.num_key_value_heads, len(ids), args.head_dim)
     for name in [f"{n}.{part}" for n in layers for part in ("keys", "values")]:
         if name not in arrays or arrays[name].shape != wanted:
             raise ValueError(f"{file}: damaged: {name} is not {wanted}")
+    if any(array.ndim == 0 for array in arrays.values()):
+        raise ValueError(f"{file}: damaged: a tensor without a shape")
+    if checksum(arrays) != session["checksum"]:
+        raise ValueError(f"{file}: the cache in it is damaged")
     for layer in cache:
         layer.trim(layer.offset)
     for n in layers:
@@ -3527,17 +3546,11 @@ class Request:
 
     def told(self) -> list:
         """Return what the other ranks are told, which make their own of it."""
-        return [
-            self.ids,
-            self.max_tokens,
-            self.sampling,
-            self.drafts,
-            self.drop_space,
-        ]
+        return [self.ids, self.max_tokens, self.sampling, self.drafts, self.drop_space]
 
     def finish(self, outcome: "Stats | Exception") -> None:
         """Send the last event, twice: a Ctrl-C can strike whoever waits for it between
-        taking it and using it, and to wait for another would be for ever."""
+        taking it and using it, and without a second one it would then wait for ever."""
         self.events.put(outcome)
         self.events.put(outcome)
 
@@ -3634,11 +3647,11 @@ class Worker(threading.Thread):
                         continue
                     try:
                         self.serve(request)
-                    except Exception as error:  # its asker's; the next may do better
+                    except Exception as error:  # for whoever asked; the next may work
                         self.forget()
                         request.finish(error)
                         if self.group and not isinstance(error, ValueError):
-                            raise  # a ValueError all have; after others, ranks differ
+                            raise  # only a ValueError is the same on all ranks
                     request = None  # what it holds is not needed until the next
         except Exception as error:
             self.failure = error
@@ -3662,7 +3675,7 @@ class Worker(threading.Thread):
                     request = self.requests.get(timeout=TICK)
                     told.append(request and request.told())
             # Also when there is nothing to do: ranks that wait for one another in MLX
-            # take a core each, and that one has gone is found only where they meet.
+            # take a core each, and the death of one is noticed only here.
             for asked in broadcast(self.group, told):
                 if asked and self.group.rank() > 0:
                     request = Request(*asked)
@@ -3723,12 +3736,9 @@ class Worker(threading.Thread):
             cancelled = cancelled_by_any(self.group, cancelled, request.tokens)
         reused = self.reuse(ids)
         lookup = Lookup(request.drafts, ids) if request.drafts else None
-        step, prompt = self.prefill_step, ids[reused:]
-        for done, logits in prefill(self.model, prompt, self.cache, step):
-            request.events.put(Progress(done, len(prompt)))
-            if cancelled():
-                reason = "cancelled"
-                break
+        logits = self.read_prompt(request, ids[reused:], cancelled)
+        if logits is None:
+            reason = "cancelled"
         else:
             sampler = make_sampler(**request.sampling, prompt=ids)
             start = self.model, logits, self.cache, sampler
@@ -3743,6 +3753,19 @@ class Worker(threading.Thread):
         stats.accepted_tokens = lookup.accepted if lookup else 0
         stats.finish_reason = reason
         request.finish(stats)
+
+    def read_prompt(
+        self, request: Request, prompt: list[int], cancelled: Callable[[], bool]
+    ) -> mx.array | None:
+        """Return the logits that follow a prompt, None if the reply is cancelled before
+        they are known. Reports Progress."""
+        if cancelled():
+            return None
+        for done, logits in prefill(self.model, prompt, self.cache, self.prefill_step):
+            request.events.put(Progress(done, len(prompt)))
+            if cancelled():
+                return None
+        return logits
 
     def write(
         self, request: Request, reply: Iterator[int], cancelled: Callable[[], bool]
@@ -3797,7 +3820,12 @@ class Worker(threading.Thread):
         """Fill the cache from a file, and return its notes; see Engine.restore."""
         args, dtype = self.model.args, self.model.model.norm.weight.dtype
         name = fingerprint(self.folder, self.tensors)
-        ids, notes = restore_session(file, self.cache, args, dtype, name)
+        try:
+            ids, notes = restore_session(file, self.cache, args, dtype, name)
+        except Exception:
+            if any(layer.offset != len(self.cached) for layer in self.cache):
+                self.forget()  # it was filled in part
+            raise
         self.cached = ids
         return notes
 
@@ -3833,7 +3861,7 @@ def default_sampling(folder: Path) -> dict[str, float]:
 
 
 class PromptTooLong(ValueError):
-    """A prompt of `tokens` does not fit the context, which may be `longest` at most."""
+    """A prompt of `tokens` does not fit the context, which can be `longest` at most."""
 
     def __init__(self, tokens: int, context: int, longest: int):
         self.tokens, self.context, self.longest = tokens, context, longest
@@ -4257,6 +4285,8 @@ def describe(model: str | None) -> dict:
         try:
             folder = choose_folder(model)
         except FileNotFoundError as error:
+            if model is None:
+                raise
             raise FileNotFoundError(
                 f"{model} is none of {', '.join(PRESETS)}; {error}"
             ) from None
@@ -4291,8 +4321,8 @@ def describe(model: str | None) -> dict:
 def random_model(args: ModelArgs, bits: int | None) -> Llama:
     """Return a model of random weights, in 16 bits (on a CPU in float32) or quantized.
 
-    The largest are made first: what that takes besides is less than what is still to
-    come, so the peak is the model itself.
+    Making a layer takes some memory besides. With the largest first, that is less than
+    what is still to be made, so the peak is the model itself.
     """
     model, dtype = Llama(args), default_dtype() or mx.bfloat16
     layers = sorted(dense_layers(model), key=lambda entry: -entry[1].weight.size)
@@ -4624,7 +4654,8 @@ def print_reply(
     except KeyboardInterrupt:
         reply.cancel()
         collections.deque(reply, 0)  # no more text: waits until the worker has stopped
-    progress.clear()
+    finally:
+        progress.clear()
     if options.json:
         found = {"text": reply.text, "finish_reason": reply.stats.finish_reason}
         found |= {"seed": seed, "stats": asdict(reply.stats)}
@@ -4703,7 +4734,7 @@ class LineEditor:
         """Return a line that is typed after a prompt."""
         backend = getattr(self.readline, "__doc__", None) or "libedit"
         if coloured(sys.stdout) and "libedit" not in backend:
-            # Between 1 and 2: what takes no room, for GNU readline to reckon with.
+            # For GNU readline, \x01 and \x02 enclose characters that take no space.
             prompt = f"\x01\x1b[2m\x02{prompt}\x01\x1b[0m\x02"
         return read_line(prompt)
 
@@ -4746,8 +4777,9 @@ def counted(turns: list) -> str:
 
 
 def rebuilt(kind: type, values: dict) -> object:
-    """Return a Piece or Stats from what JSON kept of one. Raises TypeError if it is of
-    another one, or a value is of another type than the default."""
+    """Return a Piece or Stats from what JSON kept of one. Raises TypeError if the keys
+    are
+    not its fields, or a value is of another type than the default."""
     made, usual = kind(**values), kind()
     for entry in fields(kind):
         value, wanted = getattr(made, entry.name), type(getattr(usual, entry.name))
@@ -4803,8 +4835,8 @@ class Conversation:
         self.engine.save(file, notes, tokens=used)  # and nothing that was forgotten
 
     def load(self, file: Path) -> None:
-        """Go on with the conversation of a session file; what the command line says of
-        instructions, seed and sampling goes first."""
+        """Resume the conversation of a session file. Options for instructions, seed and
+        sampling on the command line win over those of the file."""
         notes = self.read_notes(file)
         try:
             turns = [
@@ -4817,7 +4849,7 @@ class Conversation:
             if type(seed) is not int or not 0 <= seed < 2**64:
                 raise TypeError(f"seed: got {seed!r:.80}")
             system = system if system is None else str(system)
-        except (KeyError, OverflowError, TypeError) as error:
+        except (KeyError, OverflowError, TypeError, ValueError) as error:
             raise ValueError(f"{file}: not a conversation: {error!r}") from None
         self.turns, self.seed = turns, seed if self.options.seed is None else self.seed
         self.system = system if self.options.system is None else self.system
@@ -4852,14 +4884,17 @@ COMMANDS = {
     "context": ("", "shows how full the context is, and what each turn took"),
     "file": ("PATH", "puts a text file before the next message"),
     "help": ("", "lists these commands"),
-    "load": ("FILE", "goes on with the conversation of a session file"),
+    "load": ("FILE", "resumes the conversation of a session file"),
     "reset": ("", "forgets the conversation, but not the instructions"),
     "retry": ("", "answers the last message again, with the next seed"),
-    "save": ("FILE", "a new one: a session for /load, or as FILE.md Markdown to read"),
+    "save": (
+        "FILE",
+        "writes a new file: a session, or Markdown if it ends in .md",
+    ),
     "set": ("NAME VALUE", "of sampling, max_tokens or seed; without, shows them"),
     "stats": ("", "shows speed and memory of the last reply"),
     "system": ("TEXT", "instructions before the conversation; without TEXT, none"),
-    "undo": ("", "forgets a file that waits, else the last message and its reply"),
+    "undo": ("", "removes the last attached file, or else the last message and reply"),
 }
 
 
@@ -4926,7 +4961,7 @@ class Chat(Conversation):
             self.attached = []
 
     def ask(self, text: str, seed: int) -> Reply:
-        """As for any conversation; and say when the context is nearly full."""
+        """Answer as a Conversation does, and warn when the context is nearly full."""
         reply = super().ask(text, seed)
         used, size = reply.stats.context_used, reply.stats.context
         if used > 0.9 * size:
@@ -4976,7 +5011,7 @@ class Chat(Conversation):
         tokens = len(self.engine.tokenizer.encode("\n\n".join(attached)))
         if tokens >= self.engine.context:
             raise ValueError(
-                f"{path}: {tokens} tokens with what waits, context "
+                f"{path}: {tokens} tokens with the other attached files, context "
                 f"{self.engine.context}; --ctx sets its size"
             )
         self.attached = attached
@@ -5018,7 +5053,7 @@ class Chat(Conversation):
             return
         whole = name in ("max_tokens", "seed")
         try:
-            if whole and not value.isdecimal():
+            if whole and not (value.isdecimal() and int(value) < 2**63):
                 raise ValueError
             number = int(value) if whole else float(value)
         except ValueError:
@@ -5036,7 +5071,7 @@ class Chat(Conversation):
             note(f"turn {n}: {stats.context_used - before} tokens, {user[:40]!r}")
             before = stats.context_used
         for text in self.attached:
-            note(f"waits: {text[:40]!r}")
+            note(f"attached: {text[:40]!r}")
         note(f"{before} of {size} tokens used, {size - before} left")
 
 
@@ -5234,7 +5269,7 @@ def run(argv: Sequence[str] | None) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit status: 0, 1, 2, or 128 and a signal's."""
-    for name in ("stdin", "stdout", "stderr"):  # closed by who started us?
+    for name in ("stdin", "stdout", "stderr"):  # the parent process may have closed it
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "r+"))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):  # models speak UTF-8 in any locale

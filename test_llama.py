@@ -1966,6 +1966,14 @@ def test_every_layout_of_the_rotary_settings_gives_equal_arguments(layout, scali
     assert llama.read_args(layout) == usual
 
 
+def test_a_large_theta_and_a_scale_of_nothing_are_taken_as_published():
+    """A base of 3.6e9 exists; mscale 0 means that there is none, as Hugging Face has it."""
+    assert llama.read_args(CONFIG | {"rope_theta": 3580165449.0}).rope_theta > 2**31
+    yarn = {"rope_type": "yarn", "factor": 4.0, "mscale": 0, "mscale_all_dim": 0}
+    settings = llama.rotary_settings(CONFIG | {"rope_scaling": yarn})["rope_scaling"]
+    assert not {"mscale", "mscale_all_dim"} & settings.keys()
+
+
 def test_absent_numbers_are_derived_and_given_ones_win():
     args = llama.read_args(without(CONFIG, "head_dim", "num_key_value_heads"))
     assert (args.head_dim, args.num_key_value_heads) == (48 // 6, 6)
@@ -3142,7 +3150,8 @@ def test_a_packed_folder_needs_no_settings(tmp_path, settings):
         ((24, 48), (24, 8), None, "has no biases"),
         ((24, 32), (24, 5), (24, 5), "cannot be packed"),
         ((24, 33), (24, 4), (24, 4), "cannot be packed"),
-        ((24, 0), (24, 4), (24, 4), "group_size 64, bits 0, mode affine"),
+        ((24, 0), (24, 4), (24, 4), "cannot be packed"),
+        ((24, 3200), (24, 4), (24, 4), "cannot be packed"),
         ((24, 32), (24, 0), (24, 0), "cannot be packed"),
         ((24, 32), (), (), "group_size 6144, bits 4, mode affine"),
         ((), (24, 4), (24, 4), "cannot be packed"),
@@ -3561,6 +3570,19 @@ def test_pieces_join_to_the_text_and_the_statistics_add_up(engine):
     assert stats.context_used in (len(ids) + 19, len(ids) + 20)
     assert 0 < stats.time_to_first_token_s < 60 and stats.peak_memory > 0
     assert stats.prefill_tps > 0 and stats.decode_tps > 0
+
+
+def test_a_reply_that_is_cancelled_before_it_begins_reads_nothing(folder):
+    """An engine that is closed with requests in its queue does not read their prompts."""
+    with llama.Engine(folder) as engine:
+        first = engine.chat(USER, max_tokens=200)
+        waiting = [engine.chat(USER, max_tokens=5) for _ in range(3)]
+        for reply in (*waiting, first):
+            reply.cancel()
+        for reply in waiting:
+            collections.deque(reply, 0)
+            assert reply.stats.finish_reason == "cancelled"
+            assert reply.stats.context_used == reply.stats.reused_tokens
 
 
 def test_a_second_turn_reads_only_what_is_new(engine):

@@ -103,17 +103,17 @@ def test_a_file_that_does_not_fit_is_refused_and_one_that_waits_is_undone_first(
     chat.take("one")
     file.write_text("x" * engine.context)
     with pytest.raises(
-        ValueError, match=r"a\.txt: 5\d\d tokens with what waits, context"
+        ValueError, match=r"a\.txt: 5\d\d tokens with the other attached files, context"
     ):
         chat.take(f"/file {file}")
     file.write_text("x" * (engine.context // 2))
     chat.take(f"/file {file}")
     with pytest.raises(
-        ValueError, match=r"a\.txt: 5\d\d tokens with what waits, context"
+        ValueError, match=r"a\.txt: 5\d\d tokens with the other attached files, context"
     ):
         chat.take(f"/file {file}")  # twice would be too much
     chat.take("/context")
-    assert "waits: 'a.txt:" in capsys.readouterr().err
+    assert "attached: 'a.txt:" in capsys.readouterr().err
     chat.take("/undo")
     assert not chat.attached and len(chat.turns) == 1
     assert "forgotten: 'a.txt:" in capsys.readouterr().err
@@ -186,6 +186,7 @@ def test_commands_that_cannot_be_followed_say_why(engine):
         ("/set top_p 2", r"top_p must be in \(0, 1\], got 2"),
         ("/set colour red", "no option colour; temperature"),
         ("/set temperature hot", "temperature must be a number, got 'hot'"),
+        (f"/set seed {2**63}", "seed must be a whole number of at least 0, got"),
         ("/set max-tokens -1", "max_tokens must be a whole number .*, got '-1'"),
         ("/set top_k 1.5", r"\[1, 2147483647\], a whole number, got 1.5"),
         ("/file", "/file wants a PATH"),
