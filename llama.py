@@ -5057,7 +5057,7 @@ class Chat(Conversation):
                 raise ValueError
             number = int(value) if whole else float(value)
         except ValueError:
-            kind = "a whole number of at least 0" if whole else "a number"
+            kind = "a whole number in [0, 2**63)" if whole else "a number"
             raise ValueError(f"{name} must be {kind}, got {value!r}") from None
         if not whole:
             check_sampling(**{name: number})

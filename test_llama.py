@@ -70,6 +70,7 @@ from tests.support import (
     numbers,
     on_a_gpu,
     on_the_cpu,
+    peer,
     problems_of,
     random_folder,
     random_tokens,
@@ -87,11 +88,6 @@ from tests.support import (
 )
 
 pytest_plugins = ["tests.fixtures"]
-
-
-def peer(name: str):
-    """A package that an oracle needs; skips, saying so, where it is not installed."""
-    return pytest.importorskip(name, reason=f"the peer {name} is not installed")
 
 
 ITEM_SIZE = 2 if ON_A_GPU else 4  # bytes of a number, where files do not say it
