@@ -102,6 +102,7 @@ import statistics
 import sys
 import threading
 import time
+import traceback
 import unicodedata
 import weakref
 import zlib
@@ -2657,7 +2658,8 @@ class Lookup:
             raise ValueError(f"n must be at least 1, got {n}")
         self.n, self.same, self.ids = n, min(n, 8), []
         self.after = {}  # the last ids, as a tuple: where, in ids, what followed begins
-        self.accepted = 0  # drafts that the model agreed with
+        self.passes = 0  # of the model
+        self.accepted = 0  # drafts that it agreed with
         self.extend(ids)
 
     def extend(self, ids: Iterable[int]) -> None:
@@ -2749,6 +2751,7 @@ def decode_with_lookup(
                 drafts = lookup.drafts()[1:room]
                 ahead = launch(model, step.sampled, drafts, cache, step.samplers[0])
             kept = verify_drafts(step, cache)
+            lookup.passes += 1
             for value in kept:
                 if value in stop_tokens:
                     return "stop"
@@ -2785,10 +2788,10 @@ def decode_with_lookup(
 #     through. So a long prompt would take memory for all its layers at once, and over a
 #     large cache a step would copy what the last step still reads: they are launched in
 #     pieces.
-# All of this is put into a model by exchanging parts of it, each for one that is given
-# the old one; the loop over the blocks stays as it is.
+# All of this is put into a model by exchanging parts of it, each for one that holds
+# the same weights; the loop over the blocks stays as it is.
 # uses: 1-6
-# needs: Callable, functools, itertools, mx, nn, tree_unflatten
+# needs: Callable, copy, functools, itertools, mx, nn, tree_unflatten
 # -----------------------------------------------------------------------------
 
 
@@ -2797,25 +2800,22 @@ def on_cuda() -> bool:
     return mx.cuda.is_available() and mx.default_device() == mx.gpu
 
 
-def become(module: nn.Module, other: nn.Module) -> None:
-    """Make a module, which is not initialised yet, hold all that another one holds."""
-    nn.Module.__init__(module)
-    dict.update(module, other)  # modules and arrays
-    vars(module).update(vars(other))  # everything else
+def as_subclass(module: nn.Module, kind: type[nn.Module]) -> nn.Module:
+    """Return a module that holds what this one holds, and computes as `kind` does."""
+    other = copy.copy(module)
+    other.__class__ = kind
+    return other
 
 
 MANY_ROWS = 128  # from so many rows on, unpacking first takes less time
 
 
-class UnpackedForMany(QuantizedLinear):
-    """A quantized layer, given by another, that is unpacked once for many rows of x.
+class UnpackedForMany(QuantizedMatrix):
+    """A packed matrix that is unpacked once for many rows of x.
 
     It is unpacked for a few rows too, if a row of weights is a single group: there the
     product of MLX 0.32.4 on CUDA gives wrong numbers.
     """
-
-    def __init__(self, layer: QuantizedLinear):
-        become(self, layer)
 
     def as_linear(self, x: mx.array) -> mx.array:
         rows, one_group = x.size // x.shape[-1], x.shape[-1] == self.group_size
@@ -2826,11 +2826,21 @@ class UnpackedForMany(QuantizedLinear):
         return x @ whole.T
 
 
+class UnpackedLinear(UnpackedForMany, QuantizedLinear):
+    """A quantized layer that is unpacked once for many rows."""
+
+
+class UnpackedEmbedding(UnpackedForMany, QuantizedEmbedding):
+    """A quantized embedding that, where it is the head, is unpacked once for many."""
+
+
 def unpack_for_many(model: Llama) -> None:
-    """Have the quantized layers of a model unpacked once for many rows."""
+    """Have the packed matrices of a model unpacked once for many rows."""
+    kinds = {QuantizedLinear: UnpackedLinear, QuantizedEmbedding: UnpackedEmbedding}
     for path, layer in model.named_modules():
-        if type(layer) is QuantizedLinear:
-            model.update_modules(tree_unflatten([(path, UnpackedForMany(layer))]))
+        if kind := kinds.get(type(layer)):
+            unpacked = as_subclass(layer, kind)
+            model.update_modules(tree_unflatten([(path, unpacked)]))
 
 
 FEW_ROWS = 16  # of drafts, at most
@@ -2842,9 +2852,6 @@ class AttentionInRows(Attention):
     On CUDA, cuDNN takes some 60 ms to plan for every new pair of L and S. A plan is
     used again only where there is a single query over a KVCache.
     """
-
-    def __init__(self, attention: Attention):
-        become(self, attention)
 
     def attend(self, queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
         L, S = queries.shape[2], keys.shape[2]
@@ -2858,7 +2865,7 @@ class AttentionInRows(Attention):
 
 
 class CompiledBlock(TransformerBlock):
-    """A block, given by another, that decodes through two compiled pieces.
+    """A block that decodes through two compiled pieces; `of` makes it of another.
 
     One token keeps a GPU busy for less time than Python takes to describe the step. The
     operations before and after the cache are the same for every token, so MLX notes
@@ -2868,15 +2875,17 @@ class CompiledBlock(TransformerBlock):
 
     made = itertools.count()
 
-    def __init__(self, block: TransformerBlock):
-        become(self, block)
-        before, after = self.pieces(block)
+    @classmethod
+    def of(cls, block: TransformerBlock) -> "CompiledBlock":
+        compiled = as_subclass(block, cls)
+        before, after = cls.pieces(block)
         # subtle: MLX finds what it has compiled by a function's address. A thread may
         # keep the entry after the function is gone, and a new function may get the
         # address. So each gets a number, which is never used again.
-        number = next(self.made)
-        self.before = functools.partial(mx.compile(before), number)
-        self.after = functools.partial(mx.compile(after), number)
+        number = next(cls.made)
+        compiled.before = functools.partial(mx.compile(before), number)
+        compiled.after = functools.partial(mx.compile(after), number)
+        return compiled
 
     @staticmethod
     def pieces(block: TransformerBlock) -> tuple[Callable, Callable]:
@@ -2908,10 +2917,7 @@ def fused_swiglu(gate: mx.array, up: mx.array) -> mx.array:
 
 
 class FusedMLP(MLP):
-    """An MLP, given by another, with one kernel for SwiGLU instead of three."""
-
-    def __init__(self, mlp: MLP):
-        become(self, mlp)
+    """An MLP with one kernel for SwiGLU instead of three."""
 
     def __call__(self, x: mx.array) -> mx.array:
         return self.down_proj(fused_swiglu(self.gate_proj(x), self.up_proj(x)))
@@ -2922,80 +2928,81 @@ LARGE = 32_000_000  # bytes of a layer's cache, from which on a step has two hal
 
 
 class LaunchedBlock(TransformerBlock):
-    """A block, given by another, that calls `launch` with its arguments first."""
+    """A block that calls `launch` with its arguments first; `of` makes it of another."""
 
-    def __init__(self, block: TransformerBlock, launch: Callable):
-        become(self, block)
+    @classmethod
+    def of(cls, block: TransformerBlock, launch: Callable) -> "LaunchedBlock":
+        launched = as_subclass(block, cls)
         # Not as a module of this one, or all parameters would be there twice.
-        vars(self).update({"block": block, "launch": launch})
+        vars(launched).update({"block": block, "launch": launch})
+        return launched
 
     def __call__(self, x: mx.array, cache: KVCache) -> mx.array:
         self.launch(x, cache)
         return self.block(x, cache)
 
 
-def launch_in_pieces(model: Llama) -> None:
-    """Have a step launched before its end, where it is long or the cache is large.
+class Launcher:
+    """What launches the steps of a model of n blocks before their end, in pieces.
 
     Each block of a long prompt is launched by itself, one in advance of the last. Over
     a large cache a token is launched in two halves, and each half waits until the GPU
     has finished the same half of the last token, so that nothing still reads its cache.
     """
-    blocks = model.model.layers
-    middle, end = len(blocks) // 2, len(blocks) - 1
-    # Inputs of blocks: of the block that was launched last, and, in the step of the
-    # last token, of the middle and the last block. To wait for end_x is to wait for the
-    # whole second half, since MLX signals once per launch.
-    block_x = middle_x = end_x = mx.array(0)
 
-    def launch(x: mx.array, _: KVCache) -> None:
-        nonlocal block_x
-        if x.shape[1] >= LONG:
-            mx.async_eval(x)
-            mx.eval(block_x)
-            block_x = x
+    def __init__(self, blocks: int):
+        self.middle, self.end = blocks // 2, blocks - 1
+        self.forget()
 
-    def halved(x: mx.array, cache: KVCache) -> bool:
+    def forget(self) -> None:
+        """Wait for nothing that was launched so far."""
+        # Inputs of blocks: of the block that was launched last, and, in the step of the
+        # last token, of the middle and the last block. To wait for end_x is to wait for
+        # the whole second half, since MLX signals once per launch.
+        self.block_x = self.middle_x = self.end_x = mx.array(0)
+
+    def launch(self, block: int, x: mx.array, cache: KVCache) -> None:
+        """Launch what gives a block its input x, or wait for what came before it."""
+        long = x.shape[1] >= LONG
         large = cache.keys is not None and 2 * cache.keys.nbytes >= LARGE
-        return x.shape[1] < LONG and large
-
-    def launch_half(x: mx.array, cache: KVCache) -> None:
-        nonlocal middle_x
-        launch(x, cache)
-        if halved(x, cache):
-            mx.eval(middle_x)
+        if block == 0 and not large:
+            self.forget()  # the steps of another cache: one of them may have failed
+        if long:
             mx.async_eval(x)
-            mx.eval(end_x)
-            middle_x = x
+            mx.eval(self.block_x)
+            self.block_x = x
+        elif large and block == self.end:
+            self.end_x = x
+        elif large and block == self.middle:
+            mx.eval(self.middle_x)
+            mx.async_eval(x)
+            mx.eval(self.end_x)
+            self.middle_x = x
 
-    def note_end(x: mx.array, cache: KVCache) -> None:
-        nonlocal end_x
-        launch(x, cache)
-        end_x = x if halved(x, cache) else mx.array(0)
 
-    special = {middle: launch_half} if middle < end else {}
-    special[end] = note_end
+def launch_in_pieces(model: Llama) -> None:
+    """Have a step launched before its end, where it is long or the cache is large."""
+    blocks = model.model.layers
+    launcher = Launcher(len(blocks))
     for n, block in enumerate(blocks):
-        blocks[n] = LaunchedBlock(block, special.get(n, launch))
+        launch = functools.partial(launcher.launch, n)
+        blocks[n] = LaunchedBlock.of(block, launch)
 
 
 def compile_blocks(model: Llama) -> None:
-    """Have the blocks of a model decode through compiled pieces, on a GPU."""
-    if mx.default_device() == mx.gpu:
-        for n, block in enumerate(blocks := model.model.layers):
-            if type(block) is TransformerBlock:
-                blocks[n] = CompiledBlock(block)
+    """Have the blocks of a model decode through compiled pieces."""
+    for n, block in enumerate(blocks := model.model.layers):
+        if type(block) is TransformerBlock:
+            blocks[n] = CompiledBlock.of(block)
 
 
 def arrange_steps(model: Llama) -> None:
-    """Put into a model everything else in this section that its device gains by."""
-    if mx.default_device() == mx.cpu:
-        return
+    """Put into a model everything else in this section that a GPU gains by."""
     for block in model.model.layers:
         if type(block.mlp) is MLP:
-            block.mlp = FusedMLP(block.mlp)
+            block.mlp = as_subclass(block.mlp, FusedMLP)
         if on_cuda() and type(block.self_attn) is Attention:
-            block.self_attn = AttentionInRows(block.self_attn)
+            block.self_attn = as_subclass(block.self_attn, AttentionInRows)
     if on_cuda():
         unpack_for_many(model)
     launch_in_pieces(model)
@@ -3105,7 +3112,7 @@ def fused_linear(
 
 
 class FusedBlock(CompiledBlock):
-    """A block, given by another, that decodes through the kernel."""
+    """A block that decodes through the kernel."""
 
     @staticmethod
     def pieces(block: TransformerBlock) -> tuple[Callable, Callable]:
@@ -3147,7 +3154,7 @@ def fuse(model: Llama) -> None:
         one_group_size = len({m.group_size for m in layers}) == 1
         plain = {*map(type, modules)} == kinds and "q_norm" not in block.self_attn
         if plain and one_group_size and settings == {(4, "affine", False)}:
-            blocks[n] = FusedBlock(block)
+            blocks[n] = FusedBlock.of(block)
 
 
 # -----------------------------------------------------------------------------
@@ -3271,13 +3278,14 @@ def accelerate(model: Llama, group: Group | None = None) -> None:
     The ranks of a group need their sums instead of the kernel: one after attention, one
     after the MLP. Without this a model gives the same logits, but for rounding.
     """
-    if mx.default_device() == mx.cpu and group is None:
-        return
-    if group is not None and group.size() > 1:
+    shared = group is not None and group.size() > 1
+    if shared:
         for block in model.model.layers:
             block.self_attn.o_proj = SummedLinear(block.self_attn.o_proj, group)
             block.mlp.down_proj = SummedLinear(block.mlp.down_proj, group)
-    else:
+    if mx.default_device() == mx.cpu:
+        return
+    if not shared:
         fuse(model)
         compile_blocks(model)
     arrange_steps(model)
@@ -3490,7 +3498,7 @@ def restore_session(
 # one conversation is kept: the next turn begins with the same ids, and reads its own.
 # uses: 1-9, 11-19
 # needs: Callable, Iterator, NamedTuple, Path, collections, contextlib, dataclass,
-#     field, functools, mx, queue, threading, time, weakref
+#     field, functools, mx, queue, threading, time, traceback, weakref
 # -----------------------------------------------------------------------------
 
 
@@ -3648,7 +3656,11 @@ class Worker(threading.Thread):
                     try:
                         self.serve(request)
                     except Exception as error:  # for whoever asked; the next may work
+                        # What the failed step made may be all the memory there is, and
+                        # the error refers to it as long as somebody keeps the error.
+                        traceback.clear_frames(error.__traceback__)
                         self.forget()
+                        mx.clear_cache()
                         request.finish(error)
                         if self.group and not isinstance(error, ValueError):
                             raise  # only a ValueError is the same on all ranks
@@ -3676,7 +3688,13 @@ class Worker(threading.Thread):
                     told.append(request and request.told())
             # Also when there is nothing to do: ranks that wait for one another in MLX
             # take a core each, and the death of one is noticed only here.
-            for asked in broadcast(self.group, told):
+            try:
+                message = broadcast(self.group, told)
+            except Exception as error:
+                if request is not None:  # it is in the queue no more
+                    request.finish(error)
+                raise
+            for asked in message:
                 if asked and self.group.rank() > 0:
                     request = Request(*asked)
                 return request
@@ -3747,7 +3765,7 @@ class Worker(threading.Thread):
                 reply = decode_with_lookup(*start, lookup, *ends)
             else:
                 reply = decode(*start, *ends)
-            reason = self.write(request, reply, cancelled)
+            reason = self.write(request, reply, cancelled, lookup)
         self.cached = (ids + request.tokens)[: self.cache[0].offset]
         stats = self.statistics(request, reused)
         stats.accepted_tokens = lookup.accepted if lookup else 0
@@ -3768,11 +3786,15 @@ class Worker(threading.Thread):
         return logits
 
     def write(
-        self, request: Request, reply: Iterator[int], cancelled: Callable[[], bool]
+        self,
+        request: Request,
+        reply: Iterator[int],
+        cancelled: Callable[[], bool],
+        lookup: Lookup | None,
     ) -> str:
         """Put what is decoded into Pieces of whole characters; return why it ended."""
         stream = self.tokenizer.stream(drop_space=request.drop_space)
-        piece, reason = Piece(), None
+        piece, reason, passes = Piece(), None, 0
         while reason is None:
             try:
                 token = next(reply)
@@ -3786,8 +3808,11 @@ class Worker(threading.Thread):
             if piece.text:
                 request.events.put(piece)
                 piece = Piece()
-            if cancelled():
-                reason = "cancelled"
+            # Asked once for all tokens of a pass, since ranks ask by a sum over them.
+            if lookup is None or lookup.passes > passes:
+                passes = lookup.passes if lookup else 0
+                if cancelled():
+                    reason = "cancelled"
         reply.close()  # which trims the step that was launched ahead
         piece.text += stream.close()
         request.events.put(piece)
@@ -3993,6 +4018,8 @@ class Engine(contextlib.AbstractContextManager):
             self._require_worker()
             self._taken.append(reply.taken)
             self._worker.requests.put(request)
+            if failure := self._worker.failure:  # it may not look there any more
+                request.finish(failure)
         return reply
 
     def save(self, file: str | Path, notes: dict, *, tokens: int | None = None) -> None:
@@ -4417,19 +4444,20 @@ def measured(options: argparse.Namespace, found: dict) -> dict:
 
 def measured_rows(name: str, device: str, found: dict) -> list[tuple[str, str]]:
     """Return what was measured as rows of a table, the last one to paste elsewhere."""
-    first = "{generation_tokens} tokens, the first after {time_to_first_token_s:.2f} s"
-    numbers = "{weights_gb:.2f} | {prefill_tps:,.1f} | {decode_tps:,.1f} | {gbps:,.1f}"
-    share = f"{100 * found['bandwidth_share']:.0f} % of what copying reaches here"
-    peak, end = (gigabytes(1e9 * found[key]) for key in ("peak_gb", "active_gb"))
-    rows = [
-        ("prefill", "{prefill_tps:,.1f} tokens/s, {prompt_tokens} tokens"),
-        ("decode", "{decode_tps:,.1f} tokens/s, " + first),
-        ("reads", "{gbps:,.1f} GB/s of weights, " + share),
+    prefill, decode = f"{found['prefill_tps']:,.1f}", f"{found['decode_tps']:,.1f}"
+    reads, first = f"{found['gbps']:,.1f}", f"{found['time_to_first_token_s']:.2f} s"
+    share = f"{100 * found['bandwidth_share']:.0f} %"
+    peak, end = gigabytes(1e9 * found["peak_gb"]), gigabytes(1e9 * found["active_gb"])
+    weights_gb, peak_gb = f"{found['weights_gb']:.2f}", f"{found['peak_gb']:.2f}"
+    columns = (name, device, weights_gb, prefill, decode, reads, peak_gb)
+    tokens = found["generation_tokens"]
+    return [
+        ("prefill", f"{prefill} tokens/s, {found['prompt_tokens']} tokens"),
+        ("decode", f"{decode} tokens/s, {tokens} tokens, the first after {first}"),
+        ("reads", f"{reads} GB/s of weights, {share} of what copying reaches here"),
         ("peak", f"{peak}, {end} at the end"),
-        ("as a row", "| {name} | {device} | " + numbers + " | {peak_gb:.2f} |"),
+        ("as a row", f"| {' | '.join(columns)} |"),
     ]
-    values = found | {"name": name, "device": device}
-    return [(label, text.format(**values)) for label, text in rows]
 
 
 def bars(sizes: dict[str, int]) -> Iterator[str]:

@@ -31,6 +31,7 @@ import sys
 import threading
 import time
 import types
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -3746,6 +3747,30 @@ def test_a_reply_that_fails_on_the_way_leaves_nothing_to_the_next(
     reply = engine.complete("one prompt", **options)
     # The cache held these ids, and might have been left in the middle of a step.
     assert "".join(reply) == wanted and reply.stats.reused_tokens == 0
+
+
+def test_what_a_failed_reply_held_is_let_go_before_the_error_is_told(
+    engine, monkeypatch
+):
+    """Or the next one, after memory has run out, would find as little of it."""
+    options = {"max_tokens": 8, "temperature": 0}
+    wanted = "".join(engine.complete("one prompt", **options))
+    held, real = [], llama.KVCache.update_and_fetch
+
+    def update_and_fetch(layer, *args):
+        held.append(weakref.ref(layer))
+        if len(held) > 8:  # in the middle of a step
+            raise MemoryError("injected")
+        return real(layer, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(llama.KVCache, "update_and_fetch", update_and_fetch)
+        reply = engine.complete("one promise", **options)
+        with pytest.raises(MemoryError) as error:
+            list(reply)
+    assert len(held) == 9 and not any(layer() for layer in held)
+    assert error.value.__traceback__ is not None  # which would have held them
+    assert "".join(engine.complete("one prompt", **options)) == wanted
 
 
 def test_a_reply_that_is_dropped_frees_the_worker(tmp_path):
