@@ -2952,6 +2952,7 @@ class Launcher:
 
     def __init__(self, blocks: int):
         self.middle, self.end = blocks // 2, blocks - 1
+        self.halved = False  # whether this step is launched in two halves
         self.forget()
 
     def forget(self) -> None:
@@ -2964,16 +2965,18 @@ class Launcher:
     def launch(self, block: int, x: mx.array, cache: KVCache) -> None:
         """Launch what gives a block its input x, or wait for what came before it."""
         long = x.shape[1] >= LONG
-        large = cache.keys is not None and 2 * cache.keys.nbytes >= LARGE
-        if block == 0 and not large:
-            self.forget()  # the steps of another cache: one of them may have failed
+        if block == 0:
+            large = cache.keys is not None and 2 * cache.keys.nbytes >= LARGE
+            self.halved = large and not long
+            if not self.halved:
+                self.forget()  # what came before, which may have failed
         if long:
             mx.async_eval(x)
             mx.eval(self.block_x)
             self.block_x = x
-        elif large and block == self.end:
+        elif self.halved and block == self.end:
             self.end_x = x
-        elif large and block == self.middle:
+        elif self.halved and block == self.middle:
             mx.eval(self.middle_x)
             mx.async_eval(x)
             mx.eval(self.end_x)
