@@ -2791,7 +2791,7 @@ def decode_with_lookup(
 # All of this is put into a model by exchanging parts of it, each for one that holds
 # the same weights; the loop over the blocks stays as it is.
 # uses: 1-6
-# needs: Callable, copy, functools, itertools, mx, nn, tree_unflatten
+# needs: Callable, copy, functools, itertools, math, mx, nn, tree_unflatten
 # -----------------------------------------------------------------------------
 
 
@@ -2846,22 +2846,28 @@ def unpack_for_many(model: Llama) -> None:
 FEW_ROWS = 16  # of drafts, at most
 
 
-class AttentionInRows(Attention):
-    """Attention that reads a few tokens one by one, over a cache.
+class PaddedAttention(Attention):
+    """Attention that reads a few tokens over a multiple of 256 slots of the cache.
 
-    On CUDA, cuDNN takes some 60 ms to plan for every new pair of L and S. A plan is
-    used again only where there is a single query over a KVCache.
+    On CUDA, cuDNN takes some 60 ms to plan for every new pair of L and S. So a few
+    tokens, as prompt lookup drafts them, are given more keys than there are, and a mask
+    hides those that a token must not see. Then a plan serves until S has grown by 256.
     """
 
-    def attend(self, queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
-        L, S = queries.shape[2], keys.shape[2]
+    def __call__(self, x: mx.array, cache: KVCache) -> mx.array:
+        L = x.shape[1]
         if not 1 < L <= FEW_ROWS:
-            return super().attend(queries, keys, values)
-        rows = []
-        for n, end in enumerate(range(S - L + 1, S + 1)):
-            past = keys[:, :, :end], values[:, :, :end]
-            rows.append(super().attend(queries[:, :, n : n + 1], *past))
-        return mx.concatenate(rows, axis=2)
+            return super().__call__(x, cache)
+        queries, keys, values = self.project(x, cache.offset)
+        cache.update_and_fetch(keys, values)
+        S = cache.offset
+        slots = math.ceil(S / 256) * 256  # the buffers have a multiple of that
+        keys, values = cache.keys[:, :, :slots], cache.values[:, :, :slots]
+        seen = mx.arange(slots) <= mx.arange(S - L, S)[:, None]  # (L, slots)
+        attended = mx.fast.scaled_dot_product_attention(
+            queries, keys, values, scale=self.scale, mask=seen
+        )
+        return self.merge(attended)
 
 
 class CompiledBlock(TransformerBlock):
@@ -2892,13 +2898,22 @@ class CompiledBlock(TransformerBlock):
         """Return functions of (number, x, offset) and of (number, x, attended)."""
         attention, mlp = block.self_attn, block.mlp
         norm, other_norm = block.input_layernorm, block.post_attention_layernorm
+        H, Hkv = attention.n_heads, attention.n_kv_heads
 
+        # The token is a row (1, D) here. Before a product MLX flattens what is no
+        # matrix, and shapes the result back, and each time Python waits a little.
         def before(_: int, x: mx.array, offset: mx.array) -> tuple[mx.array, ...]:
-            return attention.project(norm(x), offset)
+            row = norm(x).squeeze(0)
+            queries = attention.q_proj(row).reshape(1, H, 1, -1)
+            keys = attention.k_proj(row).reshape(1, Hkv, 1, -1)
+            values = attention.v_proj(row).reshape(1, Hkv, 1, -1)
+            if "q_norm" in attention:
+                queries, keys = attention.q_norm(queries), attention.k_norm(keys)
+            return attention.rope(queries, offset), attention.rope(keys, offset), values
 
         def after(_: int, x: mx.array, attended: mx.array) -> mx.array:
-            x = x + attention.merge(attended)
-            return x + mlp(other_norm(x))
+            row = x.squeeze(0) + attention.o_proj(attended.reshape(1, -1))
+            return (row + mlp(other_norm(row)))[None]
 
         return before, after
 
@@ -3005,7 +3020,7 @@ def arrange_steps(model: Llama) -> None:
         if type(block.mlp) is MLP:
             block.mlp = as_subclass(block.mlp, FusedMLP)
         if on_cuda() and type(block.self_attn) is Attention:
-            block.self_attn = as_subclass(block.self_attn, AttentionInRows)
+            block.self_attn = as_subclass(block.self_attn, PaddedAttention)
     if on_cuda():
         unpack_for_many(model)
     launch_in_pieces(model)

@@ -4,6 +4,7 @@ Each part must give what the part gives that it takes the place of.
 """
 
 import collections
+import functools
 
 import mlx.core as mx
 import numpy as np
@@ -134,24 +135,33 @@ def test_a_row_of_a_single_group_is_multiplied_rightly_on_a_gpu(bits, tied, rows
 
 
 @on_the_cpu
-def test_a_few_tokens_attend_one_by_one(monkeypatch):
-    model, tokens = filled(WIDE), mx.array(random_tokens(WIDE, batch=2, length=60))
+def test_a_few_tokens_attend_over_a_multiple_of_256_slots(monkeypatch):
+    model, tokens = filled(WIDE), mx.array(random_tokens(WIDE, batch=2, length=300))
     wanted, layers = np.array(model(tokens)), model.model.layers
     for block in layers:
-        block.self_attn = llama.as_subclass(block.self_attn, llama.AttentionInRows)
-    queries, attention = collections.Counter(), mx.fast.scaled_dot_product_attention
+        block.self_attn = llama.as_subclass(block.self_attn, llama.PaddedAttention)
+    seen, attention = [], mx.fast.scaled_dot_product_attention
 
     def attend(q, k, v, **options):
-        queries[q.shape[2]] += 1
+        seen.append((q.shape[2], k.shape[2]))
         return attention(q, k, v, **options)
 
     monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", attend)
-    # 2, 16 and 3 tokens one by one, 17 and 21 at once, and one alone.
-    got = in_parts(model, tokens, (17, 19, 35, 38, 39))
-    assert_close(got, wanted, 1e-5)
-    assert queries == {n: len(layers) for n in (17, 21)} | {
-        1: (2 + 16 + 3 + 1) * len(layers)
-    }
+    cache, at, parts = model.make_cache(300), 0, []
+    lengths = (17, 2, 16, 3, 1, 21, 191, 5, 2, 16, 26)
+    for length in lengths:
+        cut = tokens[:, at : at + length]
+        if length in (2, 16):  # what is trimmed stays in its slots, and must not count
+            model(cut[:, ::-1], cache)
+            for layer in cache:
+                layer.trim(length)
+            del seen[-len(layers) :]
+        parts.append(model(cut, cache))
+        at += length
+    assert_close(mx.concatenate(parts, axis=1), wanted, 1e-5)
+    # One token, and more than 16, over the slots that are filled. 251, 256, 258, 274
+    slots = [17, 256, 256, 256, 39, 60, 251, 256, 512, 512, 300]
+    assert seen[:: len(layers)] == [*zip(lengths, slots, strict=True)]
 
 
 @on_the_cpu
@@ -168,11 +178,24 @@ def compile_all(model):
     return model
 
 
+def model_with_everything():
+    """One that has a bias and a norm wherever a checkpoint may have them."""
+    model, key = filled(WIDE), mx.random.key(1)
+    for block in model.model.layers:
+        for layer in (*block.self_attn.children().values(), *block.mlp.values()):
+            layer.bias = mx.random.normal(layer.weight.shape[:1], key=key)
+        for name in ("q_norm", "k_norm"):
+            block.self_attn[name] = nn.RMSNorm(WIDE["head_dim"])
+            block.self_attn[name].weight = mx.random.uniform(0.2, 2, (32,), key=key)
+    return model
+
+
 @on_the_cpu
-@pytest.mark.parametrize("packed", [False, True])
-def test_a_model_of_compiled_blocks_decodes_as_it_did(packed):
-    wanted = decoded(packed_model() if packed else filled(WIDE))
-    model = compile_all(packed_model() if packed else filled(WIDE))
+@pytest.mark.parametrize(
+    "make", [packed_model, functools.partial(filled, WIDE), model_with_everything]
+)
+def test_a_model_of_compiled_blocks_decodes_as_it_did(make):
+    wanted, model = decoded(make()), compile_all(make())
     assert_close(decoded(model), wanted, 1e-5)
     tokens = mx.array(random_tokens(CONFIG, length=12))
     assert_close(in_parts(model, tokens, (5, 6, 7)), wanted, 1e-5)
@@ -378,9 +401,9 @@ def test_all_that_is_put_into_a_model_gives_the_same(monkeypatch, packed, on_cud
         assert type(block) is llama.LaunchedBlock
         assert type(block.block) is llama.CompiledBlock
         assert type(block.block.mlp) is llama.FusedMLP
-        rows = type(block.block.self_attn) is llama.AttentionInRows
+        few = type(block.block.self_attn) is llama.PaddedAttention
         many = type(block.block.mlp.up_proj) is llama.UnpackedLinear
-        assert (rows, many) == (on_cuda, on_cuda and packed)
+        assert (few, many) == (on_cuda, on_cuda and packed)
     for large in (llama.LARGE, 1):
         monkeypatch.setattr(llama, "LARGE", large)
         cuts = (150, 170, 183, *range(184, 200), 205)
