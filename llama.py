@@ -2943,7 +2943,7 @@ LARGE = 32_000_000  # bytes of a layer's cache, from which on a step has two hal
 
 
 class LaunchedBlock(TransformerBlock):
-    """A block that calls `launch` with its arguments first; `of` makes it of another."""
+    """A block, made of another, that calls `launch` with its arguments first."""
 
     @classmethod
     def of(cls, block: TransformerBlock, launch: Callable) -> "LaunchedBlock":
