@@ -2781,9 +2781,11 @@ def decode_with_lookup(
 # -----------------------------------------------------------------------------
 # 16. Steps on a GPU
 # Part One describes each step anew, launches it as a whole, and computes with packed
-# weights as they are. A GPU gains by something else in three places:
+# weights as they are. A GPU gains by something else in four places:
 #   - To decode, it waits for Python. So what is the same for every token is compiled.
 #   - A prompt has many rows. So a packed matrix is unpacked once for all of them.
+#   - cuDNN plans attention anew for every shape. So a few drafts attend over a round
+#     number of slots.
 #   - A launched step holds the arrays that it makes, and that it reads, until it is
 #     through. So a long prompt would take memory for all its layers at once, and over a
 #     large cache a step would copy what the last step still reads: they are launched in
