@@ -1088,29 +1088,64 @@ def test_a_trained_model_gives_the_logits_of_numpy():
     assert_logits(load_model(folder, dtype=mx.float32), config, weights)
 
 
+FOUR, EIGHT = {"group_size": 64, "bits": 4}, {"group_size": 32, "bits": 8}
+
+
 VARIANTS = {
-    "grouped heads": {},
-    "as many key heads": {"num_key_value_heads": 6},
-    "one key head": {"num_key_value_heads": 1},
-    "biases": {"attention_bias": True, "mlp_bias": True},
-    "heads of D / H": {"head_dim": None},
-    "a tied head": {"tie_word_embeddings": True},
-    "llama3": {"rope_parameters": LLAMA3 | SHORT},
-    "linear": {"rope_parameters": LINEAR},
-    "yarn": {"rope_parameters": YARN},
+    "llama": {
+        "grouped heads": {},
+        "as many key heads": {"num_key_value_heads": 6},
+        "one key head": {"num_key_value_heads": 1},
+        "biases": {"attention_bias": True, "mlp_bias": True},
+        "heads of D / H": {"head_dim": None},
+        "a tied head": {"tie_word_embeddings": True},
+        "llama3": {"rope_parameters": LLAMA3 | SHORT},
+        "linear": {"rope_parameters": LINEAR},
+        "yarn": {"rope_parameters": YARN},
+    },
+    "mistral": {
+        "a window": {"sliding_window": 60},
+        "no window": {"sliding_window": None},
+        "a tied head": {"tie_word_embeddings": True},
+        "yarn": {"rope_parameters": YARN},
+    },
+    "qwen2": {
+        "biases": {},
+        "a tied head": {"tie_word_embeddings": True},
+        "a window": {"use_sliding_window": True, "sliding_window": 60},
+        "linear": {"rope_parameters": LINEAR},
+        "yarn": {"rope_parameters": YARN},
+    },
+    "qwen3": {
+        "norms": {},
+        "norms and biases": {"attention_bias": True},
+        "a tied head": {"tie_word_embeddings": True},
+        "a window": {"use_sliding_window": True, "sliding_window": 60},
+        "llama3": {"rope_parameters": LLAMA3 | SHORT},
+        "yarn": {"rope_parameters": YARN},
+    },
 }
 
 
-def hugging_face_model(changes):
+def config_of(family, sizes):
+    """A configuration of transformers, of these sizes, which may change its defaults."""
+    kind = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+    return getattr(peer("transformers"), f"{kind[family]}Config")(**sizes)
+
+
+def hugging_face_model(family, changes, sizes=CONFIG):
+    """A model of transformers whose every weight matters."""
     transformers, torch = peer("transformers"), peer("torch")
     torch.manual_seed(0)
     rope = {"rope_parameters": THETA | changes.get("rope_parameters", {})}
-    numbers = without(CONFIG, "model_type", "rope_theta") | changes | rope
-    config = transformers.LlamaConfig(**numbers)
-    model = transformers.LlamaForCausalLM(config).eval()
+    numbers = without(sizes, "model_type", "rope_theta")
+    if family.startswith("qwen"):  # in a Qwen the first of its layers may see it all
+        numbers |= {"max_window_layers": 1}
+    config = config_of(family, numbers | changes | rope)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            weight.normal_(float("norm" in name), 0.2)
+            weight.normal_(float("norm.weight" in name), 0.2)
     return model
 
 
@@ -1122,14 +1157,41 @@ def to_the_layout_of_transformers_4(folder):
     (folder / "config.json").write_text(json.dumps(config))
 
 
+def save_packed(model, folder):
+    """Write a model with its matrices in 4 bits, in shards; they become in the model
+    what they then are."""
+    tensors, torch = {}, peer("torch")
+    for name, weight in model.named_parameters():
+        array = mx.array(weight.detach().numpy())
+        tensors[name] = array
+        if array.ndim == 2:
+            parts = mx.quantize(array, **FOUR)
+            weight.data = torch.tensor(np.array(mx.dequantize(*parts, **FOUR)))
+            path = name.removesuffix(".weight")
+            names = (f"{path}.{part}" for part in ("weight", "scales", "biases"))
+            tensors |= dict(zip(names, parts))
+    config = json.loads(model.config.to_json_string())
+    write_model(folder, config | {"quantization": FOUR}, tensors, shards=3)
+
+
 @on_the_cpu
-@pytest.mark.parametrize("layout", ["transformers 4, shards", "transformers 5"])
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_logits_are_those_of_transformers(tmp_path, variant, layout):
-    oracle = hugging_face_model(VARIANTS[variant])
-    size = "60KB" if "shards" in layout else "1GB"
-    oracle.save_pretrained(tmp_path, max_shard_size=size)
-    assert (len(llama.weight_files(tmp_path)) > 1) == ("shards" in layout)
+@pytest.mark.parametrize(
+    "layout", ["transformers 4, shards", "transformers 5", "4 bits"]
+)
+@pytest.mark.parametrize(
+    ("family", "variant"), [(f, variant) for f in VARIANTS for variant in VARIANTS[f]]
+)
+def test_logits_are_those_of_transformers(tmp_path, family, variant, layout):
+    """Of each family, read at once, cached, and in parts. Nothing says that queries
+    have a bias, or a norm, but the names of the tensors."""
+    sizes = WIDE | {"hidden_size": 192} if layout == "4 bits" else CONFIG
+    oracle = hugging_face_model(family, VARIANTS[family][variant], sizes)
+    if layout == "4 bits":
+        save_packed(oracle, tmp_path)
+    else:
+        size = "60KB" if "shards" in layout else "1GB"
+        oracle.save_pretrained(tmp_path, max_shard_size=size)
+    assert (len(llama.weight_files(tmp_path)) > 1) == (layout != "transformers 5")
     if "transformers 4" in layout:
         to_the_layout_of_transformers_4(tmp_path)
     tokens = random_tokens(CONFIG, batch=2, length=60)
@@ -1139,37 +1201,6 @@ def test_logits_are_those_of_transformers(tmp_path, variant, layout):
     assert_close(model(tokens), wanted, 2e-4)
     for cuts in ((1,), (7, 8, 9), (31, 58), (59,)):
         assert_close(in_parts(model, tokens, cuts), wanted, 2e-4)
-
-
-@on_the_cpu
-@pytest.mark.parametrize("family", ["Qwen2", "Qwen3"])
-def test_biases_and_norms_in_a_file_make_a_qwen(tmp_path, family):
-    """Biases on q, k and v alone, or norms of queries and keys: nothing says so but
-    the names of the tensors. Section 11 refuses these families, sections 1-6 do not."""
-    transformers, torch = peer("transformers"), peer("torch")
-    torch.manual_seed(0)
-    heads = {"head_dim": 8} if family == "Qwen2" else {}
-    config = without(CONFIG, "model_type", "rope_theta") | heads
-    kinds = (getattr(transformers, family + end) for end in ("Config", "ForCausalLM"))
-    config_of, model_of = kinds
-    oracle = model_of(config_of(**config, rope_parameters={**THETA})).eval()
-    with torch.no_grad():
-        for name, weight in oracle.named_parameters():
-            weight.normal_(float("norm" in name), 0.2)
-    oracle.save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    args = llama.ModelArgs.from_dict(config | llama.rotary_settings(config))
-    tensors = llama.read_header(tmp_path / "model.safetensors")
-    model = llama.build_model(args, tensors)
-    assert {name for name, _ in tree_flatten(model.parameters())} == tensors.keys()
-    extra = {"Qwen2": "self_attn.v_proj.bias", "Qwen3": "self_attn.k_norm.weight"}
-    assert f"model.layers.1.{extra[family]}" in tensors
-    collections.deque(llama.read_weights(model, tensors, mx.float32), 0)
-    tokens = random_tokens(CONFIG, batch=2, length=40)
-    with torch.no_grad():
-        wanted = oracle(torch.tensor(tokens, dtype=int)).logits.numpy()
-    assert_close(model(mx.array(tokens)), wanted, 2e-4)
-    assert_close(in_parts(model, mx.array(tokens), (20, 21, 30)), wanted, 2e-4)
 
 
 def described(arrays, path="layer"):
@@ -1690,7 +1721,7 @@ class CountingModel:
 
     def __init__(self):
         self.calls = []
-        self.args = types.SimpleNamespace(max_position_embeddings=64)
+        self.args = types.SimpleNamespace(longest_context=64)
 
     def make_cache(self, capacity: int) -> list[llama.KVCache]:
         return [llama.KVCache(capacity)]
@@ -3043,9 +3074,6 @@ def packed_and_dense(settings):
     return packed, dense
 
 
-FOUR, EIGHT = {"group_size": 64, "bits": 4}, {"group_size": 32, "bits": 8}
-
-
 ODD_ONE = "model.layers.1.mlp.down_proj"
 
 
@@ -3247,7 +3275,7 @@ def test_wired_memory_is_what_is_needed_and_2_gb_and_is_given_back(monkeypatch):
     monkeypatch.setattr(mx, "set_wired_limit", lambda n: asked.append(n) or 77)
     with llama.wired_memory(10**9):
         assert asked == []  # elsewhere, nothing
-    monkeypatch.setattr(llama, "machine_memory", lambda: (8 * 10**9, 8 * 10**9))
+    monkeypatch.setattr(llama, "wired_limit", lambda: 8 * 10**9)
     with pytest.raises(KeyError), llama.wired_memory(10**9):
         raise KeyError
     with llama.wired_memory(7 * 10**9):
@@ -3257,7 +3285,8 @@ def test_wired_memory_is_what_is_needed_and_2_gb_and_is_given_back(monkeypatch):
 
 def test_memory_is_refused_or_warned_of_before_anything_is_read(monkeypatch):
     assert llama.require_memory(10**6, 10**6) is None
-    monkeypatch.setattr(llama, "machine_memory", lambda: (10**10, 10**10))
+    monkeypatch.setattr(llama, "machine_memory", lambda: 10**10)
+    monkeypatch.setattr(llama, "wired_limit", lambda: 10**10)
     assert llama.require_memory(7 * 10**9, 10**9) is None
     warning = llama.require_memory(7 * 10**9, 2 * 10**9)
     assert "7.00 GB of weights" in warning and "of 10.00 GB that Metal" in warning
@@ -3275,7 +3304,7 @@ def test_a_model_that_does_not_fit_is_refused_before_its_weights_are_read(
     folder, monkeypatch
 ):
     monkeypatch.setattr(llama, "read_weights", None)  # a call would be a TypeError
-    monkeypatch.setattr(llama, "machine_memory", lambda: (1000, None))
+    monkeypatch.setattr(llama, "machine_memory", lambda: 1000)
     with pytest.raises(llama.MemoryTooSmall) as error:
         llama.load(folder)
     assert error.value.there == 1000 < error.value.weights
@@ -3806,7 +3835,7 @@ def test_loading_reports_its_progress_and_ends_with_what_makes_it_faster(
 
 @on_the_cpu
 def test_a_context_that_memory_does_not_allow_is_refused(folder, monkeypatch, capsys):
-    monkeypatch.setattr(llama, "machine_memory", lambda: (200_000, None))
+    monkeypatch.setattr(llama, "machine_memory", lambda: 200_000)
     monkeypatch.setattr(llama, "read_weights", None)  # nothing is read before
     with pytest.raises(llama.MemoryTooSmall, match="do not fit 0.00 GB of memory$"):
         llama.Engine(folder)
@@ -4112,7 +4141,7 @@ def test_what_is_measured_is_the_median_of_three_runs_after_one(monkeypatch):
 
 @on_the_cpu
 def test_measuring_refuses_what_does_not_fit(monkeypatch, capsys):
-    monkeypatch.setattr(llama, "machine_memory", lambda: (10**9, None))
+    monkeypatch.setattr(llama, "machine_memory", lambda: 10**9)
     assert llama.main(["info", "8b", "--measure", "--bits", "8"]) == 1
     assert "GB of weights and 0.17 GB of cache do not" in capsys.readouterr().err
     words = ["--measure", "--prompt-tokens", "131072"]

@@ -146,7 +146,7 @@ def load_model(folder, dtype=None):
 
 def problems_of(folder):
     """What is wrong with a folder, in words."""
-    return [str(problem) for problem in llama.Checkpoint(folder).problems()]
+    return [*map(str, llama.check_folder(folder)[2])]
 
 
 def in_another_thread(work):

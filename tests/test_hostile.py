@@ -574,7 +574,7 @@ def refusals(folder: Path, change: dict[str, mx.array | None]) -> str:
     mx.eval(arrays)  # before the file that they are read from is written
     mx.save_safetensors(str(file), arrays)
     write_index(folder, dict.fromkeys(arrays, "model.safetensors"))
-    problems = [*llama.Checkpoint(folder).problems()]
+    problems = llama.check_folder(folder)[2]
     assert all(type(problem) is ValueError for problem in problems)
     for read in (llama.load, rank_share):
         with pytest.raises(ValueError) if problems else contextlib.nullcontext():
@@ -652,7 +652,7 @@ def rank_share(folder: Path) -> None:
 def assert_used_or_refused(folder: Path) -> None:
     """Each function that reads a folder raises OSError or ValueError, or nothing, and
     what is wrong is told in a line of a length that a terminal can show."""
-    problems = [*llama.Checkpoint(folder).problems()]
+    problems = llama.check_folder(folder)[2]
     assert all(isinstance(problem, OSError | ValueError) for problem in problems)
     readers = (llama.load, llama.Tokenizer.from_folder, llama.default_sampling)
     for read in (*readers, rank_share):
@@ -864,7 +864,7 @@ def test_a_link_to_a_device_is_not_read(name, folder, tmp_path):
     spoilt = shutil.copytree(folder, tmp_path / "m")
     (spoilt / name).unlink()
     (spoilt / name).symlink_to("/dev/zero")  # of no size, and without an end
-    problems = [*llama.Checkpoint(spoilt).problems()] if name == "config.json" else []
+    problems = llama.check_folder(spoilt)[2] if name == "config.json" else []
     if name == "tokenizer.json":
         with pytest.raises(ValueError, match="not a regular file") as error:
             llama.Tokenizer.from_folder(spoilt)
