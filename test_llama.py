@@ -56,6 +56,7 @@ from tests.support import (
     VOCABULARIES,
     WIDE,
     assert_close,
+    chat_with,
     command,
     continued,
     entry,
@@ -63,6 +64,7 @@ from tests.support import (
     fill,
     filled,
     held,
+    hostile,
     in_another_thread,
     in_parts,
     kept,
@@ -79,6 +81,7 @@ from tests.support import (
     refusal,
     run,
     small_spec,
+    start,
     tiny_model,
     vocabulary_folder,
     without,
@@ -873,8 +876,8 @@ def random_past(length, seed):
 def test_a_cache_returns_all_that_was_appended():
     cache, past = llama.KVCache(9), random_past(9, 0)
     assert cache.state == (None, None, 0)
-    for start, end in ((0, 4), (4, 5), (5, 9)):
-        keys, values = cache.update_and_fetch(*past[..., start:end, :])
+    for begin, end in ((0, 4), (4, 5), (5, 9)):
+        keys, values = cache.update_and_fetch(*past[..., begin:end, :])
         assert cache.offset == end
         assert mx.array_equal(keys, past[0, ..., :end, :])
         assert mx.array_equal(values, past[1, ..., :end, :])
@@ -3266,6 +3269,145 @@ def test_biases_are_in_all_layers_where_config_json_says_so_and_else_in_none(
     assert f"model.layers.{min(about)}." in problem and ".bias" in problem
 
 
+def tensors_of(family):
+    """What the layers of a family hold, of CONFIG's sizes and all ones."""
+    tensors = random_weights(CONFIG)
+    sizes = {"q_proj.bias": 96, "k_proj.bias": 32, "v_proj.bias": 32}
+    sizes = {"q_norm.weight": 16, "k_norm.weight": 16} if family == "qwen3" else sizes
+    for layer in range(2) if family in ("qwen2", "qwen3") else ():
+        for name, size in sizes.items():
+            ones = np.ones(size, np.float32)
+            tensors[f"model.layers.{layer}.self_attn.{name}"] = ones
+    return tensors
+
+
+NORMS = ["q_norm.weight", "k_norm.weight"]
+
+
+BIASES = ["q_proj.bias", "k_proj.bias", "v_proj.bias"]
+
+
+@pytest.mark.parametrize(
+    ("family", "change", "layers", "names", "wrong"),
+    [
+        ("qwen2", {}, [], [], None),
+        ("qwen2", {"attention_bias": False}, [], [], None),  # not a key of a Qwen2
+        ("qwen2", {}, [0, 1], BIASES, "6 tensors missing"),
+        ("qwen2", {}, [1], BIASES, "3 tensors missing"),
+        ("qwen2", {}, [0], BIASES[1:2], "1 tensors missing"),
+        ("qwen3", {}, [], [], None),
+        ("qwen3", {}, [0, 1], NORMS, "4 tensors missing"),
+        ("qwen3", {}, [1], NORMS, "2 tensors missing"),
+        ("qwen3", {}, [0, 1], NORMS[1:], "2 tensors missing"),
+        ("qwen3", {"attention_bias": True}, [], [], "8 tensors missing"),
+        ("qwen2", {"model_type": "llama"}, [], [], "6 tensors unexpected"),
+        ("qwen2", {"model_type": "mistral"}, [], [], "6 tensors unexpected"),
+        ("qwen2", {"model_type": "qwen3"}, [], [], "4 tensors missing"),
+        ("qwen3", {"model_type": "qwen2"}, [], [], "6 tensors missing"),
+        ("qwen3", {"model_type": "mistral"}, [], [], "4 tensors unexpected"),
+        # A Mistral has no biases, whatever its config.json says.
+        ("mistral", {"attention_bias": True, "mlp_bias": True}, [], [], None),
+        ("llama", {"attention_bias": True}, [], [], "8 tensors missing"),
+    ],
+)
+def test_a_family_must_hold_what_it_is_made_of(
+    tmp_path, family, change, layers, names, wrong
+):
+    """names: of tensors that these layers lack."""
+    tensors = tensors_of(family)
+    for layer in layers:
+        for name in names:
+            del tensors[f"model.layers.{layer}.self_attn.{name}"]
+    config = CONFIG | {"model_type": family} | change
+    found = problems_of(write_model(tmp_path, config, tensors))
+    if wrong is None:
+        assert found == []
+        return
+    [problem] = found
+    assert problem.startswith(f"{tmp_path}: {wrong}: model.layers."), problem
+    assert "config.json wants" in problem
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("adapter_config.json", "adapter_config.json, a LoRA adapter"),
+        ("adapters.safetensors", "adapters.safetensors, a LoRA adapter"),
+        ("adapter_model.bin", "a LoRA adapter"),
+        ("model-Q4_K_M.gguf", "model-Q4_K_M.gguf, GGUF"),
+        ("pytorch_model.bin", "pytorch_model.bin, a pickle of PyTorch"),
+        ("pytorch_model-00001-of-00002.bin", "a pickle of PyTorch"),
+        ("model.pt", "a pickle of PyTorch"),
+        ("consolidated.00.pth", "consolidated.00.pth, the layout of Meta or Mistral"),
+        ("consolidated.safetensors", "the layout of Meta or Mistral"),
+        ("weights.npz", "weights.npz, arrays of NumPy"),
+        ("model-00001-of-00002.safetensors", "without model.safetensors.index.json"),
+        ("weights.00.safetensors", "weights.00.safetensors, of another name"),
+    ],
+)
+@pytest.mark.parametrize("settings", [True, False])
+def test_a_folder_of_another_kind_is_told_by_what_is_there(
+    name, words, settings, folder, tmp_path
+):
+    """First of all, whether its tokenizer and config.json are there or not."""
+    other = tmp_path / "m"
+    if settings:
+        shutil.copytree(folder, other)
+        (other / "model.safetensors").rename(other / name)
+    else:
+        other.mkdir()
+        (other / name).write_bytes(b"")
+    told = f"{other}: no model.safetensors; there is "
+    assert problems_of(other)[0].startswith(told)
+    for read in (llama.load, llama.Engine, llama.examine):
+        with pytest.raises(FileNotFoundError, match=re.escape(words)) as error:
+            read(other)
+        assert str(error.value).startswith(told)
+    line = refusal("chat", other, "--prompt", "x")
+    assert line.startswith(told) and "incomplete" not in line
+
+
+def test_a_file_of_another_kind_is_told_too(tmp_path):
+    for name, words in (
+        ("a.gguf", "this is a.gguf, GGUF"),
+        ("pytorch_model.bin", "this is pytorch_model.bin, a pickle"),
+        ("model.safetensors", "a file, wanted the folder that it is in"),
+        ("config.json", "a file, wanted the folder that it is in"),
+    ):
+        (tmp_path / name).write_bytes(b"")
+        with pytest.raises(FileNotFoundError, match=words):
+            llama.find_folder(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("language_model.model.layers.0.mlp.up_proj.weight", "pictures"),
+        ("model.language_model.layers.0.mlp.up_proj.weight", "pictures"),
+        ("base_model.model.lm_head.lora_A.weight", "a LoRA adapter"),
+        ("model.layers.0.mlp.experts.0.up_proj.weight", "a mixture of experts"),
+        ("model.layers.0.mlp.up_proj.qweight", "GPTQ or AWQ"),
+        ("tok_embeddings.weight", "the layout of Meta or Mistral"),
+    ],
+)
+def test_a_tensor_of_another_kind_of_model_is_told_alone(name, words, tmp_path):
+    weights = random_weights(CONFIG)
+    weights[name] = weights.pop("model.layers.0.mlp.up_proj.weight")
+    [problem] = problems_of(write_model(tmp_path, weights=weights))
+    assert problem.startswith(f"{tmp_path}: {name} is a tensor of") and words in problem
+
+
+def test_what_config_json_says_comes_before_what_follows_from_it(tmp_path):
+    """A folder of FP8 has tensors that no Llama has, since it is one of FP8."""
+    config = CONFIG | {"quantization_config": {"quant_method": "fp8"}}
+    write_model(tmp_path, config)
+    header = {"a": entry("F8_E4M3", [8], 0, 8)}
+    (tmp_path / "model.safetensors").write_bytes(file_of(header, bytes(8)))
+    first, second = problems_of(tmp_path)
+    assert "config.json: quantization_config: quant_method is 'fp8'" in first
+    assert "a has dtype F8_E4M3" in second
+
+
 def test_a_bias_in_one_layer_only_is_refused(tmp_path):
     weights, name = random_weights(CONFIG), "model.layers.1.self_attn.v_proj.bias"
     weights[name] = np.zeros(32, np.float32)
@@ -3368,6 +3510,18 @@ def test_settings_against_the_tensors_name_the_layer(
     packed, _ = packed_and_dense(lambda path: FOUR if path == ODD_ONE else None)
     folder = write_model(tmp_path, WIDE | {key: quantization}, packed)
     assert problems_of(folder) == [f"{folder}: {ODD_ONE} {words}"]
+
+
+@pytest.mark.parametrize("own", [{"bits": 4, "group_size": None}, {"mode": None}])
+def test_null_in_the_entry_of_a_layer_says_nothing(tmp_path, own):
+    """As mlx_lm.convert writes for a mixture of bits."""
+    packed, _ = packed_and_dense(lambda path: FOUR)
+    for settings in (FOUR | {ODD_ONE: own}, FOUR | {"mode": None, ODD_ONE: None}, own):
+        config = WIDE | {"quantization": settings}
+        assert problems_of(write_model(tmp_path, config, packed)) == []
+    config = WIDE | {"quantization": None, "quantization_config": FOUR | {"bits": 8}}
+    [problem] = problems_of(write_model(tmp_path, config, packed))
+    assert "has bits 4, but config.json says 8" in problem
 
 
 def test_settings_that_contradict_every_layer_are_said_once(tmp_path):
@@ -3530,6 +3684,40 @@ def test_memory_is_refused_or_warned_of_before_anything_is_read(monkeypatch):
             llama.require_memory(weights * 10**9, cache * 10**9)
         assert f"{weights}.00 GB of weights and {cache}.00 GB" in str(error.value)
         assert llama.advice(error.value).startswith(help_)
+
+
+@pytest.mark.parametrize(
+    ("longest", "window", "wanted", "context", "words"),
+    [
+        (512, None, None, 512, None),
+        (20_000, None, None, 8192, None),
+        (512, None, 512, 512, None),
+        (512, None, 2048, 2048, "2048 tokens, but .* was made for 512"),
+        (20_000, 4096, None, 4096, "is 4096 tokens, the model's sliding window"),
+        (20_000, 4096, 4096, 4096, None),  # as it was asked for
+        (20_000, 4096, 100, 100, None),
+        (512, 512, None, 512, None),  # the window sees all
+        (512, 4096, None, 512, None),
+        (512, 4096, 1024, 1024, "1024 tokens, but .* was made for 512"),
+        (20_000, 10_000, None, 8192, None),
+    ],
+)
+def test_a_context_is_longer_than_in_training_with_a_warning(
+    longest, window, wanted, context, words
+):
+    config = CONFIG | {"model_type": "mistral", "sliding_window": window}
+    args = llama.read_args(config | {"max_position_embeddings": longest})
+    got, warning = llama.choose_context(args, wanted)
+    assert got == context
+    assert (warning is None) == (words is None)
+    assert words is None or re.search(words, warning)
+
+
+def test_a_context_is_never_longer_than_the_window():
+    args = llama.read_args(CONFIG | {"model_type": "mistral", "sliding_window": 64})
+    words = r"\[1, 64\], the model's sliding window, got 65"
+    with pytest.raises(ValueError, match=words):
+        llama.choose_context(args, 65)
 
 
 def test_a_model_that_does_not_fit_is_refused_before_its_weights_are_read(
@@ -3901,17 +4089,104 @@ def test_one_seed_gives_one_text_and_turns_without_one_differ(engine):
 
 
 def test_sampling_defaults_are_the_folders(tmp_path, folder):
-    shutil.copytree(folder, tmp_path / "m")
-    settings = {"temperature": 1.5, "top_k": 0, "top_p": 0.5, "max_length": 20}
-    (tmp_path / "m" / "generation_config.json").write_text(json.dumps(settings))
-    assert llama.default_sampling(tmp_path / "m") == {"temperature": 1.5, "top_p": 0.5}
-    settings = {"do_sample": False}
-    (tmp_path / "m" / "generation_config.json").write_text(json.dumps(settings))
-    assert llama.default_sampling(tmp_path / "m")["temperature"] == 0
-    (tmp_path / "m" / "generation_config.json").write_text('{"top_p": 7}')
+    settings = {"temperature": 1.5, "top_k": 7, "top_p": 0.5, "max_length": 20}
+    for given, wanted in (
+        (settings, without(settings, "max_length")),
+        ({"do_sample": False}, {"temperature": 0, "top_p": 0.9}),
+        ({"temperature": 0, "top_p": None}, {"temperature": 0, "top_p": 0.9}),
+        ({}, {"temperature": 0.6, "top_p": 0.9}),
+    ):
+        write_tokenizer(tmp_path, {}, generation_config=given)
+        assert llama.default_sampling(tmp_path) == wanted
+    (tmp_path / "generation_config.json").write_text('{"top_p": 7}')
     with pytest.raises(ValueError, match=r"generation_config.json: top_p .* got 7"):
-        llama.default_sampling(tmp_path / "m")
+        llama.default_sampling(tmp_path)
     assert llama.default_sampling(folder) == {"temperature": 0.6, "top_p": 0.9}
+
+
+OFF = [("top_k", 0), ("top_k", -1), ("top_p", 0), ("top_p", 1), ("top_p", 1.0)]
+OFF += [("min_p", 0), ("min_p", 0.0), ("min_p", -1)]
+OFF += [("repetition_penalty", off) for off in (0, 1, 1.0, -1)]
+
+
+ON = {"top_k": 5, "top_p": 0.5, "min_p": 0.2, "repetition_penalty": 1.5}
+
+
+@pytest.mark.parametrize(("name", "off"), OFF)
+def test_what_the_field_writes_for_off_is_off(
+    name, off, folder, tmp_path, monkeypatch, capsys
+):
+    """In a folder's file, on the command line, typed, and to an engine, each of which
+    wins over the one before; also against the default of top_p."""
+    seen, make = [], llama.make_sampler
+    monkeypatch.setattr(
+        llama, "make_sampler", lambda **given: seen.append(given) or make(**given)
+    )
+    own = shutil.copytree(folder, tmp_path / "m")
+    hostile(generation_config={name: off})(own)
+    assert llama.default_sampling(own)[name] is None
+    assert llama.main(["inspect", str(own)]) == 0
+    assert f"{name} off" in capsys.readouterr().out
+    words = ["chat", str(own), "--prompt", "x", "--max-tokens", "1"]
+    option = ["--" + name.replace("_", "-"), str(off)]
+    for settings, more in (({name: off}, []), (ON, option)):
+        hostile(generation_config=settings)(own)
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"")))
+        assert llama.main([*words, *more]) == 0
+        assert seen.pop()[name] is None
+    with llama.Engine(own) as engine:
+        collections.deque(engine.chat(USER, max_tokens=1), 0)
+        assert seen.pop()[name] == ON[name]
+        collections.deque(engine.chat(USER, max_tokens=1, **{name: off}), 0)
+        assert seen.pop()[name] is None
+        chat = chat_with(engine)
+        for value in (off, "off"):
+            chat.take(f"/set {name} default")
+            chat.take(f"/set {name} {value}")
+            chat.take("x")
+            assert seen.pop()[name] is None
+
+
+@pytest.mark.parametrize("off", [0, -1])
+def test_off_is_none_where_there_are_no_defaults(off):
+    """A sampler of one's own takes no other spelling."""
+    for name in ON:
+        if (name, off) != ("repetition_penalty", 1):
+            with pytest.raises(ValueError, match=name):
+                llama.make_sampler(**{name: off})
+    for wrong in (True, False, "0", [0], -2, math.nan):
+        with pytest.raises(ValueError, match="top_p"):
+            llama.check_sampling(**llama.off_is_none({"top_p": wrong}))
+
+
+def test_a_model_with_a_window_says_so_once_and_stays_inside(folder, tmp_path):
+    own = shutil.copytree(folder, tmp_path / "m")
+    hostile(config={"model_type": "mistral", "sliding_window": 300})(own)
+    words = ("chat", own, "--prompt", "x", "--temperature", "0", "--session", own / "s")
+    done = command(*words)
+    told = "the context is 300 tokens, the model's sliding window\n"
+    assert done.stderr.decode().count(told) == 1 and done.returncode == 0
+    assert b"the context of 300 tokens is full" in done.stderr
+    assert b"window" not in command(*words[:-2], "--ctx", "300").stderr
+    line = refusal("chat", own, "--prompt", "x", "--ctx", "301")
+    assert line.endswith("in [1, 300], the model's sliding window, got 301")
+    told = command("chat", own, "--prompt", "x" * 400).stderr.decode()
+    assert re.search(r"1 to 300 tokens, got 4\d\d\n$", told)  # no option helps
+    with llama.Engine(own) as engine:
+        assert engine.context == 300 and len(engine.warnings) == 1
+    with llama.Engine(own, context=200) as engine:
+        assert engine.warnings == []
+    hostile(config={"sliding_window": None})(own)
+    assert command(*words[:-2], "--ctx", "301", "--max-tokens", "1").returncode == 0
+
+
+def test_a_context_beyond_the_models_is_had_with_a_line(folder):
+    words = ("chat", folder, "--raw", "--max-tokens", "2", "--ctx", "2048")
+    done = command(*words, text="y" * 600)
+    first, *_ = done.stderr.decode().splitlines()
+    made = "but config.json says that the model was made for 512"
+    assert first == f"the context is 2048 tokens, {made}"
+    assert done.returncode == 0
 
 
 def test_every_sampling_option_reaches_the_sampler(engine, monkeypatch):
@@ -4371,6 +4646,18 @@ def test_what_is_measured_is_the_median_of_three_runs_after_one(monkeypatch):
     assert "25 % of what copying reaches" in dict(rows)["reads"]
 
 
+def test_info_tells_of_a_window_and_measures_inside_it(folder, tmp_path, capsys):
+    own = shutil.copytree(folder, tmp_path / "m")
+    hostile(config={"model_type": "mistral", "sliding_window": 300})(own)
+    assert llama.main(["info", str(own)]) == 0
+    out = capsys.readouterr().out
+    assert "positions   512 tokens, a window of 300\n" in out
+    assert "for 300\n" in out and "context 300," in out
+    words = ["--measure", "--prompt-tokens", "290", "--generation-tokens", "20"]
+    assert llama.main(["info", str(own), *words]) == 1
+    assert "in [1, 300], the model's sliding window, got 310" in capsys.readouterr().err
+
+
 @on_the_cpu
 def test_measuring_refuses_what_does_not_fit(monkeypatch, capsys):
     monkeypatch.setattr(llama, "machine_memory", lambda: 10**9)
@@ -4378,7 +4665,8 @@ def test_measuring_refuses_what_does_not_fit(monkeypatch, capsys):
     assert "GB of weights and 0.17 GB of cache do not" in capsys.readouterr().err
     words = ["--measure", "--prompt-tokens", "131072"]
     assert llama.main(["info", "8b", *words]) == 1
-    assert "have 131200 tokens, wanted at most 131072" in capsys.readouterr().err
+    first, last = capsys.readouterr().err.splitlines()
+    assert first.startswith("the context is 131200 tokens, but") and "fit" in last
     assert llama.main(["info", "8b", "--bits", "8"]) == 2
 
 
@@ -4628,6 +4916,144 @@ def test_org_name_is_found_in_the_hugging_face_cache(folder, tmp_path, monkeypat
     for bad in ("org", "a/b/c", "../name", "org/na me"):
         with pytest.raises(FileNotFoundError, match="not of the form org/name"):
             llama.find_folder(bad)
+
+
+@pytest.fixture
+def cache_home(tmp_path, monkeypatch):
+    """A home of nobody, with no variable about the Hugging Face cache."""
+    names = ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME")
+    for variable in names:
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("PLACE", "a place")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {},
+        {"HF_HOME": "~/hf"},
+        {"HF_HOME": "$HOME/hf"},
+        {"HF_HOME": "${HOME}/$PLACE/hf"},
+        {"HF_HOME": "/absolute/$ABSENT/hf"},
+        {"HF_HUB_CACHE": "~/hub"},
+        {"HF_HUB_CACHE": "$PLACE"},
+        {"HUGGINGFACE_HUB_CACHE": "~/$PLACE"},
+        {"HUGGINGFACE_HUB_CACHE": "/old", "HF_HUB_CACHE": "/new"},
+        {"HUGGINGFACE_HUB_CACHE": "/old", "HF_HOME": "/new"},
+        {"XDG_CACHE_HOME": "~/x"},
+        {"XDG_CACHE_HOME": "$PLACE", "HF_HOME": "$HOME/hf"},
+    ],
+)
+def test_the_cache_lies_where_huggingface_hub_has_it(
+    variables, cache_home, monkeypatch
+):
+    peer("huggingface_hub")
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    code = "from huggingface_hub.constants import HF_HUB_CACHE; print(HF_HUB_CACHE)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+    assert llama.hub_folder() == Path(done.stdout.decode().removesuffix("\n"))
+
+
+def test_a_revision_is_found_by_its_branch_or_alone(cache_home):
+    """With --revision and a commit, hf download writes no refs."""
+    repo = cache_home / ".cache/huggingface/hub/models--org--name"
+    for name in ("abc", "def"):
+        (repo / "snapshots" / name).mkdir(parents=True)
+    (repo / "refs").mkdir()
+    for text in ("abc", " abc\n", "abc\r\n"):
+        (repo / "refs" / "main").write_text(text)
+        assert llama.find_folder("org/name") == repo / "snapshots" / "abc"
+    for text in ("none", "../../x", "/", "*", "\0"):
+        (repo / "refs" / "main").write_text(text + "x")
+        with pytest.raises(FileNotFoundError, match="to get it: hf download org/name"):
+            llama.find_folder("org/name")
+    shutil.rmtree(repo / "refs")
+    with pytest.raises(
+        FileNotFoundError, match="2 revisions .* none is main, abc, def"
+    ):
+        llama.find_folder("org/name")
+    shutil.rmtree(repo / "snapshots" / "abc")
+    (repo / "snapshots" / ".DS_Store").write_text("")
+    assert llama.find_folder("org/name") == repo / "snapshots" / "def"
+    shutil.rmtree(repo / "snapshots" / "def")
+    with pytest.raises(FileNotFoundError, match="to get it: hf download org/name"):
+        llama.find_folder("org/name")
+
+
+MARK = b"\xef\xbb\xbf"  # the byte-order mark, in UTF-8
+
+
+def test_a_byte_order_mark_is_no_text(engine, folder, tmp_path, monkeypatch):
+    """As editors of Windows put it before a text."""
+    marked = shutil.copytree(folder, tmp_path / "m")
+    for file in marked.glob("*.json"):
+        file.write_bytes(MARK + file.read_bytes())
+    words = ("chat", "--prompt", "Sum up:", "--max-tokens", "9", "--seed", "1")
+    wanted = command(*words, folder, text="one\n")
+    assert command(*words, marked, text=MARK + b"one\n").stdout == wanted.stdout
+    assert command(*words, folder, text=b"two\n").stdout != wanted.stdout
+    assert refusal("chat", folder, text=MARK) == "the prompt is empty"
+    assert llama.main(["inspect", str(marked)]) == 0
+    (tmp_path / "notes.txt").write_bytes(MARK + b"a b\n")
+    chat = chat_with(engine)
+    chat.take(f"/file {tmp_path}/notes.txt")
+    assert chat.attached == ["notes.txt:\n\na b\n"]
+
+
+@pytest.mark.parametrize("prompt", [("--prompt", "Hi"), ()])
+def test_standard_input_that_stays_open_is_told_after_a_second(folder, prompt):
+    words = (HERE / "llama.py", "chat", folder, *prompt, "--max-tokens", "2")
+    process = start({}, *words, stdin=subprocess.PIPE)
+    try:
+        line = process.stderr.readline()
+        assert line.startswith("reading standard input, which is still open")
+        out, rest = process.communicate("more", timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 0 and out and "standard input" not in rest
+
+
+def test_standard_input_that_ends_is_not_talked_about(folder):
+    done = command("chat", folder, "--max-tokens", "2", text="x")
+    assert b"standard input" not in done.stderr
+
+
+def test_an_empty_system_message_and_none_are_two_things(
+    engine, folder, tmp_path, monkeypatch
+):
+    asked = []
+    reply = types.SimpleNamespace(taken=llama.Piece(), stats=llama.Stats())
+    spy = lambda engine, messages, *_: asked.append(messages) or reply
+    monkeypatch.setattr(llama, "print_reply", spy)
+    for words, system in (
+        ([], None),
+        (["--system", ""], ""),
+        (["--system", "none"], None),
+        (["--system", "None."], "None."),
+        (["--system", "", "--raw"], ""),
+    ):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"x")))
+        assert llama.main(["chat", str(folder), *words]) == 0
+        first, *_ = asked.pop()
+        assert (first["content"] if first["role"] == "system" else None) == system
+    file = tmp_path / "talk"
+    for typed, system in (
+        ("/system Be kind.", "Be kind."),
+        ("/system", ""),
+        ("/system none", None),
+        ("/system  ", ""),
+    ):
+        chat = chat_with(engine, "--session", str(file))
+        chat.take(typed)
+        assert chat.system == system
+        assert chat_with(engine, "--session", str(file)).system == system
+        again = ("--session", str(file), "--system")
+        assert chat_with(engine, *again, "none").system is None
+        assert chat_with(engine, *again, "").system == ""
+    chat_with(engine, "--raw").take("/system none")
 
 
 def test_what_is_piped_in_is_one_message_after_the_prompt(folder, monkeypatch):
