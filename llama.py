@@ -2373,7 +2373,8 @@ def find_folder(model: str | Path) -> Path:
     Nothing is fetched. Raises FileNotFoundError that says how to get it.
     """
     if Path(model).is_dir():
-        return Path(model)
+        found = snapshots_of(Path(model))  # if it is a model's entry in the cache
+        return found[0] if len(found) == 1 else Path(model)
     if Path(model).exists():
         what, suffix = "a file, wanted the folder that it is in", Path(model).suffix
         if suffix != ".safetensors" and (other := foreign_file([Path(model)])):
@@ -5206,11 +5207,7 @@ class Chat(Conversation):
         if text not in ("", "none") and self.options.raw:
             raise ValueError("--raw has no chat format: no place for instructions")
         self.system = None if text == "none" else text
-        note(
-            "no message with instructions"
-            if text == "none"
-            else f"from now on: {text!r}"
-        )
+        note(f"from now on: {'no message' if text == 'none' else repr(text)}")
 
     def do_reset(self, _: str) -> None:
         note(f"{counted(self.turns)} forgotten")
@@ -5269,10 +5266,8 @@ class Chat(Conversation):
         name, _, value = text.partition(" ")
         name, value = name.replace("-", "_"), value.strip()
         names = (*INTERVALS, "max_tokens")
-        defaults = self.engine.defaults
-        usual = {
-            n: defaults[n] if defaults.get(n) is not None else "off" for n in names
-        }
+        usual = dict.fromkeys(names, "off")
+        usual |= {n: v for n, v in self.engine.defaults.items() if v is not None}
         if not text:
             for n in names:
                 given = getattr(self.options, n)

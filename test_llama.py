@@ -25,6 +25,7 @@ import os
 import queue
 import random
 import re
+import select
 import shlex
 import shutil
 import subprocess
@@ -1998,6 +1999,9 @@ SMALL = without(CONFIG, "model_type", "rope_theta", "num_key_value_heads", "head
 SMALL |= {"num_attention_heads": 64, "hidden_size": 512}
 
 
+AS_MANY = {"num_attention_heads": 16, "num_key_value_heads": None}
+
+
 USED = {"use_sliding_window": True}
 
 
@@ -2053,9 +2057,9 @@ def shape_of(config):
 
 
 @pytest.mark.parametrize("family", VARIANTS)
-@pytest.mark.parametrize("given", [{}, SMALL, {"num_key_value_heads": None}])
+@pytest.mark.parametrize("given", [{}, SMALL, AS_MANY])
 def test_what_is_left_out_is_what_transformers_takes(family, given):
-    if family == "mistral" and given == {"num_key_value_heads": None}:
+    if family == "mistral" and given == AS_MANY:
         given = {}  # which transformers 5 refuses, and earlier ones read as for a Llama
     args = llama.read_args(given | {"model_type": family})
     wanted = shape_of(config_of(family, given))
@@ -2071,6 +2075,7 @@ NO_WINDOW = {"layer_types": ["full_attention"] * 2}
 
 WINDOWS = [
     ("llama", {"sliding_window": 9}, None),
+    ("llama", {"sliding_window": 9, "max_window_layers": 1}, None),
     ("llama", ONE_WINDOW | {"sliding_window": 9}, 9),
     ("mistral", {}, 4096),
     ("mistral", {"sliding_window": 9}, 9),
@@ -2106,7 +2111,7 @@ def test_the_window_is_that_of_the_layer_that_sees_least(family, settings, windo
 
 
 # Of a Llama, transformers reads neither key; mlx-lm reads layer_types, and so do we.
-@pytest.mark.parametrize(("family", "settings", "window"), WINDOWS[2:])
+@pytest.mark.parametrize(("family", "settings", "window"), WINDOWS[3:])
 def test_transformers_has_the_same_windows(family, settings, window):
     if family == "mistral":
         settings = without(settings, "use_sliding_window")  # which it does not read
@@ -3292,6 +3297,7 @@ BIASES = ["q_proj.bias", "k_proj.bias", "v_proj.bias"]
     [
         ("qwen2", {}, [], [], None),
         ("qwen2", {"attention_bias": False}, [], [], None),  # not a key of a Qwen2
+        ("qwen2", {"attention_bias": True}, [], [], None),
         ("qwen2", {}, [0, 1], BIASES, "6 tensors missing"),
         ("qwen2", {}, [1], BIASES, "3 tensors missing"),
         ("qwen2", {}, [0], BIASES[1:2], "1 tensors missing"),
@@ -4978,6 +4984,7 @@ def test_a_revision_is_found_by_its_branch_or_alone(cache_home):
     shutil.rmtree(repo / "snapshots" / "abc")
     (repo / "snapshots" / ".DS_Store").write_text("")
     assert llama.find_folder("org/name") == repo / "snapshots" / "def"
+    assert llama.find_folder(repo) == repo / "snapshots" / "def"
     shutil.rmtree(repo / "snapshots" / "def")
     with pytest.raises(FileNotFoundError, match="to get it: hf download org/name"):
         llama.find_folder("org/name")
@@ -5008,6 +5015,7 @@ def test_standard_input_that_stays_open_is_told_after_a_second(folder, prompt):
     words = (HERE / "llama.py", "chat", folder, *prompt, "--max-tokens", "2")
     process = start({}, *words, stdin=subprocess.PIPE)
     try:
+        assert select.select([process.stderr], [], [], 30)[0], "nothing is told"
         line = process.stderr.readline()
         assert line.startswith("reading standard input, which is still open")
         out, rest = process.communicate("more", timeout=60)
