@@ -349,7 +349,7 @@ def random_folder(path: Path, *, context: int = 512, width: int = 32, **config) 
     path.mkdir(parents=True, exist_ok=True)
     write_tokenizer(path, spec, config=config, tokenizer_config=settings)
     mx.random.seed(0)
-    model = llama.Llama(llama.ModelArgs.from_dict(config))
+    model = with_extras(llama.Llama(llama.ModelArgs.from_dict(config)), config)
     weights = {k: v * 4 for k, v in tree_flatten(model.parameters())}
     never = mx.array([[0.0] if i in (0, size - 1) else [1.0] for i in range(size)])
     rows = config["vocab_size"]  # greedy, it never ends by itself
