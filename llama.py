@@ -183,7 +183,7 @@ class ModelArgs:
 
     @property
     def longest_context(self) -> int:
-        """The tokens of the longest context in training, within a sliding window."""
+        """The longest context, in tokens: as in training, and within the window."""
         longest, window = self.max_position_embeddings, self.sliding_window
         return longest if window is None else min(longest, window)
 
@@ -2367,6 +2367,31 @@ def snapshots_of(repo: Path) -> list[Path]:
     return sorted(path for path in found if path.is_dir())
 
 
+# What a folder may hold in the place of model.safetensors.
+FOREIGN_FILES = {
+    "adapter*": "a LoRA adapter, which is to be merged into its model first",
+    "*.gguf": "GGUF, the format of llama.cpp",
+    "consolidated*": "the layout of Meta or Mistral, wanted that of Hugging Face",
+    "*.bin": "a pickle of PyTorch, which can run code",
+    "*.pth": "a pickle of PyTorch, which can run code",
+    "*.pt": "a pickle of PyTorch, which can run code",
+    "*.npz": "arrays of NumPy, as older converters of MLX wrote them",
+    "*-of-*.safetensors": "a shard without model.safetensors.index.json",
+    "*.safetensors": "of another name",
+}
+
+
+def foreign_file(files: Iterable[Path]) -> str:
+    """Return the name of a file that holds weights in another way, and which way that
+    is; "" if there is none."""
+    files = sorted(files)
+    for pattern, what in FOREIGN_FILES.items():
+        for file in files:
+            if file.match(pattern):
+                return f"{file.name}, {what}"
+    return ""
+
+
 def find_folder(model: str | Path) -> Path:
     """Return the folder of a model: a path, or org/name in the Hugging Face cache.
 
@@ -2401,31 +2426,6 @@ def find_folder(model: str | Path) -> Path:
         f"{model}: no such folder, and not in {hub}{near}; to get it: "
         f"hf download {model}"
     )
-
-
-# What a folder may hold in the place of model.safetensors.
-FOREIGN_FILES = {
-    "adapter*": "a LoRA adapter, which is to be merged into its model first",
-    "*.gguf": "GGUF, the format of llama.cpp",
-    "consolidated*": "the layout of Meta or Mistral, wanted that of Hugging Face",
-    "*.bin": "a pickle of PyTorch, which can run code",
-    "*.pth": "a pickle of PyTorch, which can run code",
-    "*.pt": "a pickle of PyTorch, which can run code",
-    "*.npz": "arrays of NumPy, as older converters of MLX wrote them",
-    "*-of-*.safetensors": "a shard without model.safetensors.index.json",
-    "*.safetensors": "of another name",
-}
-
-
-def foreign_file(files: Iterable[Path]) -> str:
-    """Return the name of a file that holds weights in another way, and which way that
-    is; "" if there is none."""
-    files = sorted(files)
-    for pattern, what in FOREIGN_FILES.items():
-        for file in files:
-            if file.match(pattern):
-                return f"{file.name}, {what}"
-    return ""
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -2776,7 +2776,7 @@ def machine_memory() -> int:
 
 
 def wired_limit() -> int | None:
-    """Return the bytes that Metal recommends to keep on the GPU at most, None off it."""
+    """Return the bytes that Metal recommends to keep on the GPU, None elsewhere."""
     return machine_memory() if mx.metal.is_available() else None
 
 
@@ -2819,8 +2819,8 @@ def choose_context(args: ModelArgs, wanted: int | None) -> tuple[int, str | None
     if not 1 <= context <= most:
         raise ValueError(f"the context must be in [1, {most}]{reason}, got {context}")
     if context > longest:
-        made = f"config.json says that the model was made for {longest}"
-        return context, f"the context is {context} tokens, but {made}"
+        made = f"max_position_embeddings, {longest}, which the model was made for"
+        return context, f"the context is {context} tokens, more than {made}"
     if wanted is None and context == window and window < longest:
         return context, f"the context is {window} tokens{reason}"
     return context, None
@@ -4051,8 +4051,7 @@ def put_result(task: Callable, answer: queue.SimpleQueue) -> None:
 
 
 # What turns a filter off in config files, and in other programs.
-OFF = {"top_k": (0, -1), "top_p": (0, -1, 1), "min_p": (0, -1)}
-OFF["repetition_penalty"] = (0, -1, 1)
+OFF = {"top_k": (0, -1), "top_p": (0, 1), "min_p": (0,), "repetition_penalty": (0, 1)}
 
 
 def off_is_none(options: dict[str, float | None]) -> dict[str, float | None]:
@@ -4191,9 +4190,9 @@ class Engine(contextlib.AbstractContextManager):
 
         max_tokens: None goes on to the end of the turn, or of the context. Sampling:
         see make_sampler; None is the folder's default, 0 turns a filter off. lookup:
-        tokens drafted at a time, see Lookup; 0 is off, None is default_drafts(). progress: called, by
-        whoever iterates, with the tokens of the prompt read, and in all. drop_space:
-        see Tokenizer.stream.
+        tokens drafted at a time, see Lookup; 0 is off, None is default_drafts().
+        progress: called, by whoever iterates, with the tokens of the prompt read, and
+        in all. drop_space: see Tokenizer.stream.
         Raises ValueError for options out of range or a prompt that does not fit,
         RuntimeError if the engine is closed.
         """
@@ -4669,7 +4668,8 @@ def info_rows(found: dict) -> list[tuple[str, str]]:
     args, kv = ModelArgs(**found["config"]), found["kv_bytes_per_token"]
     usual = min(args.longest_context, DEFAULT_CONTEXT)
     scaling = (args.rope_scaling or {"rope_type": "no"})["rope_type"]
-    window = args.sliding_window and f", a window of {args.sliding_window:,}" or ""
+    window = args.sliding_window
+    window = "" if window is None else f", a window of {window:,}"
     head = "the embedding" if args.tie_word_embeddings else "a matrix of its own"
     heads = f"{args.num_attention_heads} heads on {args.num_key_value_heads}"
     rows = [
