@@ -107,7 +107,7 @@ import unicodedata
 import weakref
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import NamedTuple, TextIO, get_args
 
@@ -174,12 +174,19 @@ class ModelArgs:
     rope_scaling: dict | None = None  # how the wavelengths are stretched [None]
     rope_traditional: bool = False  # which numbers form a pair; see RoPE [False]
     tie_word_embeddings: bool = False  # the output head is the embedding [False]
+    sliding_window: int | None = None  # tokens that a token sees; None: all [None]
 
     def __post_init__(self):
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
+
+    @property
+    def longest_context(self) -> int:
+        """The longest context, in tokens: as in training, and within the window."""
+        longest, window = self.max_position_embeddings, self.sliding_window
+        return longest if window is None else min(longest, window)
 
     @classmethod
     def from_dict(cls, config: dict) -> "ModelArgs":
@@ -287,6 +294,12 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     return tensors
 
 
+def map_file(file: Path) -> memoryview:
+    """Return the bytes of a file, mapped into memory."""
+    with open(file, "rb") as stream:
+        return memoryview(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ))
+
+
 def read_tensors(
     tensors: Iterable[TensorInfo],
 ) -> Iterator[tuple[TensorInfo, mx.array]]:
@@ -294,9 +307,7 @@ def read_tensors(
     mappings = {}
     for info in tensors:
         if info.file not in mappings:
-            with open(info.file, "rb") as stream:
-                mapping = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
-            mappings[info.file] = memoryview(mapping)
+            mappings[info.file] = map_file(info.file)
         yield info, info.read(mappings[info.file])
 
 
@@ -791,7 +802,17 @@ class Llama(nn.Module):
         return self.model.embed_tokens.as_linear(x)
 
     def make_cache(self, capacity: int) -> list[KVCache]:
-        """Return an empty cache for `capacity` tokens, one per layer."""
+        """Return an empty cache for `capacity` tokens, one per layer.
+
+        Here a token sees all tokens before it. So a model whose tokens see a window is
+        computed right within the first window, and ValueError is raised for more.
+        """
+        window = self.args.sliding_window
+        if window is not None and capacity > window:
+            raise ValueError(
+                f"the context must be at most {window} tokens, the model's sliding "
+                f"window, got {capacity}"
+            )
         return [KVCache(capacity) for _ in self.model.layers]
 
 
@@ -1295,7 +1316,7 @@ def generate(
     if prefill_step < 1:
         raise ValueError(f"prefill_step must be at least 1, got {prefill_step}")
     if cache is None:
-        capacity = model.args.max_position_embeddings
+        capacity = model.args.longest_context
         if max_tokens is not None:
             capacity = len(prompt) + max_tokens
         cache = model.make_cache(max(capacity, 1))
@@ -1335,7 +1356,7 @@ def answer(
     messages: see ByteLevelTokenizer.encode_chat. dtype: see read_weights. max_tokens:
     at most so many are generated. options: the others of `generate`.
     """
-    args = ModelArgs.from_dict(json.loads((folder / "config.json").read_text("utf-8")))
+    args = ModelArgs.from_dict(json.loads((folder / "config.json").read_bytes()))
     tensors = read_header(folder / "model.safetensors")
     model = build_model(args, tensors)
     for _bytes in read_weights(model, tensors, dtype):
@@ -1354,12 +1375,17 @@ def answer(
 
 # -----------------------------------------------------------------------------
 # 11. Families
-# Part One takes a config.json as it is. Here it is checked first: the size of a file is
-# limited, settings must have the right type and range, and what cannot be honoured is
-# an error that names the key and the value. The two layouts of rotary settings are read
-# as one, and two more scalings join those of section 4: linear, and YaRN [7].
+# Llama, Mistral, Qwen2 and Qwen3 are one transformer, and their files say the same in
+# slightly different words. Part One takes a config.json as it is. Here it is checked
+# first: the size of a file is limited, a key that is left out gets what its family
+# means by that, settings must have the right type and range, and what cannot be
+# honoured is an error that names the key and the value. Some layers of these families
+# let a token see only a window, the tokens right before it; within the first window
+# that makes no difference, so the context is limited to it. The two layouts of rotary
+# settings are read as one, and two more scalings join those of section 4: linear, and
+# YaRN [7].
 # uses: 1, 4
-# needs: MISSING, Path, fields, get_args, json, math
+# needs: Iterator, Path, difflib, fields, get_args, json, math
 # registers: ROPE_SCALINGS
 # -----------------------------------------------------------------------------
 
@@ -1376,34 +1402,65 @@ def read_bounded(path: Path, limit: int) -> bytes:
     return path.read_bytes()
 
 
-def parse_json(data: bytes, source: object) -> dict:
-    """Return the JSON object in bytes. Raises ValueError naming the source if none."""
-    try:
-        value = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{source}: not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{source}: wanted a JSON object, got {type(value).__name__}")
-    return value
-
-
 def read_json(path: Path, limit: int = JSON_BYTES) -> dict:
     """Return the JSON object in a file of at most `limit` bytes; an absent file is {}.
 
     Parsing can turn 3 bytes of JSON into 120 bytes of objects, so the limit on a file
     limits the memory that it can take to 40 times as much.
+    Raises ValueError naming the file if it holds something else.
     """
-    return parse_json(read_bounded(path, limit), path) if path.exists() else {}
+    if not path.exists():
+        return {}
+    data = read_bounded(path, limit)
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: wanted a JSON object, got {type(value).__name__}")
+    return value
 
+
+# What it means that config.json leaves a key out, where ModelArgs does not say so.
+# Source: transformers 5.24, its configuration_llama.py and so on.
+LLAMA_DEFAULTS = {
+    "vocab_size": 32_000,
+    "hidden_size": 4096,
+    "intermediate_size": 11_008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "max_position_embeddings": 2048,
+}
+MISTRAL_DEFAULTS = {
+    "intermediate_size": 14_336,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131_072,
+    "sliding_window": 4096,
+}
+QWEN_DEFAULTS = LLAMA_DEFAULTS | {
+    "vocab_size": 151_936,
+    "intermediate_size": 22_016,
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 32_768,
+    "use_sliding_window": False,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+}
+FAMILY_DEFAULTS = {
+    "llama": LLAMA_DEFAULTS,
+    "mistral": LLAMA_DEFAULTS | MISTRAL_DEFAULTS,
+    "qwen2": QWEN_DEFAULTS,
+    "qwen3": QWEN_DEFAULTS | {"head_dim": 128},
+}
 
 # Settings that are not sizes, and the values that are accepted; None: may be absent.
 SUPPORTED = {
-    "model_type": ("llama", "mistral"),
+    "model_type": tuple(FAMILY_DEFAULTS),
     "hidden_act": ("silu", "swish", None),
-    "sliding_window": (None,),
     "partial_rotary_factor": (1, None),
     "attention_bias": (False, True, None),
     "mlp_bias": (False, True, None),
+    "use_sliding_window": (False, True, None),
 }
 
 # type of a field: (in words, whether a value is of it)
@@ -1475,6 +1532,7 @@ SCALING_NUMBERS = {
     ),
 }
 OPTIONAL_NUMBERS = ("attention_factor", "mscale", "mscale_all_dim")  # of yarn
+ZERO_IS_ABSENT = ("beta_fast", "beta_slow", "mscale", "mscale_all_dim")
 
 
 def check_scaling(scaling: dict) -> None:
@@ -1488,7 +1546,7 @@ def check_scaling(scaling: dict) -> None:
     for key in (*SCALING_NUMBERS[kind], *optional):
         value = scaling.get(key)
         # Below 1e-9 a formula may divide by a number that float64 rounds to zero.
-        if type(value) not in (int, float) or not 1e-9 < value < 2**31:
+        if type(value) not in (int, float) or not 1e-9 < value < 1e30:
             raise ValueError(f"rope_scaling: {key} must be positive, got {value!r:.80}")
     if kind == "llama3" and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
@@ -1499,9 +1557,11 @@ def rotary_settings(config: dict) -> dict:
     """Return rope_scaling and, if given, rope_theta, from either layout of config.json:
     side by side, or both in the rope_parameters of transformers 5.
 
+    Where there are both, rope_scaling counts, and nothing in rope_parameters: somebody
+    has added it. That is how transformers reads it.
     Raises ValueError naming the key and the value that cannot be honoured.
     """
-    key = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
+    key = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
     rope = config.get(key) or {}
     # An object within is for layers of one type; a partial factor, for part of Dh.
     if type(rope) is not dict or dict in map(type, rope.values()):
@@ -1515,14 +1575,16 @@ def rotary_settings(config: dict) -> dict:
     if kind == "default":
         return settings | {"rope_scaling": None}
     scaling = {name: rope[name] for name in rope if name not in ("rope_theta", "type")}
-    for name in OPTIONAL_NUMBERS:  # 0 means that there is none
-        if not scaling.get(name):
-            scaling.pop(name, None)
     scaling["rope_type"] = kind
+    if kind in ("llama3", "yarn"):
+        name = "original_max_position_embeddings"
+        usual = scaling.get(name, config.get("max_position_embeddings"))
+        scaling[name] = config.get(name) or usual
     if kind == "yarn":
-        longest = config.get("max_position_embeddings")
+        for name in ZERO_IS_ABSENT:
+            if not scaling.get(name):
+                scaling.pop(name, None)
         usual = {"beta_fast": 32, "beta_slow": 1}
-        usual["original_max_position_embeddings"] = longest
         scaling = usual | scaling | {"rope_theta": theta or ModelArgs.rope_theta}
     check_scaling(scaling)
     return settings | {"rope_scaling": scaling}
@@ -1542,34 +1604,106 @@ def check_args(args: ModelArgs) -> None:
         raise ValueError(f"rope_theta must be above 1, got {args.rope_theta}")
 
 
+def with_defaults(config: dict) -> dict:
+    """Return a config.json with what its family means by the keys that it leaves out.
+
+    A value of null leaves a key out, but for two keys where it is a value of its own:
+    num_key_value_heads, as many as query heads, and sliding_window, none.
+    """
+    null = ("num_key_value_heads", "sliding_window")
+    given = {k: v for k, v in config.items() if v is not None or k in null}
+    family = config.get("model_type")
+    known = family in [*FAMILY_DEFAULTS]
+    return (FAMILY_DEFAULTS[family] if known else LLAMA_DEFAULTS) | given
+
+
+def other_type(config: dict) -> str:
+    """Return what else to say of a model_type that is not known."""
+    if "text_config" in config or "vision_config" in config:
+        return ", a model of more than text"
+    name = str(config.get("model_type"))[:80].lower()
+    near = difflib.get_close_matches(name, FAMILY_DEFAULTS, 1)
+    return f"; the nearest is {json.dumps(near[0])}" if near else ""
+
+
+def foreign_settings(config: dict) -> Iterator[str]:
+    """Yield what says that a config.json is of another kind of model or of weights."""
+    for key, known in SUPPORTED.items():
+        if (value := config.get(key)) not in known:
+            wanted = " or ".join(map(json.dumps, known))
+            more = other_type(config) if key == "model_type" else ""
+            yield f"{key} must be {wanted}, got {value!r:.80}{more}"
+    packed = config.get("quantization") or config.get("quantization_config")
+    method = packed.get("quant_method") if type(packed) is dict else None
+    if method is not None and not config.get("quantization"):
+        yield (
+            f"quantization_config: quant_method is {method!r:.80}, wanted weights that "
+            "are not quantized, or as MLX's converter quantizes them"
+        )
+
+
+def wrong_type(key: str, value: object, kind: type) -> list[str]:
+    """Return what is wrong with the type or the range of a setting, in a list."""
+    wanted, fits = KINDS[kind]
+    return [] if fits(value) else [f"{key} must be {wanted}, got {value!r:.80}"]
+
+
+def window_of(config: dict) -> object:
+    """Return how many tokens a token sees in some layer; None: all, in every layer.
+
+    All layers of a Mistral have the window. Those of a Qwen have it if layer_types says
+    so, or without layer_types from max_window_layers on; those of a Llama only if
+    layer_types says so. use_sliding_window may turn it off.
+    Raises ValueError naming the key and the value that cannot be honoured.
+    """
+    layers, types = config["num_hidden_layers"], config.get("layer_types")
+    known = ["full_attention", "sliding_attention"]
+    if types is not None:
+        listed = type(types) is list and len(types) == layers
+        if not listed or any(kind not in known for kind in types):
+            wanted = f"must name {layers} layers of {' or '.join(known)}"
+            raise ValueError(f"layer_types {wanted}, got {types!r:.80}")
+    first = config.get("max_window_layers", layers)
+    if type(first) is not int:
+        raise ValueError(f"max_window_layers must be a whole number, got {first!r:.80}")
+    family = config["model_type"]
+    if family == "mistral":
+        some = True
+    elif types is not None:
+        some = "sliding_attention" in types
+    else:
+        some = first < layers and family in ("qwen2", "qwen3")
+    some = some and config.get("use_sliding_window") is not False
+    return config.get("sliding_window") if some else None
+
+
 def read_args(config: dict) -> ModelArgs:
     """Return the shape that a config.json describes.
 
     Raises ValueError naming the keys and values that this file cannot honour.
     """
-    wrong = []
-    for key, known in SUPPORTED.items():
-        if config.get(key) not in known:
-            wanted = " or ".join(map(json.dumps, known))
-            wrong.append(f"{key} must be {wanted}, got {config.get(key)!r:.80}")
+    config = with_defaults(config)
+    wrong = [*foreign_settings(config)]
     for entry in fields(ModelArgs):
         value, optional = config.get(entry.name), get_args(entry.type)
-        wanted, fits = KINDS[optional[0] if optional else entry.type]
-        if value is None and entry.default is MISSING:
-            wrong.append(f"{entry.name} is missing")
-        elif value is not None and entry.name != "rope_scaling" and not fits(value):
-            wrong.append(f"{entry.name} must be {wanted}, got {value!r:.80}")
+        later = entry.name in ("rope_scaling", "sliding_window")
+        if value is not None and not later:
+            kind = optional[0] if optional else entry.type
+            wrong += wrong_type(entry.name, value, kind)
     if wrong:
         raise ValueError("; ".join(wrong))
-    rotary = rotary_settings(config)
-    theta = rotary.get("rope_theta")
-    if theta is not None and not KINDS[float][1](theta):
-        raise ValueError(f"rope_theta must be a positive number, got {theta!r:.80}")
-    args = ModelArgs.from_dict(config | rotary)
+    settings = {"sliding_window": window_of(config)} | rotary_settings(config)
+    for key, kind in (("sliding_window", int), ("rope_theta", float)):
+        if settings.get(key) is not None:
+            wrong += wrong_type(key, settings[key], kind)
+    if wrong:
+        raise ValueError("; ".join(wrong))
+    args = ModelArgs.from_dict(config | settings)
     check_args(args)
     # Llama 1 and 2 leave rope_theta out and mean 10000. A Llama 3 without it has
     # lost it, and would read well for a page before falling apart.
-    if theta is None and args.vocab_size >= 128_000:
+    lost = "rope_theta" not in settings and config["model_type"] == "llama"
+    if lost and args.vocab_size >= 128_000:
         raise ValueError("rope_theta is missing; a Llama 3 vocabulary needs it")
     return args
 
@@ -2210,17 +2344,53 @@ class Tokenizer(ByteLevelTokenizer):
 # read. Model folders come from strangers, so everything is checked here, and trusted
 # after this.
 # uses: 1-7, 11-13
-# needs: Iterable, Iterator, Mapping, Path, difflib, math, mx, os, re, safetensors,
-#     tree_flatten
+# needs: Callable, Iterable, Iterator, Mapping, Path, difflib, math, mx, os, re,
+#     safetensors, tree_flatten
 # -----------------------------------------------------------------------------
 
 
 def hub_folder() -> Path:
     """Return where huggingface_hub keeps models: HF_HUB_CACHE, else hub/ in HF_HOME,
     else huggingface/hub in XDG_CACHE_HOME or ~/.cache."""
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     home = os.environ.get("HF_HOME") or f"{home}/huggingface"
-    return Path(os.environ.get("HF_HUB_CACHE") or f"{home}/hub")
+    old_name = os.environ.get("HUGGINGFACE_HUB_CACHE")
+    hub = os.environ.get("HF_HUB_CACHE") or old_name or f"{home}/hub"
+    return Path(os.path.expandvars(os.path.expanduser(hub)))
+
+
+def snapshots_of(repo: Path) -> list[Path]:
+    """Return the folders that a model's entry in the Hugging Face cache offers: that of
+    its branch main, or without one those of all revisions that were downloaded."""
+    main, found = repo / "refs" / "main", (repo / "snapshots").glob("*")
+    if main.is_file():
+        found = [repo / "snapshots" / main.read_text("utf-8").strip()]
+    return sorted(path for path in found if path.is_dir())
+
+
+# What a folder may hold in the place of model.safetensors.
+FOREIGN_FILES = {
+    "adapter*": "a LoRA adapter, which is to be merged into its model first",
+    "*.gguf": "GGUF, the format of llama.cpp",
+    "consolidated*": "the layout of Meta or Mistral, wanted that of Hugging Face",
+    "*.bin": "a pickle of PyTorch, which can run code",
+    "*.pth": "a pickle of PyTorch, which can run code",
+    "*.pt": "a pickle of PyTorch, which can run code",
+    "*.npz": "arrays of NumPy, as older converters of MLX wrote them",
+    "*-of-*.safetensors": "a shard without model.safetensors.index.json",
+    "*.safetensors": "of another name",
+}
+
+
+def foreign_file(files: Iterable[Path]) -> str:
+    """Return the name of a file that holds weights in another way, and which way that
+    is; "" if there is none."""
+    files = sorted(files)
+    for pattern, what in FOREIGN_FILES.items():
+        for file in files:
+            if file.match(pattern):
+                return f"{file.name}, {what}"
+    return ""
 
 
 def find_folder(model: str | Path) -> Path:
@@ -2229,19 +2399,27 @@ def find_folder(model: str | Path) -> Path:
     Nothing is fetched. Raises FileNotFoundError that says how to get it.
     """
     if Path(model).is_dir():
-        return Path(model)
+        found = snapshots_of(Path(model))  # if it is a model's entry in the cache
+        return found[0] if len(found) == 1 else Path(model)
     if Path(model).exists():
-        raise FileNotFoundError(f"{model}: a file, wanted the folder that it is in")
+        what, suffix = "a file, wanted the folder that it is in", Path(model).suffix
+        if suffix != ".safetensors" and (other := foreign_file([Path(model)])):
+            what = f"this is {other}"
+        raise FileNotFoundError(f"{model}: {what}")
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(model)):
         raise FileNotFoundError(
             f"{model}: no such folder, and not of the form org/name"
         )
     hub = hub_folder()
-    repo = hub / f"models--{str(model).replace('/', '--')}"
-    if (main := repo / "refs" / "main").is_file():
-        snapshot = repo / "snapshots" / main.read_text().strip()
-        if snapshot.is_dir():
-            return snapshot
+    found = snapshots_of(hub / f"models--{str(model).replace('/', '--')}")
+    if len(found) == 1:
+        return found[0]
+    if found:
+        some = ", ".join(path.name for path in found[:4])
+        raise FileNotFoundError(
+            f"{model}: {len(found)} revisions in {hub} and none is main, {some}; give "
+            f"the folder of one: {found[0]}"
+        )
     there = [path.name[8:].replace("--", "/") for path in hub.glob("models--*")]
     near = ", ".join(difflib.get_close_matches(str(model), there, 3, 0.5))
     near = f", which has {near}" if near else ""
@@ -2272,7 +2450,9 @@ def weight_files(folder: Path) -> list[Path]:
         names = sorted(set(weight_map.values()))
     if missing := [name for name in names if not (folder / name).exists()]:
         some = ", ".join(missing[:4]) + ", ..." * (len(missing) > 4)
-        raise FileNotFoundError(f"{folder}: no {some}; download incomplete?")
+        other = "" if index.exists() else foreign_file(folder.glob("*"))
+        reason = f"there is {other}" if other else "download incomplete?"
+        raise FileNotFoundError(f"{folder}: no {some}; {reason}")
     return [folder / name for name in names]
 
 
@@ -2305,7 +2485,6 @@ def checked_header(file: Path) -> dict[str, TensorInfo]:
     Raises ValueError naming the file if it is not sound.
     """
     header = header_bytes(file)
-    parse_json(header[8:], f"{file}: not a safetensors file")
     try:
         safetensors.deserialize(header)
     except safetensors.SafetensorError as error:
@@ -2357,18 +2536,20 @@ def unfit_quantization(model: Llama, settings: dict) -> Iterator[str]:
                 yield f"{has}, but config.json says {own[key]!r:.80}"
 
 
-# The layers that have a bias if a key of config.json says so.
-BIASED = {
-    "attention_bias": [f"self_attn.{name}_proj" for name in "qkvo"],
-    "mlp_bias": [f"mlp.{name}_proj" for name in ("gate", "up", "down")],
-}
-
-
 def wanted_extras(config: dict, args: ModelArgs) -> set[str]:
-    """Return the names of the biases that config.json says the layers have."""
-    paths = [path for key, paths in BIASED.items() if config.get(key) for path in paths]
+    """Return the names of the biases and norms that the layers have beside the tensors
+    of every family: a Qwen2's, a Qwen3's, and those that config.json asks for."""
+    family, extras = config.get("model_type"), []
+    if family == "qwen2":
+        extras += [f"self_attn.{name}_proj.bias" for name in "qkv"]
+    if family == "qwen3":
+        extras += ["self_attn.q_norm.weight", "self_attn.k_norm.weight"]
+    if family in ("llama", "qwen3") and config.get("attention_bias"):
+        extras += [f"self_attn.{name}_proj.bias" for name in "qkvo"]
+    if family == "llama" and config.get("mlp_bias"):
+        extras += [f"mlp.{name}_proj.bias" for name in ("gate", "up", "down")]
     layers = range(args.num_hidden_layers)
-    return {f"model.layers.{n}.{path}.bias" for n in layers for path in paths}
+    return {f"model.layers.{n}.{extra}" for n in layers for extra in extras}
 
 
 def grouped(names: Iterable[str], what: str) -> Iterator[str]:
@@ -2384,7 +2565,7 @@ def mismatches(
 ) -> Iterator[str]:
     """Yield how tensors differ from what a model wants, one line for each kind.
 
-    extras: the biases that it is to have, which `build_model` takes from the tensors.
+    extras: see wanted_extras; `build_model` takes them from the tensors.
     """
     arrays = dict(tree_flatten(model.parameters()))
     optional = (".bias", ".q_norm.weight", ".k_norm.weight")
@@ -2399,8 +2580,8 @@ def mismatches(
             shapes.append(f"{name} is {info.dtype} {list(info.shape)}, wanted {want}")
     yield from grouped(wanted - found, "missing")
     yield from grouped(found - wanted, "unexpected")
-    if any(name.endswith("_proj.bias") for name in wanted ^ found):
-        yield f"config.json wants {len(extras)} biases in the layers"
+    if any(name.endswith(optional) for name in wanted ^ found):
+        yield f"config.json wants {len(extras)} biases and norms in the layers"
     yield from grouped(shapes, "not as config.json says")
 
 
@@ -2408,14 +2589,8 @@ def same_data(one: TensorInfo, other: TensorInfo) -> bool:
     """Return whether two tensors hold the same bytes."""
     if (one.dtype, one.shape) != (other.dtype, other.shape):
         return False
-    with open(one.file, "rb") as left, open(other.file, "rb") as right:
-        left.seek(one.start)
-        right.seek(other.start)
-        for at in range(0, one.nbytes, 2**20):
-            size = min(2**20, one.nbytes - at)
-            if left.read(size) != right.read(size):
-                return False
-    return True
+    left, right = map_file(one.file)[one.start :], map_file(other.file)[other.start :]
+    return left[: one.nbytes] == right[: one.nbytes]
 
 
 def wrong_head(config: dict, tensors: Mapping[str, TensorInfo]) -> Iterator[str]:
@@ -2430,91 +2605,107 @@ def wrong_head(config: dict, tensors: Mapping[str, TensorInfo]) -> Iterator[str]
             yield f"tie_word_embeddings is true, but {name} is not the embedding's"
 
 
-class Checkpoint:
-    """What a model folder holds. `problems` fills it: model (None where config.json
-    cannot be honoured) is without its weights, and tensors says where they lie."""
+def read_settings(folder: Path) -> tuple[dict, ModelArgs]:
+    """Return a folder's config.json, and the shape that it describes.
 
-    def __init__(self, folder: Path):
-        self.folder, self.config = folder, folder / "config.json"
-        self.model, self.tensors = None, {}
+    Raises FileNotFoundError, or ValueError that names the file and what is wrong.
+    """
+    file = folder / "config.json"
+    if not file.exists():
+        raise FileNotFoundError(f"{folder}: no config.json")
+    config = read_json(file)
+    try:
+        return config, read_args(config)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
 
-    def problems(self) -> Iterator[Exception]:
-        """Yield all that is wrong with the folder, most of it without reading a weight.
 
-        Each is an OSError or a ValueError that names the file at fault.
-        """
-        sound = True
-        for problem in self._file_problems():
-            sound = False
-            yield problem
+def require_kind(folder: Path) -> None:
+    """Raise what `examine` says of a folder that is another kind of model, as the names
+    of its files and config.json tell. It says more than that a tokenizer is missing."""
+    weight_files(folder)
+    read_settings(folder)
+
+
+# What tensors of these names, or of names with this in them, belong to.
+FOREIGN_TENSORS = {
+    "language_model.": "a model of pictures or sound and text",
+    "lora_": "a LoRA adapter, which is to be merged into its model first",
+    ".experts.": "a mixture of experts",
+    ".qweight": "weights that GPTQ or AWQ has quantized",
+    "tok_embeddings.": "the layout of Meta or Mistral, wanted that of Hugging Face",
+}
+
+
+def checked_model(
+    config: dict, args: ModelArgs, tensors: Mapping[str, TensorInfo]
+) -> Llama:
+    """Return a model for these tensors, without its weights.
+
+    Raises ValueError if they are not a Llama's, or cannot be computed.
+    """
+    for part, what in FOREIGN_TENSORS.items():
+        if names := [name for name in tensors if part in name]:
+            raise ValueError(f"{names[0]} is a tensor of {what}")
+    # A module for each of a billion layers would take all memory: not begun. A layer
+    # has nine tensors at least.
+    if (layers := args.num_hidden_layers) > max(len(tensors) // 9, 1000):
+        raise ValueError(
+            f"num_hidden_layers is {layers}, there are {len(tensors)} tensors"
+        )
+    settings = config.get("quantization") or config.get("quantization_config") or {}
+    if not isinstance(settings, dict):
+        raise ValueError(f"quantization must be an object, got {settings!r:.80}")
+    try:
+        model = build_model(args, tensors)
+    except KeyError as error:  # scales without what they scale
+        name = error.args[0]
+        raise ValueError(f"no {name}, though there are scales for it") from None
+    if wrong := [*unfit_quantization(model, settings)]:
+        more = f", and {len(wrong) - 1} layers more" if len(wrong) > 1 else ""
+        raise ValueError(wrong[0] + more)
+    return model
+
+
+def check_folder(
+    folder: Path,
+) -> tuple[Llama | None, dict[str, TensorInfo], list[Exception]]:
+    """Return a folder's model without its weights, where these lie, and all that is
+    wrong with the folder, most of it found without reading a weight.
+
+    The model is None where it cannot be built. A problem is an OSError or a ValueError
+    that names the file at fault.
+    """
+    problems, tensors, model = [], {}, None
+
+    def attempt(task: Callable, *arguments: object) -> object:
         try:
-            if not self.config.exists():
-                raise FileNotFoundError(f"{self.folder}: no config.json")
-            config = read_json(self.config)
-            args = read_args(config)
-            # A module for each of a billion layers would take all memory: not begun. A
-            # layer has nine tensors at least.
-            if (layers := args.num_hidden_layers) > max(len(self.tensors) // 9, 1000):
-                raise ValueError(
-                    f"num_hidden_layers is {layers}, there are {len(self.tensors)} "
-                    "tensors"
-                )
-        except OSError as error:
-            yield error
-            return
-        except ValueError as error:
-            known = str(self.config) in str(error)
-            yield error if known else ValueError(f"{self.config}: {error}")
-            return
-        for wrong in self._tensor_problems(config, args, sound):
-            yield ValueError(f"{self.folder}: {wrong}")
-
-    def _file_problems(self) -> Iterator[Exception]:
-        """Find the tensors in the files; yield what is wrong with these."""
-        try:
-            files = weight_files(self.folder)
+            return task(*arguments)
         except (OSError, ValueError) as error:
-            yield error
-            return
-        for file in files:
-            try:
-                found = checked_header(file)
-            except (OSError, ValueError) as error:
-                yield error
-                continue
-            for name in found.keys() & self.tensors.keys():
-                yield ValueError(
-                    f"{self.folder}: {name} is in both {self.tensors[name].file.name} "
-                    f"and {file.name}"
-                )
-            self.tensors |= found
+            problems.append(error)
+            return None
 
-    def _tensor_problems(
-        self, config: dict, args: ModelArgs, sound: bool
-    ) -> Iterator[str]:
-        """Build the model; yield how the tensors, if sound, differ from it."""
-        settings = config.get("quantization") or config.get("quantization_config") or {}
-        if not isinstance(settings, dict):
-            yield f"quantization must be an object, got {settings!r:.80}"
-            return
-        try:
-            model = build_model(args, self.tensors)
-        except KeyError as error:  # scales without what they scale
-            yield f"no {error.args[0]}, though there are scales for it"
-            return
-        except ValueError as error:
-            yield str(error)
-            return
-        if wrong := [*unfit_quantization(model, settings)]:
-            more = f", and {len(wrong) - 1} layers more" if len(wrong) > 1 else ""
-            yield wrong[0] + more
-            return
-        self.model = model
-        if sound:
-            extras = wanted_extras(config, args)
-            if wrong := [*mismatches(self.model, self.tensors, extras)]:
-                yield "; ".join(wrong)
-            yield from wrong_head(config, self.tensors)
+    files = attempt(weight_files, folder)
+    settings = attempt(read_settings, folder)
+    for file in files or ():
+        found = attempt(checked_header, file) or {}
+        for name in found.keys() & tensors.keys():
+            both = f"{tensors[name].file.name} and {file.name}"
+            problems.append(ValueError(f"{folder}: {name} is in both {both}"))
+        tensors |= found
+    if settings is None:
+        return None, tensors, problems
+    sound, wrong = not problems, []
+    try:
+        model = checked_model(*settings, tensors)
+    except ValueError as error:
+        wrong.append(str(error))
+    if model and sound:
+        differences = [*mismatches(model, tensors, wanted_extras(*settings))]
+        wrong += ["; ".join(differences)] if differences else []
+        wrong += wrong_head(settings[0], tensors)
+    problems += [ValueError(f"{folder}: {text}") for text in wrong]
+    return model, tensors, problems
 
 
 def examine(folder: str | Path) -> tuple[Llama, dict[str, TensorInfo]]:
@@ -2522,10 +2713,10 @@ def examine(folder: str | Path) -> tuple[Llama, dict[str, TensorInfo]]:
 
     Raises the first of what is wrong with it, an OSError or a ValueError.
     """
-    checkpoint = Checkpoint(Path(folder))
-    for problem in checkpoint.problems():
-        raise problem
-    return checkpoint.model, checkpoint.tensors
+    model, tensors, problems = check_folder(Path(folder))
+    if problems:
+        raise problems[0]
+    return model, tensors
 
 
 def default_dtype() -> mx.Dtype | None:
@@ -2576,15 +2767,18 @@ def kv_bytes_per_token(args: ModelArgs, item_size: int) -> int:
     return 2 * heads * args.head_dim * item_size
 
 
-def machine_memory() -> tuple[int, int | None]:
-    """Return the bytes that a model can use here, and on Metal what it recommends to
-    keep on the GPU at most, None elsewhere."""
-    physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+def machine_memory() -> int:
+    """Return the bytes that a model can use here."""
     device = mx.device_info()
     if mx.metal.is_available():
-        recommended = device["max_recommended_working_set_size"]
-        return recommended, recommended
-    return device.get("total_memory") or physical, None
+        return device["max_recommended_working_set_size"]
+    physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return device.get("total_memory") or physical
+
+
+def wired_limit() -> int | None:
+    """Return the bytes that Metal recommends to keep on the GPU, None elsewhere."""
+    return machine_memory() if mx.metal.is_available() else None
 
 
 class MemoryTooSmall(ValueError):
@@ -2601,7 +2795,7 @@ def require_memory(weights: int, cache: int) -> str | None:
 
     Raises MemoryTooSmall if they do not fit this machine.
     """
-    needed, (there, limit) = weights + cache, machine_memory()
+    needed, there, limit = weights + cache, machine_memory(), wired_limit()
     if needed > there:
         raise MemoryTooSmall(weights, cache, there)
     if limit is None or needed < 0.9 * limit:
@@ -2609,6 +2803,28 @@ def require_memory(weights: int, cache: int) -> str | None:
     parts = f"{weights / 1e9:.2f} GB of weights and {cache / 1e9:.2f} GB of cache"
     advice = f"sudo sysctl iogpu.wired_limit_mb={needed // 1_000_000 + 4000}"
     return f"{parts}, of {limit / 1e9:.2f} GB that Metal recommends; if slow: {advice}"
+
+
+def choose_context(args: ModelArgs, wanted: int | None) -> tuple[int, str | None]:
+    """Return how many tokens of context a model gets, and a warning if these are more
+    than it was made for, or fewer because of its sliding window.
+
+    wanted: None is the longest, at most DEFAULT_CONTEXT.
+    Raises ValueError if a token could not see all of it.
+    """
+    longest, window = args.max_position_embeddings, args.sliding_window
+    context = min(args.longest_context, DEFAULT_CONTEXT) if wanted is None else wanted
+    most, reason = 2**31 - 1, ""
+    if window is not None:
+        most, reason = window, ", the model's sliding window"
+    if not 1 <= context <= most:
+        raise ValueError(f"the context must be in [1, {most}]{reason}, got {context}")
+    if context > longest:
+        made = f"max_position_embeddings, {longest}, which the model was made for"
+        return context, f"the context is {context} tokens, more than {made}"
+    if wanted is None and context == window and window < longest:
+        return context, f"the context is {window} tokens{reason}"
+    return context, None
 
 
 def load(
@@ -3632,7 +3848,7 @@ def wired_memory(nbytes: int) -> Iterator[None]:
     times slower; wiring more than needed takes memory from everything else. So: what
     is needed and 2 GB, at most what Metal recommends. Does nothing elsewhere.
     """
-    _, limit = machine_memory()
+    limit = wired_limit()
     before = limit and mx.set_wired_limit(min(limit, nbytes + 2_000_000_000))
     try:
         yield
@@ -3723,14 +3939,8 @@ class Worker(threading.Thread):
     def load(self) -> None:
         """Load the model; report Progress, and in the end its ModelArgs."""
         model, whole = examine(self.folder)
-        args, longest = model.args, model.args.max_position_embeddings
-        if self.context is None:
-            self.context = min(longest, DEFAULT_CONTEXT)
-        if not 1 <= self.context <= longest:
-            raise ValueError(
-                f"the context must be in [1, {longest}], what the model was made for, "
-                f"got {self.context}"
-            )
+        args = model.args
+        self.context, warning = choose_context(args, self.context)
         tensors = whole
         if self.group:
             model, tensors = rank_share(model, whole, self.group)
@@ -3739,7 +3949,9 @@ class Worker(threading.Thread):
         item_size = cache_item_size(tensors, dtype)
         cache = self.context * kv_bytes_per_token(model.args, item_size)
         weights = memory_of(tensors.values(), dtype)
-        self.warning, self.nbytes = require_memory(weights, cache), weights + cache
+        warnings = warning, require_memory(weights, cache)
+        self.warnings = [text for text in warnings if text]
+        self.nbytes = weights + cache
         total = sum(info.nbytes for info in tensors.values())
         for done in read_weights(model, tensors, dtype):
             self.events.put(Progress(done, total))
@@ -3883,21 +4095,33 @@ def put_result(task: Callable, answer: queue.SimpleQueue) -> None:
         answer.put(error)
 
 
-def default_sampling(folder: Path) -> dict[str, float]:
+# What turns a filter off in config files, and in other programs.
+OFF = {"top_k": (0, -1), "top_p": (0, 1), "min_p": (0,), "repetition_penalty": (0, 1)}
+
+
+def off_is_none(options: dict[str, float | None]) -> dict[str, float | None]:
+    """Return make_sampler's options with None for all that turns a filter off."""
+    options = dict(options)
+    for name, values in OFF.items():
+        value = options.get(name)
+        if type(value) in (int, float) and value in values:
+            options[name] = None
+    return options
+
+
+def default_sampling(folder: Path) -> dict[str, float | None]:
     """Return make_sampler's options as generation_config.json has them.
 
     Where it is silent: temperature 0.6 and top_p 0.9, as Meta's Llama 3 has it.
     Raises ValueError naming the file if it has one out of range.
     """
     file = folder / "generation_config.json"
-    config, options = read_json(file), {}
-    for name in INTERVALS:
-        value = config.get(name)
-        if value or (value == 0 and name == "temperature"):  # elsewhere 0 means off
-            options[name] = value
+    config = read_json(file)
+    given = {name: config[name] for name in INTERVALS if config.get(name) is not None}
     if config.get("do_sample") is False:
-        options["temperature"] = 0.0
-    options = {"temperature": Sampler.temperature, "top_p": Sampler.top_p} | options
+        given["temperature"] = 0.0
+    usual = {"temperature": Sampler.temperature, "top_p": Sampler.top_p}
+    options = off_is_none(usual | given)
     try:
         check_sampling(**options)
     except ValueError as error:
@@ -3937,7 +4161,7 @@ class Engine(contextlib.AbstractContextManager):
     Returns when the model is loaded; raises what Tokenizer.from_folder and load raise.
 
     Attributes: tokenizer, args (a ModelArgs), context, defaults (make_sampler's
-    options where a request gives none), warning (about memory, or None).
+    options where a request gives none), warnings (lines about context and memory).
     """
 
     def __init__(
@@ -3952,6 +4176,7 @@ class Engine(contextlib.AbstractContextManager):
         group: Group | None = None,
     ):
         folder = find_folder(model)
+        require_kind(folder)
         self.tokenizer = tokenizer or Tokenizer.from_folder(folder)
         self.defaults = default_sampling(folder)
         self._taken = collections.deque(maxlen=256)  # the Piece of each past reply
@@ -3973,7 +4198,7 @@ class Engine(contextlib.AbstractContextManager):
             self.close()
             raise
         self.args, self.context = event, self._worker.context
-        self.warning = self._worker.warning
+        self.warnings = self._worker.warnings
 
     def chat(self, messages: list[dict[str, str]], **options) -> Reply:
         """Return at once with the reply to a conversation, to be iterated over.
@@ -4009,15 +4234,15 @@ class Engine(contextlib.AbstractContextManager):
         """Return at once with the reply to ids.
 
         max_tokens: None goes on to the end of the turn, or of the context. Sampling:
-        see make_sampler; None is the folder's default. lookup: tokens drafted at a
-        time, see Lookup; 0 is off, None is default_drafts(). progress: called, by
-        whoever iterates, with the tokens of the prompt read, and in all. drop_space:
-        see Tokenizer.stream.
+        see make_sampler; None is the folder's default, 0 turns a filter off. lookup:
+        tokens drafted at a time, see Lookup; 0 is off, None is default_drafts().
+        progress: called, by whoever iterates, with the tokens of the prompt read, and
+        in all. drop_space: see Tokenizer.stream.
         Raises ValueError for options out of range or a prompt that does not fit,
         RuntimeError if the engine is closed.
         """
         if not 0 < len(ids) <= self.context:
-            longest = self.args.max_position_embeddings
+            longest = self.args.longest_context
             raise PromptTooLong(len(ids), self.context, longest)
         size = self.args.vocab_size
         if unknown := [i for i in ids if not 0 <= i < size]:
@@ -4029,7 +4254,7 @@ class Engine(contextlib.AbstractContextManager):
         given = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
         given |= {"min_p": min_p, "repetition_penalty": repetition_penalty}
         given = {name: value for name, value in given.items() if value is not None}
-        sampling = self.defaults | given
+        sampling = off_is_none(self.defaults | given)
         check_sampling(**sampling)
         sampling["seed"] = new_seed() if seed is None else seed
         request = Request(ids, max_tokens, sampling, lookup, drop_space)
@@ -4146,7 +4371,7 @@ def advice(error: Exception) -> str:
             return "; quantized weights need less (of info, a preset's: --bits 4)"
         return "; --ctx (of info: --prompt-tokens) sets the size of the cache"
     if isinstance(error, PromptTooLong) and error.context < error.longest:
-        return f"; --ctx sets the limit, up to {error.longest}"
+        return f"; --ctx sets the limit, of a model made for up to {error.longest}"
     if isinstance(error, SessionTooLong):
         return "; see --ctx"
     if isinstance(error, NotANumber):
@@ -4344,8 +4569,8 @@ def describe(model: str | None) -> dict:
     parts = collections.Counter()
     for name, array in tree_flatten(dense.parameters()):
         parts[next((PARTS[k] for k in PARTS if k in name), "norms")] += array.size
-    cache, (memory, _) = kv_bytes_per_token(args, item_size), machine_memory()
-    longest, verdicts = args.max_position_embeddings, {}
+    cache, memory = kv_bytes_per_token(args, item_size), machine_memory()
+    longest, verdicts = args.longest_context, {}
     for bits in (16, 8, 4):
         size = weight_bytes(dense, bits, item_size)
         verdicts[bits] = verdict(size, cache, longest, memory, reading_speed(bits))
@@ -4436,11 +4661,9 @@ def measured(options: argparse.Namespace, found: dict) -> dict:
     """Return what `measure` says of a preset, with random weights, or a model."""
     args = ModelArgs(**found["config"])
     total = options.prompt_tokens + options.generation_tokens
-    if total > args.max_position_embeddings:
-        raise ValueError(
-            f"prompt and generation have {total} tokens, wanted at most "
-            f"{args.max_position_embeddings}, what the model was made for"
-        )
+    _, warning = choose_context(args, total)
+    if warning and not (options.group and options.group.rank() > 0):
+        note(warning)
     group, dtype = options.group, default_dtype()
     args = rank_args(args, group.size() if group else 1)
     if found["folder"] is None:
@@ -4491,8 +4714,10 @@ def bars(sizes: dict[str, int]) -> Iterator[str]:
 def info_rows(found: dict) -> list[tuple[str, str]]:
     """Return what `describe` and `measured` have found, as rows of a table."""
     args, kv = ModelArgs(**found["config"]), found["kv_bytes_per_token"]
-    usual = min(args.max_position_embeddings, DEFAULT_CONTEXT)
+    usual = min(args.longest_context, DEFAULT_CONTEXT)
     scaling = (args.rope_scaling or {"rope_type": "no"})["rope_type"]
+    window = args.sliding_window
+    window = "" if window is None else f", a window of {window:,}"
     head = "the embedding" if args.tie_word_embeddings else "a matrix of its own"
     heads = f"{args.num_attention_heads} heads on {args.num_key_value_heads}"
     rows = [
@@ -4502,7 +4727,7 @@ def info_rows(found: dict) -> list[tuple[str, str]]:
         ("attention", f"{heads} key/value heads of {args.head_dim}"),
         ("MLP", f"SwiGLU of width {args.intermediate_size:,}"),
         ("vocabulary", f"{args.vocab_size:,} tokens; the head is {head}"),
-        ("positions", f"{args.max_position_embeddings:,} tokens"),
+        ("positions", f"{args.max_position_embeddings:,} tokens{window}"),
         ("rotary", f"theta {args.rope_theta:,.0f}, {scaling} scaling"),
         ("parameters", f"{found['parameters']:,}"),
         *(("of these", text) for text in bars(found["parameters_of"])),
@@ -4567,9 +4792,8 @@ def layer_kinds(model: Llama) -> dict[str, int]:
 
 def inspection(folder: Path, check: bool) -> dict:
     """Return what `inspect` tells of a folder; check: look at every value too."""
-    checkpoint, tokenizer, sampling = Checkpoint(folder), None, {}
-    problems = [*checkpoint.problems()]
-    model, tensors = checkpoint.model, checkpoint.tensors
+    model, tensors, problems = check_folder(folder)
+    tokenizer, sampling = None, {}
     try:
         sampling = default_sampling(folder)
     except (OSError, ValueError) as error:
@@ -4634,7 +4858,8 @@ def cmd_inspect(options: argparse.Namespace) -> int:
         chat_format = found["chat_format"] or "none, a base model: chat with --raw"
         size = f"{found['tokenizer_size']:,} ids, {len(names)} of them added"
         rows += [("tokenizer", size), ("chat format", chat_format), ("stops at", stops)]
-    sampling = ", ".join(f"{name} {n}" for name, n in found["sampling"].items())
+    sampling = found["sampling"].items()
+    sampling = ", ".join(f"{name} {'off' if n is None else n}" for name, n in sampling)
     rows.append(("sampling", sampling))
     rows += [("problem", text) for text in found["problems"] or ["none found"]]
     print_table(rows)
@@ -4842,7 +5067,8 @@ class Conversation:
     """The turns of a conversation, and their file if it is a session's."""
 
     def __init__(self, engine: Engine, options: argparse.Namespace):
-        self.engine, self.options, self.system = engine, options, options.system
+        self.engine, self.options = engine, options
+        self.system = None if options.system == "none" else options.system
         self.seed = new_seed() if options.seed is None else options.seed
         self.turns = []  # (user, Piece, Stats, seed)
         if options.session and Path(options.session).exists():
@@ -4850,7 +5076,9 @@ class Conversation:
 
     def ask(self, text: str, seed: int) -> Reply:
         """Answer a message, and add both to the conversation and its session file."""
-        messages = [{"role": "system", "content": self.system}] if self.system else []
+        # An empty text is a message too; a template may have its own if there is none.
+        there = self.system is not None
+        messages = [{"role": "system", "content": self.system}] if there else []
         for user, piece, *_ in self.turns:
             messages.append({"role": "user", "content": user})
             messages.append({"role": "assistant", "content": piece.text})
@@ -4892,7 +5120,7 @@ class Conversation:
                 for user, piece, stats, seed in notes["turns"]
             ]
             settings = {name: notes["settings"][name] for name in INTERVALS}
-            check_sampling(**settings)
+            check_sampling(**off_is_none(settings))
             system, seed = notes["system"], notes["seed"]
             if type(seed) is not int or not 0 <= seed < 2**64:
                 raise TypeError(f"seed: got {seed!r:.80}")
@@ -4941,7 +5169,7 @@ COMMANDS = {
     ),
     "set": ("NAME VALUE", "of sampling, max_tokens or seed; without, shows them"),
     "stats": ("", "shows speed and memory of the last reply"),
-    "system": ("TEXT", "instructions before the conversation; without TEXT, none"),
+    "system": ("TEXT", "instructions before the conversation; none: no message"),
     "undo": ("", "removes the last attached file, or else the last message and reply"),
 }
 
@@ -5024,10 +5252,10 @@ class Chat(Conversation):
             note(f"/{name:8} {takes + ', ' if takes else ''}{text}")
 
     def do_system(self, text: str) -> None:
-        if text and self.options.raw:
+        if text not in ("", "none") and self.options.raw:
             raise ValueError("--raw has no chat format: no place for instructions")
-        self.system = text
-        note(f"from now on: {text!r}" if text else "no instructions")
+        self.system = None if text == "none" else text
+        note(f"from now on: {'no message' if text == 'none' else repr(text)}")
 
     def do_reset(self, _: str) -> None:
         note(f"{counted(self.turns)} forgotten")
@@ -5052,7 +5280,7 @@ class Chat(Conversation):
 
     def do_file(self, path: str) -> None:
         try:
-            text = Path(path).expanduser().read_text("utf-8")
+            text = Path(path).expanduser().read_text("utf-8-sig")
         except UnicodeDecodeError:
             raise ValueError(f"{path}: not a text in UTF-8") from None
         attached = [*self.attached, f"{Path(path).name}:\n\n{text}"]
@@ -5086,7 +5314,8 @@ class Chat(Conversation):
         name, _, value = text.partition(" ")
         name, value = name.replace("-", "_"), value.strip()
         names = (*INTERVALS, "max_tokens")
-        usual = {n: self.engine.defaults.get(n, "off") for n in names}
+        usual = dict.fromkeys(names, "off")
+        usual |= {n: v for n, v in self.engine.defaults.items() if v is not None}
         if not text:
             for n in names:
                 given = getattr(self.options, n)
@@ -5099,6 +5328,7 @@ class Chat(Conversation):
             setattr(self.options, name, None)
             note(f"{name} is {usual[name]}")
             return
+        value = "0" if name in OFF and value == "off" else value
         whole = name in ("max_tokens", "seed")
         try:
             if whole and not (value.isdecimal() and int(value) < 2**63):
@@ -5108,7 +5338,7 @@ class Chat(Conversation):
             kind = "a whole number in [0, 2**63)" if whole else "a number"
             raise ValueError(f"{name} must be {kind}, got {value!r}") from None
         if not whole:
-            check_sampling(**{name: number})
+            check_sampling(**off_is_none({name: number}))
         number = int(number) if name == "top_k" else number
         setattr(self if name == "seed" else self.options, name, number)
         note(f"{name} is {number}")
@@ -5127,7 +5357,8 @@ class Chat(Conversation):
 # 23. Main
 # The command line: its options, what they must be, and how a run ends.
 # uses: 1-9, 11-22
-# needs: Callable, Path, Sequence, argparse, functools, mx, os, signal, sys, time
+# needs: Callable, Path, Sequence, argparse, functools, mx, os, signal, sys, threading,
+#     time
 # -----------------------------------------------------------------------------
 
 FLOATS = ("float32", "float16", "bfloat16")  # of --dtype
@@ -5152,20 +5383,26 @@ def read_prompt(options: argparse.Namespace) -> str | None:
     """
     if sys.stdin.isatty() or options.group:
         return options.prompt
+    words = "reading standard input, which is still open (< /dev/null gives none)"
+    patience = threading.Timer(1.0, note, [words])
+    patience.start()
     try:
-        piped = sys.stdin.buffer.read().decode().removesuffix("\n")
+        piped = sys.stdin.buffer.read().decode("utf-8-sig").removesuffix("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"standard input: not UTF-8: {error}") from None
+    finally:
+        patience.cancel()
     return "\n\n".join(text for text in (options.prompt, piped) if text)
 
 
 def check_chat(options: argparse.Namespace) -> None:
     """Refuse options that chat cannot honour."""
     try:
-        check_sampling(**{name: getattr(options, name) for name in INTERVALS})
+        given = {name: getattr(options, name) for name in INTERVALS}
+        check_sampling(**off_is_none(given))
     except ValueError as error:
         options.usage(str(error))
-    if options.raw and (options.system or options.template):
+    if options.raw and (options.system not in (None, "", "none") or options.template):
         options.usage("--raw has no chat format: not with --system or --template")
     if options.session and options.group:
         raise ValueError("--session needs one rank, which has the whole cache")
@@ -5180,6 +5417,7 @@ def cmd_chat(options: argparse.Namespace) -> int:
     check_chat(options)
     follower = options.group and options.group.rank() > 0
     folder, progress = choose_folder(options.model), ProgressLine("loading")
+    require_kind(folder)
     tokenizer = Tokenizer.from_folder(folder, template=options.template)
     if not options.raw:
         tokenizer.require_format()  # now, rather than after loading a large model
@@ -5198,8 +5436,8 @@ def cmd_chat(options: argparse.Namespace) -> int:
         progress.clear()
         if follower:
             return 0  # when rank 0 has closed its engine
-        if engine.warning:
-            note(engine.warning)
+        for warning in engine.warnings:
+            note(warning)
         if prompt is None:
             Chat(engine, options).run()
             return 0
@@ -5259,7 +5497,11 @@ def build_parser() -> argparse.ArgumentParser:
     add = options["chat"]
     add("model", nargs="?", metavar="MODEL", help=where)
     add("--prompt", metavar="TEXT", help="answer this and any piped input, and exit")
-    add("--system", metavar="TEXT", help="instructions before the conversation")
+    add(
+        "--system",
+        metavar="TEXT",
+        help="instructions before the conversation; none: no message",
+    )
     add("--session", metavar="FILE", help="resume a conversation, and save it there")
     add("--raw", action="store_true", help="continue the text, with no chat format")
     text = f"{', '.join(CHAT_FORMATS)}; default: the model's"
@@ -5268,13 +5510,13 @@ def build_parser() -> argparse.ArgumentParser:
     add("--max-tokens", metavar="N", type=number, help=text)
     text = "[0, inf), 0 is greedy; default: model's or 0.6"
     add("--temperature", metavar="T", type=float, help=text)
-    text = "[1, inf), the K likeliest; default: model's or all"
+    text = "[0, inf), the K likeliest, 0 is all; default: model's"
     add("--top-k", metavar="K", type=int, help=text)
-    text = "(0, 1], fewest that sum to P; default: model's or 0.9"
+    text = "[0, 1], fewest that sum to P; default: model's or 0.9"
     add("--top-p", metavar="P", type=float, help=text)
-    text = "(0, 1], of the likeliest's; default: model's or none"
+    text = "[0, 1], of the likeliest's, 0 is off; default: model's"
     add("--min-p", metavar="P", type=float, help=text)
-    text = "(0, inf), 1 is none; default: model's or 1"
+    text = "[0, inf), 0 and 1 are off; default: model's or 1"
     add("--repetition-penalty", metavar="R", type=float, help=text)
     text = "repeats a run exactly; default: a new one"
     add("--seed", metavar="N", type=number, help=text)

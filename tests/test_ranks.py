@@ -40,7 +40,7 @@ from tests.support import (
     random_folder,
     start,
     turns,
-    with_biases,
+    with_extras,
     write_model,
 )
 
@@ -64,10 +64,10 @@ SPLIT = {
 def split_folder(path: Path, *, bits: int | None = None, **changes) -> Path:
     """A model of random weights, all of which matter; given bits, down_proj has 8.
 
-    It has the biases that attention_bias and mlp_bias ask for.
+    It has the biases and norms that its family and config.json ask for.
     """
     config = SPLIT | changes
-    model = with_biases(llama.Llama(llama.ModelArgs.from_dict(config)), config)
+    model = with_extras(llama.Llama(llama.ModelArgs.from_dict(config)), config)
     rng = np.random.default_rng(0)
     for name, array in tree_flatten(model.parameters()):
         value = rng.normal(float("norm" in name), 0.2, array.shape)
@@ -169,6 +169,8 @@ def test_ranks_give_the_logits_and_the_text_of_one_process(n, count, tmp_path):
         tied = biases | {"tie_word_embeddings": True}
         folders.append(split_folder(tmp_path / "a tied head and biases", **tied))
         folders.append(split_folder(tmp_path / "a head of its own"))
+        folders.append(split_folder(tmp_path / "qwen2", model_type="qwen2"))
+        folders.append(split_folder(tmp_path / "qwen3", bits=4, model_type="qwen3"))
         folders.append(dense_copy(STORIES, tmp_path / "stories in float32"))
         if DATA.is_dir():
             folders.append(quantized_copy(folders[1], tmp_path / "260K at 4 bits"))

@@ -63,7 +63,7 @@ def test_the_conversation_is_what_the_commands_make_of_it(engine, monkeypatch):
         ["Be kind.", *first, "three"],
         ["Be kind.", *first, "three"],
         ["Be kind.", *first, "three", "reply 4, seed 4", "/four"],
-        [*first, "three", "reply 4, seed 4", "/four", "reply 5, seed 5", "five"],
+        ["", *first, "three", "reply 4, seed 4", "/four", "reply 5, seed 5", "five"],
         ["Be brief.", "six"],
     ]
 
