@@ -4598,8 +4598,8 @@ def cmd_inspect(options: argparse.Namespace) -> int:
 # A conversation: on a terminal one that is typed, with commands that begin with a
 # slash; in a pipe one question and its answer.
 # uses: 1-9, 11-21
-# needs: Path, Sequence, argparse, asdict, collections, contextlib, difflib, fields,
-#     json, os, signal, sys
+# needs: Path, Sequence, TextIO, argparse, asdict, collections, contextlib, difflib,
+#     fields, json, os, signal, sys, unicodedata
 # -----------------------------------------------------------------------------
 
 CHOICES = "/undo and /reset make room"
@@ -4628,6 +4628,107 @@ def stats_lines(stats: Stats, seed: int) -> str:
     )
 
 
+def columns_of(character: str) -> int:
+    """Return how many columns a terminal gives a character."""
+    if unicodedata.category(character) in ("Mn", "Me", "Cf"):  # part of the one before
+        return 0
+    return 2 if unicodedata.east_asian_width(character) in "WF" else 1
+
+
+def is_word(character: str) -> bool:
+    """Return whether a line may end next to a character wherever it stands: it takes
+    two columns, or is of a script without blanks (Thai to Burmese, and Khmer)."""
+    columns = columns_of(character)
+    if "\u0e00" <= character < "\u10a0" or "\u1780" <= character < "\u1800":
+        return columns == 1  # not a mark above or below a letter
+    return columns == 2
+
+
+class WordWrap:
+    """Writes text to a terminal, and begins a new line before a word that would cross
+    its edge; a word that is longer than a line is broken by the terminal itself.
+
+    A word is held back until its end has come, and so are the blanks before it, which
+    a new line replaces. So nothing that was shown has ever to be moved. To what is no
+    terminal it writes the text as it is.
+    """
+
+    def __init__(self, stream: TextIO):
+        self.stream, self.columns, self.column = stream, 0, 0
+        self.blanks, self.word, self.crosses = "", "", False
+
+    def write(self, text: str) -> None:
+        if self.stream.isatty():
+            # Asked each time, as it may be resized; 0 if the terminal does not tell.
+            columns = os.get_terminal_size(self.stream.fileno()).columns
+            self.columns = columns or sys.maxsize
+            if self.column > self.columns:
+                self.column %= self.columns  # made narrower, it has broken the line
+            for character in printable(text):
+                self.add(character)
+        else:
+            self.stream.write(text)
+        self.stream.flush()
+
+    def add(self, character: str) -> None:
+        if character in " \t\n" or is_word(character):
+            self.end_word()
+        joins = columns_of(character) == 0 and not self.blanks + self.word
+        if character == "\n":
+            self.end_line()
+            self.put(character)
+        elif character in " \t":
+            self.blanks += character
+        elif self.crosses or joins:
+            self.put(character)
+        else:
+            self.word += character
+            if is_word(character):
+                self.end_word()
+            elif not self.fits(self.blanks + self.word):
+                self.end_word()
+                self.crosses = True
+
+    def end_word(self) -> None:
+        """Show the word that is held, on a new line if it does not fit on this one."""
+        blanks, word, self.crosses = self.blanks, self.word, False
+        if word:
+            self.blanks = self.word = ""
+            begun = self.column and (blanks or not is_word(word[0]))
+            if begun and not self.fits(blanks + word):
+                blanks = "\n"
+            self.put(blanks + word)
+
+    def end_line(self) -> None:
+        """Show all that is held, except blanks that do not fit."""
+        self.end_word()
+        if self.fits(self.blanks):
+            self.put(self.blanks)
+        self.blanks = ""
+        self.stream.flush()
+
+    def put(self, text: str) -> None:
+        self.stream.write(text)
+        for character in text:
+            self.column = self.after(self.column, character)
+            if self.column > self.columns:  # the terminal has begun a new line
+                self.column = columns_of(character)
+
+    def after(self, column: int, character: str) -> int:
+        """Return the column that follows a character at a column."""
+        if character == "\n":
+            return 0
+        if character == "\t":
+            return min(column + 8 - column % 8, self.columns)
+        return column + columns_of(character)
+
+    def fits(self, text: str) -> bool:
+        column = self.column
+        for character in text:
+            column = self.after(column, character)
+        return column <= self.columns
+
+
 def print_reply(
     engine: Engine, messages: list[dict], options: argparse.Namespace, seed: int
 ) -> Reply:
@@ -4644,18 +4745,18 @@ def print_reply(
         reply = engine.complete(text, **settings)
     else:
         reply = engine.chat(messages, **settings)
-    escape = printable if sys.stdout.isatty() else str
+    screen = WordWrap(sys.stdout)
     try:
         for piece in reply:
             progress.clear()
             if not options.json:
-                sys.stdout.write(escape(piece))
-                sys.stdout.flush()
+                screen.write(piece)
     except KeyboardInterrupt:
         reply.cancel()
         collections.deque(reply, 0)  # no more text: waits until the worker has stopped
     finally:
         progress.clear()
+        screen.end_line()
     if options.json:
         found = {"text": reply.text, "finish_reason": reply.stats.finish_reason}
         found |= {"seed": seed, "stats": asdict(reply.stats)}

@@ -1,13 +1,14 @@
 """The chat on a terminal: editing, commands, history, colour."""
 
-import fcntl
 import functools
+import io
 import itertools
 import json
+import os
+import random
 import re
 import signal
-import struct
-import termios
+import textwrap
 import types
 
 import pytest
@@ -19,6 +20,7 @@ from tests.support import (
     HERE,
     Terminal,
     chat_with,
+    command,
     random_folder,
 )
 
@@ -41,6 +43,131 @@ def test_a_prompt_on_the_screen_stays_out_of_a_file(folder, tmp_path):
     chat.type(CTRL_D)
     assert chat.status() == 0
     assert ">>>" not in out.read_text() and out.read_text()
+
+
+# What readline sends to the terminal before and after it reads a line.
+PASTES_ARE_MARKED, PASTES_ARE_PLAIN = "\x1b[?2004h", "\x1b[?2004l"
+
+STORY = ("--prompt", "Tell me a story about a dog.", "--temperature", 0)
+
+
+def test_a_reply_wraps_at_the_edge_of_the_terminal_and_in_a_pipe_it_does_not():
+    """A chat honours a new size, and nothing is gained: no blanks, no other words."""
+    text = command("chat", *STORY).stdout.decode()
+    assert max(map(len, text.splitlines())) > 100
+    chat = Terminal("chat", "--temperature", 0, columns=41)
+    for columns in (41, 60, 27):
+        chat.wait_for(">>> ")
+        chat.resize(columns)
+        chat.type(STORY[1] + "\r")
+        chat.wait_for(PASTES_ARE_PLAIN)
+        shown = chat.wait_for(PASTES_ARE_MARKED).strip("\r\n")
+        assert shown.replace("\r\n", "\n") == wrapped(text, columns)
+        chat.wait_for(">>> ")
+        chat.type("/reset\r")
+        chat.wait_for("forgotten")
+    chat.wait_for(">>> ")
+    chat.type(CTRL_D)
+    assert chat.status() == 0
+
+
+def wrapped(text: str, columns: int) -> str:
+    """A text of words and single blanks, its lines filled as Python's textwrap does."""
+    return "\n".join(
+        textwrap.fill(line, columns, break_long_words=False, break_on_hyphens=False)
+        for line in text.rstrip("\n").split("\n")
+    )
+
+
+class Screen(io.StringIO):
+    """A terminal of some columns, which breaks a line at its edge."""
+
+    def __init__(self, columns: int, monkeypatch):
+        super().__init__()
+        size = lambda _: os.terminal_size((self.columns, 24))
+        monkeypatch.setattr(llama.os, "get_terminal_size", size)
+        self.columns = columns
+
+    def isatty(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        return 1
+
+    def rows(self) -> list[str]:
+        """What one sees: characters of two columns are not cut at the edge."""
+        rows = []
+        for line in self.getvalue().split("\n"):
+            rows.append("")
+            for character in line:
+                if wide(rows[-1] + character) > self.columns:
+                    rows.append("")
+                rows[-1] += character
+        return rows
+
+
+def wide(text: str) -> int:
+    return sum(
+        0 if c in "\u0301\u0e35\u0e48" else 2 if c in "日本語の世界、🙂" else 1
+        for c in text
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "rows"),
+    [
+        ("one two three", ["one two", "three"]),
+        ("one seven x", ["one", "seven x"]),  # "one seven" has nine columns
+        ("12345678 9", ["12345678", "9"]),  # a full line, then a blank
+        ("12345678\n9", ["12345678", "9"]),
+        ("a 123456789012", ["a", "12345678", "9012"]),  # longer than a line
+        ("123456789012 b", ["12345678", "9012 b"]),
+        ("1234567   \n9", ["1234567", "9"]),  # only one blank would fit
+        ("123   \n9", ["123   ", "9"]),
+        ("  two\n   three   four", ["  two", "   three", "four"]),
+        ("日本語の世界", ["日本語の", "世界"]),
+        ("a日本語の世界", ["a日本語", "の世界"]),
+        ("日本語 の世界", ["日本語", "の世界"]),
+        ("日本語hello", ["日本語", "hello"]),
+        ("e\u0301" * 8 + " b", ["e\u0301" * 8, "b"]),  # eight columns, not sixteen
+        ("one 🙂🙂 b", ["one 🙂🙂", "b"]),
+        ("\u0e17\u0e35\u0e48" * 9, ["\u0e17\u0e35\u0e48" * 8, "\u0e17\u0e35\u0e48"]),
+        ("\u0e17\u0e35" * 6 + "abc", ["\u0e17\u0e35" * 6, "abc"]),
+        ("a\tb c", ["a", "b c"]),
+        ("\x1b[2J one", ["\\x1b[2J", "one"]),
+    ],
+)
+def test_words_wrap_by_their_width(text, rows, monkeypatch):
+    """In eight columns; however the text comes in pieces."""
+    for size in (1, 2, 3, len(text)):
+        screen = Screen(8, monkeypatch)
+        wrap = llama.WordWrap(screen)
+        for start in range(0, len(text), size):
+            wrap.write(text[start : start + size])
+        wrap.end_line()
+        assert screen.rows() == rows
+
+
+def test_wrapped_text_is_the_text_but_for_ends_of_lines(monkeypatch):
+    """Of random texts, in pieces, while the terminal is resized; no word is broken."""
+    for seed in range(100):
+        rng = random.Random(seed)
+        words = ["".join(rng.choices("abcdé", k=rng.randint(1, 9))) for _ in range(60)]
+        text = "".join(word + rng.choice([" ", " ", " ", "\n", "  "]) for word in words)
+        screen, left = Screen(9 + seed % 20, monkeypatch), text
+        wrap = llama.WordWrap(screen)
+        while left:
+            size = rng.randint(1, 12)
+            wrap.write(left[:size])
+            left = left[size:]
+            screen.columns = rng.randint(9, 30) if seed % 2 else screen.columns
+        wrap.end_line()
+        shown = screen.getvalue()
+        assert shown.split() == words
+        assert not re.search(r" \n|\n ", shown)
+        if seed % 2 == 0:
+            assert all(wide(line) <= screen.columns for line in shown.split("\n"))
+        assert len(shown) <= len(text)
 
 
 def test_the_conversation_is_what_the_commands_make_of_it(engine, monkeypatch):
@@ -216,7 +343,7 @@ def test_a_context_that_fills_up_is_announced(engine, capsys):
 
 def test_lines_pasted_or_between_quotes_are_one_message(folder, state):
     chat = Terminal("chat", folder, "--max-tokens", 2)
-    chat.wait_for("\x1b[?2004h")  # which asks the terminal to mark what is pasted
+    chat.wait_for(PASTES_ARE_MARKED)  # which asks the terminal to mark what is pasted
     for typed in (
         '\x1b[200~"""one\ntwo\x1b[201~\r',
         '"""\rthree\rfour"""\r',
@@ -293,8 +420,7 @@ def test_a_terminal_may_be_resized_at_any_time(tmp_path):
     for typed, shown in (("half", "half"), (" a line\r", "\\x")):
         chat.type(typed)
         chat.wait_for(shown)  # what is typed, then bytes that are no text
-        size = struct.pack("HHHH", 10, 30, 0, 0)
-        fcntl.ioctl(chat.master, termios.TIOCSWINSZ, size)
+        chat.resize(30, rows=10)
         chat.process.send_signal(signal.SIGWINCH)
     chat.type(CTRL_C)
     chat.wait_for("[stopped: Ctrl-C]")
