@@ -148,6 +148,24 @@ def test_words_wrap_by_their_width(text, rows, monkeypatch):
         assert screen.rows() == rows
 
 
+def test_a_new_size_is_honoured_within_a_reply(monkeypatch):
+    text = "The quick brown fox jumps over the lazy dog again and again. "
+    screen, rows = Screen(30, monkeypatch), []
+    wrap = llama.WordWrap(screen)
+    for screen.columns in (30, 12, 17, 25):
+        wrap.write(text + "\n")
+        rows += wrapped(text, screen.columns).split("\n")
+    wrap.write("The quick brown fox")
+    screen.columns = 9  # it breaks what stands there, after "The quick"
+    wrap.write(" jumps")
+    wrap.end_line()
+    assert [row.rstrip() for row in screen.getvalue().split("\n")] == [
+        *rows,
+        "The quick brown",
+        "fox jumps",
+    ]
+
+
 def test_wrapped_text_is_the_text_but_for_ends_of_lines(monkeypatch):
     """Of random texts, in pieces, while the terminal is resized; no word is broken."""
     for seed in range(100):
