@@ -156,13 +156,13 @@ def test_a_new_size_is_honoured_within_a_reply(monkeypatch):
         wrap.write(text + "\n")
         rows += wrapped(text, screen.columns).split("\n")
     wrap.write("The quick brown fox")
-    screen.columns = 9  # it breaks what stands there, after "The quick"
+    screen.columns = 12  # it breaks what it shows, and three columns are in use
     wrap.write(" jumps")
     wrap.end_line()
     assert [row.rstrip() for row in screen.getvalue().split("\n")] == [
         *rows,
-        "The quick brown",
-        "fox jumps",
+        "The quick brown fox",
+        "jumps",
     ]
 
 
