@@ -4983,8 +4983,10 @@ class Conversation:
 # command: (what it takes, what it does); each is the method of Chat named do_
 COMMANDS = {
     "context": ("", "shows how full the context is, and what each turn took"),
+    "exit": ("", "ends the program, as /quit, /bye and Ctrl-D do"),
     "file": ("PATH", "puts a text file before the next message"),
     "help": ("", "lists these commands"),
+    "history": ("", "shows the last message and its reply again"),
     "load": ("FILE", "resumes the conversation of a session file"),
     "reset": ("", "forgets the conversation, but not the instructions"),
     "retry": ("", "answers the last message again, with the next seed"),
@@ -4992,11 +4994,14 @@ COMMANDS = {
         "FILE",
         "writes a new file: a session, or Markdown if it ends in .md",
     ),
-    "set": ("NAME VALUE", "of sampling, max_tokens or seed; without, shows them"),
+    "set": ("NAME VALUE", "of sampling, max_tokens or seed; without VALUE, shows it"),
     "stats": ("", "shows speed and memory of the last reply"),
-    "system": ("TEXT", "instructions before the conversation; without TEXT, none"),
+    "system": ("TEXT", "instructions, or none to remove them; without, shows them"),
     "undo": ("", "removes the last attached file, or else the last message and reply"),
 }
+
+
+OTHER_NAMES = {"bye": "exit", "quit": "exit"}
 
 
 class Chat(Conversation):
@@ -5011,10 +5016,13 @@ class Chat(Conversation):
 
     def run(self) -> None:
         """Read messages and commands, and answer them, until Ctrl-D."""
-        self.editor = LineEditor([f"/{name}" for name in COMMANDS])
-        source = Path(self.engine.tokenizer.source)
+        names = sorted([*COMMANDS, *OTHER_NAMES])
+        self.editor = LineEditor([f"/{name}" for name in names])
+        source = Path(os.path.abspath(self.engine.tokenizer.source))
         if source.parent.name == "snapshots":  # of the Hugging Face cache
             note(f"{self.options.model}, revision {source.name}")
+        else:
+            note(source.name)
         keys = "Ctrl-C stops a reply, Ctrl-D quits"
         if self.options.group and not sys.stdin.isatty():
             # mlx.launch passes on what is typed, but not Ctrl-D, and ends at Ctrl-C.
@@ -5024,9 +5032,13 @@ class Chat(Conversation):
             f"context {self.engine.context} tokens, seed {self.seed}, /help for more,"
             f'\n""" around several lines, {keys}'
         )
+        if self.turns:
+            self.do_history("")
         while (text := self.editor.read()) is not None:
             try:
                 self.take(text)
+            except EOFError:  # /exit
+                return
             except KeyboardInterrupt:  # before or after a reply; that handles its own
                 note("")
             except (OSError, RuntimeError, ValueError) as error:
@@ -5038,17 +5050,17 @@ class Chat(Conversation):
         """Do what a command says, without its slash."""
         name, _, argument = text.partition(" ")
         argument = argument.strip()
-        if name not in COMMANDS:
-            near = difflib.get_close_matches(name, COMMANDS, 1)
+        method = OTHER_NAMES.get(name, name)
+        if method not in COMMANDS:
+            near = difflib.get_close_matches(name, [*COMMANDS, *OTHER_NAMES], 1)
             hint = f"did you mean /{near[0]}?" if near else "/help lists them"
-            hint = "Ctrl-D quits" if name in ("bye", "exit", "quit") else hint
             raise ValueError(f"no command /{name}; {hint} (// sends a slash)")
-        takes = COMMANDS[name][0]
+        takes = COMMANDS[method][0]
         if argument and not takes:
             raise ValueError(f"/{name} takes nothing, got {argument!r}")
         if takes in ("FILE", "PATH") and not argument:
             raise ValueError(f"/{name} wants a {takes}")
-        getattr(self, f"do_{name}")(argument)
+        getattr(self, f"do_{method}")(argument)
         if name in ("load", "reset", "set", "system", "undo"):
             self.keep()
 
@@ -5071,16 +5083,27 @@ class Chat(Conversation):
 
     def do_load(self, path: str) -> None:
         self.load(Path(path).expanduser())
+        if self.turns:
+            self.do_history("")
+
+    def do_exit(self, _: str) -> None:
+        raise EOFError
 
     def do_help(self, _: str) -> None:
         for name, (takes, text) in COMMANDS.items():
             note(f"/{name:8} {takes + ', ' if takes else ''}{text}")
 
+    def do_history(self, _: str) -> None:
+        user, piece, *_ = self.last()
+        screen = WordWrap(sys.stderr)
+        screen.write(f"\n>>> {user}\n{piece.text}\n\n")
+
     def do_system(self, text: str) -> None:
         if text and self.options.raw:
             raise ValueError("--raw has no chat format: no place for instructions")
-        self.system = text
-        note(f"from now on: {text!r}" if text else "no instructions")
+        if text:
+            self.system = "" if text == "none" else text
+        note(f"instructions: {self.system}" if self.system else "no instructions")
 
     def do_reset(self, _: str) -> None:
         note(f"{counted(self.turns)} forgotten")
@@ -5140,14 +5163,16 @@ class Chat(Conversation):
         name, value = name.replace("-", "_"), value.strip()
         names = (*INTERVALS, "max_tokens")
         usual = {n: self.engine.defaults.get(n, "off") for n in names}
-        if not text:
-            for n in names:
-                given = getattr(self.options, n)
-                note(f"{n:18} {usual[n] if given is None else given}")
-            note(f"{'seed':18} {self.seed}")
-            return
-        if name not in (*names, "seed"):
+        values = {"seed": self.seed}
+        for n in names:
+            given = getattr(self.options, n)
+            values[n] = usual[n] if given is None else given
+        if name and name not in values:
             raise ValueError(f"no option {name}; {', '.join(names)}, seed")
+        if not value:
+            for n in [name] if name else (*names, "seed"):
+                note(f"{n:18} {values[n]}")
+            return
         if name in names and value in ("default", str(usual[name])):
             setattr(self.options, name, None)
             note(f"{name} is {usual[name]}")

@@ -199,7 +199,8 @@ def test_the_conversation_is_what_the_commands_make_of_it(engine, monkeypatch):
 
     monkeypatch.setattr(llama, "print_reply", spy)
     typed = ["one", "two", "/undo", "three", "/retry", "//four", "/system", "five"]
-    for text in [*typed, "/reset", "/system Be brief.", "six"]:
+    typed[typed.index("/system")] = "/system none"
+    for text in [*typed, "/reset", "/system Be brief.", "/system", "six"]:
         chat.take(text)
     first = ["one", "reply 1, seed 1"]
     assert asked == [
@@ -320,9 +321,20 @@ def test_options_are_set_and_shown_while_talking(engine, capsys):
     chat.take("/set temperature default")
     assert chat.options.max_tokens is None and chat.options.temperature is None
     shown = capsys.readouterr().err
-    for part in ("top_k is 3", "seed is 7", "'Be kind.'"):
+    for part in ("top_k is 3", "seed is 7", "instructions: Be kind."):
         assert part in shown
     assert "max_tokens is off" in shown
+    for text, told in (
+        ("/set top_k", "top_k              3\n"),
+        ("/set max-tokens", "max_tokens         off\n"),
+        ("/set seed", "seed               7\n"),
+        ("/system", "instructions: Be kind.\n"),
+        ("/system none", "no instructions\n"),
+        ("/system", "no instructions\n"),
+    ):
+        chat.take(text)
+        assert capsys.readouterr().err == told
+    assert not chat.system
 
 
 def test_commands_that_cannot_be_followed_say_why(engine):
@@ -339,14 +351,15 @@ def test_commands_that_cannot_be_followed_say_why(engine):
         ("/undo 2", "/undo takes nothing, got '2'"),
         ("/contxt", "no command /contxt; did you mean /context"),
         ("/xyzzy", "no command /xyzzy; /help lists them"),
-        ("/quit", "no command /quit; Ctrl-D quits"),
+        ("/quit now", "/quit takes nothing, got 'now'"),
+        ("/hist", "no command /hist; did you mean /history"),
         ("/private", "no command /private; /help lists them"),
     ):
         with pytest.raises(ValueError, match=error):
             chat.take(text)
     with pytest.raises(ValueError, match="--raw has no chat format: no place"):
         chat_with(engine, "--raw").take("/system Be kind.")
-    for nothing in ("/undo", "/retry", "/stats"):
+    for nothing in ("/undo", "/retry", "/stats", "/history"):
         with pytest.raises(ValueError, match="the conversation is empty"):
             chat_with(engine).take(nothing)
 
@@ -475,6 +488,41 @@ def test_a_conversation_on_a_terminal(folder):
     chat.type("And now?\r")
     reused = re.match(r"\d+", chat.wait_for(")", 60).partition("(reused ")[2])
     assert int(reused[0]) > 20
+    chat.wait_for(">>> ")
+    chat.type(CTRL_D)
+    assert chat.status() == 0
+
+
+@pytest.mark.parametrize("word", ["/exit", "/quit", "/bye"])
+def test_words_that_other_programs_end_at_end_it(word, folder):
+    chat = Terminal("chat", folder)
+    chat.wait_for(">>> ")
+    chat.type(f"{word}\r")
+    assert chat.status() == 0 and "error" not in chat.screen
+
+
+def test_a_conversation_that_is_resumed_shows_its_end_and_the_banner_the_model(
+    tmp_path,
+):
+    folder, file = random_folder(tmp_path / "org"), tmp_path / "s"
+    words = ("--session", file, "--max-tokens", 3, "--temperature", 0)
+    said = [
+        command("chat", folder, *words, "--prompt", text).stdout.decode().strip()
+        for text in ("One", "two\nlines")
+    ]
+    chat = Terminal("chat", folder, *words)
+    banner = chat.wait_for("Ctrl-D quits")
+    assert "org\x1b[0m\r\ncontext 512 tokens" in banner.replace("\x1b[2m", "")
+    wanted = f">>> two\nlines\n{llama.printable(said[1])}\n\n"
+    for typed in ("/history\r", "/undo\r"):
+        assert wanted in chat.wait_for(PASTES_ARE_MARKED).replace("\r", "")
+        chat.wait_for(">>> ")
+        chat.type(typed)
+    chat.wait_for("forgotten")
+    chat.wait_for(">>> ")
+    chat.type(f"/load {file}\r")
+    chat.wait_for("1 turn\x1b")
+    chat.wait_for(">>> One\r\n")
     chat.wait_for(">>> ")
     chat.type(CTRL_D)
     assert chat.status() == 0
