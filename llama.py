@@ -4787,6 +4787,15 @@ def read_line(prompt: str) -> str:
     return input()
 
 
+def agreed(question: str) -> bool:
+    """Ask a question on the terminal; return whether the answer is yes."""
+    try:
+        return read_line(f"{question} [y/N] ").strip().lower() in ("y", "yes")
+    except (EOFError, KeyboardInterrupt):
+        note("")
+        return False
+
+
 class LineEditor:
     """Reads messages from the terminal, with editing, completion and history.
 
@@ -4898,6 +4907,7 @@ class Conversation:
         self.engine, self.options, self.system = engine, options, options.system
         self.seed = new_seed() if options.seed is None else options.seed
         self.turns = []  # (user, Piece, Stats, seed)
+        self.saved = []  # the turns that a file has
         if options.session and Path(options.session).exists():
             self.load(Path(options.session))
 
@@ -4934,6 +4944,15 @@ class Conversation:
         notes["settings"] = {name: getattr(self.options, name) for name in INTERVALS}
         used = self.turns[-1][2].context_used if self.turns else 0
         self.engine.save(file, notes, tokens=used)  # and nothing that was forgotten
+        self.saved = [*self.turns]
+
+    def set_aside(self) -> str:
+        """Rename the file of --session, if there is one, before other turns take its
+        place: an earlier FILE.bak goes. Return where the turns are, in words."""
+        if not self.options.session or not Path(self.options.session).exists():
+            return ""
+        os.replace(self.options.session, f"{self.options.session}.bak")
+        return f"; they are kept in {self.options.session}.bak"
 
     def load(self, file: Path) -> None:
         """Resume the conversation of a session file. Options for instructions, seed and
@@ -4952,7 +4971,8 @@ class Conversation:
             system = system if system is None else str(system)
         except (KeyError, OverflowError, TypeError, ValueError) as error:
             raise ValueError(f"{file}: not a conversation: {error!r}") from None
-        self.turns, self.seed = turns, seed if self.options.seed is None else self.seed
+        self.turns, self.saved = turns, [*turns]
+        self.seed = seed if self.options.seed is None else self.seed
         self.system = system if self.options.system is None else self.system
         for name, value in settings.items():
             if getattr(self.options, name) is None:
@@ -4971,11 +4991,7 @@ class Conversation:
             if not sys.stdin.isatty():
                 raise
             complain(error)
-            try:
-                wanted = read_line("Read its text anew? [y/N] ").strip().lower()
-            except (EOFError, KeyboardInterrupt):
-                wanted = "no"
-            if wanted not in ("y", "yes"):
+            if not agreed("Read its text anew?"):
                 raise ValueError(f"{file} stays as it is") from None
             return notes
 
@@ -5082,7 +5098,13 @@ class Chat(Conversation):
         return reply
 
     def do_load(self, path: str) -> None:
-        self.load(Path(path).expanduser())
+        file, forgotten = Path(path).expanduser(), self.turns
+        question = f"{counted(self.turns)} not saved. Forget them?"
+        if self.turns and self.turns != self.saved and not agreed(question):
+            return
+        self.load(file)
+        if forgotten and (kept := self.set_aside()):
+            note(f"{counted(forgotten)} forgotten{kept}")
         if self.turns:
             self.do_history("")
 
@@ -5106,7 +5128,8 @@ class Chat(Conversation):
         note(f"instructions: {self.system}" if self.system else "no instructions")
 
     def do_reset(self, _: str) -> None:
-        note(f"{counted(self.turns)} forgotten")
+        kept = self.set_aside() if self.turns else ""
+        note(f"{counted(self.turns)} forgotten{kept}")
         self.turns, self.attached = [], []
 
     def do_undo(self, _: str) -> None:
@@ -5153,6 +5176,7 @@ class Chat(Conversation):
                 parts += [("user", user), ("assistant", piece.text)]
             text = "\n\n".join(f"## {role}\n\n{content}" for role, content in parts)
             file.write_text(text + "\n", "utf-8")
+            self.saved = [*self.turns]
         note(f"{counted(self.turns)} written to {file}")
 
     def do_stats(self, _: str) -> None:
