@@ -4092,14 +4092,21 @@ def note(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def larger_context(tokens: int, context: int, longest: int) -> str:
+    """Return which option makes room for tokens; "" if the model has no room."""
+    if context < longest and tokens <= longest:
+        return f"; --ctx sets the limit, up to {longest}"
+    return ""
+
+
 def advice(error: Exception) -> str:
     """Return which options may help against an error; "" if none does."""
     if isinstance(error, MemoryTooSmall):
         if error.weights > error.there:
             return "; quantized weights need less (of info, a preset's: --bits 4)"
         return "; --ctx (of info: --prompt-tokens) sets the size of the cache"
-    if isinstance(error, PromptTooLong) and error.context < error.longest:
-        return f"; --ctx sets the limit, up to {error.longest}"
+    if isinstance(error, PromptTooLong):
+        return larger_context(error.tokens, error.context, error.longest)
     if isinstance(error, SessionTooLong):
         return "; see --ctx"
     if isinstance(error, NotANumber):
@@ -4109,16 +4116,18 @@ def advice(error: Exception) -> str:
     return ""
 
 
-def complain(error: Exception, more: str = "", who: str = "") -> None:
-    """Print an error as one line, with advice; one of the system's without its number.
-    more: what else to say. who: whose error it is."""
+def error_line(error: Exception) -> str:
+    """Return an error as one line, with advice; one of the system's without its number."""
     text = str(error)
     if isinstance(error, OSError) and error.strerror:
         about = "" if error.filename is None else f"{error.filename}: "
         text = about + error.strerror
-    text += advice(error) + more
-    line = printable(" ".join(text.split()))
-    print(f"llama.py: error: {who}{line}", file=sys.stderr, flush=True)
+    return printable(" ".join(f"{text}{advice(error)}".split()))
+
+
+def complain(error: Exception, who: str = "") -> None:
+    """Print the error that ends the program. who: the rank whose it is."""
+    print(f"llama.py: error: {who}{error_line(error)}", file=sys.stderr, flush=True)
 
 
 class ProgressLine:
@@ -4605,12 +4614,14 @@ def cmd_inspect(options: argparse.Namespace) -> int:
 CHOICES = "/undo and /reset make room"
 
 
-def early_end(stats: Stats) -> str | None:
-    """Return why a reply ended before the model ended it, None if it did not."""
+def early_end(stats: Stats, limit: str, longest: int) -> str | None:
+    """Return why a reply ended before the model ended it, None if it did not.
+
+    limit: how the length was limited. longest: the model's longest context."""
     full = f"the context of {stats.context} tokens is full"
     return {
-        "length": f"{stats.generation_tokens} tokens, as --max-tokens says",
-        "context": f"{full}; --ctx sets its size",
+        "length": f"{stats.generation_tokens} tokens, as {limit} says",
+        "context": full + larger_context(stats.context + 1, stats.context, longest),
         "cancelled": "Ctrl-C",
     }.get(stats.finish_reason)
 
@@ -4764,7 +4775,8 @@ def print_reply(
     else:
         if not reply.text.endswith("\n"):
             print(flush=True)
-        if reason := early_end(reply.stats):
+        longest = engine.args.max_position_embeddings
+        if reason := early_end(reply.stats, options.limit, longest):
             note(f"[stopped: {reason}]")
     if options.stats:
         note(stats_lines(reply.stats, seed))
@@ -4905,19 +4917,24 @@ class Conversation:
 
     def __init__(self, engine: Engine, options: argparse.Namespace):
         self.engine, self.options, self.system = engine, options, options.system
+        options.limit = "--max-tokens"  # how max_tokens was given
         self.seed = new_seed() if options.seed is None else options.seed
         self.turns = []  # (user, Piece, Stats, seed)
         self.saved = []  # the turns that a file has
         if options.session and Path(options.session).exists():
             self.load(Path(options.session))
 
-    def ask(self, text: str, seed: int) -> Reply:
-        """Answer a message, and add both to the conversation and its session file."""
+    def messages(self, turns: list, text: str) -> list[dict]:
+        """Return the messages of turns, and another one of the user's."""
         messages = [{"role": "system", "content": self.system}] if self.system else []
-        for user, piece, *_ in self.turns:
+        for user, piece, *_ in turns:
             messages.append({"role": "user", "content": user})
             messages.append({"role": "assistant", "content": piece.text})
-        messages.append({"role": "user", "content": text})
+        return [*messages, {"role": "user", "content": text}]
+
+    def ask(self, text: str, seed: int) -> Reply:
+        """Answer a message, and add both to the conversation and its session file."""
+        messages = self.messages(self.turns, text)
         reply = print_reply(self.engine, messages, self.options, seed)
         self.seed = (seed + 1) % 2**64
         self.turns.append((text, reply.taken, reply.stats, seed))
@@ -4990,7 +5007,7 @@ class Conversation:
             notes = read_session(file)["notes"]
             if not sys.stdin.isatty():
                 raise
-            complain(error)
+            print(error_line(error), file=sys.stderr, flush=True)
             if not agreed("Read its text anew?"):
                 raise ValueError(f"{file} stays as it is") from None
             return notes
@@ -5058,9 +5075,8 @@ class Chat(Conversation):
             except KeyboardInterrupt:  # before or after a reply; that handles its own
                 note("")
             except (OSError, RuntimeError, ValueError) as error:
-                full = isinstance(error, PromptTooLong) and self.turns
-                complain(error, f"; {CHOICES}" if full else "")
                 # The conversation goes on, and can be saved elsewhere.
+                print(error_line(error), file=sys.stderr, flush=True)
 
     def obey(self, text: str) -> None:
         """Do what a command says, without its slash."""
@@ -5091,14 +5107,31 @@ class Chat(Conversation):
 
     def ask(self, text: str, seed: int) -> Reply:
         """Answer as a Conversation does, and warn when the context is nearly full."""
-        reply = super().ask(text, seed)
+        try:
+            reply = super().ask(text, seed)
+        except PromptTooLong as error:
+            raise ValueError(f"{error}{advice(error)}{self.room(text)}") from None
         used, size = reply.stats.context_used, reply.stats.context
         if used > 0.9 * size:
             note(f"the context is {100 * used // size} % full: {CHOICES}")
         return reply
 
+    def room(self, text: str) -> str:
+        """Return what makes room for a message that does not fit the context."""
+        tokenizer = self.engine.tokenizer
+        if self.options.raw:
+            tokens = len(tokenizer.bos_prefix + tokenizer.encode(text))
+        else:
+            tokens = len(tokenizer.encode_chat(self.messages([], text)))
+        if tokens <= self.engine.context:
+            return f"; {CHOICES}"
+        if self.attached:
+            return "; /undo removes the last attached file"
+        return f"; the message alone has {tokens}" if self.turns else ""
+
     def do_load(self, path: str) -> None:
         file, forgotten = Path(path).expanduser(), self.turns
+        file.stat()  # an error, if there is none, before the question
         question = f"{counted(self.turns)} not saved. Forget them?"
         if self.turns and self.turns != self.saved and not agreed(question):
             return
@@ -5157,9 +5190,12 @@ class Chat(Conversation):
         attached = [*self.attached, f"{Path(path).name}:\n\n{text}"]
         tokens = len(self.engine.tokenizer.encode("\n\n".join(attached)))
         if tokens >= self.engine.context:
+            longest = self.engine.args.max_position_embeddings
+            more = larger_context(tokens + 1, self.engine.context, longest)
+            more += "; /undo removes the last of them" if self.attached else ""
             raise ValueError(
                 f"{path}: {tokens} tokens with the other attached files, context "
-                f"{self.engine.context}; --ctx sets its size"
+                f"{self.engine.context}{more}"
             )
         self.attached = attached
         note(f"{len(text)} characters go before the next message")
@@ -5213,6 +5249,8 @@ class Chat(Conversation):
             check_sampling(**{name: number})
         number = int(number) if name == "top_k" else number
         setattr(self if name == "seed" else self.options, name, number)
+        if name == "max_tokens":
+            self.options.limit = "/set max_tokens"
         note(f"{name} is {number}")
 
     def do_context(self, _: str) -> None:

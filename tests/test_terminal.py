@@ -279,7 +279,7 @@ def test_a_reply_that_fails_in_mlx_does_not_end_the_conversation(
     monkeypatch.setattr(llama, "LineEditor", lambda _: editor)
     chat_with(engine).run()
     shown = capsys.readouterr().err
-    assert "error: out of memory" in shown and "tokens used" in shown
+    assert "\nout of memory\n" in shown and "tokens used" in shown
 
 
 def test_a_tab_completes_commands_and_is_text_elsewhere():
@@ -493,6 +493,66 @@ def test_a_conversation_on_a_terminal(folder):
     assert chat.status() == 0
 
 
+def test_an_error_of_the_context_says_what_can_help_then(folder, tmp_path):
+    """--ctx if the model can have more, what to forget if that is enough."""
+    file = tmp_path / "a.txt"
+    file.write_text("z" * 380)
+    long, longer, too_long = ("y" * n for n in (400, 480, 600))
+    ctx, forget = "; --ctx sets the limit, up to 512", "; /undo and /reset make room"
+    undo = "; /undo removes the last attached file"
+    with llama.Engine(folder, context=440) as small, llama.Engine(folder) as full:
+        for engine, raw, typed, told in (
+            (small, False, [longer], rf"got 499{ctx}$"),
+            (small, False, ["x", longer], r"got 5\d\d; the message alone has 499$"),
+            (small, False, [too_long], r"got 619$"),
+            (small, False, ["x", long], rf"got 4\d\d{ctx}{forget}$"),
+            (small, False, ["x" * 100, long], rf"got 5\d\d{forget}$"),
+            (full, False, ["x", too_long], r"got 6\d\d; the message alone has 6\d\d$"),
+            (full, False, ["x" * 100, longer], rf"got 6\d\d{forget}$"),
+            (full, False, [f"/file {file}", long], rf"got 8\d\d{undo}$"),
+            (small, True, ["x" * 60, long], rf"got 4\d\d{ctx}{forget}$"),
+            (small, True, [longer], rf"got 480{ctx}$"),
+        ):
+            chat = chat_with(engine, *(["--raw"] if raw else []))
+            for text in typed[:-1]:
+                chat.take(text)
+            with pytest.raises(ValueError, match=told):
+                chat.take(typed[-1])
+        chat = chat_with(small)
+        chat.take(f"/file {file}")
+        with pytest.raises(ValueError, match=r"context 440; /undo removes the last of"):
+            chat.take(f"/file {file}")
+
+
+def test_a_full_context_names_no_option_that_cannot_help(folder, capsys):
+    for context, told in ((500, "; --ctx sets the limit, up to 512]"), (512, "]")):
+        with llama.Engine(folder, context=context) as engine:
+            chat = chat_with(engine, "--temperature", "0")
+            chat.options.max_tokens = None
+            chat.take("x")
+        full = f"[stopped: the context of {context} tokens is full{told}\n"
+        assert full in capsys.readouterr().err
+
+
+def test_options_are_named_as_they_were_given(folder):
+    chat = Terminal("chat", folder, "--max-tokens", 3)
+    for typed, shown in (
+        ("x\r", "[stopped: 3 tokens, as --max-tokens says]"),
+        ("/set max_tokens 2\r", "max_tokens is 2"),
+        ("x\r", "[stopped: 2 tokens, as /set max_tokens says]"),
+        ("/set colour 2\r", "\rno option colour; temperature"),
+        ("/nothing\r", "\rno command /nothing; "),
+        ("x" * 600 + "\r", "\rthe prompt must have"),
+        ("/load nowhere\r", "\rnowhere: No such file"),
+    ):
+        chat.wait_for(">>> ")
+        chat.type(typed)
+        assert "error" not in chat.wait_for(shown)
+    chat.wait_for(">>> ")
+    chat.type(CTRL_D)
+    assert chat.status() == 0 and "error" not in chat.screen
+
+
 @pytest.mark.parametrize("word", ["/exit", "/quit", "/bye"])
 def test_words_that_other_programs_end_at_end_it(word, folder):
     chat = Terminal("chat", folder)
@@ -532,12 +592,12 @@ def test_a_message_that_does_not_fit_leaves_the_conversation_alive(folder):
     chat = Terminal("chat", folder, "--max-tokens", 3)
     chat.wait_for(">>> ")
     chat.type("x" * 600 + "\r")
-    chat.wait_for("1 to 512 tokens, got 6")
+    chat.wait_for("the prompt must have 1 to 512 tokens, got 6")
     chat.wait_for(">>> ")
     chat.type("Hi\r")
     chat.wait_for("[stopped: 3 tokens")
     chat.wait_for(">>> ")
-    chat.type("y" * 600 + "\r")
+    chat.type("y" * 470 + "\r")
     chat.wait_for("; /undo and /reset make room")
     chat.wait_for(">>> ")
     chat.type(CTRL_D)
