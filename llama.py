@@ -4933,9 +4933,13 @@ class Conversation:
         return [*messages, {"role": "user", "content": text}]
 
     def ask(self, text: str, seed: int) -> Reply:
-        """Answer a message, and add both to the conversation and its session file."""
+        """Answer a message, and add both to the conversation and its session file.
+
+        With Ctrl-C before the first word nothing is added."""
         messages = self.messages(self.turns, text)
         reply = print_reply(self.engine, messages, self.options, seed)
+        if reply.stats.finish_reason == "cancelled" and not reply.taken.text:
+            return reply
         self.seed = (seed + 1) % 2**64
         self.turns.append((text, reply.taken, reply.stats, seed))
         self.keep()
@@ -5101,9 +5105,15 @@ class Chat(Conversation):
         if text.startswith("/") and not text.startswith("//"):
             self.obey(text[1:].strip())
         elif text.strip():
-            text = text[1:] if text.startswith("//") else text
-            self.ask("\n\n".join([*self.attached, text]), self.seed)
-            self.attached = []
+            text, before = text.removeprefix("/"), len(self.turns)
+            with contextlib.suppress(KeyboardInterrupt):  # before it is read
+                self.ask("\n\n".join([*self.attached, text]), self.seed)
+            if len(self.turns) > before:
+                self.attached = []
+            elif text.startswith(" "):  # see LineEditor.remember
+                note("(the message is forgotten)")
+            else:
+                note("(the message is forgotten; the up arrow brings it back)")
 
     def ask(self, text: str, seed: int) -> Reply:
         """Answer as a Conversation does, and warn when the context is nearly full."""
@@ -5176,11 +5186,12 @@ class Chat(Conversation):
     def do_retry(self, _: str) -> None:
         turn = self.last()
         self.turns.pop()
+        before = len(self.turns)
         try:
             self.ask(turn[0], (turn[3] + 1) % 2**64)
-        except (OSError, ValueError):
-            self.turns.append(turn)
-            raise
+        finally:
+            if len(self.turns) == before:  # there is no other reply
+                self.turns.append(turn)
 
     def do_file(self, path: str) -> None:
         try:
