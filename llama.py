@@ -4364,14 +4364,21 @@ def note(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def larger_context(tokens: int, context: int, longest: int) -> str:
+    """Return which option makes room for tokens; "" if the model has no room."""
+    if context < longest and tokens <= longest:
+        return f"; --ctx sets the limit, of a model made for up to {longest}"
+    return ""
+
+
 def advice(error: Exception) -> str:
     """Return which options may help against an error; "" if none does."""
     if isinstance(error, MemoryTooSmall):
         if error.weights > error.there:
             return "; quantized weights need less (of info, a preset's: --bits 4)"
         return "; --ctx (of info: --prompt-tokens) sets the size of the cache"
-    if isinstance(error, PromptTooLong) and error.context < error.longest:
-        return f"; --ctx sets the limit, of a model made for up to {error.longest}"
+    if isinstance(error, PromptTooLong):
+        return larger_context(error.tokens, error.context, error.longest)
     if isinstance(error, SessionTooLong):
         return "; see --ctx"
     if isinstance(error, NotANumber):
@@ -4381,16 +4388,18 @@ def advice(error: Exception) -> str:
     return ""
 
 
-def complain(error: Exception, more: str = "", who: str = "") -> None:
-    """Print an error as one line, with advice; one of the system's without its number.
-    more: what else to say. who: whose error it is."""
+def error_line(error: Exception) -> str:
+    """Return an error as one line, with advice; one of the system's without its number."""
     text = str(error)
     if isinstance(error, OSError) and error.strerror:
         about = "" if error.filename is None else f"{error.filename}: "
         text = about + error.strerror
-    text += advice(error) + more
-    line = printable(" ".join(text.split()))
-    print(f"llama.py: error: {who}{line}", file=sys.stderr, flush=True)
+    return printable(" ".join(f"{text}{advice(error)}".split()))
+
+
+def complain(error: Exception, who: str = "") -> None:
+    """Print the error that ends the program. who: the rank whose it is."""
+    print(f"llama.py: error: {who}{error_line(error)}", file=sys.stderr, flush=True)
 
 
 class ProgressLine:
@@ -4871,19 +4880,21 @@ def cmd_inspect(options: argparse.Namespace) -> int:
 # A conversation: on a terminal one that is typed, with commands that begin with a
 # slash; in a pipe one question and its answer.
 # uses: 1-9, 11-21
-# needs: Path, Sequence, argparse, asdict, collections, contextlib, difflib, fields,
-#     json, os, signal, sys
+# needs: Path, Sequence, TextIO, argparse, asdict, collections, contextlib, difflib,
+#     fields, json, os, signal, sys, unicodedata
 # -----------------------------------------------------------------------------
 
 CHOICES = "/undo and /reset make room"
 
 
-def early_end(stats: Stats) -> str | None:
-    """Return why a reply ended before the model ended it, None if it did not."""
+def early_end(stats: Stats, limit: str, longest: int) -> str | None:
+    """Return why a reply ended before the model ended it, None if it did not.
+
+    limit: how the length was limited. longest: the model's longest context."""
     full = f"the context of {stats.context} tokens is full"
     return {
-        "length": f"{stats.generation_tokens} tokens, as --max-tokens says",
-        "context": f"{full}; --ctx sets its size",
+        "length": f"{stats.generation_tokens} tokens, as {limit} says",
+        "context": full + larger_context(stats.context + 1, stats.context, longest),
         "cancelled": "Ctrl-C",
     }.get(stats.finish_reason)
 
@@ -4899,6 +4910,107 @@ def stats_lines(stats: Stats, seed: int) -> str:
         f"{stats.context}, peak {gigabytes(stats.peak_memory)}, seed {seed}"
         + (f", {stats.ranks} ranks" if stats.ranks > 1 else "")
     )
+
+
+def columns_of(character: str) -> int:
+    """Return how many columns a terminal gives a character."""
+    if unicodedata.category(character) in ("Mn", "Me", "Cf"):  # part of the one before
+        return 0
+    return 2 if unicodedata.east_asian_width(character) in "WF" else 1
+
+
+def is_word(character: str) -> bool:
+    """Return whether a line may end next to a character wherever it stands: it takes
+    two columns, or is of a script without blanks (Thai to Burmese, and Khmer)."""
+    columns = columns_of(character)
+    if "\u0e00" <= character < "\u10a0" or "\u1780" <= character < "\u1800":
+        return columns == 1  # not a mark above or below a letter
+    return columns == 2
+
+
+class WordWrap:
+    """Writes text to a terminal, and begins a new line before a word that would cross
+    its edge; a word that is longer than a line is broken by the terminal itself.
+
+    A word is held back until its end has come, and so are the blanks before it, which
+    a new line replaces. So nothing that was shown has ever to be moved. To what is no
+    terminal it writes the text as it is.
+    """
+
+    def __init__(self, stream: TextIO):
+        self.stream, self.columns, self.column = stream, 0, 0
+        self.blanks, self.word, self.crosses = "", "", False
+
+    def write(self, text: str) -> None:
+        if self.stream.isatty():
+            # Asked each time, as it may be resized; 0 if the terminal does not tell.
+            columns = os.get_terminal_size(self.stream.fileno()).columns
+            self.columns = columns or sys.maxsize
+            if self.column > self.columns:
+                self.column %= self.columns  # made narrower, it has broken the line
+            for character in printable(text):
+                self.add(character)
+        else:
+            self.stream.write(text)
+        self.stream.flush()
+
+    def add(self, character: str) -> None:
+        if character in " \t\n" or is_word(character):
+            self.end_word()
+        joins = columns_of(character) == 0 and not self.blanks + self.word
+        if character == "\n":
+            self.end_line()
+            self.put(character)
+        elif character in " \t":
+            self.blanks += character
+        elif self.crosses or joins:
+            self.put(character)
+        else:
+            self.word += character
+            if is_word(character):
+                self.end_word()
+            elif not self.fits(self.blanks + self.word):
+                self.end_word()
+                self.crosses = True
+
+    def end_word(self) -> None:
+        """Show the word that is held, on a new line if it does not fit on this one."""
+        blanks, word, self.crosses = self.blanks, self.word, False
+        if word:
+            self.blanks = self.word = ""
+            begun = self.column and (blanks or not is_word(word[0]))
+            if begun and not self.fits(blanks + word):
+                blanks = "\n"
+            self.put(blanks + word)
+
+    def end_line(self) -> None:
+        """Show all that is held, except blanks that do not fit."""
+        self.end_word()
+        if self.fits(self.blanks):
+            self.put(self.blanks)
+        self.blanks = ""
+        self.stream.flush()
+
+    def put(self, text: str) -> None:
+        self.stream.write(text)
+        for character in text:
+            self.column = self.after(self.column, character)
+            if self.column > self.columns:  # the terminal has begun a new line
+                self.column = columns_of(character)
+
+    def after(self, column: int, character: str) -> int:
+        """Return the column that follows a character at a column."""
+        if character == "\n":
+            return 0
+        if character == "\t":
+            return min(column + 8 - column % 8, self.columns)
+        return column + columns_of(character)
+
+    def fits(self, text: str) -> bool:
+        column = self.column
+        for character in text:
+            column = self.after(column, character)
+        return column <= self.columns
 
 
 def print_reply(
@@ -4917,18 +5029,18 @@ def print_reply(
         reply = engine.complete(text, **settings)
     else:
         reply = engine.chat(messages, **settings)
-    escape = printable if sys.stdout.isatty() else str
+    screen = WordWrap(sys.stdout)
     try:
         for piece in reply:
             progress.clear()
             if not options.json:
-                sys.stdout.write(escape(piece))
-                sys.stdout.flush()
+                screen.write(piece)
     except KeyboardInterrupt:
         reply.cancel()
         collections.deque(reply, 0)  # no more text: waits until the worker has stopped
     finally:
         progress.clear()
+        screen.end_line()
     if options.json:
         found = {"text": reply.text, "finish_reason": reply.stats.finish_reason}
         found |= {"seed": seed, "stats": asdict(reply.stats)}
@@ -4936,7 +5048,8 @@ def print_reply(
     else:
         if not reply.text.endswith("\n"):
             print(flush=True)
-        if reason := early_end(reply.stats):
+        longest = engine.args.max_position_embeddings
+        if reason := early_end(reply.stats, options.limit, longest):
             note(f"[stopped: {reason}]")
     if options.stats:
         note(stats_lines(reply.stats, seed))
@@ -4957,6 +5070,15 @@ def read_line(prompt: str) -> str:
         return input(prompt)
     print(prompt, end="", file=sys.stderr, flush=True)
     return input()
+
+
+def agreed(question: str) -> bool:
+    """Ask a question on the terminal; return whether the answer is yes."""
+    try:
+        return read_line(f"{question} [y/N] ").strip().lower() in ("y", "yes")
+    except (EOFError, KeyboardInterrupt):
+        note("")
+        return False
 
 
 class LineEditor:
@@ -5069,21 +5191,31 @@ class Conversation:
     def __init__(self, engine: Engine, options: argparse.Namespace):
         self.engine, self.options = engine, options
         self.system = None if options.system == "none" else options.system
+        options.limit = "--max-tokens"  # how max_tokens was given
         self.seed = new_seed() if options.seed is None else options.seed
         self.turns = []  # (user, Piece, Stats, seed)
+        self.saved = []  # the turns that a file has
         if options.session and Path(options.session).exists():
             self.load(Path(options.session))
 
-    def ask(self, text: str, seed: int) -> Reply:
-        """Answer a message, and add both to the conversation and its session file."""
+    def messages(self, turns: list, text: str) -> list[dict]:
+        """Return the messages of turns, and another one of the user's."""
         # An empty text is a message too; a template may have its own if there is none.
         there = self.system is not None
         messages = [{"role": "system", "content": self.system}] if there else []
-        for user, piece, *_ in self.turns:
+        for user, piece, *_ in turns:
             messages.append({"role": "user", "content": user})
             messages.append({"role": "assistant", "content": piece.text})
-        messages.append({"role": "user", "content": text})
+        return [*messages, {"role": "user", "content": text}]
+
+    def ask(self, text: str, seed: int) -> Reply:
+        """Answer a message, and add both to the conversation and its session file.
+
+        With Ctrl-C before the first word nothing is added."""
+        messages = self.messages(self.turns, text)
         reply = print_reply(self.engine, messages, self.options, seed)
+        if reply.stats.finish_reason == "cancelled" and not reply.taken.text:
+            return reply
         self.seed = (seed + 1) % 2**64
         self.turns.append((text, reply.taken, reply.stats, seed))
         self.keep()
@@ -5109,6 +5241,15 @@ class Conversation:
         notes["settings"] = {name: getattr(self.options, name) for name in INTERVALS}
         used = self.turns[-1][2].context_used if self.turns else 0
         self.engine.save(file, notes, tokens=used)  # and nothing that was forgotten
+        self.saved = [*self.turns]
+
+    def set_aside(self) -> str:
+        """Rename the file of --session, if there is one, before other turns take its
+        place: an earlier FILE.bak goes. Return where the turns are, in words."""
+        if not self.options.session or not Path(self.options.session).exists():
+            return ""
+        os.replace(self.options.session, f"{self.options.session}.bak")
+        return f"; they are kept in {self.options.session}.bak"
 
     def load(self, file: Path) -> None:
         """Resume the conversation of a session file. Options for instructions, seed and
@@ -5127,7 +5268,8 @@ class Conversation:
             system = system if system is None else str(system)
         except (KeyError, OverflowError, TypeError, ValueError) as error:
             raise ValueError(f"{file}: not a conversation: {error!r}") from None
-        self.turns, self.seed = turns, seed if self.options.seed is None else self.seed
+        self.turns, self.saved = turns, [*turns]
+        self.seed = seed if self.options.seed is None else self.seed
         self.system = system if self.options.system is None else self.system
         for name, value in settings.items():
             if getattr(self.options, name) is None:
@@ -5145,12 +5287,8 @@ class Conversation:
             notes = read_session(file)["notes"]
             if not sys.stdin.isatty():
                 raise
-            complain(error)
-            try:
-                wanted = read_line("Read its text anew? [y/N] ").strip().lower()
-            except (EOFError, KeyboardInterrupt):
-                wanted = "no"
-            if wanted not in ("y", "yes"):
+            print(error_line(error), file=sys.stderr, flush=True)
+            if not agreed("Read its text anew?"):
                 raise ValueError(f"{file} stays as it is") from None
             return notes
 
@@ -5158,8 +5296,10 @@ class Conversation:
 # command: (what it takes, what it does); each is the method of Chat named do_
 COMMANDS = {
     "context": ("", "shows how full the context is, and what each turn took"),
+    "exit": ("", "ends the program, as /quit, /bye and Ctrl-D do"),
     "file": ("PATH", "puts a text file before the next message"),
     "help": ("", "lists these commands"),
+    "history": ("", "shows the last message and its reply again"),
     "load": ("FILE", "resumes the conversation of a session file"),
     "reset": ("", "forgets the conversation, but not the instructions"),
     "retry": ("", "answers the last message again, with the next seed"),
@@ -5167,11 +5307,14 @@ COMMANDS = {
         "FILE",
         "writes a new file: a session, or Markdown if it ends in .md",
     ),
-    "set": ("NAME VALUE", "of sampling, max_tokens or seed; without, shows them"),
+    "set": ("NAME VALUE", "of sampling, max_tokens or seed; without VALUE, shows it"),
     "stats": ("", "shows speed and memory of the last reply"),
-    "system": ("TEXT", "instructions before the conversation; none: no message"),
+    "system": ("TEXT", "instructions, or none to remove them; without, shows them"),
     "undo": ("", "removes the last attached file, or else the last message and reply"),
 }
+
+
+OTHER_NAMES = {"bye": "exit", "quit": "exit"}
 
 
 class Chat(Conversation):
@@ -5186,10 +5329,13 @@ class Chat(Conversation):
 
     def run(self) -> None:
         """Read messages and commands, and answer them, until Ctrl-D."""
-        self.editor = LineEditor([f"/{name}" for name in COMMANDS])
-        source = Path(self.engine.tokenizer.source)
+        names = sorted([*COMMANDS, *OTHER_NAMES])
+        self.editor = LineEditor([f"/{name}" for name in names])
+        source = Path(os.path.abspath(self.engine.tokenizer.source))
         if source.parent.name == "snapshots":  # of the Hugging Face cache
             note(f"{self.options.model}, revision {source.name}")
+        else:
+            note(source.name)
         keys = "Ctrl-C stops a reply, Ctrl-D quits"
         if self.options.group and not sys.stdin.isatty():
             # mlx.launch passes on what is typed, but not Ctrl-D, and ends at Ctrl-C.
@@ -5199,31 +5345,34 @@ class Chat(Conversation):
             f"context {self.engine.context} tokens, seed {self.seed}, /help for more,"
             f'\n""" around several lines, {keys}'
         )
+        if self.turns:
+            self.do_history("")
         while (text := self.editor.read()) is not None:
             try:
                 self.take(text)
+            except EOFError:  # /exit
+                return
             except KeyboardInterrupt:  # before or after a reply; that handles its own
                 note("")
             except (OSError, RuntimeError, ValueError) as error:
-                full = isinstance(error, PromptTooLong) and self.turns
-                complain(error, f"; {CHOICES}" if full else "")
                 # The conversation goes on, and can be saved elsewhere.
+                print(error_line(error), file=sys.stderr, flush=True)
 
     def obey(self, text: str) -> None:
         """Do what a command says, without its slash."""
         name, _, argument = text.partition(" ")
         argument = argument.strip()
-        if name not in COMMANDS:
-            near = difflib.get_close_matches(name, COMMANDS, 1)
+        method = OTHER_NAMES.get(name, name)
+        if method not in COMMANDS:
+            near = difflib.get_close_matches(name, [*COMMANDS, *OTHER_NAMES], 1)
             hint = f"did you mean /{near[0]}?" if near else "/help lists them"
-            hint = "Ctrl-D quits" if name in ("bye", "exit", "quit") else hint
             raise ValueError(f"no command /{name}; {hint} (// sends a slash)")
-        takes = COMMANDS[name][0]
+        takes = COMMANDS[method][0]
         if argument and not takes:
             raise ValueError(f"/{name} takes nothing, got {argument!r}")
         if takes in ("FILE", "PATH") and not argument:
             raise ValueError(f"/{name} wants a {takes}")
-        getattr(self, f"do_{name}")(argument)
+        getattr(self, f"do_{method}")(argument)
         if name in ("load", "reset", "set", "system", "undo"):
             self.keep()
 
@@ -5232,33 +5381,75 @@ class Chat(Conversation):
         if text.startswith("/") and not text.startswith("//"):
             self.obey(text[1:].strip())
         elif text.strip():
-            text = text[1:] if text.startswith("//") else text
-            self.ask("\n\n".join([*self.attached, text]), self.seed)
-            self.attached = []
+            text, before = text.removeprefix("/"), len(self.turns)
+            with contextlib.suppress(KeyboardInterrupt):  # before it is read
+                self.ask("\n\n".join([*self.attached, text]), self.seed)
+            if len(self.turns) > before:
+                self.attached = []
+            elif text.startswith(" "):  # see LineEditor.remember
+                note("(the message is forgotten)")
+            else:
+                note("(the message is forgotten; the up arrow brings it back)")
 
     def ask(self, text: str, seed: int) -> Reply:
         """Answer as a Conversation does, and warn when the context is nearly full."""
-        reply = super().ask(text, seed)
+        try:
+            reply = super().ask(text, seed)
+        except PromptTooLong as error:
+            raise ValueError(f"{error}{advice(error)}{self.room(text)}") from None
         used, size = reply.stats.context_used, reply.stats.context
         if used > 0.9 * size:
             note(f"the context is {100 * used // size} % full: {CHOICES}")
         return reply
 
+    def room(self, text: str) -> str:
+        """Return what makes room for a message that does not fit the context."""
+        tokenizer = self.engine.tokenizer
+        if self.options.raw:
+            tokens = len(tokenizer.bos_prefix + tokenizer.encode(text))
+        else:
+            tokens = len(tokenizer.encode_chat(self.messages([], text)))
+        if tokens <= self.engine.context:
+            return f"; {CHOICES}"
+        if self.attached:
+            return "; /undo removes the last attached file"
+        return f"; the message alone has {tokens}" if self.turns else ""
+
     def do_load(self, path: str) -> None:
-        self.load(Path(path).expanduser())
+        file, forgotten = Path(path).expanduser(), self.turns
+        file.stat()  # an error, if there is none, before the question
+        question = f"{counted(self.turns)} not saved. Forget them?"
+        if self.turns and self.turns != self.saved and not agreed(question):
+            return
+        self.load(file)
+        if forgotten and (kept := self.set_aside()):
+            note(f"{counted(forgotten)} forgotten{kept}")
+        if self.turns:
+            self.do_history("")
+
+    def do_exit(self, _: str) -> None:
+        raise EOFError
 
     def do_help(self, _: str) -> None:
         for name, (takes, text) in COMMANDS.items():
             note(f"/{name:8} {takes + ', ' if takes else ''}{text}")
 
+    def do_history(self, _: str) -> None:
+        user, piece, *_ = self.last()
+        screen = WordWrap(sys.stderr)
+        screen.write(f"\n>>> {user}\n{piece.text}\n\n")
+
     def do_system(self, text: str) -> None:
         if text not in ("", "none") and self.options.raw:
             raise ValueError("--raw has no chat format: no place for instructions")
-        self.system = None if text == "none" else text
-        note(f"from now on: {'no message' if text == 'none' else repr(text)}")
+        if text:
+            self.system = None if text == "none" else text
+        there = self.system is not None
+        note(f"instructions: {self.system}" if there else "no instructions")
 
     def do_reset(self, _: str) -> None:
-        note(f"{counted(self.turns)} forgotten")
+        kept = self.set_aside() if self.turns else ""
+        note(f"{counted(self.turns)} forgotten{kept}")
         self.turns, self.attached = [], []
 
     def do_undo(self, _: str) -> None:
@@ -5272,11 +5463,12 @@ class Chat(Conversation):
     def do_retry(self, _: str) -> None:
         turn = self.last()
         self.turns.pop()
+        before = len(self.turns)
         try:
             self.ask(turn[0], (turn[3] + 1) % 2**64)
-        except (OSError, ValueError):
-            self.turns.append(turn)
-            raise
+        finally:
+            if len(self.turns) == before:  # there is no other reply
+                self.turns.append(turn)
 
     def do_file(self, path: str) -> None:
         try:
@@ -5286,9 +5478,12 @@ class Chat(Conversation):
         attached = [*self.attached, f"{Path(path).name}:\n\n{text}"]
         tokens = len(self.engine.tokenizer.encode("\n\n".join(attached)))
         if tokens >= self.engine.context:
+            longest = self.engine.args.max_position_embeddings
+            more = larger_context(tokens + 1, self.engine.context, longest)
+            more += "; /undo removes the last of them" if self.attached else ""
             raise ValueError(
                 f"{path}: {tokens} tokens with the other attached files, context "
-                f"{self.engine.context}; --ctx sets its size"
+                f"{self.engine.context}{more}"
             )
         self.attached = attached
         note(f"{len(text)} characters go before the next message")
@@ -5305,6 +5500,7 @@ class Chat(Conversation):
                 parts += [("user", user), ("assistant", piece.text)]
             text = "\n\n".join(f"## {role}\n\n{content}" for role, content in parts)
             file.write_text(text + "\n", "utf-8")
+            self.saved = [*self.turns]
         note(f"{counted(self.turns)} written to {file}")
 
     def do_stats(self, _: str) -> None:
@@ -5316,14 +5512,16 @@ class Chat(Conversation):
         names = (*INTERVALS, "max_tokens")
         usual = dict.fromkeys(names, "off")
         usual |= {n: v for n, v in self.engine.defaults.items() if v is not None}
-        if not text:
-            for n in names:
-                given = getattr(self.options, n)
-                note(f"{n:18} {usual[n] if given is None else given}")
-            note(f"{'seed':18} {self.seed}")
-            return
-        if name not in (*names, "seed"):
+        values = {"seed": self.seed}
+        for n in names:
+            given = getattr(self.options, n)
+            values[n] = usual[n] if given is None else given
+        if name and name not in values:
             raise ValueError(f"no option {name}; {', '.join(names)}, seed")
+        if not value:
+            for n in [name] if name else (*names, "seed"):
+                note(f"{n:18} {values[n]}")
+            return
         if name in names and value in ("default", str(usual[name])):
             setattr(self.options, name, None)
             note(f"{name} is {usual[name]}")
@@ -5341,6 +5539,8 @@ class Chat(Conversation):
             check_sampling(**off_is_none({name: number}))
         number = int(number) if name == "top_k" else number
         setattr(self if name == "seed" else self.options, name, number)
+        if name == "max_tokens":
+            self.options.limit = "/set max_tokens"
         note(f"{name} is {number}")
 
     def do_context(self, _: str) -> None:

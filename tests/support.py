@@ -2,14 +2,17 @@
 
 import collections
 import contextlib
+import fcntl
 import json
 import math
 import os
 import pty
 import re
 import select
+import struct
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -419,10 +422,12 @@ class Terminal:
         *words: object,
         program: Path = HERE / "llama.py",
         stdout: int | None = None,  # a file, in place of the terminal
+        columns: int = 0,  # a terminal may not know
         **environment: str,
     ):
         self.screen = ""
         self.master, terminal = pty.openpty()
+        self.resize(columns)
         self.process = subprocess.Popen(
             [sys.executable, "-c", ON_A_TERMINAL, program, *map(str, words)],
             stdin=terminal,
@@ -431,6 +436,10 @@ class Terminal:
             env=os.environ | {"TERM": "xterm"} | environment,
         )
         os.close(terminal)
+
+    def resize(self, columns: int, rows: int = 24) -> None:
+        size = struct.pack("HHHH", rows if columns else 0, columns, 0, 0)
+        fcntl.ioctl(self.master, termios.TIOCSWINSZ, size)
 
     def read(self) -> None:
         """Take what there is, waiting for it for a moment."""

@@ -255,6 +255,62 @@ def test_what_is_forgotten_is_forgotten_in_the_session_file_too(engine, tmp_path
     assert len(llama.read_session(file)["notes"]["turns"]) == 1
 
 
+def test_a_conversation_that_is_reset_or_loaded_over_is_kept_as_bak_once(
+    engine, tmp_path, capsys
+):
+    file, bak = tmp_path / "s", tmp_path / "s.bak"
+    messages = lambda file: [t[0] for t in llama.read_session(file)["notes"]["turns"]]
+    chat = chat_with(engine, "--session", str(file))
+    chat.take("/reset")
+    assert not bak.exists()  # there was nothing to lose
+    chat.take("one")
+    chat.take("/reset")
+    assert messages(bak) == ["one"] and messages(file) == []
+    assert f"1 turn forgotten; they are kept in {bak}" in capsys.readouterr().err
+    chat.take("/reset")
+    assert messages(bak) == ["one"]
+    chat.take("two")
+    chat.take(f"/load {bak}")  # the two change places
+    assert messages(bak) == ["two"] and messages(file) == ["one"]
+    chat.take("three")
+    chat.take("/reset")
+    assert messages(bak) == ["one", "three"] and messages(file) == []
+    with pytest.raises(FileNotFoundError):
+        chat.take("/load nowhere")
+    assert file.exists() and messages(bak) == ["one", "three"]
+
+
+def test_loading_asks_before_it_forgets_what_no_file_has(folder, tmp_path):
+    words = ("chat", folder, "--max-tokens", 3)
+    other = tmp_path / "other"
+    done = command(*words, "--session", other, "--prompt", "of the file")
+    assert done.returncode == 0
+    chat = Terminal(*words)
+    for typed, shown in (
+        ("mine\r", "[stopped"),
+        (f"/load {other}\r", "1 turn not saved. Forget them? [y/N] "),
+    ):
+        chat.wait_for(">>> ")
+        chat.type(typed)
+        chat.wait_for(shown)
+    for no in ("n\r", CTRL_C, CTRL_D, "\r"):
+        chat.type(no)
+        chat.wait_for(">>> ")
+        chat.type("/context\r")
+        chat.wait_for("'mine'")
+        chat.wait_for(">>> ")
+        chat.type(f"/load {other}\r")
+        chat.wait_for("[y/N] ")
+    chat.type("yes\r")
+    chat.wait_for(">>> of the file")
+    chat.wait_for(">>> ")
+    chat.type(f"/load {other}\r")  # which has all there is
+    for typed in ("new\r", f"/save {tmp_path}/new\r", f"/load {other}\r", CTRL_D):
+        assert "[y/N]" not in chat.wait_for(">>> ")
+        chat.type(typed)
+    assert chat.status() == 0 and (tmp_path / "new").exists()
+
+
 NOT_OF_A_SESSION = (None, -1, 1.5, 10**30, math.inf, True, "x", [], [1], {}, [[1]])
 
 

@@ -1,6 +1,7 @@
 """Signals, pipes, closed streams and many threads at once."""
 
 import collections
+import contextlib
 import gc
 import itertools
 import os
@@ -11,6 +12,7 @@ import sys
 import termios
 import threading
 import time
+import types
 
 import mlx.core as mx
 import numpy as np
@@ -23,6 +25,7 @@ from tests.support import (
     HERE,
     ON_A_GPU,
     Terminal,
+    chat_with,
     command,
     random_folder,
 )
@@ -185,15 +188,49 @@ def test_ctrl_c_stops_the_reading_of_a_prompt_and_keeps_what_was_read(tmp_path):
     chat.wait_for("context ")
     kept = int(chat.wait_for(" of"))
     assert kept > 0
+    chat.wait_for("(the message is forgotten; the up arrow brings it back)")
     chat.wait_for(">>> ")
-    chat.type("/undo\r")
+    chat.type("/context\r")
+    chat.wait_for("attached: ")
+    chat.wait_for("m0 of 65536 tokens used")
     chat.wait_for(">>> ")
-    chat.type("And?\r")
-    chat.wait_for("(reused ")
-    assert int(chat.wait_for(")")) > 0  # the header, at least
+    chat.type("\x1b[A\x1b[A\r")  # above /context is the message
+    chat.wait_for("Sum up.")
+    chat.wait_for("reading the prompt")
+    chat.type(CTRL_C)
+    chat.wait_for("(reused ", 10)
+    assert int(chat.wait_for(")")) == kept
     chat.wait_for(">>> ")
     chat.type(CTRL_D)
     assert chat.status() == 0
+
+
+def test_ctrl_c_before_a_reply_begins_forgets_the_message(
+    engine, tmp_path, monkeypatch, capsys
+):
+    """Of a chat, of /retry, whose earlier reply stays, and of one that is asked."""
+    chat = chat_with(engine, "--session", str(tmp_path / "s"))
+    chat.take("one")
+    turn, seed, session = chat.last(), chat.seed, (tmp_path / "s").read_bytes()
+    reply = types.SimpleNamespace(
+        taken=llama.Piece(), stats=llama.Stats(finish_reason="cancelled")
+    )
+    for interrupted in (lambda *_: reply, interrupt):
+        monkeypatch.setattr(llama, "print_reply", interrupted)
+        capsys.readouterr()
+        chat.take("two")
+        told = capsys.readouterr().err
+        assert told == "(the message is forgotten; the up arrow brings it back)\n"
+        chat.take(" secret")
+        assert capsys.readouterr().err == "(the message is forgotten)\n"
+        with contextlib.suppress(KeyboardInterrupt):
+            chat.take("/retry")
+        assert chat.turns == [turn] and chat.seed == seed
+        assert (tmp_path / "s").read_bytes() == session
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
 
 
 def test_ctrl_c_ends_a_reply_and_keeps_the_conversation(tmp_path):

@@ -1,13 +1,14 @@
 """The chat on a terminal: editing, commands, history, colour."""
 
-import fcntl
 import functools
+import io
 import itertools
 import json
+import os
+import random
 import re
 import signal
-import struct
-import termios
+import textwrap
 import types
 
 import pytest
@@ -19,6 +20,7 @@ from tests.support import (
     HERE,
     Terminal,
     chat_with,
+    command,
     random_folder,
 )
 
@@ -43,6 +45,149 @@ def test_a_prompt_on_the_screen_stays_out_of_a_file(folder, tmp_path):
     assert ">>>" not in out.read_text() and out.read_text()
 
 
+# What readline sends to the terminal before and after it reads a line.
+PASTES_ARE_MARKED, PASTES_ARE_PLAIN = "\x1b[?2004h", "\x1b[?2004l"
+
+STORY = ("--prompt", "Tell me a story about a dog.", "--temperature", 0)
+
+
+def test_a_reply_wraps_at_the_edge_of_the_terminal_and_in_a_pipe_it_does_not():
+    """A chat honours a new size, and nothing is gained: no blanks, no other words."""
+    text = command("chat", *STORY).stdout.decode()
+    assert max(map(len, text.splitlines())) > 100
+    chat = Terminal("chat", "--temperature", 0, columns=41)
+    for columns in (41, 60, 27):
+        chat.wait_for(">>> ")
+        chat.resize(columns)
+        chat.type(STORY[1] + "\r")
+        chat.wait_for(PASTES_ARE_PLAIN)
+        shown = chat.wait_for(PASTES_ARE_MARKED).strip("\r\n")
+        assert shown.replace("\r\n", "\n") == wrapped(text, columns)
+        chat.wait_for(">>> ")
+        chat.type("/reset\r")
+        chat.wait_for("forgotten")
+    chat.wait_for(">>> ")
+    chat.type(CTRL_D)
+    assert chat.status() == 0
+
+
+def wrapped(text: str, columns: int) -> str:
+    """A text of words and single blanks, its lines filled as Python's textwrap does."""
+    return "\n".join(
+        textwrap.fill(line, columns, break_long_words=False, break_on_hyphens=False)
+        for line in text.rstrip("\n").split("\n")
+    )
+
+
+class Screen(io.StringIO):
+    """A terminal of some columns, which breaks a line at its edge."""
+
+    def __init__(self, columns: int, monkeypatch):
+        super().__init__()
+        size = lambda _: os.terminal_size((self.columns, 24))
+        monkeypatch.setattr(llama.os, "get_terminal_size", size)
+        self.columns = columns
+
+    def isatty(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        return 1
+
+    def rows(self) -> list[str]:
+        """What one sees: characters of two columns are not cut at the edge."""
+        rows = []
+        for line in self.getvalue().split("\n"):
+            rows.append("")
+            for character in line:
+                if wide(rows[-1] + character) > self.columns:
+                    rows.append("")
+                rows[-1] += character
+        return rows
+
+
+def wide(text: str) -> int:
+    return sum(
+        0 if c in "\u0301\u0e35\u0e48" else 2 if c in "日本語の世界、🙂" else 1
+        for c in text
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "rows"),
+    [
+        ("one two three", ["one two", "three"]),
+        ("one seven x", ["one", "seven x"]),  # "one seven" has nine columns
+        ("12345678 9", ["12345678", "9"]),  # a full line, then a blank
+        ("12345678\n9", ["12345678", "9"]),
+        ("a 123456789012", ["a", "12345678", "9012"]),  # longer than a line
+        ("123456789012 b", ["12345678", "9012 b"]),
+        ("1234567   \n9", ["1234567", "9"]),  # only one blank would fit
+        ("123   \n9", ["123   ", "9"]),
+        ("  two\n   three   four", ["  two", "   three", "four"]),
+        ("日本語の世界", ["日本語の", "世界"]),
+        ("a日本語の世界", ["a日本語", "の世界"]),
+        ("日本語 の世界", ["日本語", "の世界"]),
+        ("日本語hello", ["日本語", "hello"]),
+        ("e\u0301" * 8 + " b", ["e\u0301" * 8, "b"]),  # eight columns, not sixteen
+        ("one 🙂🙂 b", ["one 🙂🙂", "b"]),
+        ("\u0e17\u0e35\u0e48" * 9, ["\u0e17\u0e35\u0e48" * 8, "\u0e17\u0e35\u0e48"]),
+        ("\u0e17\u0e35" * 6 + "abc", ["\u0e17\u0e35" * 6, "abc"]),
+        ("a\tb c", ["a", "b c"]),
+        ("\x1b[2J one", ["\\x1b[2J", "one"]),
+    ],
+)
+def test_words_wrap_by_their_width(text, rows, monkeypatch):
+    """In eight columns; however the text comes in pieces."""
+    for size in (1, 2, 3, len(text)):
+        screen = Screen(8, monkeypatch)
+        wrap = llama.WordWrap(screen)
+        for start in range(0, len(text), size):
+            wrap.write(text[start : start + size])
+        wrap.end_line()
+        assert screen.rows() == rows
+
+
+def test_a_new_size_is_honoured_within_a_reply(monkeypatch):
+    text = "The quick brown fox jumps over the lazy dog again and again. "
+    screen, rows = Screen(30, monkeypatch), []
+    wrap = llama.WordWrap(screen)
+    for screen.columns in (30, 12, 17, 25):
+        wrap.write(text + "\n")
+        rows += wrapped(text, screen.columns).split("\n")
+    wrap.write("The quick brown fox")
+    screen.columns = 12  # it breaks what it shows, and three columns are in use
+    wrap.write(" jumps")
+    wrap.end_line()
+    assert [row.rstrip() for row in screen.getvalue().split("\n")] == [
+        *rows,
+        "The quick brown fox",
+        "jumps",
+    ]
+
+
+def test_wrapped_text_is_the_text_but_for_ends_of_lines(monkeypatch):
+    """Of random texts, in pieces, while the terminal is resized; no word is broken."""
+    for seed in range(100):
+        rng = random.Random(seed)
+        words = ["".join(rng.choices("abcdé", k=rng.randint(1, 9))) for _ in range(60)]
+        text = "".join(word + rng.choice([" ", " ", " ", "\n", "  "]) for word in words)
+        screen, left = Screen(9 + seed % 20, monkeypatch), text
+        wrap = llama.WordWrap(screen)
+        while left:
+            size = rng.randint(1, 12)
+            wrap.write(left[:size])
+            left = left[size:]
+            screen.columns = rng.randint(9, 30) if seed % 2 else screen.columns
+        wrap.end_line()
+        shown = screen.getvalue()
+        assert shown.split() == words
+        assert not re.search(r" \n|\n ", shown)
+        if seed % 2 == 0:
+            assert all(wide(line) <= screen.columns for line in shown.split("\n"))
+        assert len(shown) <= len(text)
+
+
 def test_the_conversation_is_what_the_commands_make_of_it(engine, monkeypatch):
     chat, asked = chat_with(engine, "--system", "Be kind."), []
     stats = llama.Stats(context_used=10, context=100)
@@ -54,7 +199,8 @@ def test_the_conversation_is_what_the_commands_make_of_it(engine, monkeypatch):
 
     monkeypatch.setattr(llama, "print_reply", spy)
     typed = ["one", "two", "/undo", "three", "/retry", "//four", "/system", "five"]
-    for text in [*typed, "/reset", "/system Be brief.", "six"]:
+    typed[typed.index("/system")] = "/system none"
+    for text in [*typed, "/reset", "/system Be brief.", "/system", "six"]:
         chat.take(text)
     first = ["one", "reply 1, seed 1"]
     assert asked == [
@@ -133,7 +279,7 @@ def test_a_reply_that_fails_in_mlx_does_not_end_the_conversation(
     monkeypatch.setattr(llama, "LineEditor", lambda _: editor)
     chat_with(engine).run()
     shown = capsys.readouterr().err
-    assert "error: out of memory" in shown and "tokens used" in shown
+    assert "\nout of memory\n" in shown and "tokens used" in shown
 
 
 def test_a_tab_completes_commands_and_is_text_elsewhere():
@@ -175,9 +321,20 @@ def test_options_are_set_and_shown_while_talking(engine, capsys):
     chat.take("/set temperature default")
     assert chat.options.max_tokens is None and chat.options.temperature is None
     shown = capsys.readouterr().err
-    for part in ("top_k is 3", "seed is 7", "'Be kind.'"):
+    for part in ("top_k is 3", "seed is 7", "instructions: Be kind."):
         assert part in shown
     assert "max_tokens is off" in shown
+    for text, told in (
+        ("/set top_k", "top_k              3\n"),
+        ("/set max-tokens", "max_tokens         off\n"),
+        ("/set seed", "seed               7\n"),
+        ("/system", "instructions: Be kind.\n"),
+        ("/system none", "no instructions\n"),
+        ("/system", "no instructions\n"),
+    ):
+        chat.take(text)
+        assert capsys.readouterr().err == told
+    assert not chat.system
 
 
 def test_commands_that_cannot_be_followed_say_why(engine):
@@ -194,14 +351,15 @@ def test_commands_that_cannot_be_followed_say_why(engine):
         ("/undo 2", "/undo takes nothing, got '2'"),
         ("/contxt", "no command /contxt; did you mean /context"),
         ("/xyzzy", "no command /xyzzy; /help lists them"),
-        ("/quit", "no command /quit; Ctrl-D quits"),
+        ("/quit now", "/quit takes nothing, got 'now'"),
+        ("/hist", "no command /hist; did you mean /history"),
         ("/private", "no command /private; /help lists them"),
     ):
         with pytest.raises(ValueError, match=error):
             chat.take(text)
     with pytest.raises(ValueError, match="--raw has no chat format: no place"):
         chat_with(engine, "--raw").take("/system Be kind.")
-    for nothing in ("/undo", "/retry", "/stats"):
+    for nothing in ("/undo", "/retry", "/stats", "/history"):
         with pytest.raises(ValueError, match="the conversation is empty"):
             chat_with(engine).take(nothing)
 
@@ -216,7 +374,7 @@ def test_a_context_that_fills_up_is_announced(engine, capsys):
 
 def test_lines_pasted_or_between_quotes_are_one_message(folder, state):
     chat = Terminal("chat", folder, "--max-tokens", 2)
-    chat.wait_for("\x1b[?2004h")  # which asks the terminal to mark what is pasted
+    chat.wait_for(PASTES_ARE_MARKED)  # which asks the terminal to mark what is pasted
     for typed in (
         '\x1b[200~"""one\ntwo\x1b[201~\r',
         '"""\rthree\rfour"""\r',
@@ -293,8 +451,7 @@ def test_a_terminal_may_be_resized_at_any_time(tmp_path):
     for typed, shown in (("half", "half"), (" a line\r", "\\x")):
         chat.type(typed)
         chat.wait_for(shown)  # what is typed, then bytes that are no text
-        size = struct.pack("HHHH", 10, 30, 0, 0)
-        fcntl.ioctl(chat.master, termios.TIOCSWINSZ, size)
+        chat.resize(30, rows=10)
         chat.process.send_signal(signal.SIGWINCH)
     chat.type(CTRL_C)
     chat.wait_for("[stopped: Ctrl-C]")
@@ -336,16 +493,111 @@ def test_a_conversation_on_a_terminal(folder):
     assert chat.status() == 0
 
 
+def test_an_error_of_the_context_says_what_can_help_then(folder, tmp_path):
+    """--ctx if the model can have more, what to forget if that is enough."""
+    file = tmp_path / "a.txt"
+    file.write_text("z" * 380)
+    long, longer, too_long = ("y" * n for n in (400, 480, 600))
+    ctx, forget = "; --ctx sets the limit, up to 512", "; /undo and /reset make room"
+    undo = "; /undo removes the last attached file"
+    with llama.Engine(folder, context=440) as small, llama.Engine(folder) as full:
+        for engine, raw, typed, told in (
+            (small, False, [longer], rf"got 499{ctx}$"),
+            (small, False, ["x", longer], r"got 5\d\d; the message alone has 499$"),
+            (small, False, [too_long], r"got 619$"),
+            (small, False, ["x", long], rf"got 4\d\d{ctx}{forget}$"),
+            (small, False, ["x" * 100, long], rf"got 5\d\d{forget}$"),
+            (full, False, ["x", too_long], r"got 6\d\d; the message alone has 6\d\d$"),
+            (full, False, ["x" * 100, longer], rf"got 6\d\d{forget}$"),
+            (full, False, [f"/file {file}", long], rf"got 8\d\d{undo}$"),
+            (small, True, ["x" * 60, long], rf"got 4\d\d{ctx}{forget}$"),
+            (small, True, [longer], rf"got 480{ctx}$"),
+        ):
+            chat = chat_with(engine, *(["--raw"] if raw else []))
+            for text in typed[:-1]:
+                chat.take(text)
+            with pytest.raises(ValueError, match=told):
+                chat.take(typed[-1])
+        chat = chat_with(small)
+        chat.take(f"/file {file}")
+        with pytest.raises(ValueError, match=r"context 440; /undo removes the last of"):
+            chat.take(f"/file {file}")
+
+
+def test_a_full_context_names_no_option_that_cannot_help(folder, capsys):
+    for context, told in ((500, "; --ctx sets the limit, up to 512]"), (512, "]")):
+        with llama.Engine(folder, context=context) as engine:
+            chat = chat_with(engine, "--temperature", "0")
+            chat.options.max_tokens = None
+            chat.take("x")
+        full = f"[stopped: the context of {context} tokens is full{told}\n"
+        assert full in capsys.readouterr().err
+
+
+def test_options_are_named_as_they_were_given(folder):
+    chat = Terminal("chat", folder, "--max-tokens", 3)
+    for typed, shown in (
+        ("x\r", "[stopped: 3 tokens, as --max-tokens says]"),
+        ("/set max_tokens 2\r", "max_tokens is 2"),
+        ("x\r", "[stopped: 2 tokens, as /set max_tokens says]"),
+        ("/set colour 2\r", "\rno option colour; temperature"),
+        ("/nothing\r", "\rno command /nothing; "),
+        ("x" * 600 + "\r", "\rthe prompt must have"),
+        ("/load nowhere\r", "\rnowhere: No such file"),
+    ):
+        chat.wait_for(">>> ")
+        chat.type(typed)
+        assert "error" not in chat.wait_for(shown)
+    chat.wait_for(">>> ")
+    chat.type(CTRL_D)
+    assert chat.status() == 0 and "error" not in chat.screen
+
+
+@pytest.mark.parametrize("word", ["/exit", "/quit", "/bye"])
+def test_words_that_other_programs_end_at_end_it(word, folder):
+    chat = Terminal("chat", folder)
+    chat.wait_for(">>> ")
+    chat.type(f"{word}\r")
+    assert chat.status() == 0 and "error" not in chat.screen
+
+
+def test_a_conversation_that_is_resumed_shows_its_end_and_the_banner_the_model(
+    tmp_path,
+):
+    folder, file = random_folder(tmp_path / "org"), tmp_path / "s"
+    words = ("--session", file, "--max-tokens", 3, "--temperature", 0)
+    said = [
+        command("chat", folder, *words, "--prompt", text).stdout.decode().strip()
+        for text in ("One", "two\nlines")
+    ]
+    chat = Terminal("chat", folder, *words)
+    banner = chat.wait_for("Ctrl-D quits")
+    assert "org\x1b[0m\r\ncontext 512 tokens" in banner.replace("\x1b[2m", "")
+    wanted = f">>> two\nlines\n{llama.printable(said[1])}\n\n"
+    for typed in ("/history\r", "/undo\r"):
+        assert wanted in chat.wait_for(PASTES_ARE_MARKED).replace("\r", "")
+        chat.wait_for(">>> ")
+        chat.type(typed)
+    chat.wait_for("forgotten")
+    chat.wait_for(">>> ")
+    chat.type(f"/load {file}\r")
+    chat.wait_for("1 turn\x1b")
+    chat.wait_for(">>> One\r\n")
+    chat.wait_for(">>> ")
+    chat.type(CTRL_D)
+    assert chat.status() == 0
+
+
 def test_a_message_that_does_not_fit_leaves_the_conversation_alive(folder):
     chat = Terminal("chat", folder, "--max-tokens", 3)
     chat.wait_for(">>> ")
     chat.type("x" * 600 + "\r")
-    chat.wait_for("1 to 512 tokens, got 6")
+    chat.wait_for("the prompt must have 1 to 512 tokens, got 6")
     chat.wait_for(">>> ")
     chat.type("Hi\r")
     chat.wait_for("[stopped: 3 tokens")
     chat.wait_for(">>> ")
-    chat.type("y" * 600 + "\r")
+    chat.type("y" * 470 + "\r")
     chat.wait_for("; /undo and /reset make room")
     chat.wait_for(">>> ")
     chat.type(CTRL_D)
