@@ -82,11 +82,13 @@ MIT License; see LICENSE. A copied section needs only this line and a link to it
 # ///
 
 import argparse
+import ast
 import base64
 import codecs
 import collections
 import contextlib
 import copy
+import datetime
 import difflib
 import functools
 import hashlib
@@ -94,6 +96,7 @@ import itertools
 import json
 import math
 import mmap
+import operator
 import os
 import queue
 import re
@@ -1710,139 +1713,1233 @@ def read_args(config: dict) -> ModelArgs:
 
 # -----------------------------------------------------------------------------
 # 12. Chat templates
-# A family of models has its own way of writing a conversation down, and published it as
-# a template in a language for web pages, Jinja. Templates are never run here: the text
-# of one tells its family, and the families are written down below, each as a few pieces
-# of text with a place for a message's content. Names of control tokens in them become
-# ids; everything else is text.
+# How a conversation is written down differs from model to model, so a model folder
+# brings a template for it, in a language for web pages, Jinja:
+#
+#     {% for message in messages %}<|im_start|>{{ message.role }}
+#     {{ message.content }}<|im_end|>
+#     {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+#     {% endif %}
+#
+# Text stands for itself, {{ }} prints a value, {% %} is a statement, {# #} a comment.
+# A template comes from a stranger. So it is not run by Python; it is read here, and
+# interpreted by a program that knows nothing but texts, numbers, lists and dicts.
+#
+# Reading. With other brackets around its statements, a template is nearly Python. Each
+# part becomes a line of Python's syntax, and ast.parse, which runs nothing, makes a
+# tree of the lines:
+#
+#     s0 stands for a text        for v_message in v_messages:
+#     filters and tests are           s0
+#     attributes, which bind          v_message.a_role
+#     as tightly as in Jinja          v_message.a_content.f_trim
+#
+# Interpreting. The tree is walked by a class with a method for each kind of node. It
+# counts its steps and the sizes of its values, so it always ends, and soon.
+#
+# Who wrote it. In a prompt, <|im_end|> is a control token if the template wrote it, and
+# ordinary text if it is in a message. So each character of every text keeps its writer,
+# from the messages to the prompt.
 # uses: none
-# needs: dataclass, re, replace
+# needs: Callable, Iterable, Iterator, Mapping, NamedTuple, ast, collections, datetime,
+#     functools, itertools, json, operator, re
 # -----------------------------------------------------------------------------
 
-ROLES = ("system", "user", "assistant")
+UNKNOWN, TEMPLATE = -2, -1  # writers; the others are the numbers of the messages
+
+# A role is the template's word, since templates build "<|" + role + "|>".
+TRUSTED_ROLES = ("system", "developer", "user", "assistant", "tool", "ipython")
+
+LONGEST = 10_000_000  # characters of a text, items of a list
 
 
-@dataclass(frozen=True)
-class ChatFormat:
-    """How a family of models writes a conversation down.
+class TemplateError(ValueError):
+    """A template cannot be read, or asks for what is not known here."""
 
-    {} is a message's content. Names of control tokens, {bos} and {eos} become ids,
-    everything else is text.  Source: the families' published Jinja templates.
+
+class RaisedByTemplate(TemplateError):
+    """A template refuses a conversation, in its own words."""
+
+
+class Text(str):
+    """A string that knows who wrote each of its characters.
+
+    marks: a string as long as the text, chr(2 + writer) for each character. Methods
+    that are not defined here return an ordinary str, whose writer is unknown. So an
+    operation that was forgotten loses trust, and none can gain it.
     """
 
-    user: str
-    assistant: str  # after `reply`
-    reply: str = ""  # what asks for one
-    system: str = "{}"
-    system_in: str | None = None  # the "first" or "last" user message; None: its own
-    default_system: str | None = None  # where the conversation has none
-    date: str | None = None  # what {date} becomes; None means today
-    bos: bool = False  # one at the very start
-    strip: tuple[str, ...] = ()  # roles whose contents lose the white space around
+    __slots__ = ("marks",)
+
+    def __new__(cls, text: str, marks: str | None = None):
+        self = super().__new__(cls, text)
+        self.marks = chr(2 + UNKNOWN) * len(text) if marks is None else marks
+        return self
+
+    @classmethod
+    def by(cls, writer: int, text: str) -> "Text":
+        return cls(text, chr(2 + writer) * len(text))
+
+    @classmethod
+    def of(cls, value: object) -> "Text":
+        """Return a value as it is printed."""
+        if isinstance(value, Text):
+            return value
+        if isinstance(value, (bool, int, float)):
+            return cls.by(TEMPLATE, str(value))
+        if value is None or isinstance(value, ITERABLE):
+            return cls(str(value))
+        raise TypeError
+
+    def runs(self) -> Iterator[tuple[str, int]]:
+        """Yield (text, writer) for each stretch that has one writer."""
+        start = 0
+        for mark, stretch in itertools.groupby(self.marks):
+            end = start + len(list(stretch))
+            yield str.__str__(self)[start:end], ord(mark) - 2
+            start = end
+
+    def __getitem__(self, index: int | slice) -> "Text":
+        return Text(super().__getitem__(index), self.marks[index])
+
+    def __iter__(self) -> Iterator["Text"]:
+        return (self[n] for n in range(len(self)))
+
+    def __add__(self, other: str) -> "Text":
+        text = super().__add__(other)  # raises TypeError unless both are texts
+        return Text(text, self.marks + Text.of(other).marks)
+
+    def __mul__(self, times: int) -> "Text":
+        return Text(super().__mul__(times), self.marks * times)
+
+    def join(self, pieces: Iterable[str]) -> "Text":
+        pieces = [Text.of(piece) for piece in pieces]
+        if sum(map(len, pieces)) + len(self) * len(pieces) > LONGEST:
+            raise ValueError("the text becomes too long")
+        marks = self.marks.join([piece.marks for piece in pieces])
+        return Text(super().join(pieces), marks)
+
+    def split(self, separator: str | None = None, maxsplit: int = -1) -> list["Text"]:
+        pieces, end = [], 0
+        for piece in super().split(separator, maxsplit):
+            # Without a separator, white space of any length lies between two pieces.
+            start = self.find(piece, end) if separator is None else end
+            pieces.append(self[start : start + len(piece)])
+            end = start + len(piece) + len(separator or "")
+        return pieces
+
+    def replace(self, old: str, new: str, count: int = -1) -> "Text":
+        if not old:  # it would put `new` between all characters
+            return Text(super().replace(old, new, count))
+        return Text.of(new).join(self.split(old, count))
+
+    def lstrip(self, characters: str | None = None) -> "Text":
+        return self[len(self) - len(super().lstrip(characters)) :]
+
+    def rstrip(self, characters: str | None = None) -> "Text":
+        return self[: len(super().rstrip(characters))]
+
+    def strip(self, characters: str | None = None) -> "Text":
+        return self.lstrip(characters).rstrip(characters)
+
+    def recased(self, text: str) -> "Text":
+        """Return this text in other letters; a few change in number, as German ß."""
+        return Text(text, self.marks if len(text) == len(self) else None)
+
+    def upper(self) -> "Text":
+        return self.recased(super().upper())
+
+    def lower(self) -> "Text":
+        return self.recased(super().lower())
+
+    def title(self) -> "Text":
+        return self.recased(super().title())
+
+    def capitalize(self) -> "Text":
+        return self.recased(super().capitalize())
 
 
-def by_role(turn: str, **other) -> ChatFormat:
-    """Return the format that writes all messages alike, {role} being whose it is."""
-    system, user, assistant = (turn.replace("{role}", role) for role in ROLES)
-    reply, end = assistant.split("{}")
-    return ChatFormat(user, "{}" + end, reply, system, **other)
+class Undefined:
+    """What a name stands for that nothing was assigned to: printed as nothing."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def __str__(self) -> str:
+        return ""
+
+    def __repr__(self) -> str:
+        return "Undefined"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Undefined)
+
+    def __hash__(self) -> int:
+        return 0
+
+    def __len__(self) -> int:  # so it is false, too
+        return 0
+
+    def __iter__(self) -> Iterator:
+        return iter(())
 
 
-LLAMA3 = "<|start_header_id|>{role}<|end_header_id|>\n\n{}<|eot_id|>"
-DATES = "Cutting Knowledge Date: December 2023\nToday Date: {date}\n\n"
-MISTRAL = {"system": "{}\n\n", "bos": True}
-CHAT_FORMATS = {
-    "llama3": by_role(LLAMA3, bos=True, strip=ROLES),
-    # Every exchange of Llama 2 opens with a BOS, as a document of its own.
-    "llama2": ChatFormat(
-        system="<<SYS>>\n{}\n<</SYS>>\n\n",
-        system_in="first",
-        user="{bos}[INST] {} [/INST]",
-        assistant=" {} {eos}",
-        strip=ROLES,
-    ),
-    "chatml": by_role("<|im_start|>{role}\n{}<|im_end|>\n"),
-    "zephyr": by_role("<|{role}|>\n{}{eos}\n"),
-    "mistral": ChatFormat("[INST] {} [/INST]", "{}{eos}", system_in="first", **MISTRAL),
-    "mistral-v3": ChatFormat(
-        "[INST] {}[/INST]",
-        " {}{eos}",
-        system_in="last",
-        strip=("assistant",),
-        **MISTRAL,
-    ),
+ITERABLE = (str, list, tuple, dict, range, Undefined)
+
+
+class Namespace:
+    """Values by name, which a template may assign to from within a loop."""
+
+    def __init__(self, **values):
+        self.values = values
+
+
+class Macro(NamedTuple):
+    """A function that a template defines, and the names that it sees."""
+
+    definition: ast.FunctionDef
+    scope: collections.ChainMap
+
+
+# Reading: a template is cut into parts, and each part becomes a line of Python.
+
+
+class Token(NamedTuple):
+    kind: str  # number, name, string or operator
+    text: str
+
+
+class Part(NamedTuple):
+    kind: str  # "data", which is text; "{", which prints a value; "%", a statement
+    at: int  # its place in the template
+    content: str | list[Token]
+
+
+OPENING = re.compile(r"\{([{%#])([-+]?)")
+# A line break after a statement or a comment is not printed. A minus sign takes away
+# all white space on its side, a plus sign keeps it.
+CLOSING = {
+    "{": re.compile(r"-\}\}\s*|\}\}"),
+    "%": re.compile(r"\+%\}|-%\}\s*|%\}\n?"),
+    "#": re.compile(r"\+#\}|-#\}\s*|#\}\n?"),
 }
-CHAT_FORMATS["llama3.1"] = replace(
-    CHAT_FORMATS["llama3"],
-    system=LLAMA3.replace("{role}", "system").replace("{}", DATES + "{}"),
-    default_system="",
+TOKEN = re.compile(
+    r"(?P<number>\d[\d_]*(?:\.\d+)?(?:[eE][-+]?\d+)?)|(?P<name>[A-Za-z_]\w*)"
+    r"|(?P<string>'[^'\\]*(?:\\.[^'\\]*)*'|\"[^\"\\]*(?:\\.[^\"\\]*)*\")"
+    r"|(?P<operator>[=!<>]=|//|[-+*/%~<>=.:,|()\[\]{}])",
+    re.ASCII | re.DOTALL,
 )
+SPACE_RUN = re.compile(r"\s*")
+BRACKETS = {"(": ")", "[": "]", "{": "}"}
 
-# What the template of a family has in its text; the first that fits is it.
-FAMILIES = {
-    "llama3.1": ("<|start_header_id|>", "Cutting Knowledge Date"),
-    "llama3": ("<|start_header_id|>",),
-    "chatml": ("<|im_start|>",),
-    "zephyr": ("<|assistant|>", "eos_token"),
-    "llama2": ("<<SYS>>",),
-    "mistral": ("'[INST] ' + message['content'] + ' [/INST]'",),
-    "mistral-v3": ("'[INST] ' + message['content'] + '[/INST]'",),
+
+def place(source: str, at: int) -> str:
+    """Return where in a template something is, for messages."""
+    before = source[:at]
+    return f"line {before.count(chr(10)) + 1}, column {at - before.rfind(chr(10))}"
+
+
+def read_parts(source: str) -> Iterator[Part]:
+    """Yield the parts of a template, without its comments."""
+    at, line_starts = 0, True
+    while (tag := OPENING.search(source, at)) is not None:
+        kind, sign = tag.groups()
+        data = source[at : tag.start()]
+        if sign == "-":
+            data = data.rstrip()
+        elif sign != "+" and kind != "{":  # an indentation before it is not printed
+            line = data.rfind("\n") + 1
+            if (line > 0 or line_starts) and data[line:].isspace():
+                data = data[:line]
+        if data:
+            yield Part("data", at, data)
+        if kind == "#":
+            end = CLOSING["#"].search(source, tag.end())
+        else:
+            tokens, end = read_tokens(source, tag.end(), CLOSING[kind])
+            yield Part(kind, tag.start(), tokens)
+        if end is None:
+            raise TemplateError(f"{place(source, tag.start())}: {tag[0]} has no end")
+        at, line_starts = end.end(), end[0].endswith("\n")
+    yield Part("data", at, source[at:])
+
+
+def read_tokens(
+    source: str, at: int, closing: re.Pattern
+) -> tuple[list[Token], re.Match | None]:
+    """Return the tokens of a tag, from `at` on, and where it closes, if it does."""
+    tokens, brackets = [], []
+    while True:
+        at = SPACE_RUN.match(source, at).end()
+        end = None if brackets else closing.match(source, at)
+        if end or at == len(source):
+            return tokens, end
+        if (token := TOKEN.match(source, at)) is None:
+            raise TemplateError(f"{place(source, at)}: cannot read {source[at]!r}")
+        if token[0] in BRACKETS:
+            brackets.append(BRACKETS[token[0]])
+        elif token[0] in BRACKETS.values() and [token[0]] != brackets[-1:]:
+            raise TemplateError(f"{place(source, at)}: {token[0]} closes nothing")
+        elif token[0] in BRACKETS.values():
+            brackets.pop()
+        if len(brackets) > 40 or len(tokens) > 2000:
+            raise TemplateError(f"{place(source, at)}: the expression is too large")
+        tokens.append(Token(token.lastgroup, token[0]))
+        at = token.end()
+
+
+# From Jinja's operators to ones that Python has and Jinja has not, so that they bind
+# alike: ~, which joins texts, binds tighter in Jinja than +, and looser than *.
+OPERATORS = {"+": "<<", "-": ">>", "~": "+"}
+CONSTANTS = {"true": True, "false": False, "none": None}
+CONSTANTS |= {name.capitalize(): value for name, value in CONSTANTS.items()}
+WORDS = ("and", "or", "not", "in", "if", "else", "is")
+
+
+class Reader:
+    """Makes a template into a tree of Python's syntax.
+
+    Names get a prefix, so that none is a word of Python's: v_ for variables, a_ for
+    attributes, f_ for filters, t_ and n_ for tests that shall hold, or not. Texts and
+    numbers go into `constants`, and s0, s1, ... stand for them.
+    """
+
+    def __init__(self, source: str):
+        self.source, self.constants = source, []
+        self.lines, self.places = [], []  # of Python, and where each is in the template
+        self.open = []  # keywords of the statements that have not ended
+        self.at = 0  # the place of the part that is read
+
+    def error(self, words: str) -> TemplateError:
+        return TemplateError(f"{place(self.source, self.at)}: {words}")
+
+    def read(self) -> ast.Module:
+        """Return the tree; a node's line number counts `places` from 1."""
+        for part in read_parts(self.source):
+            self.at = part.at
+            if part.kind == "data":
+                self.add(self.constant(Text.by(TEMPLATE, part.content)))
+            elif part.kind == "{":
+                self.add(self.value(part.content))
+            else:
+                self.add_statement(part.content)
+        if self.open:
+            raise self.error(f"{self.open[-1]} has no end")
+        try:
+            return ast.parse("\n".join(self.lines))
+        except SyntaxError as error:
+            self.at = self.places[min(error.lineno, len(self.places)) - 1]
+            raise self.error("this cannot be read") from None
+        except (MemoryError, RecursionError):
+            raise TemplateError("the template is nested too deeply") from None
+
+    def add(self, line: str, outwards: int = 0) -> None:
+        self.lines.append(" " * (len(self.open) - outwards) + line)
+        self.places.append(self.at)
+
+    def begin(self, keyword: str, line: str) -> None:
+        """Add the line that opens a body, which is never empty then."""
+        self.add(f"{line}:")
+        self.open.append(keyword)
+        self.add("pass")
+        if len(self.open) > 40:
+            raise self.error("too many statements within each other")
+
+    def add_statement(self, tokens: list[Token]) -> None:
+        texts = [token.text for token in tokens]
+        keyword, rest = texts[0] if texts else "", tokens[1:]
+        if keyword in ("break", "continue"):
+            self.add(keyword)
+        elif keyword == "if":
+            self.begin("if", f"if {self.value(rest)}")
+        elif keyword in ("elif", "else") and self.open[-1:] in (["if"], ["for"]):
+            value = self.value(rest) if keyword == "elif" else ""
+            self.add(f"{keyword} {value}:", outwards=1)
+            self.add("pass")
+        elif keyword == "for":
+            self.begin("for", self.for_line(rest))
+        elif keyword == "macro":
+            self.begin("macro", f"def {self.expression(rest)}")
+        elif keyword == "set" and "=" in texts:
+            n = texts.index("=")
+            self.add(f"{self.expression(tokens[1:n])} = {self.value(tokens[n + 1 :])}")
+        # `block` is what a body prints, and may be filtered.
+        elif keyword == "set":
+            n = texts.index("|") if "|" in texts else len(texts)
+            name, filters = self.expression(tokens[1:n]), self.expression(tokens[n:])
+            self.begin("set", f"with block {filters} as {name}")
+        elif keyword == "filter":
+            filters = self.expression([Token("operator", "|"), *rest])
+            self.begin("filter", f"with block {filters}")
+        elif keyword == "generation":  # marks replies for training
+            self.begin("generation", "with block")
+        elif keyword == "call":
+            self.begin("call", "with call")
+        elif self.open and keyword == f"end{self.open[-1]}":
+            self.open.pop()
+        else:
+            raise self.error(f"did not expect {keyword[:40]!r}")
+
+    def for_line(self, tokens: list[Token]) -> str:
+        """Return `for names in values`. An `if` of the loop's own chooses the values
+        before it begins, so it becomes a list comprehension."""
+        where, depth = {}, 0  # of `in` and `if`, outside of brackets
+        for n, token in enumerate(tokens):
+            depth += (token.text in BRACKETS) - (token.text in BRACKETS.values())
+            if depth == 0 and token.kind == "name":
+                where.setdefault(token.text, n)
+        end = where.get("if", len(tokens))
+        names = self.expression(tokens[: where.get("in", 0)])
+        values = self.value(tokens[where.get("in", 0) + 1 : end])
+        if "if" in where:
+            chosen = self.value(tokens[end + 1 :])
+            values = f"[item for {names} in {values} if {chosen}]"
+        return f"for {names} in {values}"
+
+    def value(self, tokens: list[Token]) -> str:
+        """Return an expression in parentheses, so that it cannot be anything else."""
+        if not tokens:
+            raise self.error("a value is missing")
+        return f"({self.expression(tokens)})"
+
+    def constant(self, value: object) -> str:
+        self.constants.append(value)
+        return f"s{len(self.constants) - 1}"
+
+    def expression(self, tokens: list[Token]) -> str:
+        """Return an expression as Python writes it."""
+        pieces, before = [], Token("operator", "")
+        # For each bracket that is open, how many an inline `if` has no `else` yet.
+        open_ifs = [0]
+        signed = False  # whether a sign was the last operator
+        tokens = collections.deque(tokens)
+        while tokens:
+            token = tokens.popleft()
+            kind, text = token
+            if text in ("|", "is") and signed:
+                raise self.error("a sign before a filter or a test is not known here")
+            if kind == "string":
+                pieces.append(self.text_constant(token, tokens))
+            elif kind == "number":
+                pieces.append(self.number_constant(text))
+            elif text in CONSTANTS:
+                pieces.append(self.constant(CONSTANTS[text]))
+            elif text == "is":
+                pieces.append(self.test(tokens))
+            elif text in (".", "|"):
+                name = tokens.popleft() if tokens else token
+                if name.kind != "name":
+                    raise self.error(
+                        f"did not expect {name.text[:40]!r} after {text!r}"
+                    )
+                pieces.append(f".{'a_' if text == '.' else 'f_'}{name.text}")
+                token = Token("value", "")
+            elif kind == "name" and text not in WORDS:
+                pieces.append(f"v_{text}")
+            else:
+                is_value = before.kind != "operator" or before.text in (")", "]", "}")
+                is_value = is_value and before.text not in WORDS
+                if text in ("if", "else"):
+                    open_ifs[-1] += 1 if text == "if" else -1
+                if text in BRACKETS:
+                    open_ifs.append(0)
+                if text in (",", ":", *BRACKETS.values()):
+                    pieces += ["else undefined"] * open_ifs[-1]
+                    open_ifs[-1] = 0
+                if text in BRACKETS.values():
+                    open_ifs.pop()
+                signed = text in ("+", "-") and not is_value
+                pieces.append(text if signed else OPERATORS.get(text, text))
+            before = token
+        return " ".join(pieces + ["else undefined"] * open_ifs[-1])
+
+    def text_constant(self, token: Token, tokens: collections.deque) -> str:
+        """Return the constant of a text, and of those right after it, which are part of
+        it. Escapes are Python's."""
+        text = token.text[1:-1]
+        while tokens and tokens[0].kind == "string":
+            text += tokens.popleft().text[1:-1]
+        try:
+            text = text.encode("ascii", "backslashreplace").decode("unicode-escape")
+        except ValueError:
+            raise self.error("a text has an escape that is none") from None
+        return self.constant(Text.by(TEMPLATE, text))
+
+    def number_constant(self, text: str) -> str:
+        digits = text.replace("_", "")
+        if len(digits) > 30:
+            raise self.error("a number is too long")
+        return self.constant(int(digits) if digits.isdigit() else float(digits))
+
+    def test(self, tokens: collections.deque) -> str:
+        """Return what follows `is` as an attribute. A test may have one argument
+        without parentheses: x is equalto "y"."""
+        prefix = "t_"
+        if tokens and tokens[0].text == "not":
+            tokens.popleft()
+            prefix = "n_"
+        name = tokens.popleft() if tokens else Token("operator", "")
+        if name.kind != "name":
+            raise self.error("the name of a test is missing")
+        test = f".{prefix}{name.text}"
+        if not tokens or tokens[0].kind == "operator" or tokens[0].text in WORDS:
+            return test
+        argument = self.expression([tokens.popleft()])
+        if tokens and tokens[0].text in (".", "[", "("):
+            raise self.error(f"the argument of {name.text} needs parentheses")
+        return f"{test}({argument})"
+
+
+# What templates can use.
+
+
+def items_of(value: object) -> Iterable:
+    if not isinstance(value, ITERABLE):
+        raise TypeError
+    return value
+
+
+def attribute_at(run: "Interpreter", value: object, path: object) -> object:
+    """Return an attribute of an attribute ..., as filters name them: "a.b"."""
+    for name in str(path).split("."):
+        value = run.item(value, Text(name))
+    return value
+
+
+def join_filter(run, values, separator="", attribute=None):
+    if attribute is not None:
+        values = [attribute_at(run, value, attribute) for value in items_of(values)]
+    return Text.of(separator).join(items_of(values))
+
+
+def map_filter(run, values, name=None, *args, attribute=None, default=None):
+    if name is not None:
+        return [run.filter(name, value, *args) for value in values or ()]
+    found = [attribute_at(run, value, attribute) for value in values or ()]
+    if default is None:
+        return found
+    return [default if isinstance(value, Undefined) else value for value in found]
+
+
+def chooser(keep: bool, by_attribute: bool) -> Callable:
+    """Return select, reject, selectattr or rejectattr."""
+
+    def choose(run, values, *args):
+        chosen = []
+        for value in values or ():
+            tested, rest = value, args
+            if by_attribute:
+                tested, rest = attribute_at(run, value, args[0]), args[1:]
+            holds = run.test(rest[0], tested, *rest[1:]) if rest else bool(tested)
+            if holds == keep:
+                chosen.append(value)
+        return chosen
+
+    return choose
+
+
+def default_filter(run, value, default="", boolean=False):
+    missing = isinstance(value, Undefined) or (boolean and not value)
+    return default if missing else value
+
+
+def items_filter(run, value):
+    if not isinstance(value, (dict, Undefined)):
+        raise TypeError
+    return list(value.items()) if isinstance(value, dict) else []
+
+
+def title_filter(run, value):
+    """Return a text whose words begin with a capital: Jinja's words end at - ( { [ <"""
+    text = Text.of(value)
+    words = re.split(r"([-\s({\[<]+)", text)
+    return text.recased("".join(w[:1].upper() + w[1:].lower() for w in words))
+
+
+def indent_filter(run, value, width=4, first=False, blank=False):
+    space = width if isinstance(width, str) else Text.by(TEMPLATE, " " * min(width, 99))
+    lines = (Text.of(value) + "\n").split("\n")[:-1]
+    kept = [space + x if x or blank else x for x in lines[1:]]
+    return Text.by(TEMPLATE, "\n").join(
+        [space + lines[0] if first else lines[0], *kept]
+    )
+
+
+def dictsort_filter(run, value, case_sensitive=False, by="key", reverse=False):
+    def order(pair):
+        part = pair[0 if by == "key" else 1]
+        fold = isinstance(part, str) and not case_sensitive
+        return str(part).lower() if fold else part
+
+    return sorted(value.items(), key=order, reverse=reverse)
+
+
+def unique_filter(run, values, case_sensitive=False, attribute=None):
+    seen, kept = set(), []
+    for value in items_of(values):
+        key = value if attribute is None else attribute_at(run, value, attribute)
+        key = str(key).lower() if isinstance(key, str) and not case_sensitive else key
+        if run.key(key) not in seen:
+            seen.add(key)
+            kept.append(value)
+    return kept
+
+
+def json_filter(
+    run, value, ensure_ascii=False, indent=None, separators=None, sort_keys=False
+):
+    run.weigh(value)
+    if isinstance(indent, int) and indent > 99:
+        raise ValueError
+    return json.dumps(
+        value,
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators,
+        sort_keys=sort_keys,
+    )
+
+
+def first_filter(run, values):
+    return next(iter(items_of(values)), Undefined("the first item"))
+
+
+def last_filter(run, values):
+    return next(iter(reversed(list(items_of(values)))), Undefined("the last item"))
+
+
+FILTERS = {
+    "capitalize": lambda run, value: Text.of(value).capitalize(),
+    "default": default_filter,
+    "dictsort": dictsort_filter,
+    "first": first_filter,
+    "indent": indent_filter,
+    "int": lambda run, value: int(value),
+    "items": items_filter,
+    "join": join_filter,
+    "last": last_filter,
+    "length": lambda run, value: len(value),
+    "list": lambda run, value: list(items_of(value)),
+    "lower": lambda run, value: Text.of(value).lower(),
+    "map": map_filter,
+    "reject": chooser(keep=False, by_attribute=False),
+    "rejectattr": chooser(keep=False, by_attribute=True),
+    "replace": lambda run, value, *args: Text.of(value).replace(*map(Text.of, args)),
+    "safe": lambda run, value: Text.of(value),
+    "select": chooser(keep=True, by_attribute=False),
+    "selectattr": chooser(keep=True, by_attribute=True),
+    "string": lambda run, value: Text.of(value),
+    "title": title_filter,
+    "tojson": json_filter,
+    "trim": lambda run, value, *args: Text.of(value).strip(*args),
+    "unique": unique_filter,
+    "upper": lambda run, value: Text.of(value).upper(),
+}
+FILTERS |= {"count": FILTERS["length"], "d": FILTERS["default"]}
+
+TESTS = {
+    "boolean": lambda value: isinstance(value, bool),
+    "defined": lambda value: not isinstance(value, Undefined),
+    "divisibleby": lambda value, number: value % number == 0,
+    "equalto": lambda value, other: value == other,
+    "even": lambda value: value % 2 == 0,
+    "false": lambda value: value is False,
+    "float": lambda value: isinstance(value, float),
+    "in": lambda value, values: value in values,
+    "integer": lambda value: isinstance(value, int) and not isinstance(value, bool),
+    "iterable": lambda value: isinstance(value, ITERABLE),
+    "lower": lambda value: str(value).islower(),
+    "mapping": lambda value: isinstance(value, dict),
+    "ne": lambda value, other: value != other,
+    "none": lambda value: value is None,
+    "number": lambda value: isinstance(value, (int, float)),
+    "odd": lambda value: value % 2 == 1,
+    "sequence": lambda value: isinstance(value, ITERABLE),
+    "string": lambda value: isinstance(value, str),
+    "true": lambda value: value is True,
+    "undefined": lambda value: isinstance(value, Undefined),
+    "upper": lambda value: str(value).isupper(),
+}
+TESTS |= {"eq": TESTS["equalto"], "==": TESTS["equalto"], "!=": TESTS["ne"]}
+
+# Methods that templates may call; the other names of a type are refused.
+TEXT_METHODS = (
+    "strip lstrip rstrip split startswith endswith replace upper lower title capitalize "
+    "join find rfind index count isdigit isalpha isspace isupper islower splitlines "
+    "removeprefix removesuffix"
+)
+METHODS = {Text: TEXT_METHODS.split(), dict: ["get", "items", "keys", "values"]}
+METHODS |= {list: ["index", "count"], tuple: ["index", "count"]}
+
+
+def limited_range(*args: int) -> range:
+    numbers = range(*args)
+    if len(numbers) > 100_000:
+        raise ValueError
+    return numbers
+
+
+def strftime_now(form: str) -> str:
+    """Return the date and time as text; only plain directives, since "%999999d" makes
+    a text of a million characters."""
+    if len(form) > 200 or re.search(r"%-?[^-a-zA-Z%]", form):
+        raise ValueError
+    return datetime.datetime.now().strftime(form)
+
+
+def raise_exception(message: str) -> None:
+    raise RaisedByTemplate(" ".join(str(message).split())[:500])
+
+
+GLOBALS = {
+    "dict": lambda **values: values,
+    "namespace": Namespace,
+    "raise_exception": raise_exception,
+    "range": limited_range,
+    "strftime_now": strftime_now,
 }
 
 
-def recognise_format(template: str) -> tuple[str | None, ChatFormat | None]:
-    """Return the name and the format of a Jinja chat template, (None, None) if unknown.
+# Interpreting.
 
-    Templates are never run: what tells the families apart is looked for in their text.
+
+OPERATIONS = {
+    ast.LShift: operator.add,  # see OPERATORS
+    ast.RShift: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.FloorDiv: operator.floordiv,
+    ast.Mod: operator.mod,
+    ast.Eq: operator.eq,
+    ast.NotEq: operator.ne,
+    ast.Lt: operator.lt,
+    ast.LtE: operator.le,
+    ast.Gt: operator.gt,
+    ast.GtE: operator.ge,
+    ast.In: lambda value, values: value in values,
+    ast.NotIn: lambda value, values: value not in values,
+}
+
+
+class Break(Exception):
+    """Leaves a loop."""
+
+
+class Continue(Exception):
+    """Leaves a round of a loop."""
+
+
+class Interpreter(ast.NodeVisitor):
+    """Walks the tree of a template, and prints.
+
+    Values are texts, numbers, true, false, none, lists, tuples, dicts, ranges, and the
+    classes above: no method here gives a template anything else. steps: how many nodes
+    it may visit, or 64 characters or items it may make.
     """
-    template = template.replace('"', "'").replace("\\n", "\n")
-    known = (n for n, marks in FAMILIES.items() if all(m in template for m in marks))
-    if (name := next(known, None)) is None:
-        return None, None
-    changes = {"bos": "bos_token" in template and name != "llama2"}
-    fixed = re.search(r"date_string = '(\d\d? \w{3} \d{4})'", template)
-    if fixed and "strftime_now" not in template:
-        changes["date"] = fixed[1]
-    if own := re.search(r"<\|im_start\|>system\n([^'{}]+)<\|im_end\|>", template):
-        changes["default_system"] = own[1]
-    if name == "mistral" and "eos_token + ' '" in template:  # 7B-Instruct-v0.1
-        changes["assistant"] = "{}{eos} "
-    return name, replace(CHAT_FORMATS[name], **changes)
+
+    def __init__(self, reader: Reader, variables: dict, steps: int):
+        self.reader, self.steps, self.depth = reader, steps, 0
+        self.scope = collections.ChainMap({}, variables, GLOBALS)
+        self.output = []
+
+    def spend(self, steps: int) -> None:
+        self.steps -= steps
+        if self.steps < 0:
+            raise TemplateError("the template does not come to an end")
+
+    def weigh(self, value: object, depth: int = 0) -> None:
+        """Count all that is in a value, before Python walks through it: a list that
+        holds a list twice, which holds a list twice ... is small and takes for ever."""
+        self.spend(1)
+        if depth > 50:
+            raise TemplateError("a value is nested too deeply")
+        if isinstance(value, str):
+            self.spend(len(value) // 64)
+        if isinstance(value, (list, tuple)):
+            for item in value:
+                self.weigh(item, depth + 1)
+        if isinstance(value, dict):
+            for item in value.values():
+                self.weigh(item, depth + 1)
+
+    def visit(self, node: ast.AST) -> object:
+        self.depth += 1
+        try:
+            self.spend(1)
+            if self.depth > 150:
+                raise TemplateError("the template is nested too deeply")
+            value = super().visit(node)
+        except (Break, Continue, TemplateError):
+            raise
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+            raise self.error(node, "this does not work with these values") from None
+        finally:
+            self.depth -= 1
+        if isinstance(value, str):
+            value = value if isinstance(value, Text) else Text(value)
+        if isinstance(value, (str, list, dict)):
+            self.spend(len(value) // 64)
+        return value
+
+    def error(self, node: ast.AST, words: str) -> TemplateError:
+        at = self.reader.places[node.lineno - 1]
+        return TemplateError(f"{place(self.reader.source, at)}: {words}")
+
+    def generic_visit(self, node: ast.AST) -> None:
+        raise self.error(node, "this is not known here")
+
+    # Statements.
+
+    def run(self, statements: list[ast.stmt]) -> None:
+        for statement in statements:
+            self.visit(statement)
+
+    def visit_Module(self, node: ast.Module) -> None:
+        self.run(node.body)
+
+    def visit_Pass(self, node: ast.Pass) -> None:
+        pass
+
+    def visit_Expr(self, node: ast.Expr) -> None:
+        self.output.append(self.text(self.visit(node.value)))
+
+    def text(self, value: object) -> Text:
+        """Return a value as it is printed."""
+        self.weigh(value)
+        return Text.of(value)
+
+    def visit_If(self, node: ast.If) -> None:
+        self.run(node.body if self.visit(node.test) else node.orelse)
+
+    def visit_For(self, node: ast.For) -> None:
+        items, outer, completed = list(items_of(self.visit(node.iter))), self.scope, 0
+        self.spend(len(items))
+        for n, item in enumerate(items):
+            self.scope = outer.new_child({"loop": self.loop(items, n)})
+            self.assign(node.target, item)
+            try:
+                self.run(node.body)
+                completed += 1
+            except Continue:
+                pass
+            except Break:
+                break
+            finally:
+                self.scope = outer
+        if not completed:  # as Jinja has it, also after rounds that were all left
+            self.run(node.orelse)
+
+    def loop(self, items: list, n: int) -> Namespace:
+        size, none = len(items), Undefined("there is no such item")
+        return Namespace(
+            index=n + 1,
+            index0=n,
+            revindex=size - n,
+            revindex0=size - n - 1,
+            first=n == 0,
+            last=n == size - 1,
+            length=size,
+            previtem=items[n - 1] if n else none,
+            nextitem=items[n + 1] if n + 1 < size else none,
+            depth=1,
+            depth0=0,
+        )
+
+    def visit_Break(self, node: ast.Break) -> None:
+        raise Break
+
+    def visit_Continue(self, node: ast.Continue) -> None:
+        raise Continue
+
+    def visit_Assign(self, node: ast.Assign) -> None:
+        self.assign(node.targets[0], self.visit(node.value))
+
+    def assign(self, target: ast.expr, value: object) -> None:
+        """Give a value to a name, several to several, or one to a namespace's name."""
+        if isinstance(target, ast.Name) and target.id.startswith("v_"):
+            self.scope[target.id[2:]] = value
+        elif isinstance(target, ast.Tuple):
+            values = list(items_of(value))
+            if len(values) != len(target.elts):
+                raise ValueError
+            for part, item in zip(target.elts, values):
+                self.assign(part, item)
+        elif isinstance(target, ast.Attribute):
+            owner = self.visit(target.value)
+            if not isinstance(owner, Namespace) or not target.attr.startswith("a_"):
+                raise TypeError
+            owner.values[target.attr[2:]] = value
+        else:
+            raise self.error(target, "nothing can be assigned to this")
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
+        self.scope[node.name[2:]] = Macro(node, self.scope)
+
+    def captured(self, body: list[ast.stmt], scope: collections.ChainMap) -> Text:
+        """Return what statements print, run in a scope of their own."""
+        outer, output = self.scope, self.output
+        self.scope, self.output = scope, []
+        try:
+            self.run(body)
+            return Text("").join(self.output)
+        finally:
+            self.scope, self.output = outer, output
+
+    def visit_With(self, node: ast.With) -> None:
+        item, outer = node.items[0], self.scope
+        block = self.captured(node.body, outer.new_child())
+        self.scope = outer.new_child({"<block>": block})
+        try:
+            value = self.visit(item.context_expr)
+        finally:
+            self.scope = outer
+        if item.optional_vars is None:
+            self.output.append(Text.of(value))
+        else:
+            self.assign(item.optional_vars, value)
+
+    # Expressions.
+
+    def visit_Name(self, node: ast.Name) -> object:
+        if node.id.startswith("s"):
+            return self.reader.constants[int(node.id[1:])]
+        if node.id == "block":
+            return self.scope["<block>"]
+        if node.id == "call":
+            raise self.error(node, "call blocks are not known here")
+        name = node.id[2:] if node.id.startswith("v_") else "this"
+        return self.scope[name] if name in self.scope else Undefined(name)
+
+    def visit_Attribute(self, node: ast.Attribute) -> object:
+        value, prefix, name = self.visit(node.value), node.attr[:2], node.attr[2:]
+        if prefix == "f_":
+            return self.filter(name, value, node=node)
+        if prefix in ("t_", "n_"):
+            return self.test(name, value, node=node) == (prefix == "t_")
+        if isinstance(value, Undefined):
+            raise self.error(node, f"{value.name!r:.80} is undefined")
+        if isinstance(value, Namespace):
+            return value.values.get(name, Undefined(name))
+        if name in METHODS.get(type(value), ()):
+            return functools.partial(self.call_method, value, name)
+        if name in dir(type(value)) and not name.startswith("_"):
+            raise self.error(node, f"{name!r:.80} is not known here")
+        return self.item(value, Text(name))
+
+    def call_method(self, value: object, name: str, *args, **options) -> object:
+        result = getattr(value, name)(*map(self.key, args), **options)
+        views = name in ("items", "keys", "values")
+        return list(result) if views else result
+
+    def key(self, value: object) -> object:
+        """Return a value that may be a key of a dict: no list or tuple."""
+        if isinstance(value, (list, tuple)):
+            self.weigh(value)
+        return value
+
+    def item(self, value: object, key: object) -> object:
+        """Return value[key], Undefined if there is none."""
+        if isinstance(value, Undefined):
+            raise TypeError
+        try:
+            return value[self.key(key)]
+        except (LookupError, TypeError):
+            return Undefined(str(key) if isinstance(key, (str, int)) else "this")
+
+    def visit_Subscript(self, node: ast.Subscript) -> object:
+        value = self.visit(node.value)
+        if isinstance(value, Undefined):
+            raise self.error(node, f"{value.name!r:.80} is undefined")
+        if isinstance(node.slice, ast.Slice):
+            parts = (node.slice.lower, node.slice.upper, node.slice.step)
+            return value[slice(*(part and self.visit(part) for part in parts))]
+        return self.item(value, self.visit(node.slice))
+
+    def visit_Call(self, node: ast.Call) -> object:
+        if any(keyword.arg is None for keyword in node.keywords):
+            raise self.error(node, "** is not known here")
+        options = {word.arg[2:]: self.visit(word.value) for word in node.keywords}
+        function, prefix = node.func, ""
+        if isinstance(function, ast.Attribute):
+            prefix, name = function.attr[:2], function.attr[2:]
+        if prefix in ("f_", "t_", "n_"):
+            value = self.visit(function.value)
+            args = [self.visit(argument) for argument in node.args]
+            if prefix == "f_":
+                return self.filter(name, value, *args, node=node, **options)
+            return self.test(name, value, *args, node=node) == (prefix == "t_")
+        callee = self.visit(function)
+        args = [self.visit(argument) for argument in node.args]
+        if isinstance(callee, Undefined):
+            raise self.error(node, f"{callee.name!r:.80} is undefined")
+        if isinstance(callee, Macro):
+            return self.call_macro(callee, args, options)
+        return callee(*args, **options)
+
+    def filter(self, name: str, value: object, *args, node=None, **options) -> object:
+        if name not in FILTERS:
+            words = f"the filter {str(name)!r:.80} is not known here"
+            raise self.error(node, words) if node else TemplateError(words)
+        self.weigh(value)
+        return FILTERS[name](self, value, *args, **options)
+
+    def test(self, name: str, value: object, *args, node=None) -> bool:
+        if name not in TESTS:
+            words = f"the test {str(name)!r:.80} is not known here"
+            raise self.error(node, words) if node else TemplateError(words)
+        for operand in (value, *args):
+            self.weigh(operand)
+        return TESTS[name](value, *args)
+
+    def call_macro(self, macro: Macro, args: list, options: dict) -> Text:
+        """Return what a macro prints; what it is not given is undefined."""
+        parameters = [argument.arg[2:] for argument in macro.definition.args.args]
+        defaults = macro.definition.args.defaults
+        scope = macro.scope.new_child(dict(zip(parameters, args)))
+        if len(args) > len(parameters) or not options.keys() <= set(parameters):
+            raise TypeError
+        scope.maps[0].update(options)
+        outer, self.scope = self.scope, scope
+        first = len(parameters) - len(defaults)
+        for n, name in enumerate(parameters):
+            if name not in scope.maps[0]:
+                default = self.visit(defaults[n - first]) if n >= first else None
+                scope[name] = default if n >= first else Undefined(name)
+        self.scope = outer
+        return self.captured(macro.definition.body, scope)
+
+    def visit_BinOp(self, node: ast.BinOp) -> object:
+        left, right = self.visit(node.left), self.visit(node.right)
+        if isinstance(node.op, ast.Add):
+            return self.text(left) + self.text(right)  # ~
+        for operand in (left, right):
+            if isinstance(operand, int) and operand.bit_length() > 4096:
+                raise OverflowError
+        if isinstance(node.op, ast.Mult):
+            sizes = [
+                len(v) if isinstance(v, (str, list, tuple)) else v
+                for v in (left, right)
+            ]
+            if not isinstance(left, (int, float)) or not isinstance(
+                right, (int, float)
+            ):
+                if sizes[0] * sizes[1] > LONGEST:
+                    raise OverflowError
+                left, right = (right, left) if isinstance(left, int) else (left, right)
+        if isinstance(node.op, ast.Mod) and isinstance(left, str):
+            raise self.error(node, "% with a text is not known here")
+        return OPERATIONS[type(node.op)](left, right)
+
+    def visit_BoolOp(self, node: ast.BoolOp) -> object:
+        for operand in node.values:
+            value = self.visit(operand)
+            if bool(value) == isinstance(node.op, ast.Or):
+                break
+        return value
+
+    def visit_UnaryOp(self, node: ast.UnaryOp) -> object:
+        value = self.visit(node.operand)
+        if isinstance(node.op, ast.Not):
+            return not value
+        return -value if isinstance(node.op, ast.USub) else +value
+
+    def visit_Compare(self, node: ast.Compare) -> bool:
+        left = self.visit(node.left)
+        self.weigh(left)
+        for operation, operand in zip(node.ops, node.comparators):
+            right = self.visit(operand)
+            self.weigh(right)
+            if not OPERATIONS[type(operation)](left, right):
+                return False
+            left = right
+        return True
+
+    def visit_IfExp(self, node: ast.IfExp) -> object:
+        return self.visit(node.body if self.visit(node.test) else node.orelse)
+
+    def visit_List(self, node: ast.List) -> list:
+        return [self.visit(item) for item in node.elts]
+
+    def visit_Tuple(self, node: ast.Tuple) -> tuple:
+        return tuple(self.visit(item) for item in node.elts)
+
+    def visit_Dict(self, node: ast.Dict) -> dict:
+        keys = [self.key(self.visit(key)) for key in node.keys]
+        return dict(zip(keys, map(self.visit, node.values)))
+
+    def visit_ListComp(self, node: ast.ListComp) -> list:
+        """Return the items of a loop that its own `if` chooses."""
+        choice, chosen, outer = node.generators[0], [], self.scope
+        for item in items_of(self.visit(choice.iter)):
+            self.scope = outer.new_child()
+            try:
+                self.assign(choice.target, item)
+                if self.visit(choice.ifs[0]):
+                    chosen.append(item)
+            finally:
+                self.scope = outer
+        return chosen
 
 
-def arrange(messages: list[dict], chat: ChatFormat) -> list[tuple[str, str]]:
-    """Return a conversation as (role, content), with the system text in its place.
+def as_value(value: object, writer: int, depth: int = 0) -> object:
+    """Return what a message holds as templates see it: texts know who wrote them."""
+    if depth > 20:
+        raise ValueError("a message is nested too deeply")
+    if isinstance(value, str):
+        return Text.by(writer, value)
+    if isinstance(value, Mapping):
+        return {k: as_value(item, writer, depth + 1) for k, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [as_value(item, writer, depth + 1) for item in value]
+    if value is None or isinstance(value, (bool, int, float)):
+        return value
+    raise ValueError(f"a message holds {value!r:.80}, wanted text, lists and mappings")
 
-    Raises ValueError unless it is one: a system message at most first, the user last.
+
+class ChatTemplate:
+    """A chat template, ready to write conversations down.
+
+    Raises TemplateError, with line and column, for what cannot be read.
     """
-    turns = [(message.get("role"), message.get("content")) for message in messages]
-    roles = [role for role, _ in turns]
-    for n, (role, content) in enumerate(turns):
-        if role not in ROLES or (role == "system" and n):
-            raise ValueError(
-                f"message {n}: role must be system (first only), user or assistant, "
-                f"got {role!r:.80}"
-            )
-        if not isinstance(content, str):
-            raise ValueError(f"message {n}: content must be text, got {content!r:.80}")
-    if roles[-1:] != ["user"]:
-        raise ValueError(f"the last message must be the user's, got roles {roles}")
-    system = turns.pop(0)[1] if roles[0] == "system" else chat.default_system
-    if chat.system_in is None:
-        return turns if system is None else [("system", system), *turns]
-    if any(role != ROLES[1 + n % 2] for n, (role, _) in enumerate(turns)):
-        raise ValueError(f"user and assistant must alternate, got roles {roles}")
-    if system is not None:
-        n = 0 if chat.system_in == "first" else -1
-        turns[n] = ("user", chat.system.replace("{}", system, 1) + turns[n][1])
-    return turns
+
+    def __init__(self, source: str):
+        if len(source) > 200_000:
+            raise TemplateError(f"the template has {len(source)} characters")
+        # As in Jinja, one line break at the very end is not part of the template.
+        source = source.replace("\r\n", "\n").replace("\r", "\n")
+        self.source = source.removesuffix("\n")
+        self.reader = Reader(self.source)
+        self.tree = self.reader.read()
+
+    def render(
+        self,
+        messages: list[dict],
+        names: Mapping[str, str],
+        *,
+        add_generation_prompt: bool = True,
+        **variables,
+    ) -> Text:
+        """Return a conversation as a template writes it down; see Text.runs.
+
+        messages: [{"role": ..., "content": ...}, ...]. names: of the control tokens, by
+        what templates call them: bos_token, eos_token, ... add_generation_prompt:
+        whether the beginning of a reply follows. variables: what else it may ask for.
+        Raises RaisedByTemplate if it refuses the conversation, and TemplateError if
+        it does something that is not known here, or too much of it.
+        """
+        values = [as_value(message, n) for n, message in enumerate(messages)]
+        for value in values:
+            if value.get("role") in TRUSTED_ROLES:
+                value["role"] = Text.by(TEMPLATE, value["role"])
+        variables |= {"tools": None, "documents": None, "messages": values}
+        variables |= {name: Text.by(TEMPLATE, text) for name, text in names.items()}
+        variables["add_generation_prompt"] = add_generation_prompt
+        characters = sum(len(str(message)) for message in messages)
+        steps = 200_000 + 500 * len(messages) + 10 * characters
+        interpreter = Interpreter(self.reader, variables, steps)
+        try:
+            interpreter.visit(self.tree)
+        except (Break, Continue):
+            raise TemplateError("a template leaves a loop outside of one") from None
+        return Text("").join(interpreter.output)
 
 
-# What, in a chat format, is a control token. Mistral's [INST] is one since version 3.
-CONTROL = re.compile(
-    r"(<\|(?:start_header_id|end_header_id|eot_id|im_start|im_end)\|>"
-    r"|\[/?INST\]|\{bos\}|\{eos\})"
-)
+# Templates by name, for models that come without one. A line break after %} is not
+# printed, one after }} is. Part One writes llama3 by hand; this gives the same ids.
+BUILT_IN = {
+    "llama3": """
+{{- bos_token }}
+{%- for message in messages %}
+<|start_header_id|>{{ message.role }}<|end_header_id|>
+
+{{ message.content | trim }}<|eot_id|>
+{%- endfor %}
+{% if add_generation_prompt %}
+<|start_header_id|>assistant<|end_header_id|>
+
+{% endif %}""",
+    "llama3.1": r"""
+{%- set system, turns = '', messages %}
+{% if messages[0].role == 'system' %}
+{% set system, turns = messages[0].content, messages[1:] %}
+{% endif %}
+{{ bos_token }}<|start_header_id|>system<|end_header_id|>
+
+Cutting Knowledge Date: December 2023
+Today Date: {{ strftime_now('%d %b %Y') }}
+
+{{ system | trim }}<|eot_id|>
+{%- for message in turns %}
+<|start_header_id|>{{ message.role }}<|end_header_id|>
+
+{{ message.content | trim }}<|eot_id|>
+{%- endfor %}
+{% if add_generation_prompt %}
+<|start_header_id|>assistant<|end_header_id|>
+
+{% endif %}""",
+    "llama2": r"""
+{%- set system, turns = '', messages %}
+{% if messages[0].role == 'system' %}
+{% set system = '<<SYS>>\n' + messages[0].content + '\n<</SYS>>\n\n' %}
+{% set turns = messages[1:] %}
+{% endif %}
+{% for message in turns %}
+{% if message.role != ['user', 'assistant'][loop.index0 % 2] %}
+{{ raise_exception('user and assistant must alternate') }}
+{% elif message.role == 'user' %}
+{{ bos_token }}[INST] {{ ((system if loop.first) ~ message.content) | trim }} [/INST]
+{%- else %}
+{{ ' ' + message.content | trim + ' ' + eos_token }}
+{%- endif %}
+{% endfor %}""",
+    "chatml": """
+{%- for message in messages %}
+<|im_start|>{{ message.role }}
+{{ message.content }}<|im_end|>
+{% endfor %}
+{% if add_generation_prompt %}
+<|im_start|>assistant
+{% endif %}""",
+    "zephyr": """
+{%- for message in messages %}
+<|{{ message.role }}|>
+{{ message.content + eos_token }}
+{% endfor %}
+{% if add_generation_prompt %}
+<|assistant|>
+{% endif %}""",
+    "mistral": r"""
+{%- set system, turns = '', messages %}
+{% if messages[0].role == 'system' %}
+{% set system, turns = messages[0].content + '\n\n', messages[1:] %}
+{% endif %}
+{{ bos_token }}
+{%- for message in turns %}
+{% if message.role != ['user', 'assistant'][loop.index0 % 2] %}
+{{ raise_exception('user and assistant must alternate') }}
+{% elif message.role == 'user' %}
+[INST] {{ (system if loop.first) ~ message.content }} [/INST]
+{%- else %}
+{{ message.content + eos_token }}
+{%- endif %}
+{% endfor %}""",
+    "mistral-v3": r"""
+{%- set system, turns = '', messages %}
+{% if messages[0].role == 'system' %}
+{% set system, turns = messages[0].content + '\n\n', messages[1:] %}
+{% endif %}
+{{ bos_token }}
+{%- for message in turns %}
+{% if message.role != ['user', 'assistant'][loop.index0 % 2] %}
+{{ raise_exception('user and assistant must alternate') }}
+{% elif message.role == 'user' %}
+[INST] {{ (system if loop.last) ~ message.content }}[/INST]
+{%- else %}
+{{ ' ' + message.content | trim + eos_token }}
+{%- endif %}
+{% endfor %}""",
+}
 
 
 # -----------------------------------------------------------------------------
@@ -1853,8 +2950,8 @@ CONTROL = re.compile(
 # tiktoken, so that one encoder serves all, and into a list of changes that are made to
 # a text before it is split.
 # uses: 1, 4, 7, 11, 12
-# needs: Callable, Iterable, Mapping, Path, base64, dataclass, field, json, queue, re,
-#     threading, time, unicodedata
+# needs: Callable, Iterable, Mapping, Path, base64, dataclass, field, functools, json,
+#     queue, re, threading, unicodedata
 # -----------------------------------------------------------------------------
 
 # How byte-level vocabularies split text before they merge: GPT-2's way, and Llama 3's.
@@ -2067,20 +3164,17 @@ def read_tokenizer(
     return read_vocabulary(spec), spec.get("added_tokens") or [], first
 
 
-def read_format(folder: Path, settings: dict) -> tuple[str | None, ChatFormat | None]:
-    """Return the name and the format of a folder's chat template.
+def read_template(folder: Path, settings: dict, limit: int) -> str | None:
+    """Return a folder's chat template, None if it has none.
 
-    (None, None) if it has none, ("unknown", None) if it is not known.
+    settings: its tokenizer_config.json. limit: the bytes that a template may have.
     """
-    jinja, file = settings.get("chat_template"), folder / "chat_template.jinja"
+    template, file = settings.get("chat_template"), folder / "chat_template.jinja"
     if file.exists():
-        jinja = read_bounded(file, JSON_BYTES).decode()
-    if isinstance(jinja, list):  # several, by name
-        jinja = {entry["name"]: entry["template"] for entry in jinja}["default"]
-    if jinja is None:
-        return None, None
-    name, chat_format = recognise_format(jinja)
-    return name or "unknown", chat_format
+        return read_bounded(file, limit).decode()
+    if isinstance(template, list):  # several, by name
+        template = {entry["name"]: entry["template"] for entry in template}["default"]
+    return template
 
 
 def tokenizer_settings(folder: Path, template: str | None) -> dict:
@@ -2105,10 +3199,15 @@ def tokenizer_settings(folder: Path, template: str | None) -> dict:
         raise ValueError(f"token ids must be whole numbers, got {ids!r:.200}")
     if (size := max(vocabulary.text) + 1) > rows:
         raise ValueError(f"the tokenizer has {size} ids, the model {rows}")
+    named = {key: settings[key] for key in settings if key.endswith("_token")}
+    names = {k: v["content"] if isinstance(v, dict) else v for k, v in named.items()}
     if template is None:
-        template, chat_format = read_format(folder, settings)
-    else:
-        chat_format = CHAT_FORMATS[template]
+        source = read_template(folder, settings, JSON_BYTES)
+    else:  # which needs its tokens, also where a folder does not name them
+        source = BUILT_IN[template]
+        texts = {i: text for text, i in special.items()}
+        ends = {"bos_token": texts.get(bos), "eos_token": texts.get(eos)}
+        names = ends | {k: v for k, v in names.items() if v}
     return {
         "vocabulary": vocabulary,
         "special_tokens": special,
@@ -2117,8 +3216,8 @@ def tokenizer_settings(folder: Path, template: str | None) -> dict:
         "eos": stops[0] if stops else None,
         "stop_tokens": stops,
         "adds_bos": settings.get("add_bos_token", first is not None),
-        "template": template,
-        "chat_format": chat_format,
+        "template": source,
+        "token_names": {k: v for k, v in names.items() if isinstance(v, str)},
         "source": str(folder),
     }
 
@@ -2144,8 +3243,23 @@ def within(seconds: float, task: Callable[[], list[int]]) -> list[int]:
     return result
 
 
-class NoChatFormat(ValueError):
+class NoTemplate(ValueError):
     """A conversation cannot be written down for a model."""
+
+
+def check_conversation(messages: list[dict]) -> None:
+    """Raise ValueError unless these are messages, of which the last is the user's."""
+    for n, message in enumerate(messages):
+        role, content = message.get("role"), message.get("content")
+        if role not in ("system", "user", "assistant"):
+            raise ValueError(
+                f"message {n}: role must be system, user or assistant, got {role!r:.80}"
+            )
+        if not isinstance(content, str):
+            raise ValueError(f"message {n}: content must be text, got {content!r:.80}")
+    roles = [message["role"] for message in messages]
+    if roles[-1:] != ["user"]:
+        raise ValueError(f"the last message must be the user's, got roles {roles}")
 
 
 class SpacedStream(TextStream):
@@ -2165,8 +3279,9 @@ class Tokenizer(ByteLevelTokenizer):
 
     visible: names of added tokens that are text ("<think>", say). bos, eos: ids, None
     if there is none. stop_tokens: end a reply, besides those of STOP_NAMES. adds_bos:
-    whether a text on its own begins with bos. template: the name of chat_format; both
-    None for a base model. source: whose tokenizer it is, in messages.
+    whether a text on its own begins with bos. template: how conversations are written
+    down, in Jinja; None for a base model. token_names: from what templates call control
+    tokens (bos_token) to their text. source: whose tokenizer it is, in messages.
     """
 
     def __init__(
@@ -2180,15 +3295,18 @@ class Tokenizer(ByteLevelTokenizer):
         stop_tokens: Iterable[int] = (),
         adds_bos: bool = False,
         template: str | None = None,
-        chat_format: ChatFormat | None = None,
+        token_names: Mapping[str, str] = {},
         source: str = "this tokenizer",
     ):
         super().__init__(vocabulary, special_tokens)
         self.bos, self.eos, self.source = bos, eos, source
         self.stop_tokens |= {*stop_tokens}
         self.bos_prefix = [bos] if adds_bos and bos is not None else []
-        self.template, self.chat_format = template, chat_format
+        self.template, self.token_names = template, token_names
+        names = sorted(special_tokens, key=len, reverse=True)
+        self._controls = re.compile(f"({'|'.join(map(re.escape, names)) or '(?!)'})")
         self._text |= {special_tokens[name]: name.encode() for name in visible}
+        self.stop_tokens |= self.written_after_a_reply()
 
     @classmethod
     def from_folder(
@@ -2196,12 +3314,12 @@ class Tokenizer(ByteLevelTokenizer):
     ) -> "Tokenizer":
         """Return the tokenizer of a model folder, without touching its weights.
 
-        template: a name in CHAT_FORMATS, used whatever the folder says.
+        template: a name in BUILT_IN, used whatever the folder says.
         Raises FileNotFoundError or ValueError naming the file at fault.
         """
         folder = Path(folder)
-        if template not in (None, *CHAT_FORMATS):
-            names = ", ".join(CHAT_FORMATS)
+        if template not in (None, *BUILT_IN):
+            names = ", ".join(BUILT_IN)
             raise ValueError(f"template must be one of {names}, got {template!r:.80}")
         try:
             return cls(**tokenizer_settings(folder, template))
@@ -2257,69 +3375,91 @@ class Tokenizer(ByteLevelTokenizer):
             reason = str(error)
         raise ValueError(f"{self.source}: the split fails: {reason}")
 
+    @functools.cached_property
+    def chat_template(self) -> ChatTemplate:
+        """The template, read. Raises NoTemplate if there is none that can be read."""
+        if self.template is None:
+            raise NoTemplate(f"{self.source} is a base model, it has no chat template")
+        try:
+            return ChatTemplate(self.template)
+        except TemplateError as error:
+            raise NoTemplate(f"{self.source}: chat template: {error}") from None
+
+    def render(self, messages: list[dict[str, str]], **variables) -> Text:
+        """Return a conversation as the template writes it; see ChatTemplate.render."""
+        try:
+            return self.chat_template.render(messages, self.token_names, **variables)
+        except TemplateError as error:
+            raise NoTemplate(f"{self.source}: chat template: {error}") from None
+
     def encode_chat(
         self,
         messages: list[dict[str, str]],
         *,
-        replies: Mapping[str, list[int]] | None = None,
+        replies: Mapping[str, list[int]] = {},
+        **variables,
     ) -> list[int]:
         """Return the ids of a whole conversation, up to where the reply begins.
 
-        messages: [{"role": "system" | "user" | "assistant", "content": text}, ...], a
-        system message at most first, the user's last. replies: the ids that the model
-        wrote for a content, taken as they are: encoded anew, the same text could get
-        other ids than the cache holds.
-        Raises ValueError for messages out of order, or where no format is known.
+        messages: [{"role": "system" | "user" | "assistant", "content": text}, ...], the
+        user's last. replies: the ids that the model wrote for a content. Where the
+        template writes the whole content they are taken as they are: encoded anew, the
+        same text could get other ids than the cache holds. variables: what else the
+        template may ask for, as enable_thinking.
+        Raises ValueError for messages that are none, or that the template refuses, and
+        NoTemplate where no template is known.
         """
-        chat, replies = self.require_format(), replies or {}
-        date = chat.date or time.strftime("%d %b %Y")
-        # Parts are text or ids. None: a reply begins here, and what precedes it is
-        # encoded on its own, exactly as when the reply had not been written.
-        parts = [[self.bos]] if chat.bos and self.bos is not None else []
-        for role, content in arrange(messages, chat):
-            before, after = getattr(chat, role).split("{}")
-            if role == "assistant":
-                parts += [*self._parts(chat.reply), None]
-                if content in replies:
-                    parts += [replies[content], *self._parts(after.lstrip(" "))]
+        check_conversation(messages)
+        prompt = self.render(messages, **variables)
+        ids, at, end = [], 0, 0
+        for text, writer in prompt.runs():
+            start, end = end, end + len(text)
+            message = messages[writer] if writer >= 0 else {}
+            whole = message == {"role": "assistant", "content": text}
+            if whole and text in replies:
+                # What precedes a reply is encoded as when it had not been written.
+                begin = self.reply_start(prompt, start, replies[text])
+                ids += self.encode_prompt(prompt[at:begin], first=at == 0)
+                ids += replies[text]
+                at = end
+        return ids + self.encode_prompt(prompt[at:], first=at == 0)
+
+    def written_after_a_reply(self) -> set[int]:
+        """Return the control token that the template writes right after a reply."""
+        reply = {"role": "assistant", "content": "!"}
+        talk = [{"role": "user", "content": "?"}, reply]
+        try:
+            prompt = self.render(talk, add_generation_prompt=False)
+        except NoTemplate:
+            return set()
+        after = str(prompt[prompt.marks.rfind(chr(2 + 1)) + 1 :])
+        control = self._controls.match(after.lstrip(" "))
+        return {self.special_tokens[control[0]]} if control and control[0] else set()
+
+    def encode_prompt(self, prompt: Text, *, first: bool = True) -> list[int]:
+        """Return the ids of a template's text: of control tokens where the template
+        wrote them, and of the text between two of them as one.
+
+        first: see encode.
+        """
+        ids, text, at_start = [], "", first
+        for run, writer in prompt.runs():
+            parts = self._controls.split(run) if writer == TEMPLATE else [run]
+            for n, part in enumerate(parts):
+                if n % 2 == 0:
+                    text += part
                     continue
-            content = content.strip() if role in chat.strip else content
-            before = before.replace("{date}", date)
-            parts += [*self._parts(before), content, *self._parts(after)]
-        return self._join([*parts, *self._parts(chat.reply)])
+                ids += self.encode(text, first=at_start)
+                ids.append(self.special_tokens[part])
+                text, at_start = "", self.vocabulary.prefix != "start"
+        return ids + self.encode(text, first=at_start)
 
-    def require_format(self) -> ChatFormat:
-        """Return the chat format. Raises NoChatFormat if there is none."""
-        if self.chat_format is not None:
-            return self.chat_format
-        if self.template:
-            raise NoChatFormat(
-                f"{self.source} has a chat template that is not known here"
-            )
-        raise NoChatFormat(f"{self.source} is a base model, it has no chat template")
-
-    def _parts(self, text: str) -> list[str | list[int]]:
-        """Return a piece of a chat format as text, and ids of control tokens."""
-        ids = self.special_tokens | {"{bos}": self.bos, "{eos}": self.eos}
-        parts = CONTROL.split(text)
-        for n in range(1, len(parts), 2):
-            if ids.get(parts[n]) is not None:
-                parts[n] = [ids[parts[n]]]
-            elif not parts[n].startswith("["):
-                raise ValueError(f"the chat format needs {parts[n]}: not in vocabulary")
-        return parts
-
-    def _join(self, parts: list[str | list[int] | None]) -> list[int]:
-        """Return the ids of parts, the text between two ids encoded as one."""
-        ids, text, first = [], "", True
-        for part in [*parts, []]:
-            if isinstance(part, str):
-                text += part
-                continue
-            at_start = not ids if self.vocabulary.prefix == "start" else first
-            ids += self.encode(text, first=at_start) + (part or [])
-            text, first = "", part is not None
-        return ids
+    def reply_start(self, prompt: str, start: int, ids: list[int]) -> int:
+        """Return where a reply's ids begin in a prompt, whose text begins at `start`: a
+        space before it belongs to them, if they begin with one that is not printed."""
+        with_space = "".join(map((stream := self.stream()).add, ids)) + stream.close()
+        hidden = self.decode(ids) != with_space and prompt[start - 1 : start] == " "
+        return start - 1 if hidden else start
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of ids; control tokens, and ids of no token, are no text."""
@@ -4383,8 +5523,8 @@ def advice(error: Exception) -> str:
         return "; see --ctx"
     if isinstance(error, NotANumber):
         return "; `inspect --check` finds NaN in the files, --dtype float32 may help"
-    if isinstance(error, NoChatFormat):
-        return f": use --raw, or --template with one of {', '.join(CHAT_FORMATS)}"
+    if isinstance(error, NoTemplate):
+        return f": use --raw, or --template with one of {', '.join(BUILT_IN)}"
     return ""
 
 
@@ -4799,6 +5939,23 @@ def layer_kinds(model: Llama) -> dict[str, int]:
     return dict(kinds)
 
 
+def made_up_exchange(tokenizer: Tokenizer) -> str | None:
+    """Return a conversation as the model will read it, None for a base model.
+
+    With instructions, or without if the template takes none. Raises NoTemplate if it
+    takes no conversation.
+    """
+    contents = ["Be brief.", "Hello!", "Hi!", "How are you?"]
+    roles = ["system", "user", "assistant", "user"]
+    talk = [{"role": r, "content": text} for r, text in zip(roles, contents)]
+    if tokenizer.template is None:
+        return None
+    try:
+        return str(tokenizer.render(talk))
+    except NoTemplate:
+        return str(tokenizer.render(talk[1:]))
+
+
 def inspection(folder: Path, check: bool) -> dict:
     """Return what `inspect` tells of a folder; check: look at every value too."""
     model, tensors, problems = check_folder(folder)
@@ -4810,6 +5967,11 @@ def inspection(folder: Path, check: bool) -> dict:
     try:
         tokenizer = Tokenizer.from_folder(folder)
     except (OSError, ValueError) as error:
+        problems.append(error)
+    try:
+        exchange = made_up_exchange(tokenizer) if tokenizer else None
+    except ValueError as error:
+        exchange = None
         problems.append(error)
     if check:
         problems += not_finite(tensors.values())
@@ -4831,7 +5993,8 @@ def inspection(folder: Path, check: bool) -> dict:
         found |= {
             "tokenizer_size": len(ids),
             "special_tokens": tokenizer.special_tokens,
-            "chat_format": tokenizer.template,
+            "chat_template": tokenizer.template,
+            "exchange": exchange,
             "stop_tokens": sorted(tokenizer.stop_tokens),
         }
     return found
@@ -4864,9 +6027,10 @@ def cmd_inspect(options: argparse.Namespace) -> int:
     if "tokenizer_size" in found:
         names = {i: text for text, i in found["special_tokens"].items()}
         stops = ", ".join(f"{i} {names.get(i, '')}" for i in found["stop_tokens"])
-        chat_format = found["chat_format"] or "none, a base model: chat with --raw"
+        exchange = found["exchange"] or "none, a base model: chat with --raw"
         size = f"{found['tokenizer_size']:,} ids, {len(names)} of them added"
-        rows += [("tokenizer", size), ("chat format", chat_format), ("stops at", stops)]
+        rows += [("tokenizer", size), ("stops at", stops)]
+        rows += [("it reads", line) for line in exchange.split("\n")]
     sampling = found["sampling"].items()
     sampling = ", ".join(f"{name} {'off' if n is None else n}" for name, n in sampling)
     rows.append(("sampling", sampling))
@@ -5620,7 +6784,8 @@ def cmd_chat(options: argparse.Namespace) -> int:
     require_kind(folder)
     tokenizer = Tokenizer.from_folder(folder, template=options.template)
     if not options.raw:
-        tokenizer.require_format()  # now, rather than after loading a large model
+        # Now, rather than after loading a large model.
+        tokenizer.encode_chat([{"role": "user", "content": "Hi!"}])
     prompt = None if follower else read_prompt(options)
     if prompt == "":
         raise ValueError("the prompt is empty")
@@ -5704,8 +6869,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--session", metavar="FILE", help="resume a conversation, and save it there")
     add("--raw", action="store_true", help="continue the text, with no chat format")
-    text = f"{', '.join(CHAT_FORMATS)}; default: the model's"
-    add("--template", metavar="NAME", choices=CHAT_FORMATS, help=text)
+    text = f"{', '.join(BUILT_IN)}; default: the model's"
+    add("--template", metavar="NAME", choices=BUILT_IN, help=text)
     text = "longest reply, tokens; default: no limit"
     add("--max-tokens", metavar="N", type=number, help=text)
     text = "[0, inf), 0 is greedy; default: model's or 0.6"

@@ -347,7 +347,7 @@ def random_folder(path: Path, *, context: int = 512, width: int = 32, **config) 
         {"id": i, "content": t, "special": True}
         for i, t in zip(ids, special, strict=True)
     ]
-    settings = {"chat_template": "<|im_start|>"}
+    settings = {"chat_template": llama.BUILT_IN["chatml"]}
     spec = small_spec(added_tokens=added)
     path.mkdir(parents=True, exist_ok=True)
     write_tokenizer(path, spec, config=config, tokenizer_config=settings)

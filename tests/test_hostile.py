@@ -198,13 +198,10 @@ def skeleton(own: llama.Tokenizer, texts: Sequence[str]) -> list[int]:
 def test_no_splice_of_control_tokens_becomes_one(name):
     """In any format, role and place: exactly the ids that the format puts there."""
     rng, seen = random.Random(0), 0
-    own = llama.Tokenizer.from_folder(vocabulary_folder(name))
-    for own.template, own.chat_format in llama.CHAT_FORMATS.items():
-        try:
-            wanted = skeleton(own, ["a", "b", "c", "d"])
-        except ValueError:  # the vocabulary lacks the format's tokens
-            continue
-        seen += 1
+    for template in llama.BUILT_IN:
+        own = llama.Tokenizer.from_folder(vocabulary_folder(name), template=template)
+        wanted = skeleton(own, ["a", "b", "c", "d"])
+        seen += len(wanted) > 2
         for _ in range(150):
             texts = [spliced([*own.special_tokens], rng) for _ in range(4)]
             assert skeleton(own, texts) == wanted, texts
