@@ -88,7 +88,6 @@ import codecs
 import collections
 import contextlib
 import copy
-import datetime
 import difflib
 import functools
 import hashlib
@@ -109,9 +108,12 @@ import traceback
 import unicodedata
 import weakref
 import zlib
+from collections import ChainMap
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import datetime
 from pathlib import Path
+from types import FunctionType
 from typing import NamedTuple, TextIO, get_args
 
 import mlx.core as mx
@@ -1713,67 +1715,79 @@ def read_args(config: dict) -> ModelArgs:
 
 # -----------------------------------------------------------------------------
 # 12. Chat templates
-# How a conversation is written down differs from model to model, so a model folder
-# brings a template for it, in a language for web pages, Jinja:
+# A family of models has its own way of writing a conversation down, and publishes it as
+# a template in Jinja, a language for web pages. Text outside of tags is printed as it
+# stands, {{ }} prints a value, and {% %} holds a statement:
 #
-#     {% for message in messages %}<|im_start|>{{ message.role }}
-#     {{ message.content }}<|im_end|>
-#     {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
-#     {% endif %}
+#     {% for message in messages %}{{ '<|' + message.role + '|>' }}
+#     {{ message.content | trim }}
+#     {% endfor %}
 #
-# Text stands for itself, {{ }} prints a value, {% %} is a statement, {# #} a comment.
-# A template comes from a stranger. So it is not run by Python; it is read here, and
-# interpreted by a program that knows nothing but texts, numbers, lists and dicts.
+# A template comes with a model, so it may come from anyone, and it is never run as a
+# program. Translation writes it down as a Python program, one word a line,
 #
-# Reading. With other brackets around its statements, a template is nearly Python. Each
-# part becomes a line of Python's syntax, and ast.parse, which runs nothing, makes a
-# tree of the lines:
+#     for (v_message) in [0 for (v_message) in (v_messages)]:
+#      ('<|' << v_message.v_role << '|>')
+#      '\n'
+#      (v_message.v_content.f_trim)
+#      '\n'
 #
-#     s0 stands for a text        for v_message in v_messages:
-#     filters and tests are           s0
-#     attributes, which bind          v_message.a_role
-#     as tightly as in Jinja          v_message.a_content.f_trim
+# so that Python's own parser reads it: ast.parse turns it into a tree of loops, sums and
+# names, and runs nothing. Rendering walks over the tree. It knows some twenty kinds of
+# node, and only values of its own: nothing in a template can reach a Python object. It
+# counts its steps, so that no template can take a machine's time or memory.
 #
-# Interpreting. The tree is walked by a class with a method for each kind of node. It
-# counts its steps and the sizes of its values, so it always ends, and soon.
-#
-# Who wrote it. In a prompt, <|im_end|> is a control token if the template wrote it, and
-# ordinary text if it is in a message. So each character of every text keeps its writer,
-# from the messages to the prompt.
+# What a template prints is more than text: <|user|> may be a control token above, but
+# must stay text if a user typed it. So each character of a Text knows who wrote it, the
+# template or one of the messages, through sums, slices, trim, split and the like. Only
+# what the template wrote may become a control token.
 # uses: none
-# needs: Callable, Iterable, Iterator, Mapping, NamedTuple, ast, collections, datetime,
-#     functools, itertools, json, operator, re
+# needs: Callable, ChainMap, FunctionType, Iterator, Mapping, NamedTuple, Sequence, ast,
+#     contextlib, datetime, itertools, json, operator, re
 # -----------------------------------------------------------------------------
 
-UNKNOWN, TEMPLATE = -2, -1  # writers; the others are the numbers of the messages
+# Who may have written a character; message i is i.
+UNKNOWN, TEMPLATE = -2, -1
+# Such a role is the template's own word: templates build '<|' + role + '|>'.
+FIXED_ROLES = ("system", "developer", "user", "assistant", "model")
+FIXED_ROLES += ("tool", "function", "ipython")
 
-# A role is the template's word, since templates build "<|" + role + "|>".
-TRUSTED_ROLES = ("system", "developer", "user", "assistant", "tool", "ipython")
-
-LONGEST = 10_000_000  # characters of a text, items of a list
+# Bounds, far above what published templates need.
+LONGEST_TEMPLATE = 100_000  # characters
+LONGEST_TAG = 1_000  # words
+DEEPEST_TEMPLATE = 40  # tags inside tags, or brackets inside brackets
+DEEPEST = 150  # nodes inside nodes, in a rendering
+LONGEST_TEXT = 10_000_000  # characters
+LARGEST = 10**100  # of whole numbers
 
 
 class TemplateError(ValueError):
-    """A template cannot be read, or asks for what is not known here."""
+    """A template does not parse, does not work, or needs what is not known here."""
 
 
 class RaisedByTemplate(TemplateError):
     """A template refuses a conversation, in its own words."""
 
 
+def one_line(text: str) -> str:
+    """Return the beginning of a message as one line that can be printed."""
+    line = " ".join(text[:1000].split())[:300]
+    return "".join(c if c.isprintable() else "?" for c in line)
+
+
 class Text(str):
     """A string that knows who wrote each of its characters.
 
-    marks: a string as long as the text, chr(2 + writer) for each character. Methods
-    that are not defined here return an ordinary str, whose writer is unknown. So an
-    operation that was forgotten loses trust, and none can gain it.
+    marks: a string of the same length; chr(2 + writer) stands for a writer. A method
+    that is not defined here is str's own. It returns a str, whose writer is unknown: an
+    operation that was forgotten loses trust, and never gains any.
     """
 
     __slots__ = ("marks",)
 
-    def __new__(cls, text: str, marks: str | None = None):
+    def __new__(cls, text: str, marks: str):
         self = super().__new__(cls, text)
-        self.marks = chr(2 + UNKNOWN) * len(text) if marks is None else marks
+        self.marks = marks
         return self
 
     @classmethod
@@ -1781,1035 +1795,973 @@ class Text(str):
         return cls(text, chr(2 + writer) * len(text))
 
     @classmethod
-    def of(cls, value: object) -> "Text":
-        """Return a value as it is printed."""
-        if isinstance(value, Text):
-            return value
-        if isinstance(value, (bool, int, float)):
-            return cls.by(TEMPLATE, str(value))
-        if value is None or isinstance(value, ITERABLE):
-            return cls(str(value))
-        raise TypeError
+    def of(cls, text: str) -> "Text":
+        """Return a Text as it is, and another string as written by unknown ones."""
+        if not isinstance(text, str):
+            raise TypeError
+        return text if isinstance(text, Text) else cls.by(UNKNOWN, text)
 
     def runs(self) -> Iterator[tuple[str, int]]:
-        """Yield (text, writer) for each stretch that has one writer."""
+        """Yield the text in pieces of one writer each, as (piece, writer)."""
         start = 0
-        for mark, stretch in itertools.groupby(self.marks):
-            end = start + len(list(stretch))
-            yield str.__str__(self)[start:end], ord(mark) - 2
+        for mark, same in itertools.groupby(self.marks):
+            end = start + len(list(same))
+            yield super().__getitem__(slice(start, end)), ord(mark) - 2
             start = end
 
-    def __getitem__(self, index: int | slice) -> "Text":
+    def __getitem__(self, index) -> "Text":
         return Text(super().__getitem__(index), self.marks[index])
 
     def __iter__(self) -> Iterator["Text"]:
-        return (self[n] for n in range(len(self)))
+        return map(self.__getitem__, range(len(self)))
 
     def __add__(self, other: str) -> "Text":
-        text = super().__add__(other)  # raises TypeError unless both are texts
-        return Text(text, self.marks + Text.of(other).marks)
+        return Text(super().__add__(other), self.marks + Text.of(other).marks)
 
-    def __mul__(self, times: int) -> "Text":
-        return Text(super().__mul__(times), self.marks * times)
-
-    def join(self, pieces: Iterable[str]) -> "Text":
+    def join(self, pieces) -> "Text":
         pieces = [Text.of(piece) for piece in pieces]
-        if sum(map(len, pieces)) + len(self) * len(pieces) > LONGEST:
-            raise ValueError("the text becomes too long")
-        marks = self.marks.join([piece.marks for piece in pieces])
-        return Text(super().join(pieces), marks)
+        size = sum(map(len, pieces)) + len(self) * len(pieces)
+        if size > LONGEST_TEXT:
+            raise ValueError(
+                f"a text may have {LONGEST_TEXT:,} characters, not {size:,}"
+            )
+        return Text(super().join(pieces), self.marks.join([p.marks for p in pieces]))
 
-    def split(self, separator: str | None = None, maxsplit: int = -1) -> list["Text"]:
+    def split(self, sep=None, maxsplit=-1) -> list["Text"]:
         pieces, end = [], 0
-        for piece in super().split(separator, maxsplit):
+        for piece in super().split(sep, maxsplit):
             # Without a separator, white space of any length lies between two pieces.
-            start = self.find(piece, end) if separator is None else end
+            start = self.find(piece, end) if sep is None else end
             pieces.append(self[start : start + len(piece)])
-            end = start + len(piece) + len(separator or "")
+            end = start + len(piece) + len(sep or "")
         return pieces
 
-    def replace(self, old: str, new: str, count: int = -1) -> "Text":
-        if not old:  # it would put `new` between all characters
-            return Text(super().replace(old, new, count))
-        return Text.of(new).join(self.split(old, count))
+    def replace(self, old: str, new: str, count: int = -1, /) -> "Text":
+        return Text.of(new).join(self.split(Text.of(old), count))
 
-    def lstrip(self, characters: str | None = None) -> "Text":
-        return self[len(self) - len(super().lstrip(characters)) :]
+    def lstrip(self, characters: str | None = None, /) -> "Text":
+        return self[len(self) - len(super().lstrip(few(characters))) :]
 
-    def rstrip(self, characters: str | None = None) -> "Text":
-        return self[: len(super().rstrip(characters))]
+    def rstrip(self, characters: str | None = None, /) -> "Text":
+        return self[: len(super().rstrip(few(characters)))]
 
-    def strip(self, characters: str | None = None) -> "Text":
+    def strip(self, characters: str | None = None, /) -> "Text":
         return self.lstrip(characters).rstrip(characters)
 
-    def recased(self, text: str) -> "Text":
-        """Return this text in other letters; a few change in number, as German ß."""
-        return Text(text, self.marks if len(text) == len(self) else None)
+    def lower(self) -> "Text":
+        return self._recased(super().lower())
 
     def upper(self) -> "Text":
-        return self.recased(super().upper())
-
-    def lower(self) -> "Text":
-        return self.recased(super().lower())
+        return self._recased(super().upper())
 
     def title(self) -> "Text":
-        return self.recased(super().title())
+        return self._recased(super().title())
 
     def capitalize(self) -> "Text":
-        return self.recased(super().capitalize())
+        return self._recased(super().capitalize())
+
+    def _recased(self, text: str) -> "Text":
+        # A few letters become two; then nobody knows which came from where.
+        return Text(text, self.marks) if len(text) == len(self) else Text.of(text)
+
+
+NOTHING = Text("", "")
+
+
+def few(characters: str | None) -> str | None:
+    # str.strip looks for each character of a text among all of these.
+    if characters is not None and len(characters) > 100:
+        raise ValueError("strip takes at most 100 characters")
+    return characters
 
 
 class Undefined:
-    """What a name stands for that nothing was assigned to: printed as nothing."""
+    """What a name or a key without a value gives: it prints as nothing, and is false."""
 
     def __init__(self, name: str):
         self.name = name
 
-    def __str__(self) -> str:
-        return ""
-
-    def __repr__(self) -> str:
-        return "Undefined"
-
-    def __eq__(self, other: object) -> bool:
+    def __eq__(self, other) -> bool:
         return isinstance(other, Undefined)
 
     def __hash__(self) -> int:
         return 0
 
-    def __len__(self) -> int:  # so it is false, too
+    def __len__(self) -> int:
         return 0
 
     def __iter__(self) -> Iterator:
         return iter(())
 
-
-ITERABLE = (str, list, tuple, dict, range, Undefined)
-
-
-class Namespace:
-    """Values by name, which a template may assign to from within a loop."""
-
-    def __init__(self, **values):
-        self.values = values
+    def __repr__(self) -> str:
+        return "Undefined"
 
 
-class Macro(NamedTuple):
-    """A function that a template defines, and the names that it sees."""
+class Fields:
+    """A value with named parts: `loop`, or a namespace, whose parts can be set."""
 
-    definition: ast.FunctionDef
-    scope: collections.ChainMap
-
-
-# Reading: a template is cut into parts, and each part becomes a line of Python.
+    def __init__(self, names: dict, *, fixed: bool = False):
+        self.names, self.fixed = names, fixed
 
 
-class Token(NamedTuple):
-    kind: str  # number, name, string or operator
-    text: str
+class Break(Exception):
+    """A loop ends."""
 
 
-class Part(NamedTuple):
-    kind: str  # "data", which is text; "{", which prints a value; "%", a statement
+class Continue(Exception):
+    """A round of a loop ends."""
+
+
+# First, a template becomes a Python program.
+
+
+class Word(NamedTuple):
+    kind: str  # number, name, text, sign, bracket or end
+    value: str
     at: int  # its place in the template
-    content: str | list[Token]
+    inner: list["Word"]  # what stands in a bracket
 
 
-OPENING = re.compile(r"\{([{%#])([-+]?)")
-# A line break after a statement or a comment is not printed. A minus sign takes away
-# all white space on its side, a plus sign keeps it.
-CLOSING = {
+TAG = re.compile(r"\{([{%#])([-+]?)")
+# -%}, -}} and -#} eat the white space that follows; %} and #} eat one line break.
+END = {
     "{": re.compile(r"-\}\}\s*|\}\}"),
     "%": re.compile(r"\+%\}|-%\}\s*|%\}\n?"),
     "#": re.compile(r"\+#\}|-#\}\s*|#\}\n?"),
 }
-TOKEN = re.compile(
-    r"(?P<number>\d[\d_]*(?:\.\d+)?(?:[eE][-+]?\d+)?)|(?P<name>[A-Za-z_]\w*)"
-    r"|(?P<string>'[^'\\]*(?:\\.[^'\\]*)*'|\"[^\"\\]*(?:\\.[^\"\\]*)*\")"
-    r"|(?P<operator>[=!<>]=|//|[-+*/%~<>=.:,|()\[\]{}])",
-    re.ASCII | re.DOTALL,
+BLANKS = re.compile(r"\s*")
+WORD = re.compile(
+    r"""(?P<number>(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?)
+    | (?P<name>[A-Za-z_][A-Za-z_0-9]*)
+    | (?P<text>'[^'\\]*(?:\\.[^'\\]*)*'|"[^"\\]*(?:\\.[^"\\]*)*")
+    | (?P<sign>//|\*\*|[=!<>]=|[-+*/%~<>=.,:|])
+    | (?P<bracket>[(\[{])""",
+    re.DOTALL | re.VERBOSE,
 )
-SPACE_RUN = re.compile(r"\s*")
 BRACKETS = {"(": ")", "[": "]", "{": "}"}
+# Words of both languages. All others are names, and get a prefix, v_.
+OPERATORS = ("and", "or", "not", "in", "is", "if", "else")
+CONSTANTS = {"true": "True", "false": "False", "none": "None"}
+CONSTANTS |= {word: word for word in CONSTANTS.values()}
+# In Jinja ~ binds tighter than + and -; in Python + does so than << and >>.
+SUMS = {"+": "<<", "-": ">>", "~": "+"}
+# Our own names, which no template can write: a block's text, and what an if without else
+# gives.
+BLOCK, ELSE = "v_0block", "v_0else"
+# Where Jinja reads -x|f and x|f.a otherwise than Python reads -x.f and x.f.a.
+UNCLEAR = (("-", "|"), ("-", "is"), ("|", "."), ("|", "["))
+# What follows a test and is no argument of it; ( begins a list of arguments.
+NO_ARGUMENT = ("and", "or", "else", "(")
 
 
-def place(source: str, at: int) -> str:
-    """Return where in a template something is, for messages."""
-    before = source[:at]
-    return f"line {before.count(chr(10)) + 1}, column {at - before.rfind(chr(10))}"
+class Translation:
+    """A template as a Python program, one word a line.
 
-
-def read_parts(source: str) -> Iterator[Part]:
-    """Yield the parts of a template, without its comments."""
-    at, line_starts = 0, True
-    while (tag := OPENING.search(source, at)) is not None:
-        kind, sign = tag.groups()
-        data = source[at : tag.start()]
-        if sign == "-":
-            data = data.rstrip()
-        elif sign != "+" and kind != "{":  # an indentation before it is not printed
-            line = data.rfind("\n") + 1
-            if (line > 0 or line_starts) and data[line:].isspace():
-                data = data[:line]
-        if data:
-            yield Part("data", at, data)
-        if kind == "#":
-            end = CLOSING["#"].search(source, tag.end())
-        else:
-            tokens, end = read_tokens(source, tag.end(), CLOSING[kind])
-            yield Part(kind, tag.start(), tokens)
-        if end is None:
-            raise TemplateError(f"{place(source, tag.start())}: {tag[0]} has no end")
-        at, line_starts = end.end(), end[0].endswith("\n")
-    yield Part("data", at, source[at:])
-
-
-def read_tokens(
-    source: str, at: int, closing: re.Pattern
-) -> tuple[list[Token], re.Match | None]:
-    """Return the tokens of a tag, from `at` on, and where it closes, if it does."""
-    tokens, brackets = [], []
-    while True:
-        at = SPACE_RUN.match(source, at).end()
-        end = None if brackets else closing.match(source, at)
-        if end or at == len(source):
-            return tokens, end
-        if (token := TOKEN.match(source, at)) is None:
-            raise TemplateError(f"{place(source, at)}: cannot read {source[at]!r}")
-        if token[0] in BRACKETS:
-            brackets.append(BRACKETS[token[0]])
-        elif token[0] in BRACKETS.values() and [token[0]] != brackets[-1:]:
-            raise TemplateError(f"{place(source, at)}: {token[0]} closes nothing")
-        elif token[0] in BRACKETS.values():
-            brackets.pop()
-        if len(brackets) > 40 or len(tokens) > 2000:
-            raise TemplateError(f"{place(source, at)}: the expression is too large")
-        tokens.append(Token(token.lastgroup, token[0]))
-        at = token.end()
-
-
-# From Jinja's operators to ones that Python has and Jinja has not, so that they bind
-# alike: ~, which joins texts, binds tighter in Jinja than +, and looser than *.
-OPERATORS = {"+": "<<", "-": ">>", "~": "+"}
-CONSTANTS = {"true": True, "false": False, "none": None}
-CONSTANTS |= {name.capitalize(): value for name, value in CONSTANTS.items()}
-WORDS = ("and", "or", "not", "in", "if", "else", "is")
-
-
-class Reader:
-    """Makes a template into a tree of Python's syntax.
-
-    Names get a prefix, so that none is a word of Python's: v_ for variables, a_ for
-    attributes, f_ for filters, t_ and n_ for tests that shall hold, or not. Texts and
-    numbers go into `constants`, and s0, s1, ... stand for them.
+    lines: the program. places: where in the template the word of each line stands.
     """
 
     def __init__(self, source: str):
-        self.source, self.constants = source, []
-        self.lines, self.places = [], []  # of Python, and where each is in the template
-        self.open = []  # keywords of the statements that have not ended
-        self.at = 0  # the place of the part that is read
+        self.source, self.lines, self.places = source, [], []
+        self.opened = [("", False)]  # tags without an end yet: (name, is it in a loop?)
+        at = 0
+        while tag := TAG.search(source, at):
+            self.statement(at, ascii(self.trimmed(at, tag)))
+            at = self.tag(tag)
+        self.statement(at, ascii(source[at:]))
+        if len(self.opened) > 1:
+            raise self.error(at, f"wanted end{self.opened[-1][0]}, got the end")
 
-    def error(self, words: str) -> TemplateError:
-        return TemplateError(f"{place(self.source, self.at)}: {words}")
+    def error(self, at: int, words: str) -> TemplateError:
+        line = self.source.count("\n", 0, at) + 1
+        column = at - self.source.rfind("\n", 0, at)
+        return TemplateError(one_line(f"line {line}, column {column}: {words}"))
 
-    def read(self) -> ast.Module:
-        """Return the tree; a node's line number counts `places` from 1."""
-        for part in read_parts(self.source):
-            self.at = part.at
-            if part.kind == "data":
-                self.add(self.constant(Text.by(TEMPLATE, part.content)))
-            elif part.kind == "{":
-                self.add(self.value(part.content))
-            else:
-                self.add_statement(part.content)
-        if self.open:
-            raise self.error(f"{self.open[-1]} has no end")
+    def parse(self) -> list[ast.stmt]:
+        """Return the program's statements, as Python's own parser finds them."""
         try:
-            return ast.parse("\n".join(self.lines))
+            tree = ast.parse("\n".join(self.lines))
         except SyntaxError as error:
-            self.at = self.places[min(error.lineno, len(self.places)) - 1]
-            raise self.error("this cannot be read") from None
-        except (MemoryError, RecursionError):
-            raise TemplateError("the template is nested too deeply") from None
+            line = min(error.lineno or 1, len(self.lines))
+            raise self.error(self.places[line - 1], "this does not parse") from None
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                node.value = Text.by(TEMPLATE, node.value)
+        return tree.body
 
-    def add(self, line: str, outwards: int = 0) -> None:
-        self.lines.append(" " * (len(self.open) - outwards) + line)
-        self.places.append(self.at)
+    def trimmed(self, at: int, tag: re.Match) -> str:
+        """Return the text from `at` to a tag, less the white space that the tag eats."""
+        text = self.source[at : tag.start()]
+        if tag[2] == "-":
+            return text.rstrip()
+        line = text[text.rfind("\n") + 1 :]
+        whole = len(line) < len(text) or at == 0 or self.source[at - 1] == "\n"
+        if whole and line.isspace() and tag[1] != "{" and tag[2] != "+":
+            return text[: len(text) - len(line)]
+        return text
 
-    def begin(self, keyword: str, line: str) -> None:
-        """Add the line that opens a body, which is never empty then."""
-        self.add(f"{line}:")
-        self.open.append(keyword)
-        self.add("pass")
-        if len(self.open) > 40:
-            raise self.error("too many statements within each other")
-
-    def add_statement(self, tokens: list[Token]) -> None:
-        texts = [token.text for token in tokens]
-        keyword, rest = texts[0] if texts else "", tokens[1:]
-        if keyword in ("break", "continue"):
-            self.add(keyword)
-        elif keyword == "if":
-            self.begin("if", f"if {self.value(rest)}")
-        elif keyword in ("elif", "else") and self.open[-1:] in (["if"], ["for"]):
-            value = self.value(rest) if keyword == "elif" else ""
-            self.add(f"{keyword} {value}:", outwards=1)
-            self.add("pass")
-        elif keyword == "for":
-            self.begin("for", self.for_line(rest))
-        elif keyword == "macro":
-            self.begin("macro", f"def {self.expression(rest)}")
-        elif keyword == "set" and "=" in texts:
-            n = texts.index("=")
-            self.add(f"{self.expression(tokens[1:n])} = {self.value(tokens[n + 1 :])}")
-        # `block` is what a body prints, and may be filtered.
-        elif keyword == "set":
-            n = texts.index("|") if "|" in texts else len(texts)
-            name, filters = self.expression(tokens[1:n]), self.expression(tokens[n:])
-            self.begin("set", f"with block {filters} as {name}")
-        elif keyword == "filter":
-            filters = self.expression([Token("operator", "|"), *rest])
-            self.begin("filter", f"with block {filters}")
-        elif keyword == "generation":  # marks replies for training
-            self.begin("generation", "with block")
-        elif keyword == "call":
-            self.begin("call", "with call")
-        elif self.open and keyword == f"end{self.open[-1]}":
-            self.open.pop()
+    def tag(self, tag: re.Match) -> int:
+        """Translate a tag, and return where it ends."""
+        kind, at = tag[1], tag.start()
+        if kind == "#":
+            if end := END["#"].search(self.source, tag.end()):
+                return end.end()
+            raise self.error(at, "wanted #}, got the end")
+        words, end = self.words(tag.end(), END[kind])
+        if kind == "%":
+            self.command(at, words)
         else:
-            raise self.error(f"did not expect {keyword[:40]!r}")
+            self.statement(at, "(", words, ")")
+        return end
 
-    def for_line(self, tokens: list[Token]) -> str:
-        """Return `for names in values`. An `if` of the loop's own chooses the values
-        before it begins, so it becomes a list comprehension."""
-        where, depth = {}, 0  # of `in` and `if`, outside of brackets
-        for n, token in enumerate(tokens):
-            depth += (token.text in BRACKETS) - (token.text in BRACKETS.values())
-            if depth == 0 and token.kind == "name":
-                where.setdefault(token.text, n)
-        end = where.get("if", len(tokens))
-        names = self.expression(tokens[: where.get("in", 0)])
-        values = self.value(tokens[where.get("in", 0) + 1 : end])
-        if "if" in where:
-            chosen = self.value(tokens[end + 1 :])
-            values = f"[item for {names} in {values} if {chosen}]"
-        return f"for {names} in {values}"
+    def words(self, at: int, end: re.Pattern, depth: int = 0) -> tuple[list[Word], int]:
+        """Return the words up to an end, and where that ends."""
+        if depth > DEEPEST_TEMPLATE:
+            raise self.error(at, "brackets are nested too deeply")
+        words = []
+        while True:
+            at = BLANKS.match(self.source, at).end()
+            if found := end.match(self.source, at):
+                return words, found.end()
+            word = WORD.match(self.source, at)
+            if word is None:
+                raise self.error(at, "this is no word of the language")
+            inner, start, at = [], at, word.end()
+            if word[0] in BRACKETS:
+                closing = re.compile(re.escape(BRACKETS[word[0]]))
+                inner, at = self.words(at, closing, depth + 1)
+            words.append(Word(word.lastgroup, word[0], start, inner))
 
-    def value(self, tokens: list[Token]) -> str:
-        """Return an expression in parentheses, so that it cannot be anything else."""
-        if not tokens:
-            raise self.error("a value is missing")
-        return f"({self.expression(tokens)})"
-
-    def constant(self, value: object) -> str:
-        self.constants.append(value)
-        return f"s{len(self.constants) - 1}"
-
-    def expression(self, tokens: list[Token]) -> str:
-        """Return an expression as Python writes it."""
-        pieces, before = [], Token("operator", "")
-        # For each bracket that is open, how many an inline `if` has no `else` yet.
-        open_ifs = [0]
-        signed = False  # whether a sign was the last operator
-        tokens = collections.deque(tokens)
-        while tokens:
-            token = tokens.popleft()
-            kind, text = token
-            if text in ("|", "is") and signed:
-                raise self.error("a sign before a filter or a test is not known here")
-            if kind == "string":
-                pieces.append(self.text_constant(token, tokens))
-            elif kind == "number":
-                pieces.append(self.number_constant(text))
-            elif text in CONSTANTS:
-                pieces.append(self.constant(CONSTANTS[text]))
-            elif text == "is":
-                pieces.append(self.test(tokens))
-            elif text in (".", "|"):
-                name = tokens.popleft() if tokens else token
-                if name.kind != "name":
-                    raise self.error(
-                        f"did not expect {name.text[:40]!r} after {text!r}"
-                    )
-                pieces.append(f".{'a_' if text == '.' else 'f_'}{name.text}")
-                token = Token("value", "")
-            elif kind == "name" and text not in WORDS:
-                pieces.append(f"v_{text}")
+    def write(self, at: int, *parts: str | list[Word]) -> None:
+        """Write words of Python, and expressions of Jinja, in lines of their own."""
+        for part in parts:
+            if isinstance(part, str):
+                self.lines.append(part)
+                self.places.append(at)
             else:
-                is_value = before.kind != "operator" or before.text in (")", "]", "}")
-                is_value = is_value and before.text not in WORDS
-                if text in ("if", "else"):
-                    open_ifs[-1] += 1 if text == "if" else -1
-                if text in BRACKETS:
-                    open_ifs.append(0)
-                if text in (",", ":", *BRACKETS.values()):
-                    pieces += ["else undefined"] * open_ifs[-1]
-                    open_ifs[-1] = 0
-                if text in BRACKETS.values():
-                    open_ifs.pop()
-                signed = text in ("+", "-") and not is_value
-                pieces.append(text if signed else OPERATORS.get(text, text))
-            before = token
-        return " ".join(pieces + ["else undefined"] * open_ifs[-1])
+                self.expression(part, at)
 
-    def text_constant(self, token: Token, tokens: collections.deque) -> str:
-        """Return the constant of a text, and of those right after it, which are part of
-        it. Escapes are Python's."""
-        text = token.text[1:-1]
-        while tokens and tokens[0].kind == "string":
-            text += tokens.popleft().text[1:-1]
+    def statement(self, at: int, first: str, *parts: str | list[Word]) -> None:
+        start = len(self.lines)
+        self.write(at, " " * (len(self.opened) - 1) + first, *parts)
+        if len(self.lines) - start > LONGEST_TAG:
+            raise self.error(at, f"a tag may have {LONGEST_TAG:,} words")
+
+    def command(self, at: int, words: list[Word]) -> None:
+        """Translate what stands in {% %}."""
+        name, rest = (words[0].value, words[1:]) if words else ("", [])
+        outer, in_loop = self.opened[-1]
+        equals = index_of("=", rest)
+        if outer and name == f"end{outer}" and not rest:
+            self.opened.pop()
+        elif name in ("break", "continue") and in_loop and not rest:
+            self.statement(at, name)
+        elif name == "set" and equals is not None:
+            self.statement(at, "(", rest[:equals], ") = (", rest[equals + 1 :], ")")
+        else:
+            header = self.header(at, name, outer, rest)
+            in_loop = name == "for" or (in_loop and name in ("if", "set", "filter"))
+            if name in ("elif", "else"):
+                self.opened.pop()
+                name, in_loop = outer, self.opened[-1][1]
+            self.statement(at, *header)
+            self.opened.append((name, in_loop))
+            if len(self.opened) > DEEPEST_TEMPLATE:
+                raise self.error(at, "tags are nested too deeply")
+            self.statement(at, "pass")
+
+    def header(self, at: int, name: str, outer: str, rest: list[Word]) -> Sequence:
+        """Return how Python's statement begins for a tag that has an end."""
+        if name in ("if", "elif") and index_of("if", rest) is None:
+            if name == "if" or outer == "if":
+                return f"{name} (", rest, "):"
+        elif name == "else" and outer in ("if", "for") and not rest:
+            return ("else:",)
+        elif name == "for":
+            return self.loop(at, rest)
+        elif name == "macro" and len(rest) == 2:
+            return f"def v_{self.name(rest[0])}(", rest[1].inner or "", "):"
+        elif name == "set":  # to what the block prints
+            n = index_of("|", rest)
+            filters = "" if n is None else rest[n:]
+            return f"with ({BLOCK}", filters, ") as (", rest[:n], "):"
+        elif name == "filter":
+            return f"with ({BLOCK}", [Word("sign", "|", at, []), *rest], "):"
+        elif name == "generation" and not rest:
+            return (f"with ({BLOCK}):",)
+        elif name == "call":
+            return ("with (yield):",)  # not known here, which is said where it runs
+        raise self.error(
+            at, f"no tag {name or 'without a name':.80} is known in this place"
+        )
+
+    def loop(self, at: int, words: list[Word]) -> Sequence:
+        """Return how a loop begins: over a list of what passes its `if`, in Python."""
+        if words and words[-1].value == "recursive":
+            words.pop()
+        n = index_of("in", words)
+        if n is None or any(word.value in (".", "loop") for word in words[:n]):
+            raise self.error(at, "wanted: for name in values")
+        target, values = words[:n], words[n + 1 :]
+        start = ["for (", target, ") in [0 for (", target, ") in ("]
+        if (n := index_of("if", values)) is not None:
+            return *start, values[:n], ") if (", values[n + 1 :], ")]:"
+        return *start, values, ")]:"
+
+    def expression(self, words: list[Word], at: int) -> None:
+        """Translate an expression, where Jinja's differs from Python's.
+
+        x | trim          x.f_trim            An attribute binds as tightly in Python as
+        x is none         x.t_none            filters and tests do in Jinja.
+        x is not in y     x.n_in(y)
+        a + b ~ c         a << b + c
+        a if b            a if b else v_0else
+        """
+        if not words:
+            raise self.error(at, "wanted a value")
+        words = [*words, Word("end", "", at, [])]
+        n, ifs, after_value, last = 0, 0, False, ""  # ifs: how many have no else
+        while words[n].kind != "end":
+            kind, value, at, inner = words[n]
+            n += 1
+            if (last, value) in UNCLEAR:
+                raise self.error(at, f"{value} needs brackets around what precedes it")
+            if value in ("|", "is"):
+                last, n = "|", self.filter_or_test(words, n)
+            elif value == ".":
+                index = words[n].kind == "number"
+                self.write(
+                    at, f"[{words[n].value}]" if index else f".v_{self.name(words[n])}"
+                )
+                n += 1
+            elif kind == "bracket":
+                after_value = True
+                self.write(at, value, inner or "", BRACKETS[value])
+            elif kind != "sign" and value not in OPERATORS:
+                after_value = True
+                self.write(at, self.python(words[n - 1]))
+            else:
+                if value in (",", ":"):
+                    self.write(at, f"else {ELSE} " * ifs)
+                    ifs = 0
+                ifs += {"if": 1, "else": -1}.get(value, 0)
+                self.write(at, SUMS.get(value, value) if after_value else value)
+                last = "-" if value in ("+", "-") and not after_value else ""
+                after_value = False
+        self.write(at, f"else {ELSE} " * ifs)
+
+    def filter_or_test(self, words: list[Word], n: int) -> int:
+        """Translate what follows | or is; return where it ends."""
+        prefix = ".f_" if words[n - 1].value == "|" else ".t_"
+        if prefix == ".t_" and words[n].value == "not":
+            prefix, n = ".n_", n + 1
+        self.write(words[n].at, prefix + self.name(words[n]))
+        argument = words[n + 1]
+        if (
+            prefix == ".f_"
+            or argument.kind in ("sign", "end")
+            or argument.value in NO_ARGUMENT
+        ):
+            return n + 1
+        self.write(argument.at, "(", [argument], ")")
+        return n + 2
+
+    def name(self, word: Word) -> str:
+        if word.kind != "name":
+            raise self.error(
+                word.at, f"wanted a name, got {word.value or 'the end':.80}"
+            )
+        return word.value
+
+    def python(self, word: Word) -> str:
+        """Return a value as it is written in Python."""
+        if word.kind == "name":
+            return CONSTANTS.get(word.value, f"v_{word.value}")
+        if word.kind == "number":
+            return word.value
         try:
-            text = text.encode("ascii", "backslashreplace").decode("unicode-escape")
+            text = word.value[1:-1].encode("ascii", "backslashreplace")
+            return ascii(text.decode("unicode-escape"))
         except ValueError:
-            raise self.error("a text has an escape that is none") from None
-        return self.constant(Text.by(TEMPLATE, text))
-
-    def number_constant(self, text: str) -> str:
-        digits = text.replace("_", "")
-        if len(digits) > 30:
-            raise self.error("a number is too long")
-        return self.constant(int(digits) if digits.isdigit() else float(digits))
-
-    def test(self, tokens: collections.deque) -> str:
-        """Return what follows `is` as an attribute. A test may have one argument
-        without parentheses: x is equalto "y"."""
-        prefix = "t_"
-        if tokens and tokens[0].text == "not":
-            tokens.popleft()
-            prefix = "n_"
-        name = tokens.popleft() if tokens else Token("operator", "")
-        if name.kind != "name":
-            raise self.error("the name of a test is missing")
-        test = f".{prefix}{name.text}"
-        if not tokens or tokens[0].kind == "operator" or tokens[0].text in WORDS:
-            return test
-        argument = self.expression([tokens.popleft()])
-        if tokens and tokens[0].text in (".", "[", "("):
-            raise self.error(f"the argument of {name.text} needs parentheses")
-        return f"{test}({argument})"
+            raise self.error(word.at, "this text holds a wrong escape") from None
 
 
-# What templates can use.
+def index_of(value: str, words: list[Word]) -> int | None:
+    """Return the index of the first such word that is in no bracket."""
+    return next((n for n, word in enumerate(words) if word.value == value), None)
 
 
-def items_of(value: object) -> Iterable:
-    if not isinstance(value, ITERABLE):
+# What can be done with values. Filters and tests get the Rendering first, then the value
+# that stands before them.
+
+
+def times(left, right):
+    if not (isinstance(left, (int, float)) and isinstance(right, (int, float))):
         raise TypeError
-    return value
+    if abs(left * right) > LARGEST:
+        raise ValueError("a product is too large")
+    return left * right
 
 
-def attribute_at(run: "Interpreter", value: object, path: object) -> object:
-    """Return an attribute of an attribute ..., as filters name them: "a.b"."""
-    for name in str(path).split("."):
-        value = run.item(value, Text(name))
-    return value
-
-
-def join_filter(run, values, separator="", attribute=None):
-    if attribute is not None:
-        values = [attribute_at(run, value, attribute) for value in items_of(values)]
-    return Text.of(separator).join(items_of(values))
-
-
-def map_filter(run, values, name=None, *args, attribute=None, default=None):
-    if name is not None:
-        return [run.filter(name, value, *args) for value in values or ()]
-    found = [attribute_at(run, value, attribute) for value in values or ()]
-    if default is None:
-        return found
-    return [default if isinstance(value, Undefined) else value for value in found]
-
-
-def chooser(keep: bool, by_attribute: bool) -> Callable:
-    """Return select, reject, selectattr or rejectattr."""
-
-    def choose(run, values, *args):
-        chosen = []
-        for value in values or ():
-            tested, rest = value, args
-            if by_attribute:
-                tested, rest = attribute_at(run, value, args[0]), args[1:]
-            holds = run.test(rest[0], tested, *rest[1:]) if rest else bool(tested)
-            if holds == keep:
-                chosen.append(value)
-        return chosen
-
-    return choose
-
-
-def default_filter(run, value, default="", boolean=False):
-    missing = isinstance(value, Undefined) or (boolean and not value)
-    return default if missing else value
-
-
-def items_filter(run, value):
-    if not isinstance(value, (dict, Undefined)):
+def modulo(left, right):
+    if isinstance(left, str):  # Python's % would fill in a form
         raise TypeError
-    return list(value.items()) if isinstance(value, dict) else []
+    return left % right
 
 
-def title_filter(run, value):
-    """Return a text whose words begin with a capital: Jinja's words end at - ( { [ <"""
-    text = Text.of(value)
-    words = re.split(r"([-\s({\[<]+)", text)
-    return text.recased("".join(w[:1].upper() + w[1:].lower() for w in words))
-
-
-def indent_filter(run, value, width=4, first=False, blank=False):
-    space = width if isinstance(width, str) else Text.by(TEMPLATE, " " * min(width, 99))
-    lines = (Text.of(value) + "\n").split("\n")[:-1]
-    kept = [space + x if x or blank else x for x in lines[1:]]
-    return Text.by(TEMPLATE, "\n").join(
-        [space + lines[0] if first else lines[0], *kept]
-    )
-
-
-def dictsort_filter(run, value, case_sensitive=False, by="key", reverse=False):
-    def order(pair):
-        part = pair[0 if by == "key" else 1]
-        fold = isinstance(part, str) and not case_sensitive
-        return str(part).lower() if fold else part
-
-    return sorted(value.items(), key=order, reverse=reverse)
-
-
-def unique_filter(run, values, case_sensitive=False, attribute=None):
-    seen, kept = set(), []
-    for value in items_of(values):
-        key = value if attribute is None else attribute_at(run, value, attribute)
-        key = str(key).lower() if isinstance(key, str) and not case_sensitive else key
-        if run.key(key) not in seen:
-            seen.add(key)
-            kept.append(value)
-    return kept
-
-
-def json_filter(
-    run, value, ensure_ascii=False, indent=None, separators=None, sort_keys=False
-):
-    run.weigh(value)
-    if isinstance(indent, int) and indent > 99:
-        raise ValueError
-    return json.dumps(
-        value,
-        ensure_ascii=ensure_ascii,
-        indent=indent,
-        separators=separators,
-        sort_keys=sort_keys,
-    )
-
-
-def first_filter(run, values):
-    return next(iter(items_of(values)), Undefined("the first item"))
-
-
-def last_filter(run, values):
-    return next(iter(reversed(list(items_of(values)))), Undefined("the last item"))
-
-
-FILTERS = {
-    "capitalize": lambda run, value: Text.of(value).capitalize(),
-    "default": default_filter,
-    "dictsort": dictsort_filter,
-    "first": first_filter,
-    "indent": indent_filter,
-    "int": lambda run, value: int(value),
-    "items": items_filter,
-    "join": join_filter,
-    "last": last_filter,
-    "length": lambda run, value: len(value),
-    "list": lambda run, value: list(items_of(value)),
-    "lower": lambda run, value: Text.of(value).lower(),
-    "map": map_filter,
-    "reject": chooser(keep=False, by_attribute=False),
-    "rejectattr": chooser(keep=False, by_attribute=True),
-    "replace": lambda run, value, *args: Text.of(value).replace(*map(Text.of, args)),
-    "safe": lambda run, value: Text.of(value),
-    "select": chooser(keep=True, by_attribute=False),
-    "selectattr": chooser(keep=True, by_attribute=True),
-    "string": lambda run, value: Text.of(value),
-    "title": title_filter,
-    "tojson": json_filter,
-    "trim": lambda run, value, *args: Text.of(value).strip(*args),
-    "unique": unique_filter,
-    "upper": lambda run, value: Text.of(value).upper(),
-}
-FILTERS |= {"count": FILTERS["length"], "d": FILTERS["default"]}
-
-TESTS = {
-    "boolean": lambda value: isinstance(value, bool),
-    "defined": lambda value: not isinstance(value, Undefined),
-    "divisibleby": lambda value, number: value % number == 0,
-    "equalto": lambda value, other: value == other,
-    "even": lambda value: value % 2 == 0,
-    "false": lambda value: value is False,
-    "float": lambda value: isinstance(value, float),
-    "in": lambda value, values: value in values,
-    "integer": lambda value: isinstance(value, int) and not isinstance(value, bool),
-    "iterable": lambda value: isinstance(value, ITERABLE),
-    "lower": lambda value: str(value).islower(),
-    "mapping": lambda value: isinstance(value, dict),
-    "ne": lambda value, other: value != other,
-    "none": lambda value: value is None,
-    "number": lambda value: isinstance(value, (int, float)),
-    "odd": lambda value: value % 2 == 1,
-    "sequence": lambda value: isinstance(value, ITERABLE),
-    "string": lambda value: isinstance(value, str),
-    "true": lambda value: value is True,
-    "undefined": lambda value: isinstance(value, Undefined),
-    "upper": lambda value: str(value).isupper(),
-}
-TESTS |= {"eq": TESTS["equalto"], "==": TESTS["equalto"], "!=": TESTS["ne"]}
-
-# Methods that templates may call; the other names of a type are refused.
-TEXT_METHODS = (
-    "strip lstrip rstrip split startswith endswith replace upper lower title capitalize "
-    "join find rfind index count isdigit isalpha isspace isupper islower splitlines "
-    "removeprefix removesuffix"
-)
-METHODS = {Text: TEXT_METHODS.split(), dict: ["get", "items", "keys", "values"]}
-METHODS |= {list: ["index", "count"], tuple: ["index", "count"]}
-
-
-def limited_range(*args: int) -> range:
-    numbers = range(*args)
-    if len(numbers) > 100_000:
-        raise ValueError
-    return numbers
-
-
-def strftime_now(form: str) -> str:
-    """Return the date and time as text; only plain directives, since "%999999d" makes
-    a text of a million characters."""
-    if len(form) > 200 or re.search(r"%-?[^-a-zA-Z%]", form):
-        raise ValueError
-    return datetime.datetime.now().strftime(form)
-
-
-def raise_exception(message: str) -> None:
-    raise RaisedByTemplate(" ".join(str(message).split())[:500])
-
-
-GLOBALS = {
-    "dict": lambda **values: values,
-    "namespace": Namespace,
-    "raise_exception": raise_exception,
-    "range": limited_range,
-    "strftime_now": strftime_now,
-}
-
-
-# Interpreting.
-
-
-OPERATIONS = {
-    ast.LShift: operator.add,  # see OPERATORS
-    ast.RShift: operator.sub,
-    ast.Mult: operator.mul,
+SIGNS = {
+    ast.LShift: operator.add,  # Jinja's +
+    ast.RShift: operator.sub,  # Jinja's -
+    ast.Mult: times,
     ast.Div: operator.truediv,
     ast.FloorDiv: operator.floordiv,
-    ast.Mod: operator.mod,
+    ast.Mod: modulo,
+    ast.USub: operator.neg,
+    ast.UAdd: operator.pos,
+    ast.Not: operator.not_,
+}
+COMPARISONS = {
     ast.Eq: operator.eq,
     ast.NotEq: operator.ne,
     ast.Lt: operator.lt,
     ast.LtE: operator.le,
     ast.Gt: operator.gt,
     ast.GtE: operator.ge,
-    ast.In: lambda value, values: value in values,
-    ast.NotIn: lambda value, values: value not in values,
+    ast.In: lambda left, right: left in right,
+    ast.NotIn: lambda left, right: left not in right,
 }
 
 
-class Break(Exception):
-    """Leaves a loop."""
+def pick(run: "Rendering", value, path):
+    """Return value.a.b for the path "a.b"; a number in it is an index."""
+    for part in path.split(".") if isinstance(path, str) else [path]:
+        value = run.item(value, int(part) if str(part).isdecimal() else part)
+    return value
 
 
-class Continue(Exception):
-    """Leaves a round of a loop."""
+def filter_map(run, values, *args, attribute=None, default=None):
+    def change(item):
+        if args:
+            return run.use(FILTERS, args[0], item, *args[1:])
+        found = pick(run, item, attribute)
+        return (
+            default if isinstance(found, Undefined) and default is not None else found
+        )
+
+    return iter([change(item) for item in run.items(values or ())])
 
 
-class Interpreter(ast.NodeVisitor):
-    """Walks the tree of a template, and prints.
+def select(keep: bool, by_attribute: bool) -> Callable:
+    """Return the filter select or reject, or the same by an attribute."""
 
-    Values are texts, numbers, true, false, none, lists, tuples, dicts, ranges, and the
-    classes above: no method here gives a template anything else. steps: how many nodes
-    it may visit, or 64 characters or items it may make.
+    def choose(run, values, *args):
+        path, test = (args[0], args[1:]) if by_attribute else (None, args)
+
+        def passes(item) -> bool:
+            value = pick(run, item, path) if by_attribute else item
+            return bool(run.use(TESTS, test[0], value, *test[1:]) if test else value)
+
+        return iter([i for i in run.items(values or ()) if passes(i) is keep])
+
+    return choose
+
+
+def filter_join(run, values, separator=NOTHING, attribute=None):
+    items = run.items(values)
+    if attribute is not None:
+        items = [pick(run, item, attribute) for item in items]
+    return run.text(separator).join([run.text(item) for item in items])
+
+
+def filter_default(run, value, other=NOTHING, boolean=False):
+    return other if isinstance(value, Undefined) or (boolean and not value) else value
+
+
+def filter_last(run, values):
+    if isinstance(values, Iterator):
+        raise TypeError
+    return [Undefined("the last item"), *run.items(values)][-1]
+
+
+def filter_title(run, value):
+    words = re.split(r"([-\s({\[<]+)", run.text(value))
+    text = "".join(word[:1].upper() + word[1:].lower() for word in words)
+    return run.text(value)._recased(text)
+
+
+def filter_tojson(run, value, ensure_ascii=False):
+    run.weigh(value)
+    return Text.of(json.dumps(value, ensure_ascii=ensure_ascii))
+
+
+FILTERS = {
+    "capitalize": lambda run, value: run.text(value).capitalize(),
+    "count": lambda run, value: len(value),
+    "d": filter_default,
+    "default": filter_default,
+    "first": lambda run, value: [*run.items(value), Undefined("the first item")][0],
+    "int": lambda run, value: int(value),
+    "join": filter_join,
+    "last": filter_last,
+    "length": lambda run, value: len(value),
+    "list": lambda run, value: run.items(value),
+    "lower": lambda run, value: run.text(value).lower(),
+    "map": filter_map,
+    "reject": select(False, False),
+    "rejectattr": select(False, True),
+    "replace": lambda run, value, *args: run.text(value).replace(*args),
+    "select": select(True, False),
+    "selectattr": select(True, True),
+    "string": lambda run, value: run.text(value),
+    "title": filter_title,
+    "tojson": filter_tojson,
+    "trim": lambda run, value, *args: run.text(value).strip(*args),
+    "upper": lambda run, value: run.text(value).upper(),
+}
+LISTS = (list, tuple, dict, range)
+VIEWS = tuple(type(view) for view in ({}.keys(), {}.values(), {}.items()))
+
+
+def test_iterable(run, value) -> bool:
+    if isinstance(value, Fields):
+        raise TypeError
+    return isinstance(value, (str, *LISTS, *VIEWS, Undefined, Iterator))
+
+
+TESTS = {
+    "boolean": lambda run, value: isinstance(value, bool),
+    "defined": lambda run, value: not isinstance(value, Undefined),
+    "false": lambda run, value: value is False,
+    "in": lambda run, value, other: run.compare(ast.In, value, other),
+    "iterable": test_iterable,
+    "mapping": lambda run, value: isinstance(value, dict),
+    "none": lambda run, value: value is None,
+    "number": lambda run, value: isinstance(value, (int, float)),
+    "sequence": lambda run, value: isinstance(value, (str, *LISTS, Undefined)),
+    "string": lambda run, value: isinstance(value, str),
+    "true": lambda run, value: value is True,
+    "undefined": lambda run, value: isinstance(value, Undefined),
+}
+TESTS |= dict.fromkeys(
+    ("==", "eq", "equalto"), lambda run, a, b: run.compare(ast.Eq, a, b)
+)
+TESTS |= dict.fromkeys(("!=", "ne"), lambda run, a, b: run.compare(ast.NotEq, a, b))
+TEXT_METHODS = (
+    "capitalize endswith find index join lower lstrip replace rstrip split startswith "
+    "strip title upper"
+)
+METHODS = {
+    str: {name: getattr(Text, name) for name in TEXT_METHODS.split()},
+    dict: {name: getattr(dict, name) for name in ("get", "items", "keys", "values")},
+}
+
+
+def global_range(run, *bounds) -> range:
+    numbers = range(*bounds)
+    if len(numbers) > 100_000:  # Jinja's bound
+        raise ValueError("a range may hold 100,000 numbers")
+    return numbers
+
+
+def global_raise_exception(run, message):
+    raise RaisedByTemplate(one_line(run.text(message)))
+
+
+def global_strftime_now(run, form) -> Text:
+    if len(form) > 100:
+        raise ValueError("the form of a date may have 100 characters")
+    return Text.of(datetime.now().strftime(form))
+
+
+GLOBALS = {
+    "namespace": lambda run, **names: Fields(names),
+    "raise_exception": global_raise_exception,
+    "range": global_range,
+    "strftime_now": global_strftime_now,
+}
+# What Jinja knows under these names, no chat template uses.
+NOT_KNOWN = ("cycler", "dict", "joiner", "kwargs", "lipsum", "self", "varargs")
+
+
+# Second, a walk over the program's tree.
+
+
+class Rendering:
+    """A walk over the tree of a template: its variables, its output, and its cost.
+
+    Values are texts, numbers, lists and the like, Undefined, Fields, and functions, which
+    get the Rendering first. What can be done with them is in the tables above.
     """
 
-    def __init__(self, reader: Reader, variables: dict, steps: int):
-        self.reader, self.steps, self.depth = reader, steps, 0
-        self.scope = collections.ChainMap({}, variables, GLOBALS)
-        self.output = []
+    def __init__(self, template: Translation, variables: dict, steps: int):
+        self.template, self.steps, self.depth = template, steps, 0
+        self.scope, self.output = ChainMap({}, variables), []
 
     def spend(self, steps: int) -> None:
         self.steps -= steps
         if self.steps < 0:
-            raise TemplateError("the template does not come to an end")
+            raise ValueError("the template works too long, or writes too much")
 
-    def weigh(self, value: object, depth: int = 0) -> None:
-        """Count all that is in a value, before Python walks through it: a list that
-        holds a list twice, which holds a list twice ... is small and takes for ever."""
+    def pay(self, value) -> None:
+        """Pay for a value by its size."""
+        if isinstance(value, (str, *LISTS, *VIEWS)):
+            self.spend(len(value) // 16)
+
+    def weigh(self, value) -> None:
+        """Pay for all that a value holds, as often as it can be reached.
+
+        A list may hold another one twice, which holds another one twice, and so on: it
+        is small, but printing or comparing it would never end.
+        """
+        waiting = [(value, 0)]
+        while waiting:
+            value, depth = waiting.pop()
+            self.pay(value)
+            if isinstance(value, (list, tuple, dict, *VIEWS)):
+                if depth == 20:
+                    raise ValueError("lists are nested too deeply")
+                self.spend(len(value))
+                inner = [*value, *value.values()] if isinstance(value, dict) else value
+                waiting += [(item, depth + 1) for item in inner]
+            elif not isinstance(value, (str, int, float, range, Undefined, type(None))):
+                raise TypeError
+
+    def items(self, value) -> list:
+        """Return what a loop over a value meets."""
+        if isinstance(value, (str, *LISTS, *VIEWS)):
+            self.spend(len(value))
+        elif not isinstance(value, (Undefined, Iterator)):
+            raise TypeError
+        return list(value)
+
+    def text(self, value) -> Text:
+        """Return a value as it is printed."""
+        if isinstance(value, Text):
+            return value
+        self.weigh(value)
+        return Text.of("" if isinstance(value, Undefined) else str(value))
+
+    def use(self, table: dict[str, Callable], name: str, value, *args, **options):
+        """Return what a filter or a test gives for a value."""
+        if name not in table:
+            raise ValueError(f"{name!s:.80} is not known here")
         self.spend(1)
-        if depth > 50:
-            raise TemplateError("a value is nested too deeply")
-        if isinstance(value, str):
-            self.spend(len(value) // 64)
-        if isinstance(value, (list, tuple)):
-            for item in value:
-                self.weigh(item, depth + 1)
-        if isinstance(value, dict):
-            for item in value.values():
-                self.weigh(item, depth + 1)
+        self.pay(value)
+        return table[name](self, value, *args, **options)
 
-    def visit(self, node: ast.AST) -> object:
+    def compare(self, sign: type, left, right) -> bool:
+        if sign in (ast.In, ast.NotIn) and isinstance(right, Iterator):
+            found = any(self.compare(ast.Eq, item, left) for item in right)
+            return found if sign is ast.In else not found
+        self.weigh(left)
+        self.weigh(right)
+        return COMPARISONS[sign](left, right)
+
+    def attribute(self, value, name: str):
+        """Return value.name: what a mapping holds under that name."""
+        if isinstance(value, Fields):
+            return value.names.get(name, Undefined(name))
+        if isinstance(value, Undefined):
+            raise ValueError(f"{value.name} is undefined")
+        # Jinja finds Python's own attributes before a mapping's keys.
+        if hasattr(str if isinstance(value, str) else type(value), name):
+            raise ValueError(f"{name:.80} is not known here")
+        missing = Undefined(name)
+        return value.get(name, missing) if isinstance(value, dict) else missing
+
+    def item(self, value, key):
+        """Return value[key]; without such a key, value.key."""
+        self.spend(1)
+        if isinstance(key, slice):
+            return value[key]
+        self.weigh(key)
+        if isinstance(value, (str, *LISTS)):
+            with contextlib.suppress(TypeError, LookupError):
+                return value[key]
+        if isinstance(key, str):
+            return self.attribute(value, key)
+        if isinstance(value, (Undefined, FunctionType)):
+            raise TypeError
+        return Undefined("an item")
+
+    def visit(self, node: ast.AST):
+        """Return the value of an expression, or do what a statement says."""
         self.depth += 1
         try:
-            self.spend(1)
-            if self.depth > 150:
-                raise TemplateError("the template is nested too deeply")
-            value = super().visit(node)
-        except (Break, Continue, TemplateError):
+            self.steps -= 1
+            if self.depth > DEEPEST:
+                raise ValueError("the template calls itself too deeply")
+            value = self.value(node) if isinstance(node, ast.expr) else self.act(node)
+            self.pay(value)
+            return value
+        except TemplateError:
             raise
-        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
-            raise self.error(node, "this does not work with these values") from None
+        except ValueError as error:
+            words = str(error)
+        except (TypeError, LookupError, ArithmeticError, AttributeError):
+            words = "this cannot be done with these values"
         finally:
             self.depth -= 1
-        if isinstance(value, str):
-            value = value if isinstance(value, Text) else Text(value)
-        if isinstance(value, (str, list, dict)):
-            self.spend(len(value) // 64)
+        raise self.template.error(self.template.places[node.lineno - 1], words)
+
+    def value(self, node: ast.expr):
+        match node:
+            case ast.Constant(value):
+                return value
+            case ast.Name(name):
+                return self.variable(name[2:])
+            case ast.Attribute(value, name) if name.startswith("v_"):
+                return self.attribute(self.visit(value), name[2:])
+            case ast.Attribute():
+                return self.filter_or_test(node, [], [])
+            case ast.Call(function, args, options):
+                return self.call(function, args, options)
+            case ast.Subscript(value, key):
+                return self.item(self.visit(value), self.visit(key))
+            case ast.Slice(first, last, step):
+                return slice(
+                    *[part and self.visit(part) for part in (first, last, step)]
+                )
+            case ast.BinOp(left, ast.Add(), right):  # Jinja's ~
+                return self.text(self.visit(left)) + self.text(self.visit(right))
+            case ast.BinOp(left, sign, right):
+                return SIGNS[type(sign)](self.visit(left), self.visit(right))
+            case ast.UnaryOp(sign, operand):
+                return SIGNS[type(sign)](self.visit(operand))
+            case ast.BoolOp(word, parts):
+                return self.logic(isinstance(word, ast.Or), parts)
+            case ast.Compare(left, signs, parts):
+                return self.comparison(self.visit(left), signs, parts)
+            case ast.IfExp(test, value, other):
+                return self.visit(value if self.visit(test) else other)
+            case ast.List(items):
+                return [self.visit(item) for item in items]
+            case ast.Tuple(items):
+                return tuple([self.visit(item) for item in items])
+            case ast.Dict(keys, values):
+                pairs = zip(keys, values)
+                return {self.key(k): self.visit(value) for k, value in pairs}
+        raise ValueError(f"{type(node).__name__} is not known here")
+
+    def variable(self, name: str):
+        if name in self.scope:
+            return self.scope[name]
+        if name in NOT_KNOWN:
+            raise ValueError(f"{name} is not known here")
+        return Undefined(name)
+
+    def logic(self, stop: bool, parts: list[ast.expr]):
+        for part in parts:
+            value = self.visit(part)
+            if bool(value) is stop:
+                break
         return value
 
-    def error(self, node: ast.AST, words: str) -> TemplateError:
-        at = self.reader.places[node.lineno - 1]
-        return TemplateError(f"{place(self.reader.source, at)}: {words}")
+    def comparison(self, left, signs: list, parts: list[ast.expr]) -> bool:
+        for sign, part in zip(signs, parts):
+            right = self.visit(part)
+            result = self.compare(type(sign), left, right)
+            if not result:
+                break
+            left = right
+        return result
 
-    def generic_visit(self, node: ast.AST) -> None:
-        raise self.error(node, "this is not known here")
+    def key(self, node: ast.expr | None):
+        key = node and self.visit(node)
+        if not isinstance(key, (str, int, float)):
+            raise ValueError("a key must be a text or a number")
+        return key
 
-    # Statements.
+    def filter_or_test(self, node: ast.Attribute, args: list, options: list):
+        kind, name = node.attr[:2], node.attr[2:]
+        value = self.visit(node.value)
+        args, options = self.arguments(args, options)
+        result = self.use(
+            FILTERS if kind == "f_" else TESTS, name, value, *args, **options
+        )
+        return not result if kind == "n_" else result
+
+    def arguments(self, args: list[ast.expr], options: list[ast.keyword]) -> tuple:
+        values = []
+        for arg in args:
+            if isinstance(arg, ast.Starred):
+                values += self.items(self.visit(arg.value))
+            else:
+                values.append(self.visit(arg))
+        if any(option.arg is None for option in options):
+            raise ValueError("** is not known here")
+        return values, {option.arg[2:]: self.visit(option.value) for option in options}
+
+    def call(self, node: ast.expr, args: list, options: list):
+        if isinstance(node, ast.Attribute):
+            if not node.attr.startswith("v_"):
+                return self.filter_or_test(node, args, options)
+            owner, name = self.visit(node.value), node.attr[2:]
+            methods = METHODS.get(str if isinstance(owner, str) else type(owner), {})
+            if name in methods:
+                args, options = self.arguments(args, options)
+                args = [self.items(a) if isinstance(a, Iterator) else a for a in args]
+                self.weigh([*args, *options.values()])
+                return methods[name](owner, *args, **options)
+            function = self.attribute(owner, name)
+        else:
+            function = self.visit(node)
+        args, options = self.arguments(args, options)
+        if isinstance(function, Undefined):
+            raise ValueError(f"{function.name} is undefined")
+        if not isinstance(function, FunctionType):
+            raise TypeError
+        return function(self, *args, **options)
+
+    def act(self, node: ast.stmt) -> None:
+        match node:
+            case ast.Expr(ast.Attribute(value, "f_safe")):
+                # Printed, it changes nothing. Added to, it would make Jinja escape HTML.
+                self.output.append(self.text(self.visit(value)))
+            case ast.Expr(value):
+                self.output.append(self.text(self.visit(value)))
+            case ast.If(test, body, otherwise):
+                self.run(body if self.visit(test) else otherwise)
+            case ast.For():
+                self.loop(node)
+            case ast.Assign([target], value):
+                self.assign(target, self.visit(value))
+            case ast.With([block], body):
+                self.block(block, body)
+            case ast.FunctionDef(name, parameters, body):
+                self.scope[name[2:]] = macro(parameters, body, self.scope)
+            case ast.Break():
+                raise Break
+            case ast.Continue():
+                raise Continue
 
     def run(self, statements: list[ast.stmt]) -> None:
         for statement in statements:
             self.visit(statement)
 
-    def visit_Module(self, node: ast.Module) -> None:
-        self.run(node.body)
+    def capture(self, body: list[ast.stmt], scope: ChainMap) -> Text:
+        """Return what statements print that have variables of their own."""
+        outside = self.scope, self.output
+        self.scope, self.output = scope, []
+        self.run(body)
+        text = NOTHING.join(self.output)
+        self.scope, self.output = outside
+        return text
 
-    def visit_Pass(self, node: ast.Pass) -> None:
-        pass
+    def block(self, block: ast.withitem, body: list[ast.stmt]) -> None:
+        """Print what statements print, after its filters, or set a variable to it."""
+        text = self.capture(body, self.scope.new_child())
+        outside = self.scope
+        self.scope = outside.new_child({BLOCK[2:]: text})
+        value = self.visit(block.context_expr)
+        self.scope = outside
+        if block.optional_vars is None:
+            self.output.append(self.text(value))
+        else:
+            self.assign(block.optional_vars, value)
 
-    def visit_Expr(self, node: ast.Expr) -> None:
-        self.output.append(self.text(self.visit(node.value)))
+    def assign(self, target: ast.expr, value) -> None:
+        match target:
+            case ast.Name(name):
+                self.scope[name[2:]] = value
+            case ast.Tuple(targets):
+                values = self.items(value)
+                if len(values) != len(targets):
+                    raise ValueError(f"wanted {len(targets)} values, got {len(values)}")
+                for part, item in zip(targets, values):
+                    self.assign(part, item)
+            case ast.Attribute(ast.Name(owner), name) if name.startswith("v_"):
+                fields = self.variable(owner[2:])
+                if not isinstance(fields, Fields) or fields.fixed:
+                    raise ValueError("only a namespace has parts that can be set")
+                fields.names[name[2:]] = value
+            case _:
+                raise ValueError("nothing can be assigned to this")
 
-    def text(self, value: object) -> Text:
-        """Return a value as it is printed."""
-        self.weigh(value)
-        return Text.of(value)
+    def loop(self, node: ast.For) -> None:
+        """Run `for target in [0 for target in values if condition]`."""
+        source, scope, output = node.iter.generators[0], self.scope, self.output
+        items = self.items(self.visit(source.iter))
 
-    def visit_If(self, node: ast.If) -> None:
-        self.run(node.body if self.visit(node.test) else node.orelse)
-
-    def visit_For(self, node: ast.For) -> None:
-        items, outer, completed = list(items_of(self.visit(node.iter))), self.scope, 0
-        self.spend(len(items))
-        for n, item in enumerate(items):
-            self.scope = outer.new_child({"loop": self.loop(items, n)})
+        def begin_round(item) -> None:
+            self.scope, self.output = scope.new_child(), output
             self.assign(node.target, item)
+
+        def passes(item) -> bool:
+            begin_round(item)
+            return self.visit(source.ifs[0])
+
+        if source.ifs:
+            items = [item for item in items if passes(item)]
+        completed = False
+        for n, item in enumerate(items):
+            begin_round(item)
+            self.scope["loop"] = loop_fields(items, n)
             try:
                 self.run(node.body)
-                completed += 1
+                completed = True
             except Continue:
                 pass
             except Break:
                 break
-            finally:
-                self.scope = outer
-        if not completed:  # as Jinja has it, also after rounds that were all left
+        self.scope, self.output = scope.new_child(), output
+        # Jinja does this also if every round was ended by break or continue.
+        if not completed:
             self.run(node.orelse)
-
-    def loop(self, items: list, n: int) -> Namespace:
-        size, none = len(items), Undefined("there is no such item")
-        return Namespace(
-            index=n + 1,
-            index0=n,
-            revindex=size - n,
-            revindex0=size - n - 1,
-            first=n == 0,
-            last=n == size - 1,
-            length=size,
-            previtem=items[n - 1] if n else none,
-            nextitem=items[n + 1] if n + 1 < size else none,
-            depth=1,
-            depth0=0,
-        )
-
-    def visit_Break(self, node: ast.Break) -> None:
-        raise Break
-
-    def visit_Continue(self, node: ast.Continue) -> None:
-        raise Continue
-
-    def visit_Assign(self, node: ast.Assign) -> None:
-        self.assign(node.targets[0], self.visit(node.value))
-
-    def assign(self, target: ast.expr, value: object) -> None:
-        """Give a value to a name, several to several, or one to a namespace's name."""
-        if isinstance(target, ast.Name) and target.id.startswith("v_"):
-            self.scope[target.id[2:]] = value
-        elif isinstance(target, ast.Tuple):
-            values = list(items_of(value))
-            if len(values) != len(target.elts):
-                raise ValueError
-            for part, item in zip(target.elts, values):
-                self.assign(part, item)
-        elif isinstance(target, ast.Attribute):
-            owner = self.visit(target.value)
-            if not isinstance(owner, Namespace) or not target.attr.startswith("a_"):
-                raise TypeError
-            owner.values[target.attr[2:]] = value
-        else:
-            raise self.error(target, "nothing can be assigned to this")
-
-    def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
-        self.scope[node.name[2:]] = Macro(node, self.scope)
-
-    def captured(self, body: list[ast.stmt], scope: collections.ChainMap) -> Text:
-        """Return what statements print, run in a scope of their own."""
-        outer, output = self.scope, self.output
-        self.scope, self.output = scope, []
-        try:
-            self.run(body)
-            return Text("").join(self.output)
-        finally:
-            self.scope, self.output = outer, output
-
-    def visit_With(self, node: ast.With) -> None:
-        item, outer = node.items[0], self.scope
-        block = self.captured(node.body, outer.new_child())
-        self.scope = outer.new_child({"<block>": block})
-        try:
-            value = self.visit(item.context_expr)
-        finally:
-            self.scope = outer
-        if item.optional_vars is None:
-            self.output.append(Text.of(value))
-        else:
-            self.assign(item.optional_vars, value)
-
-    # Expressions.
-
-    def visit_Name(self, node: ast.Name) -> object:
-        if node.id.startswith("s"):
-            return self.reader.constants[int(node.id[1:])]
-        if node.id == "block":
-            return self.scope["<block>"]
-        if node.id == "call":
-            raise self.error(node, "call blocks are not known here")
-        name = node.id[2:] if node.id.startswith("v_") else "this"
-        return self.scope[name] if name in self.scope else Undefined(name)
-
-    def visit_Attribute(self, node: ast.Attribute) -> object:
-        value, prefix, name = self.visit(node.value), node.attr[:2], node.attr[2:]
-        if prefix == "f_":
-            return self.filter(name, value, node=node)
-        if prefix in ("t_", "n_"):
-            return self.test(name, value, node=node) == (prefix == "t_")
-        if isinstance(value, Undefined):
-            raise self.error(node, f"{value.name!r:.80} is undefined")
-        if isinstance(value, Namespace):
-            return value.values.get(name, Undefined(name))
-        if name in METHODS.get(type(value), ()):
-            return functools.partial(self.call_method, value, name)
-        if name in dir(type(value)) and not name.startswith("_"):
-            raise self.error(node, f"{name!r:.80} is not known here")
-        return self.item(value, Text(name))
-
-    def call_method(self, value: object, name: str, *args, **options) -> object:
-        result = getattr(value, name)(*map(self.key, args), **options)
-        views = name in ("items", "keys", "values")
-        return list(result) if views else result
-
-    def key(self, value: object) -> object:
-        """Return a value that may be a key of a dict: no list or tuple."""
-        if isinstance(value, (list, tuple)):
-            self.weigh(value)
-        return value
-
-    def item(self, value: object, key: object) -> object:
-        """Return value[key], Undefined if there is none."""
-        if isinstance(value, Undefined):
-            raise TypeError
-        try:
-            return value[self.key(key)]
-        except (LookupError, TypeError):
-            return Undefined(str(key) if isinstance(key, (str, int)) else "this")
-
-    def visit_Subscript(self, node: ast.Subscript) -> object:
-        value = self.visit(node.value)
-        if isinstance(value, Undefined):
-            raise self.error(node, f"{value.name!r:.80} is undefined")
-        if isinstance(node.slice, ast.Slice):
-            parts = (node.slice.lower, node.slice.upper, node.slice.step)
-            return value[slice(*(part and self.visit(part) for part in parts))]
-        return self.item(value, self.visit(node.slice))
-
-    def visit_Call(self, node: ast.Call) -> object:
-        if any(keyword.arg is None for keyword in node.keywords):
-            raise self.error(node, "** is not known here")
-        options = {word.arg[2:]: self.visit(word.value) for word in node.keywords}
-        function, prefix = node.func, ""
-        if isinstance(function, ast.Attribute):
-            prefix, name = function.attr[:2], function.attr[2:]
-        if prefix in ("f_", "t_", "n_"):
-            value = self.visit(function.value)
-            args = [self.visit(argument) for argument in node.args]
-            if prefix == "f_":
-                return self.filter(name, value, *args, node=node, **options)
-            return self.test(name, value, *args, node=node) == (prefix == "t_")
-        callee = self.visit(function)
-        args = [self.visit(argument) for argument in node.args]
-        if isinstance(callee, Undefined):
-            raise self.error(node, f"{callee.name!r:.80} is undefined")
-        if isinstance(callee, Macro):
-            return self.call_macro(callee, args, options)
-        return callee(*args, **options)
-
-    def filter(self, name: str, value: object, *args, node=None, **options) -> object:
-        if name not in FILTERS:
-            words = f"the filter {str(name)!r:.80} is not known here"
-            raise self.error(node, words) if node else TemplateError(words)
-        self.weigh(value)
-        return FILTERS[name](self, value, *args, **options)
-
-    def test(self, name: str, value: object, *args, node=None) -> bool:
-        if name not in TESTS:
-            words = f"the test {str(name)!r:.80} is not known here"
-            raise self.error(node, words) if node else TemplateError(words)
-        for operand in (value, *args):
-            self.weigh(operand)
-        return TESTS[name](value, *args)
-
-    def call_macro(self, macro: Macro, args: list, options: dict) -> Text:
-        """Return what a macro prints; what it is not given is undefined."""
-        parameters = [argument.arg[2:] for argument in macro.definition.args.args]
-        defaults = macro.definition.args.defaults
-        scope = macro.scope.new_child(dict(zip(parameters, args)))
-        if len(args) > len(parameters) or not options.keys() <= set(parameters):
-            raise TypeError
-        scope.maps[0].update(options)
-        outer, self.scope = self.scope, scope
-        first = len(parameters) - len(defaults)
-        for n, name in enumerate(parameters):
-            if name not in scope.maps[0]:
-                default = self.visit(defaults[n - first]) if n >= first else None
-                scope[name] = default if n >= first else Undefined(name)
-        self.scope = outer
-        return self.captured(macro.definition.body, scope)
-
-    def visit_BinOp(self, node: ast.BinOp) -> object:
-        left, right = self.visit(node.left), self.visit(node.right)
-        if isinstance(node.op, ast.Add):
-            return self.text(left) + self.text(right)  # ~
-        for operand in (left, right):
-            if isinstance(operand, int) and operand.bit_length() > 4096:
-                raise OverflowError
-        if isinstance(node.op, ast.Mult):
-            sizes = [
-                len(v) if isinstance(v, (str, list, tuple)) else v
-                for v in (left, right)
-            ]
-            if not isinstance(left, (int, float)) or not isinstance(
-                right, (int, float)
-            ):
-                if sizes[0] * sizes[1] > LONGEST:
-                    raise OverflowError
-                left, right = (right, left) if isinstance(left, int) else (left, right)
-        if isinstance(node.op, ast.Mod) and isinstance(left, str):
-            raise self.error(node, "% with a text is not known here")
-        return OPERATIONS[type(node.op)](left, right)
-
-    def visit_BoolOp(self, node: ast.BoolOp) -> object:
-        for operand in node.values:
-            value = self.visit(operand)
-            if bool(value) == isinstance(node.op, ast.Or):
-                break
-        return value
-
-    def visit_UnaryOp(self, node: ast.UnaryOp) -> object:
-        value = self.visit(node.operand)
-        if isinstance(node.op, ast.Not):
-            return not value
-        return -value if isinstance(node.op, ast.USub) else +value
-
-    def visit_Compare(self, node: ast.Compare) -> bool:
-        left = self.visit(node.left)
-        self.weigh(left)
-        for operation, operand in zip(node.ops, node.comparators):
-            right = self.visit(operand)
-            self.weigh(right)
-            if not OPERATIONS[type(operation)](left, right):
-                return False
-            left = right
-        return True
-
-    def visit_IfExp(self, node: ast.IfExp) -> object:
-        return self.visit(node.body if self.visit(node.test) else node.orelse)
-
-    def visit_List(self, node: ast.List) -> list:
-        return [self.visit(item) for item in node.elts]
-
-    def visit_Tuple(self, node: ast.Tuple) -> tuple:
-        return tuple(self.visit(item) for item in node.elts)
-
-    def visit_Dict(self, node: ast.Dict) -> dict:
-        keys = [self.key(self.visit(key)) for key in node.keys]
-        return dict(zip(keys, map(self.visit, node.values)))
-
-    def visit_ListComp(self, node: ast.ListComp) -> list:
-        """Return the items of a loop that its own `if` chooses."""
-        choice, chosen, outer = node.generators[0], [], self.scope
-        for item in items_of(self.visit(choice.iter)):
-            self.scope = outer.new_child()
-            try:
-                self.assign(choice.target, item)
-                if self.visit(choice.ifs[0]):
-                    chosen.append(item)
-            finally:
-                self.scope = outer
-        return chosen
+        self.scope = scope
 
 
-def as_value(value: object, writer: int, depth: int = 0) -> object:
-    """Return what a message holds as templates see it: texts know who wrote them."""
-    if depth > 20:
-        raise ValueError("a message is nested too deeply")
-    if isinstance(value, str):
-        return Text.by(writer, value)
-    if isinstance(value, Mapping):
-        return {k: as_value(item, writer, depth + 1) for k, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [as_value(item, writer, depth + 1) for item in value]
-    if value is None or isinstance(value, (bool, int, float)):
-        return value
-    raise ValueError(f"a message holds {value!r:.80}, wanted text, lists and mappings")
+def loop_fields(items: list, n: int) -> Fields:
+    """Return the value of `loop` in round n."""
+    rest = len(items) - n - 1
+    names = {"index": n + 1, "index0": n, "revindex": rest + 1, "revindex0": rest}
+    names |= {"first": n == 0, "last": rest == 0, "length": len(items)}
+    names |= {"depth": 1, "depth0": 0}
+    names |= {"previtem": items[n - 1]} if n else {}
+    names |= {"nextitem": items[n + 1]} if rest else {}
+    names["cycle"] = lambda run, *values: values[n % len(values)]
+    return Fields(names, fixed=True)
+
+
+def macro(parameters: ast.arguments, body: list[ast.stmt], scope: ChainMap) -> Callable:
+    """Return a function that gives what the body prints."""
+    names = [parameter.arg[2:] for parameter in parameters.args]
+    defaults = dict(zip(reversed(names), reversed(parameters.defaults)))
+
+    def call(run: Rendering, *args, **options) -> Text:
+        given = dict(zip(names, args))
+        if len(args) > len(names) or not options.keys() <= {*names} - given.keys():
+            raise ValueError(f"the macro takes {', '.join(names) or 'nothing'}")
+        given |= options
+        outside, run.scope = run.scope, scope.new_child()
+        for name in names:
+            if name in given:
+                run.scope[name] = given[name]
+            elif name in defaults:
+                run.scope[name] = run.visit(defaults[name])
+            else:
+                run.scope[name] = Undefined(name)
+        text = run.capture(body, run.scope)
+        run.scope = outside
+        return text
+
+    return call
 
 
 class ChatTemplate:
-    """A chat template, ready to write conversations down.
-
-    Raises TemplateError, with line and column, for what cannot be read.
-    """
+    """A chat template, parsed once."""
 
     def __init__(self, source: str):
-        if len(source) > 200_000:
-            raise TemplateError(f"the template has {len(source)} characters")
-        # As in Jinja, one line break at the very end is not part of the template.
-        source = source.replace("\r\n", "\n").replace("\r", "\n")
-        self.source = source.removesuffix("\n")
-        self.reader = Reader(self.source)
-        self.tree = self.reader.read()
+        """Raises TemplateError, with line and column, for what does not parse."""
+        if len(source) > LONGEST_TEMPLATE:
+            raise TemplateError(
+                f"a template may have {LONGEST_TEMPLATE:,} characters, not {len(source):,}"
+            )
+        source = source.replace("\r\n", "\n").replace("\r", "\n").removesuffix("\n")
+        try:
+            self._translation = Translation(source)
+            self._statements = self._translation.parse()
+        except (RecursionError, MemoryError):
+            raise TemplateError("the template is nested too deeply") from None
 
     def render(
         self,
@@ -2819,36 +2771,64 @@ class ChatTemplate:
         add_generation_prompt: bool = True,
         **variables,
     ) -> Text:
-        """Return a conversation as a template writes it down; see Text.runs.
+        """Return a conversation as the template writes it.
 
-        messages: [{"role": ..., "content": ...}, ...]. names: of the control tokens, by
-        what templates call them: bos_token, eos_token, ... add_generation_prompt:
-        whether the beginning of a reply follows. variables: what else it may ask for.
-        Raises RaisedByTemplate if it refuses the conversation, and TemplateError if
-        it does something that is not known here, or too much of it.
+        names: texts that count as the template's own, such as bos_token. variables: what
+        else the template may ask for, such as enable_thinking; their texts are trusted
+        no more than a message.
+        Raises RaisedByTemplate where the template does, TemplateError for what fails.
         """
-        values = [as_value(message, n) for n, message in enumerate(messages)]
-        for value in values:
-            if value.get("role") in TRUSTED_ROLES:
-                value["role"] = Text.by(TEMPLATE, value["role"])
-        variables |= {"tools": None, "documents": None, "messages": values}
-        variables |= {name: Text.by(TEMPLATE, text) for name, text in names.items()}
-        variables["add_generation_prompt"] = add_generation_prompt
+        own = [own_value(message, n) for n, message in enumerate(messages)]
+        values = GLOBALS | {"tools": None, "documents": None}
+        values |= {name: own_value(value, UNKNOWN) for name, value in variables.items()}
+        values |= {name: Text.by(TEMPLATE, text) for name, text in names.items()}
+        values |= {"messages": own, "add_generation_prompt": add_generation_prompt}
+        # Some templates look at each character, some at each pair of messages.
         characters = sum(len(str(message)) for message in messages)
-        steps = 200_000 + 500 * len(messages) + 10 * characters
-        interpreter = Interpreter(self.reader, variables, steps)
+        steps = 200_000 + 2_000 * len(messages) + 20 * characters
+        run = Rendering(self._translation, values, steps)
         try:
-            interpreter.visit(self.tree)
-        except (Break, Continue):
-            raise TemplateError("a template leaves a loop outside of one") from None
-        return Text("").join(interpreter.output)
+            return run.capture(self._statements, run.scope)
+        except RecursionError:
+            raise TemplateError("the template calls itself too deeply") from None
 
 
-# Templates by name, for models that come without one. A line break after %} is not
-# printed, one after }} is. Part One writes llama3 by hand; this gives the same ids.
+def own_value(value, writer: int, depth: int = 0):
+    """Return a value from outside as templates see it: its texts know their writer."""
+    if depth > 15:
+        raise ValueError("a message is nested too deeply")
+    if isinstance(value, str):
+        return Text.by(writer, value)
+    if isinstance(value, (list, tuple)):
+        return [own_value(item, writer, depth + 1) for item in value]
+    if isinstance(value, Mapping):
+        own = {
+            Text.by(UNKNOWN, key): own_value(item, writer, depth + 1)
+            for key, item in value.items()
+        }
+        if depth == 0 and own.get("role") in FIXED_ROLES:
+            own["role"] = Text.by(TEMPLATE, own["role"])
+        return own
+    if value is None or isinstance(value, (bool, int, float)):
+        return value
+    raise ValueError(f"a message cannot hold {value!r:.80}")
+
+
+# Templates by name, for models that come without one. The first part takes a system
+# message from the conversation, the second goes through the turns and checks their order.
+SYSTEM = """{% set system, turns = none, messages %}
+{% if messages[0].role == 'system' %}
+{% set system, turns = messages[0].content, messages[1:] %}
+{% endif %}
+"""
+TURNS = """{% for message in turns %}
+{% if message.role != ['user', 'assistant'][loop.index0 % 2] %}
+{{ raise_exception('user and assistant must alternate') }}
+{% elif message.role == 'user' %}
+"""
 BUILT_IN = {
-    "llama3": """
-{{- bos_token }}
+    # Part One writes this one by hand; the ids are the same.
+    "llama3": """{{ bos_token }}
 {%- for message in messages %}
 <|start_header_id|>{{ message.role }}<|end_header_id|>
 
@@ -2858,17 +2838,13 @@ BUILT_IN = {
 <|start_header_id|>assistant<|end_header_id|>
 
 {% endif %}""",
-    "llama3.1": r"""
-{%- set system, turns = '', messages %}
-{% if messages[0].role == 'system' %}
-{% set system, turns = messages[0].content, messages[1:] %}
-{% endif %}
-{{ bos_token }}<|start_header_id|>system<|end_header_id|>
+    "llama3.1": SYSTEM
+    + """{{ bos_token }}<|start_header_id|>system<|end_header_id|>
 
 Cutting Knowledge Date: December 2023
 Today Date: {{ strftime_now('%d %b %Y') }}
 
-{{ system | trim }}<|eot_id|>
+{{ (system or '') | trim }}<|eot_id|>
 {%- for message in turns %}
 <|start_header_id|>{{ message.role }}<|end_header_id|>
 
@@ -2878,63 +2854,43 @@ Today Date: {{ strftime_now('%d %b %Y') }}
 <|start_header_id|>assistant<|end_header_id|>
 
 {% endif %}""",
-    "llama2": r"""
-{%- set system, turns = '', messages %}
-{% if messages[0].role == 'system' %}
-{% set system = '<<SYS>>\n' + messages[0].content + '\n<</SYS>>\n\n' %}
-{% set turns = messages[1:] %}
+    "llama2": SYSTEM
+    + r"""{% if system is not none %}
+{% set system = '<<SYS>>\n' + system + '\n<</SYS>>\n\n' %}
 {% endif %}
-{% for message in turns %}
-{% if message.role != ['user', 'assistant'][loop.index0 % 2] %}
-{{ raise_exception('user and assistant must alternate') }}
-{% elif message.role == 'user' %}
-{{ bos_token }}[INST] {{ ((system if loop.first) ~ message.content) | trim }} [/INST]
+"""
+    + TURNS
+    + """{{ bos_token }}[INST] {{ ((system or '' if loop.first) ~ message.content) | trim }} [/INST]
 {%- else %}
 {{ ' ' + message.content | trim + ' ' + eos_token }}
 {%- endif %}
 {% endfor %}""",
-    "chatml": """
-{%- for message in messages %}
+    "chatml": """{% for message in messages %}
 <|im_start|>{{ message.role }}
 {{ message.content }}<|im_end|>
 {% endfor %}
 {% if add_generation_prompt %}
 <|im_start|>assistant
 {% endif %}""",
-    "zephyr": """
-{%- for message in messages %}
+    "zephyr": """{% for message in messages %}
 <|{{ message.role }}|>
 {{ message.content + eos_token }}
 {% endfor %}
 {% if add_generation_prompt %}
 <|assistant|>
 {% endif %}""",
-    "mistral": r"""
-{%- set system, turns = '', messages %}
-{% if messages[0].role == 'system' %}
-{% set system, turns = messages[0].content + '\n\n', messages[1:] %}
-{% endif %}
-{{ bos_token }}
-{%- for message in turns %}
-{% if message.role != ['user', 'assistant'][loop.index0 % 2] %}
-{{ raise_exception('user and assistant must alternate') }}
-{% elif message.role == 'user' %}
-[INST] {{ (system if loop.first) ~ message.content }} [/INST]
+    "mistral": SYSTEM
+    + "{{ bos_token }}"
+    + TURNS
+    + r"""[INST] {{ (system + '\n\n' if loop.first and system is not none) ~ message.content }} [/INST]
 {%- else %}
 {{ message.content + eos_token }}
 {%- endif %}
 {% endfor %}""",
-    "mistral-v3": r"""
-{%- set system, turns = '', messages %}
-{% if messages[0].role == 'system' %}
-{% set system, turns = messages[0].content + '\n\n', messages[1:] %}
-{% endif %}
-{{ bos_token }}
-{%- for message in turns %}
-{% if message.role != ['user', 'assistant'][loop.index0 % 2] %}
-{{ raise_exception('user and assistant must alternate') }}
-{% elif message.role == 'user' %}
-[INST] {{ (system if loop.last) ~ message.content }}[/INST]
+    "mistral-v3": SYSTEM
+    + "{{ bos_token }}"
+    + TURNS
+    + r"""[INST] {{ (system + '\n\n' if loop.last and system is not none) ~ message.content }}[/INST]
 {%- else %}
 {{ ' ' + message.content | trim + eos_token }}
 {%- endif %}
@@ -6785,7 +6741,7 @@ def cmd_chat(options: argparse.Namespace) -> int:
     tokenizer = Tokenizer.from_folder(folder, template=options.template)
     if not options.raw:
         # Now, rather than after loading a large model.
-        tokenizer.encode_chat([{"role": "user", "content": "Hi!"}])
+        tokenizer.render([{"role": "user", "content": "Hi!"}])
     prompt = None if follower else read_prompt(options)
     if prompt == "":
         raise ValueError("the prompt is empty")
