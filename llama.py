@@ -4859,16 +4859,18 @@ class LineEditor:
     def __init__(self, words: Sequence[str], files: Sequence[str] = ()):
         self.words, self.files = words, files
         self.terminal = termios.tcgetattr(sys.stdin) if sys.stdin.isatty() else None
-        self.readline, self.libedit, self.ahead = None, False, []
+        self.readline, self.libedit = None, False
+        self.ahead = [""]  # lines typed before their prompt; the last one is begun
         with contextlib.suppress(ImportError):
             import readline
 
-            self.readline, backend = readline, readline.__doc__ or ""
-            self.libedit = "libedit" in backend
-            self.prepare(readline)
+            self.readline = readline
+            self.libedit = bool(self.terminal) and "libedit" in (readline.__doc__ or "")
+            self.prepare()
 
-    def prepare(self, readline) -> None:
-        """Set up the module readline, and its history."""
+    def prepare(self) -> None:
+        """Set up readline, and its history."""
+        readline = self.readline
         if self.libedit:
             readline.parse_and_bind("bind ^I rl_complete")
         else:
@@ -4948,9 +4950,9 @@ class LineEditor:
             prompt = f"\x01\x1b[2m\x02{prompt}\x01\x1b[0m\x02"
         while True:
             shown = text if self.libedit else ""
-            if self.readline and not self.libedit:
+            if text and not self.libedit:
                 insert = functools.partial(self.readline.insert_text, text)
-                self.readline.set_startup_hook(insert if text else None)
+                self.readline.set_startup_hook(insert)
             try:
                 with on_stop(leave_prompt):
                     return shown + read_line(prompt + shown)
@@ -4958,10 +4960,13 @@ class LineEditor:
                 if self.readline:
                     text = shown + self.readline.get_line_buffer()
                 suspend()
+            finally:
+                if self.readline:
+                    self.readline.set_startup_hook()
 
     def waiting(self, seconds: float) -> list[str]:
-        """Return what comes from the terminal within some seconds of each other, parted
-        into lines; the last one has not been ended."""
+        """Return what waits on the terminal, or comes within some seconds, in lines;
+        the last one, often "", has not been ended."""
         data = b""
         while select.select([sys.stdin], [], [], seconds)[0]:
             part = os.read(sys.stdin.fileno(), 4096)
@@ -4972,8 +4977,8 @@ class LineEditor:
         return text.replace("\r", "\n").split("\n")
 
     def pasted(self) -> list[str]:
-        """Return, under libedit, the lines that follow one at once."""
-        if not self.libedit or self.terminal is None:
+        """Return, under libedit, the lines that follow one at once; see `waiting`."""
+        if not self.libedit:
             return [""]
         self.set_terminal(termios.ECHO, termios.ICANON)
         try:
@@ -4984,19 +4989,21 @@ class LineEditor:
     def line(self, prompt: str) -> str:
         """Return a line that is typed after a prompt, or lines that are pasted."""
         self.set_terminal()
-        if self.libedit and self.terminal:
-            self.ahead += self.waiting(0)[:-1]  # lines typed during a reply
-        if self.ahead:
+        if self.libedit:  # lines that were typed during a reply
+            first, *lines = self.waiting(0)
+            self.ahead[-1] += first
+            self.ahead += lines
+        if len(self.ahead) > 1:
             print(printable(prompt + self.ahead[0]), file=sys.stderr)
             return self.ahead.pop(0)
-        text = self.edit(prompt, "")
-        while (lines := self.pasted()) != [""]:
-            for line in lines[:-1]:
+        text, self.ahead = self.edit(prompt, self.ahead[0]), [""]
+        while (pasted := self.pasted()) != [""]:
+            *lines, begun = pasted
+            for line in lines:
                 print(printable(f"... {line}"), file=sys.stderr)
-            if lines[-1]:
-                lines[-1] = self.edit("... ", lines[-1])
-                lines.append("")
-            text = "\n".join([text, *lines[:-1]])
+            text = "\n".join([text, *lines])
+            if begun:
+                text += "\n" + self.edit("... ", begun)
         return text
 
     def read(self) -> str | None:
