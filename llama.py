@@ -82,11 +82,13 @@ MIT License; see LICENSE. A copied section needs only this line and a link to it
 # ///
 
 import argparse
+import ast
 import base64
 import codecs
 import collections
 import contextlib
 import copy
+import datetime
 import difflib
 import functools
 import hashlib
@@ -94,6 +96,7 @@ import itertools
 import json
 import math
 import mmap
+import operator
 import os
 import queue
 import re
@@ -104,11 +107,12 @@ import sys
 import termios
 import threading
 import time
+import traceback
 import unicodedata
 import weakref
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import NamedTuple, TextIO, get_args
 
@@ -175,12 +179,19 @@ class ModelArgs:
     rope_scaling: dict | None = None  # how the wavelengths are stretched [None]
     rope_traditional: bool = False  # which numbers form a pair; see RoPE [False]
     tie_word_embeddings: bool = False  # the output head is the embedding [False]
+    sliding_window: int | None = None  # tokens that a token sees; None: all [None]
 
     def __post_init__(self):
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
+
+    @property
+    def longest_context(self) -> int:
+        """The longest context, in tokens: as in training, and within the window."""
+        longest, window = self.max_position_embeddings, self.sliding_window
+        return longest if window is None else min(longest, window)
 
     @classmethod
     def from_dict(cls, config: dict) -> "ModelArgs":
@@ -288,6 +299,12 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     return tensors
 
 
+def map_file(file: Path) -> memoryview:
+    """Return the bytes of a file, mapped into memory."""
+    with open(file, "rb") as stream:
+        return memoryview(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ))
+
+
 def read_tensors(
     tensors: Iterable[TensorInfo],
 ) -> Iterator[tuple[TensorInfo, mx.array]]:
@@ -295,9 +312,7 @@ def read_tensors(
     mappings = {}
     for info in tensors:
         if info.file not in mappings:
-            with open(info.file, "rb") as stream:
-                mapping = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
-            mappings[info.file] = memoryview(mapping)
+            mappings[info.file] = map_file(info.file)
         yield info, info.read(mappings[info.file])
 
 
@@ -792,7 +807,17 @@ class Llama(nn.Module):
         return self.model.embed_tokens.as_linear(x)
 
     def make_cache(self, capacity: int) -> list[KVCache]:
-        """Return an empty cache for `capacity` tokens, one per layer."""
+        """Return an empty cache for `capacity` tokens, one per layer.
+
+        Here a token sees all tokens before it. So a model whose tokens see a window is
+        computed right within the first window, and ValueError is raised for more.
+        """
+        window = self.args.sliding_window
+        if window is not None and capacity > window:
+            raise ValueError(
+                f"the context must be at most {window} tokens, the model's sliding "
+                f"window, got {capacity}"
+            )
         return [KVCache(capacity) for _ in self.model.layers]
 
 
@@ -1296,7 +1321,7 @@ def generate(
     if prefill_step < 1:
         raise ValueError(f"prefill_step must be at least 1, got {prefill_step}")
     if cache is None:
-        capacity = model.args.max_position_embeddings
+        capacity = model.args.longest_context
         if max_tokens is not None:
             capacity = len(prompt) + max_tokens
         cache = model.make_cache(max(capacity, 1))
@@ -1336,7 +1361,7 @@ def answer(
     messages: see ByteLevelTokenizer.encode_chat. dtype: see read_weights. max_tokens:
     at most so many are generated. options: the others of `generate`.
     """
-    args = ModelArgs.from_dict(json.loads((folder / "config.json").read_text("utf-8")))
+    args = ModelArgs.from_dict(json.loads((folder / "config.json").read_bytes()))
     tensors = read_header(folder / "model.safetensors")
     model = build_model(args, tensors)
     for _bytes in read_weights(model, tensors, dtype):
@@ -1355,12 +1380,17 @@ def answer(
 
 # -----------------------------------------------------------------------------
 # 11. Families
-# Part One takes a config.json as it is. Here it is checked first: the size of a file is
-# limited, settings must have the right type and range, and what cannot be honoured is
-# an error that names the key and the value. The two layouts of rotary settings are read
-# as one, and two more scalings join those of section 4: linear, and YaRN [7].
+# Llama, Mistral, Qwen2 and Qwen3 are one transformer, and their files say the same in
+# slightly different words. Part One takes a config.json as it is. Here it is checked
+# first: the size of a file is limited, a key that is left out gets what its family
+# means by that, settings must have the right type and range, and what cannot be
+# honoured is an error that names the key and the value. Some layers of these families
+# let a token see only a window, the tokens right before it; within the first window
+# that makes no difference, so the context is limited to it. The two layouts of rotary
+# settings are read as one, and two more scalings join those of section 4: linear, and
+# YaRN [7].
 # uses: 1, 4
-# needs: MISSING, Path, fields, get_args, json, math
+# needs: Iterator, Path, difflib, fields, get_args, json, math
 # registers: ROPE_SCALINGS
 # -----------------------------------------------------------------------------
 
@@ -1377,34 +1407,65 @@ def read_bounded(path: Path, limit: int) -> bytes:
     return path.read_bytes()
 
 
-def parse_json(data: bytes, source: object) -> dict:
-    """Return the JSON object in bytes. Raises ValueError naming the source if none."""
-    try:
-        value = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{source}: not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{source}: wanted a JSON object, got {type(value).__name__}")
-    return value
-
-
 def read_json(path: Path, limit: int = JSON_BYTES) -> dict:
     """Return the JSON object in a file of at most `limit` bytes; an absent file is {}.
 
     Parsing can turn 3 bytes of JSON into 120 bytes of objects, so the limit on a file
     limits the memory that it can take to 40 times as much.
+    Raises ValueError naming the file if it holds something else.
     """
-    return parse_json(read_bounded(path, limit), path) if path.exists() else {}
+    if not path.exists():
+        return {}
+    data = read_bounded(path, limit)
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: wanted a JSON object, got {type(value).__name__}")
+    return value
 
+
+# What it means that config.json leaves a key out, where ModelArgs does not say so.
+# Source: transformers 5.24, its configuration_llama.py and so on.
+LLAMA_DEFAULTS = {
+    "vocab_size": 32_000,
+    "hidden_size": 4096,
+    "intermediate_size": 11_008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "max_position_embeddings": 2048,
+}
+MISTRAL_DEFAULTS = {
+    "intermediate_size": 14_336,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131_072,
+    "sliding_window": 4096,
+}
+QWEN_DEFAULTS = LLAMA_DEFAULTS | {
+    "vocab_size": 151_936,
+    "intermediate_size": 22_016,
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 32_768,
+    "use_sliding_window": False,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+}
+FAMILY_DEFAULTS = {
+    "llama": LLAMA_DEFAULTS,
+    "mistral": LLAMA_DEFAULTS | MISTRAL_DEFAULTS,
+    "qwen2": QWEN_DEFAULTS,
+    "qwen3": QWEN_DEFAULTS | {"head_dim": 128},
+}
 
 # Settings that are not sizes, and the values that are accepted; None: may be absent.
 SUPPORTED = {
-    "model_type": ("llama", "mistral"),
+    "model_type": tuple(FAMILY_DEFAULTS),
     "hidden_act": ("silu", "swish", None),
-    "sliding_window": (None,),
     "partial_rotary_factor": (1, None),
     "attention_bias": (False, True, None),
     "mlp_bias": (False, True, None),
+    "use_sliding_window": (False, True, None),
 }
 
 # type of a field: (in words, whether a value is of it)
@@ -1476,6 +1537,7 @@ SCALING_NUMBERS = {
     ),
 }
 OPTIONAL_NUMBERS = ("attention_factor", "mscale", "mscale_all_dim")  # of yarn
+ZERO_IS_ABSENT = ("beta_fast", "beta_slow", "mscale", "mscale_all_dim")
 
 
 def check_scaling(scaling: dict) -> None:
@@ -1489,7 +1551,7 @@ def check_scaling(scaling: dict) -> None:
     for key in (*SCALING_NUMBERS[kind], *optional):
         value = scaling.get(key)
         # Below 1e-9 a formula may divide by a number that float64 rounds to zero.
-        if type(value) not in (int, float) or not 1e-9 < value < 2**31:
+        if type(value) not in (int, float) or not 1e-9 < value < 1e30:
             raise ValueError(f"rope_scaling: {key} must be positive, got {value!r:.80}")
     if kind == "llama3" and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
@@ -1500,9 +1562,11 @@ def rotary_settings(config: dict) -> dict:
     """Return rope_scaling and, if given, rope_theta, from either layout of config.json:
     side by side, or both in the rope_parameters of transformers 5.
 
+    Where there are both, rope_scaling counts, and nothing in rope_parameters: somebody
+    has added it. That is how transformers reads it.
     Raises ValueError naming the key and the value that cannot be honoured.
     """
-    key = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
+    key = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
     rope = config.get(key) or {}
     # An object within is for layers of one type; a partial factor, for part of Dh.
     if type(rope) is not dict or dict in map(type, rope.values()):
@@ -1516,14 +1580,16 @@ def rotary_settings(config: dict) -> dict:
     if kind == "default":
         return settings | {"rope_scaling": None}
     scaling = {name: rope[name] for name in rope if name not in ("rope_theta", "type")}
-    for name in OPTIONAL_NUMBERS:  # 0 means that there is none
-        if not scaling.get(name):
-            scaling.pop(name, None)
     scaling["rope_type"] = kind
+    if kind in ("llama3", "yarn"):
+        name = "original_max_position_embeddings"
+        usual = scaling.get(name, config.get("max_position_embeddings"))
+        scaling[name] = config.get(name) or usual
     if kind == "yarn":
-        longest = config.get("max_position_embeddings")
+        for name in ZERO_IS_ABSENT:
+            if not scaling.get(name):
+                scaling.pop(name, None)
         usual = {"beta_fast": 32, "beta_slow": 1}
-        usual["original_max_position_embeddings"] = longest
         scaling = usual | scaling | {"rope_theta": theta or ModelArgs.rope_theta}
     check_scaling(scaling)
     return settings | {"rope_scaling": scaling}
@@ -1543,173 +1609,1339 @@ def check_args(args: ModelArgs) -> None:
         raise ValueError(f"rope_theta must be above 1, got {args.rope_theta}")
 
 
+def with_defaults(config: dict) -> dict:
+    """Return a config.json with what its family means by the keys that it leaves out.
+
+    A value of null leaves a key out, but for two keys where it is a value of its own:
+    num_key_value_heads, as many as query heads, and sliding_window, none.
+    """
+    null = ("num_key_value_heads", "sliding_window")
+    given = {k: v for k, v in config.items() if v is not None or k in null}
+    family = config.get("model_type")
+    known = family in [*FAMILY_DEFAULTS]
+    return (FAMILY_DEFAULTS[family] if known else LLAMA_DEFAULTS) | given
+
+
+def other_type(config: dict) -> str:
+    """Return what else to say of a model_type that is not known."""
+    if "text_config" in config or "vision_config" in config:
+        return ", a model of more than text"
+    name = str(config.get("model_type"))[:80].lower()
+    near = difflib.get_close_matches(name, FAMILY_DEFAULTS, 1)
+    return f"; the nearest is {json.dumps(near[0])}" if near else ""
+
+
+def foreign_settings(config: dict) -> Iterator[str]:
+    """Yield what says that a config.json is of another kind of model or of weights."""
+    for key, known in SUPPORTED.items():
+        if (value := config.get(key)) not in known:
+            wanted = " or ".join(map(json.dumps, known))
+            more = other_type(config) if key == "model_type" else ""
+            yield f"{key} must be {wanted}, got {value!r:.80}{more}"
+    packed = config.get("quantization") or config.get("quantization_config")
+    method = packed.get("quant_method") if type(packed) is dict else None
+    if method is not None and not config.get("quantization"):
+        yield (
+            f"quantization_config: quant_method is {method!r:.80}, wanted weights that "
+            "are not quantized, or as MLX's converter quantizes them"
+        )
+
+
+def wrong_type(key: str, value: object, kind: type) -> list[str]:
+    """Return what is wrong with the type or the range of a setting, in a list."""
+    wanted, fits = KINDS[kind]
+    return [] if fits(value) else [f"{key} must be {wanted}, got {value!r:.80}"]
+
+
+def window_of(config: dict) -> object:
+    """Return how many tokens a token sees in some layer; None: all, in every layer.
+
+    All layers of a Mistral have the window. Those of a Qwen have it if layer_types says
+    so, or without layer_types from max_window_layers on; those of a Llama only if
+    layer_types says so. use_sliding_window may turn it off.
+    Raises ValueError naming the key and the value that cannot be honoured.
+    """
+    layers, types = config["num_hidden_layers"], config.get("layer_types")
+    known = ["full_attention", "sliding_attention"]
+    if types is not None:
+        listed = type(types) is list and len(types) == layers
+        if not listed or any(kind not in known for kind in types):
+            wanted = f"must name {layers} layers of {' or '.join(known)}"
+            raise ValueError(f"layer_types {wanted}, got {types!r:.80}")
+    first = config.get("max_window_layers", layers)
+    if type(first) is not int:
+        raise ValueError(f"max_window_layers must be a whole number, got {first!r:.80}")
+    family = config["model_type"]
+    if family == "mistral":
+        some = True
+    elif types is not None:
+        some = "sliding_attention" in types
+    else:
+        some = first < layers and family in ("qwen2", "qwen3")
+    some = some and config.get("use_sliding_window") is not False
+    return config.get("sliding_window") if some else None
+
+
 def read_args(config: dict) -> ModelArgs:
     """Return the shape that a config.json describes.
 
     Raises ValueError naming the keys and values that this file cannot honour.
     """
-    wrong = []
-    for key, known in SUPPORTED.items():
-        if config.get(key) not in known:
-            wanted = " or ".join(map(json.dumps, known))
-            wrong.append(f"{key} must be {wanted}, got {config.get(key)!r:.80}")
+    config = with_defaults(config)
+    wrong = [*foreign_settings(config)]
     for entry in fields(ModelArgs):
         value, optional = config.get(entry.name), get_args(entry.type)
-        wanted, fits = KINDS[optional[0] if optional else entry.type]
-        if value is None and entry.default is MISSING:
-            wrong.append(f"{entry.name} is missing")
-        elif value is not None and entry.name != "rope_scaling" and not fits(value):
-            wrong.append(f"{entry.name} must be {wanted}, got {value!r:.80}")
+        later = entry.name in ("rope_scaling", "sliding_window")
+        if value is not None and not later:
+            kind = optional[0] if optional else entry.type
+            wrong += wrong_type(entry.name, value, kind)
     if wrong:
         raise ValueError("; ".join(wrong))
-    rotary = rotary_settings(config)
-    theta = rotary.get("rope_theta")
-    if theta is not None and not KINDS[float][1](theta):
-        raise ValueError(f"rope_theta must be a positive number, got {theta!r:.80}")
-    args = ModelArgs.from_dict(config | rotary)
+    settings = {"sliding_window": window_of(config)} | rotary_settings(config)
+    for key, kind in (("sliding_window", int), ("rope_theta", float)):
+        if settings.get(key) is not None:
+            wrong += wrong_type(key, settings[key], kind)
+    if wrong:
+        raise ValueError("; ".join(wrong))
+    args = ModelArgs.from_dict(config | settings)
     check_args(args)
     # Llama 1 and 2 leave rope_theta out and mean 10000. A Llama 3 without it has
     # lost it, and would read well for a page before falling apart.
-    if theta is None and args.vocab_size >= 128_000:
+    lost = "rope_theta" not in settings and config["model_type"] == "llama"
+    if lost and args.vocab_size >= 128_000:
         raise ValueError("rope_theta is missing; a Llama 3 vocabulary needs it")
     return args
 
 
 # -----------------------------------------------------------------------------
 # 12. Chat templates
-# A family of models has its own way of writing a conversation down, and published it as
-# a template in a language for web pages, Jinja. Templates are never run here: the text
-# of one tells its family, and the families are written down below, each as a few pieces
-# of text with a place for a message's content. Names of control tokens in them become
-# ids; everything else is text.
+# How a conversation is written down differs from model to model, so a model folder
+# brings a template for it, in a language for web pages, Jinja:
+#
+#     {% for message in messages %}<|im_start|>{{ message.role }}
+#     {{ message.content }}<|im_end|>
+#     {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+#     {% endif %}
+#
+# Text stands for itself, {{ }} prints a value, {% %} is a statement, {# #} a comment.
+# A template comes from a stranger. So it is not run by Python; it is read here, and
+# interpreted by a program that knows nothing but texts, numbers, lists and dicts.
+#
+# Reading. With other brackets around its statements, a template is nearly Python. Each
+# part becomes a line of Python's syntax, and ast.parse, which runs nothing, makes a
+# tree of the lines:
+#
+#     s0 stands for a text        for v_message in v_messages:
+#     filters and tests are           s0
+#     attributes, which bind          v_message.a_role
+#     as tightly as in Jinja          v_message.a_content.f_trim
+#
+# Interpreting. The tree is walked by a class with a method for each kind of node. It
+# counts its steps and the sizes of its values, so it always ends, and soon.
+#
+# Who wrote it. In a prompt, <|im_end|> is a control token if the template wrote it, and
+# ordinary text if it is in a message. So each character of every text keeps its writer,
+# from the messages to the prompt.
 # uses: none
-# needs: dataclass, re, replace
+# needs: Callable, Iterable, Iterator, Mapping, NamedTuple, ast, collections, datetime,
+#     functools, itertools, json, operator, re
 # -----------------------------------------------------------------------------
 
-ROLES = ("system", "user", "assistant")
+UNKNOWN, TEMPLATE = -2, -1  # writers; the others are the numbers of the messages
+
+# A role is the template's word, since templates build "<|" + role + "|>".
+TRUSTED_ROLES = ("system", "developer", "user", "assistant", "tool", "ipython")
+
+LONGEST = 10_000_000  # characters of a text, items of a list
 
 
-@dataclass(frozen=True)
-class ChatFormat:
-    """How a family of models writes a conversation down.
+class TemplateError(ValueError):
+    """A template cannot be read, or asks for what is not known here."""
 
-    {} is a message's content. Names of control tokens, {bos} and {eos} become ids,
-    everything else is text.  Source: the families' published Jinja templates.
+
+class RaisedByTemplate(TemplateError):
+    """A template refuses a conversation, in its own words."""
+
+
+class Text(str):
+    """A string that knows who wrote each of its characters.
+
+    marks: a string as long as the text, chr(2 + writer) for each character. Methods
+    that are not defined here return an ordinary str, whose writer is unknown. So an
+    operation that was forgotten loses trust, and none can gain it.
     """
 
-    user: str
-    assistant: str  # after `reply`
-    reply: str = ""  # what asks for one
-    system: str = "{}"
-    system_in: str | None = None  # the "first" or "last" user message; None: its own
-    default_system: str | None = None  # where the conversation has none
-    date: str | None = None  # what {date} becomes; None means today
-    bos: bool = False  # one at the very start
-    strip: tuple[str, ...] = ()  # roles whose contents lose the white space around
+    __slots__ = ("marks",)
+
+    def __new__(cls, text: str, marks: str | None = None):
+        self = super().__new__(cls, text)
+        self.marks = chr(2 + UNKNOWN) * len(text) if marks is None else marks
+        return self
+
+    @classmethod
+    def by(cls, writer: int, text: str) -> "Text":
+        return cls(text, chr(2 + writer) * len(text))
+
+    @classmethod
+    def of(cls, value: object) -> "Text":
+        """Return a value as it is printed."""
+        if isinstance(value, Text):
+            return value
+        if isinstance(value, (bool, int, float)):
+            return cls.by(TEMPLATE, str(value))
+        if value is None or isinstance(value, ITERABLE):
+            return cls(str(value))
+        raise TypeError
+
+    def runs(self) -> Iterator[tuple[str, int]]:
+        """Yield (text, writer) for each stretch that has one writer."""
+        start = 0
+        for mark, stretch in itertools.groupby(self.marks):
+            end = start + len(list(stretch))
+            yield str.__str__(self)[start:end], ord(mark) - 2
+            start = end
+
+    def __getitem__(self, index: int | slice) -> "Text":
+        return Text(super().__getitem__(index), self.marks[index])
+
+    def __iter__(self) -> Iterator["Text"]:
+        return (self[n] for n in range(len(self)))
+
+    def __add__(self, other: str) -> "Text":
+        text = super().__add__(other)  # raises TypeError unless both are texts
+        return Text(text, self.marks + Text.of(other).marks)
+
+    def __mul__(self, times: int) -> "Text":
+        return Text(super().__mul__(times), self.marks * times)
+
+    def join(self, pieces: Iterable[str]) -> "Text":
+        pieces = [Text.of(piece) for piece in pieces]
+        if sum(map(len, pieces)) + len(self) * len(pieces) > LONGEST:
+            raise ValueError("the text becomes too long")
+        marks = self.marks.join([piece.marks for piece in pieces])
+        return Text(super().join(pieces), marks)
+
+    def split(self, separator: str | None = None, maxsplit: int = -1) -> list["Text"]:
+        pieces, end = [], 0
+        for piece in super().split(separator, maxsplit):
+            # Without a separator, white space of any length lies between two pieces.
+            start = self.find(piece, end) if separator is None else end
+            pieces.append(self[start : start + len(piece)])
+            end = start + len(piece) + len(separator or "")
+        return pieces
+
+    def replace(self, old: str, new: str, count: int = -1) -> "Text":
+        if not old:  # it would put `new` between all characters
+            return Text(super().replace(old, new, count))
+        return Text.of(new).join(self.split(old, count))
+
+    def lstrip(self, characters: str | None = None) -> "Text":
+        return self[len(self) - len(super().lstrip(characters)) :]
+
+    def rstrip(self, characters: str | None = None) -> "Text":
+        return self[: len(super().rstrip(characters))]
+
+    def strip(self, characters: str | None = None) -> "Text":
+        return self.lstrip(characters).rstrip(characters)
+
+    def recased(self, text: str) -> "Text":
+        """Return this text in other letters; a few change in number, as German ß."""
+        return Text(text, self.marks if len(text) == len(self) else None)
+
+    def upper(self) -> "Text":
+        return self.recased(super().upper())
+
+    def lower(self) -> "Text":
+        return self.recased(super().lower())
+
+    def title(self) -> "Text":
+        return self.recased(super().title())
+
+    def capitalize(self) -> "Text":
+        return self.recased(super().capitalize())
 
 
-def by_role(turn: str, **other) -> ChatFormat:
-    """Return the format that writes all messages alike, {role} being whose it is."""
-    system, user, assistant = (turn.replace("{role}", role) for role in ROLES)
-    reply, end = assistant.split("{}")
-    return ChatFormat(user, "{}" + end, reply, system, **other)
+class Undefined:
+    """What a name stands for that nothing was assigned to: printed as nothing."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def __str__(self) -> str:
+        return ""
+
+    def __repr__(self) -> str:
+        return "Undefined"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Undefined)
+
+    def __hash__(self) -> int:
+        return 0
+
+    def __len__(self) -> int:  # so it is false, too
+        return 0
+
+    def __iter__(self) -> Iterator:
+        return iter(())
 
 
-LLAMA3 = "<|start_header_id|>{role}<|end_header_id|>\n\n{}<|eot_id|>"
-DATES = "Cutting Knowledge Date: December 2023\nToday Date: {date}\n\n"
-MISTRAL = {"system": "{}\n\n", "bos": True}
-CHAT_FORMATS = {
-    "llama3": by_role(LLAMA3, bos=True, strip=ROLES),
-    # Every exchange of Llama 2 opens with a BOS, as a document of its own.
-    "llama2": ChatFormat(
-        system="<<SYS>>\n{}\n<</SYS>>\n\n",
-        system_in="first",
-        user="{bos}[INST] {} [/INST]",
-        assistant=" {} {eos}",
-        strip=ROLES,
-    ),
-    "chatml": by_role("<|im_start|>{role}\n{}<|im_end|>\n"),
-    "zephyr": by_role("<|{role}|>\n{}{eos}\n"),
-    "mistral": ChatFormat("[INST] {} [/INST]", "{}{eos}", system_in="first", **MISTRAL),
-    "mistral-v3": ChatFormat(
-        "[INST] {}[/INST]",
-        " {}{eos}",
-        system_in="last",
-        strip=("assistant",),
-        **MISTRAL,
-    ),
+ITERABLE = (str, list, tuple, dict, range, Undefined)
+
+
+class Namespace:
+    """Values by name, which a template may assign to from within a loop."""
+
+    def __init__(self, **values):
+        self.values = values
+
+
+class Macro(NamedTuple):
+    """A function that a template defines, and the names that it sees."""
+
+    definition: ast.FunctionDef
+    scope: collections.ChainMap
+
+
+# Reading: a template is cut into parts, and each part becomes a line of Python.
+
+
+class Token(NamedTuple):
+    kind: str  # number, name, string or operator
+    text: str
+
+
+class Part(NamedTuple):
+    kind: str  # "data", which is text; "{", which prints a value; "%", a statement
+    at: int  # its place in the template
+    content: str | list[Token]
+
+
+OPENING = re.compile(r"\{([{%#])([-+]?)")
+# A line break after a statement or a comment is not printed. A minus sign takes away
+# all white space on its side, a plus sign keeps it.
+CLOSING = {
+    "{": re.compile(r"-\}\}\s*|\}\}"),
+    "%": re.compile(r"\+%\}|-%\}\s*|%\}\n?"),
+    "#": re.compile(r"\+#\}|-#\}\s*|#\}\n?"),
 }
-CHAT_FORMATS["llama3.1"] = replace(
-    CHAT_FORMATS["llama3"],
-    system=LLAMA3.replace("{role}", "system").replace("{}", DATES + "{}"),
-    default_system="",
+TOKEN = re.compile(
+    r"(?P<number>\d[\d_]*(?:\.\d+)?(?:[eE][-+]?\d+)?)|(?P<name>[A-Za-z_]\w*)"
+    r"|(?P<string>'[^'\\]*(?:\\.[^'\\]*)*'|\"[^\"\\]*(?:\\.[^\"\\]*)*\")"
+    r"|(?P<operator>[=!<>]=|//|[-+*/%~<>=.:,|()\[\]{}])",
+    re.ASCII | re.DOTALL,
 )
+SPACE_RUN = re.compile(r"\s*")
+BRACKETS = {"(": ")", "[": "]", "{": "}"}
 
-# What the template of a family has in its text; the first that fits is it.
-FAMILIES = {
-    "llama3.1": ("<|start_header_id|>", "Cutting Knowledge Date"),
-    "llama3": ("<|start_header_id|>",),
-    "chatml": ("<|im_start|>",),
-    "zephyr": ("<|assistant|>", "eos_token"),
-    "llama2": ("<<SYS>>",),
-    "mistral": ("'[INST] ' + message['content'] + ' [/INST]'",),
-    "mistral-v3": ("'[INST] ' + message['content'] + '[/INST]'",),
+
+def place(source: str, at: int) -> str:
+    """Return where in a template something is, for messages."""
+    before = source[:at]
+    return f"line {before.count(chr(10)) + 1}, column {at - before.rfind(chr(10))}"
+
+
+def read_parts(source: str) -> Iterator[Part]:
+    """Yield the parts of a template, without its comments."""
+    at, line_starts = 0, True
+    while (tag := OPENING.search(source, at)) is not None:
+        kind, sign = tag.groups()
+        data = source[at : tag.start()]
+        if sign == "-":
+            data = data.rstrip()
+        elif sign != "+" and kind != "{":  # an indentation before it is not printed
+            line = data.rfind("\n") + 1
+            if (line > 0 or line_starts) and data[line:].isspace():
+                data = data[:line]
+        if data:
+            yield Part("data", at, data)
+        if kind == "#":
+            end = CLOSING["#"].search(source, tag.end())
+        else:
+            tokens, end = read_tokens(source, tag.end(), CLOSING[kind])
+            yield Part(kind, tag.start(), tokens)
+        if end is None:
+            raise TemplateError(f"{place(source, tag.start())}: {tag[0]} has no end")
+        at, line_starts = end.end(), end[0].endswith("\n")
+    yield Part("data", at, source[at:])
+
+
+def read_tokens(
+    source: str, at: int, closing: re.Pattern
+) -> tuple[list[Token], re.Match | None]:
+    """Return the tokens of a tag, from `at` on, and where it closes, if it does."""
+    tokens, brackets = [], []
+    while True:
+        at = SPACE_RUN.match(source, at).end()
+        end = None if brackets else closing.match(source, at)
+        if end or at == len(source):
+            return tokens, end
+        if (token := TOKEN.match(source, at)) is None:
+            raise TemplateError(f"{place(source, at)}: cannot read {source[at]!r}")
+        if token[0] in BRACKETS:
+            brackets.append(BRACKETS[token[0]])
+        elif token[0] in BRACKETS.values() and [token[0]] != brackets[-1:]:
+            raise TemplateError(f"{place(source, at)}: {token[0]} closes nothing")
+        elif token[0] in BRACKETS.values():
+            brackets.pop()
+        if len(brackets) > 40 or len(tokens) > 2000:
+            raise TemplateError(f"{place(source, at)}: the expression is too large")
+        tokens.append(Token(token.lastgroup, token[0]))
+        at = token.end()
+
+
+# From Jinja's operators to ones that Python has and Jinja has not, so that they bind
+# alike: ~, which joins texts, binds tighter in Jinja than +, and looser than *.
+OPERATORS = {"+": "<<", "-": ">>", "~": "+"}
+CONSTANTS = {"true": True, "false": False, "none": None}
+CONSTANTS |= {name.capitalize(): value for name, value in CONSTANTS.items()}
+WORDS = ("and", "or", "not", "in", "if", "else", "is")
+
+
+class Reader:
+    """Makes a template into a tree of Python's syntax.
+
+    Names get a prefix, so that none is a word of Python's: v_ for variables, a_ for
+    attributes, f_ for filters, t_ and n_ for tests that shall hold, or not. Texts and
+    numbers go into `constants`, and s0, s1, ... stand for them.
+    """
+
+    def __init__(self, source: str):
+        self.source, self.constants = source, []
+        self.lines, self.places = [], []  # of Python, and where each is in the template
+        self.open = []  # keywords of the statements that have not ended
+        self.at = 0  # the place of the part that is read
+
+    def error(self, words: str) -> TemplateError:
+        return TemplateError(f"{place(self.source, self.at)}: {words}")
+
+    def read(self) -> ast.Module:
+        """Return the tree; a node's line number counts `places` from 1."""
+        for part in read_parts(self.source):
+            self.at = part.at
+            if part.kind == "data":
+                self.add(self.constant(Text.by(TEMPLATE, part.content)))
+            elif part.kind == "{":
+                self.add(self.value(part.content))
+            else:
+                self.add_statement(part.content)
+        if self.open:
+            raise self.error(f"{self.open[-1]} has no end")
+        try:
+            return ast.parse("\n".join(self.lines))
+        except SyntaxError as error:
+            self.at = self.places[min(error.lineno, len(self.places)) - 1]
+            raise self.error("this cannot be read") from None
+        except (MemoryError, RecursionError):
+            raise TemplateError("the template is nested too deeply") from None
+
+    def add(self, line: str, outwards: int = 0) -> None:
+        self.lines.append(" " * (len(self.open) - outwards) + line)
+        self.places.append(self.at)
+
+    def begin(self, keyword: str, line: str) -> None:
+        """Add the line that opens a body, which is never empty then."""
+        self.add(f"{line}:")
+        self.open.append(keyword)
+        self.add("pass")
+        if len(self.open) > 40:
+            raise self.error("too many statements within each other")
+
+    def add_statement(self, tokens: list[Token]) -> None:
+        texts = [token.text for token in tokens]
+        keyword, rest = texts[0] if texts else "", tokens[1:]
+        if keyword in ("break", "continue"):
+            self.add(keyword)
+        elif keyword == "if":
+            self.begin("if", f"if {self.value(rest)}")
+        elif keyword in ("elif", "else") and self.open[-1:] in (["if"], ["for"]):
+            value = self.value(rest) if keyword == "elif" else ""
+            self.add(f"{keyword} {value}:", outwards=1)
+            self.add("pass")
+        elif keyword == "for":
+            self.begin("for", self.for_line(rest))
+        elif keyword == "macro":
+            self.begin("macro", f"def {self.expression(rest)}")
+        elif keyword == "set" and "=" in texts:
+            n = texts.index("=")
+            self.add(f"{self.expression(tokens[1:n])} = {self.value(tokens[n + 1 :])}")
+        # `block` is what a body prints, and may be filtered.
+        elif keyword == "set":
+            n = texts.index("|") if "|" in texts else len(texts)
+            name, filters = self.expression(tokens[1:n]), self.expression(tokens[n:])
+            self.begin("set", f"with block {filters} as {name}")
+        elif keyword == "filter":
+            filters = self.expression([Token("operator", "|"), *rest])
+            self.begin("filter", f"with block {filters}")
+        elif keyword == "generation":  # marks replies for training
+            self.begin("generation", "with block")
+        elif keyword == "call":
+            self.begin("call", "with call")
+        elif self.open and keyword == f"end{self.open[-1]}":
+            self.open.pop()
+        else:
+            raise self.error(f"did not expect {keyword[:40]!r}")
+
+    def for_line(self, tokens: list[Token]) -> str:
+        """Return `for names in values`. An `if` of the loop's own chooses the values
+        before it begins, so it becomes a list comprehension."""
+        where, depth = {}, 0  # of `in` and `if`, outside of brackets
+        for n, token in enumerate(tokens):
+            depth += (token.text in BRACKETS) - (token.text in BRACKETS.values())
+            if depth == 0 and token.kind == "name":
+                where.setdefault(token.text, n)
+        end = where.get("if", len(tokens))
+        names = self.expression(tokens[: where.get("in", 0)])
+        values = self.value(tokens[where.get("in", 0) + 1 : end])
+        if "if" in where:
+            chosen = self.value(tokens[end + 1 :])
+            values = f"[item for {names} in {values} if {chosen}]"
+        return f"for {names} in {values}"
+
+    def value(self, tokens: list[Token]) -> str:
+        """Return an expression in parentheses, so that it cannot be anything else."""
+        if not tokens:
+            raise self.error("a value is missing")
+        return f"({self.expression(tokens)})"
+
+    def constant(self, value: object) -> str:
+        self.constants.append(value)
+        return f"s{len(self.constants) - 1}"
+
+    def expression(self, tokens: list[Token]) -> str:
+        """Return an expression as Python writes it."""
+        pieces, before = [], Token("operator", "")
+        # For each bracket that is open, how many an inline `if` has no `else` yet.
+        open_ifs = [0]
+        signed = False  # whether a sign was the last operator
+        tokens = collections.deque(tokens)
+        while tokens:
+            token = tokens.popleft()
+            kind, text = token
+            if text in ("|", "is") and signed:
+                raise self.error("a sign before a filter or a test is not known here")
+            if kind == "string":
+                pieces.append(self.text_constant(token, tokens))
+            elif kind == "number":
+                pieces.append(self.number_constant(text))
+            elif text in CONSTANTS:
+                pieces.append(self.constant(CONSTANTS[text]))
+            elif text == "is":
+                pieces.append(self.test(tokens))
+            elif text in (".", "|"):
+                name = tokens.popleft() if tokens else token
+                if name.kind != "name":
+                    raise self.error(
+                        f"did not expect {name.text[:40]!r} after {text!r}"
+                    )
+                pieces.append(f".{'a_' if text == '.' else 'f_'}{name.text}")
+                token = Token("value", "")
+            elif kind == "name" and text not in WORDS:
+                pieces.append(f"v_{text}")
+            else:
+                is_value = before.kind != "operator" or before.text in (")", "]", "}")
+                is_value = is_value and before.text not in WORDS
+                if text in ("if", "else"):
+                    open_ifs[-1] += 1 if text == "if" else -1
+                if text in BRACKETS:
+                    open_ifs.append(0)
+                if text in (",", ":", *BRACKETS.values()):
+                    pieces += ["else undefined"] * open_ifs[-1]
+                    open_ifs[-1] = 0
+                if text in BRACKETS.values():
+                    open_ifs.pop()
+                signed = text in ("+", "-") and not is_value
+                pieces.append(text if signed else OPERATORS.get(text, text))
+            before = token
+        return " ".join(pieces + ["else undefined"] * open_ifs[-1])
+
+    def text_constant(self, token: Token, tokens: collections.deque) -> str:
+        """Return the constant of a text, and of those right after it, which are part of
+        it. Escapes are Python's."""
+        text = token.text[1:-1]
+        while tokens and tokens[0].kind == "string":
+            text += tokens.popleft().text[1:-1]
+        try:
+            text = text.encode("ascii", "backslashreplace").decode("unicode-escape")
+        except ValueError:
+            raise self.error("a text has an escape that is none") from None
+        return self.constant(Text.by(TEMPLATE, text))
+
+    def number_constant(self, text: str) -> str:
+        digits = text.replace("_", "")
+        if len(digits) > 30:
+            raise self.error("a number is too long")
+        return self.constant(int(digits) if digits.isdigit() else float(digits))
+
+    def test(self, tokens: collections.deque) -> str:
+        """Return what follows `is` as an attribute. A test may have one argument
+        without parentheses: x is equalto "y"."""
+        prefix = "t_"
+        if tokens and tokens[0].text == "not":
+            tokens.popleft()
+            prefix = "n_"
+        name = tokens.popleft() if tokens else Token("operator", "")
+        if name.kind != "name":
+            raise self.error("the name of a test is missing")
+        test = f".{prefix}{name.text}"
+        if not tokens or tokens[0].kind == "operator" or tokens[0].text in WORDS:
+            return test
+        argument = self.expression([tokens.popleft()])
+        if tokens and tokens[0].text in (".", "[", "("):
+            raise self.error(f"the argument of {name.text} needs parentheses")
+        return f"{test}({argument})"
+
+
+# What templates can use.
+
+
+def items_of(value: object) -> Iterable:
+    if not isinstance(value, ITERABLE):
+        raise TypeError
+    return value
+
+
+def attribute_at(run: "Interpreter", value: object, path: object) -> object:
+    """Return an attribute of an attribute ..., as filters name them: "a.b"."""
+    for name in str(path).split("."):
+        value = run.item(value, Text(name))
+    return value
+
+
+def join_filter(run, values, separator="", attribute=None):
+    if attribute is not None:
+        values = [attribute_at(run, value, attribute) for value in items_of(values)]
+    return Text.of(separator).join(items_of(values))
+
+
+def map_filter(run, values, name=None, *args, attribute=None, default=None):
+    if name is not None:
+        return [run.filter(name, value, *args) for value in values or ()]
+    found = [attribute_at(run, value, attribute) for value in values or ()]
+    if default is None:
+        return found
+    return [default if isinstance(value, Undefined) else value for value in found]
+
+
+def chooser(keep: bool, by_attribute: bool) -> Callable:
+    """Return select, reject, selectattr or rejectattr."""
+
+    def choose(run, values, *args):
+        chosen = []
+        for value in values or ():
+            tested, rest = value, args
+            if by_attribute:
+                tested, rest = attribute_at(run, value, args[0]), args[1:]
+            holds = run.test(rest[0], tested, *rest[1:]) if rest else bool(tested)
+            if holds == keep:
+                chosen.append(value)
+        return chosen
+
+    return choose
+
+
+def default_filter(run, value, default="", boolean=False):
+    missing = isinstance(value, Undefined) or (boolean and not value)
+    return default if missing else value
+
+
+def items_filter(run, value):
+    if not isinstance(value, (dict, Undefined)):
+        raise TypeError
+    return list(value.items()) if isinstance(value, dict) else []
+
+
+def title_filter(run, value):
+    """Return a text whose words begin with a capital: Jinja's words end at - ( { [ <"""
+    text = Text.of(value)
+    words = re.split(r"([-\s({\[<]+)", text)
+    return text.recased("".join(w[:1].upper() + w[1:].lower() for w in words))
+
+
+def indent_filter(run, value, width=4, first=False, blank=False):
+    space = width if isinstance(width, str) else Text.by(TEMPLATE, " " * min(width, 99))
+    lines = (Text.of(value) + "\n").split("\n")[:-1]
+    kept = [space + x if x or blank else x for x in lines[1:]]
+    return Text.by(TEMPLATE, "\n").join(
+        [space + lines[0] if first else lines[0], *kept]
+    )
+
+
+def dictsort_filter(run, value, case_sensitive=False, by="key", reverse=False):
+    def order(pair):
+        part = pair[0 if by == "key" else 1]
+        fold = isinstance(part, str) and not case_sensitive
+        return str(part).lower() if fold else part
+
+    return sorted(value.items(), key=order, reverse=reverse)
+
+
+def unique_filter(run, values, case_sensitive=False, attribute=None):
+    seen, kept = set(), []
+    for value in items_of(values):
+        key = value if attribute is None else attribute_at(run, value, attribute)
+        key = str(key).lower() if isinstance(key, str) and not case_sensitive else key
+        if run.key(key) not in seen:
+            seen.add(key)
+            kept.append(value)
+    return kept
+
+
+def json_filter(
+    run, value, ensure_ascii=False, indent=None, separators=None, sort_keys=False
+):
+    run.weigh(value)
+    if isinstance(indent, int) and indent > 99:
+        raise ValueError
+    return json.dumps(
+        value,
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators,
+        sort_keys=sort_keys,
+    )
+
+
+def first_filter(run, values):
+    return next(iter(items_of(values)), Undefined("the first item"))
+
+
+def last_filter(run, values):
+    return next(iter(reversed(list(items_of(values)))), Undefined("the last item"))
+
+
+FILTERS = {
+    "capitalize": lambda run, value: Text.of(value).capitalize(),
+    "default": default_filter,
+    "dictsort": dictsort_filter,
+    "first": first_filter,
+    "indent": indent_filter,
+    "int": lambda run, value: int(value),
+    "items": items_filter,
+    "join": join_filter,
+    "last": last_filter,
+    "length": lambda run, value: len(value),
+    "list": lambda run, value: list(items_of(value)),
+    "lower": lambda run, value: Text.of(value).lower(),
+    "map": map_filter,
+    "reject": chooser(keep=False, by_attribute=False),
+    "rejectattr": chooser(keep=False, by_attribute=True),
+    "replace": lambda run, value, *args: Text.of(value).replace(*map(Text.of, args)),
+    "safe": lambda run, value: Text.of(value),
+    "select": chooser(keep=True, by_attribute=False),
+    "selectattr": chooser(keep=True, by_attribute=True),
+    "string": lambda run, value: Text.of(value),
+    "title": title_filter,
+    "tojson": json_filter,
+    "trim": lambda run, value, *args: Text.of(value).strip(*args),
+    "unique": unique_filter,
+    "upper": lambda run, value: Text.of(value).upper(),
+}
+FILTERS |= {"count": FILTERS["length"], "d": FILTERS["default"]}
+
+TESTS = {
+    "boolean": lambda value: isinstance(value, bool),
+    "defined": lambda value: not isinstance(value, Undefined),
+    "divisibleby": lambda value, number: value % number == 0,
+    "equalto": lambda value, other: value == other,
+    "even": lambda value: value % 2 == 0,
+    "false": lambda value: value is False,
+    "float": lambda value: isinstance(value, float),
+    "in": lambda value, values: value in values,
+    "integer": lambda value: isinstance(value, int) and not isinstance(value, bool),
+    "iterable": lambda value: isinstance(value, ITERABLE),
+    "lower": lambda value: str(value).islower(),
+    "mapping": lambda value: isinstance(value, dict),
+    "ne": lambda value, other: value != other,
+    "none": lambda value: value is None,
+    "number": lambda value: isinstance(value, (int, float)),
+    "odd": lambda value: value % 2 == 1,
+    "sequence": lambda value: isinstance(value, ITERABLE),
+    "string": lambda value: isinstance(value, str),
+    "true": lambda value: value is True,
+    "undefined": lambda value: isinstance(value, Undefined),
+    "upper": lambda value: str(value).isupper(),
+}
+TESTS |= {"eq": TESTS["equalto"], "==": TESTS["equalto"], "!=": TESTS["ne"]}
+
+# Methods that templates may call; the other names of a type are refused.
+TEXT_METHODS = (
+    "strip lstrip rstrip split startswith endswith replace upper lower title capitalize "
+    "join find rfind index count isdigit isalpha isspace isupper islower splitlines "
+    "removeprefix removesuffix"
+)
+METHODS = {Text: TEXT_METHODS.split(), dict: ["get", "items", "keys", "values"]}
+METHODS |= {list: ["index", "count"], tuple: ["index", "count"]}
+
+
+def limited_range(*args: int) -> range:
+    numbers = range(*args)
+    if len(numbers) > 100_000:
+        raise ValueError
+    return numbers
+
+
+def strftime_now(form: str) -> str:
+    """Return the date and time as text; only plain directives, since "%999999d" makes
+    a text of a million characters."""
+    if len(form) > 200 or re.search(r"%-?[^-a-zA-Z%]", form):
+        raise ValueError
+    return datetime.datetime.now().strftime(form)
+
+
+def raise_exception(message: str) -> None:
+    raise RaisedByTemplate(" ".join(str(message).split())[:500])
+
+
+GLOBALS = {
+    "dict": lambda **values: values,
+    "namespace": Namespace,
+    "raise_exception": raise_exception,
+    "range": limited_range,
+    "strftime_now": strftime_now,
 }
 
 
-def recognise_format(template: str) -> tuple[str | None, ChatFormat | None]:
-    """Return the name and the format of a Jinja chat template, (None, None) if unknown.
+# Interpreting.
 
-    Templates are never run: what tells the families apart is looked for in their text.
+
+OPERATIONS = {
+    ast.LShift: operator.add,  # see OPERATORS
+    ast.RShift: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.FloorDiv: operator.floordiv,
+    ast.Mod: operator.mod,
+    ast.Eq: operator.eq,
+    ast.NotEq: operator.ne,
+    ast.Lt: operator.lt,
+    ast.LtE: operator.le,
+    ast.Gt: operator.gt,
+    ast.GtE: operator.ge,
+    ast.In: lambda value, values: value in values,
+    ast.NotIn: lambda value, values: value not in values,
+}
+
+
+class Break(Exception):
+    """Leaves a loop."""
+
+
+class Continue(Exception):
+    """Leaves a round of a loop."""
+
+
+class Interpreter(ast.NodeVisitor):
+    """Walks the tree of a template, and prints.
+
+    Values are texts, numbers, true, false, none, lists, tuples, dicts, ranges, and the
+    classes above: no method here gives a template anything else. steps: how many nodes
+    it may visit, or 64 characters or items it may make.
     """
-    template = template.replace('"', "'").replace("\\n", "\n")
-    known = (n for n, marks in FAMILIES.items() if all(m in template for m in marks))
-    if (name := next(known, None)) is None:
-        return None, None
-    changes = {"bos": "bos_token" in template and name != "llama2"}
-    fixed = re.search(r"date_string = '(\d\d? \w{3} \d{4})'", template)
-    if fixed and "strftime_now" not in template:
-        changes["date"] = fixed[1]
-    if own := re.search(r"<\|im_start\|>system\n([^'{}]+)<\|im_end\|>", template):
-        changes["default_system"] = own[1]
-    if name == "mistral" and "eos_token + ' '" in template:  # 7B-Instruct-v0.1
-        changes["assistant"] = "{}{eos} "
-    return name, replace(CHAT_FORMATS[name], **changes)
+
+    def __init__(self, reader: Reader, variables: dict, steps: int):
+        self.reader, self.steps, self.depth = reader, steps, 0
+        self.scope = collections.ChainMap({}, variables, GLOBALS)
+        self.output = []
+
+    def spend(self, steps: int) -> None:
+        self.steps -= steps
+        if self.steps < 0:
+            raise TemplateError("the template does not come to an end")
+
+    def weigh(self, value: object, depth: int = 0) -> None:
+        """Count all that is in a value, before Python walks through it: a list that
+        holds a list twice, which holds a list twice ... is small and takes for ever."""
+        self.spend(1)
+        if depth > 50:
+            raise TemplateError("a value is nested too deeply")
+        if isinstance(value, str):
+            self.spend(len(value) // 64)
+        if isinstance(value, (list, tuple)):
+            for item in value:
+                self.weigh(item, depth + 1)
+        if isinstance(value, dict):
+            for item in value.values():
+                self.weigh(item, depth + 1)
+
+    def visit(self, node: ast.AST) -> object:
+        self.depth += 1
+        try:
+            self.spend(1)
+            if self.depth > 150:
+                raise TemplateError("the template is nested too deeply")
+            value = super().visit(node)
+        except (Break, Continue, TemplateError):
+            raise
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+            raise self.error(node, "this does not work with these values") from None
+        finally:
+            self.depth -= 1
+        if isinstance(value, str):
+            value = value if isinstance(value, Text) else Text(value)
+        if isinstance(value, (str, list, dict)):
+            self.spend(len(value) // 64)
+        return value
+
+    def error(self, node: ast.AST, words: str) -> TemplateError:
+        at = self.reader.places[node.lineno - 1]
+        return TemplateError(f"{place(self.reader.source, at)}: {words}")
+
+    def generic_visit(self, node: ast.AST) -> None:
+        raise self.error(node, "this is not known here")
+
+    # Statements.
+
+    def run(self, statements: list[ast.stmt]) -> None:
+        for statement in statements:
+            self.visit(statement)
+
+    def visit_Module(self, node: ast.Module) -> None:
+        self.run(node.body)
+
+    def visit_Pass(self, node: ast.Pass) -> None:
+        pass
+
+    def visit_Expr(self, node: ast.Expr) -> None:
+        self.output.append(self.text(self.visit(node.value)))
+
+    def text(self, value: object) -> Text:
+        """Return a value as it is printed."""
+        self.weigh(value)
+        return Text.of(value)
+
+    def visit_If(self, node: ast.If) -> None:
+        self.run(node.body if self.visit(node.test) else node.orelse)
+
+    def visit_For(self, node: ast.For) -> None:
+        items, outer, completed = list(items_of(self.visit(node.iter))), self.scope, 0
+        self.spend(len(items))
+        for n, item in enumerate(items):
+            self.scope = outer.new_child({"loop": self.loop(items, n)})
+            self.assign(node.target, item)
+            try:
+                self.run(node.body)
+                completed += 1
+            except Continue:
+                pass
+            except Break:
+                break
+            finally:
+                self.scope = outer
+        if not completed:  # as Jinja has it, also after rounds that were all left
+            self.run(node.orelse)
+
+    def loop(self, items: list, n: int) -> Namespace:
+        size, none = len(items), Undefined("there is no such item")
+        return Namespace(
+            index=n + 1,
+            index0=n,
+            revindex=size - n,
+            revindex0=size - n - 1,
+            first=n == 0,
+            last=n == size - 1,
+            length=size,
+            previtem=items[n - 1] if n else none,
+            nextitem=items[n + 1] if n + 1 < size else none,
+            depth=1,
+            depth0=0,
+        )
+
+    def visit_Break(self, node: ast.Break) -> None:
+        raise Break
+
+    def visit_Continue(self, node: ast.Continue) -> None:
+        raise Continue
+
+    def visit_Assign(self, node: ast.Assign) -> None:
+        self.assign(node.targets[0], self.visit(node.value))
+
+    def assign(self, target: ast.expr, value: object) -> None:
+        """Give a value to a name, several to several, or one to a namespace's name."""
+        if isinstance(target, ast.Name) and target.id.startswith("v_"):
+            self.scope[target.id[2:]] = value
+        elif isinstance(target, ast.Tuple):
+            values = list(items_of(value))
+            if len(values) != len(target.elts):
+                raise ValueError
+            for part, item in zip(target.elts, values):
+                self.assign(part, item)
+        elif isinstance(target, ast.Attribute):
+            owner = self.visit(target.value)
+            if not isinstance(owner, Namespace) or not target.attr.startswith("a_"):
+                raise TypeError
+            owner.values[target.attr[2:]] = value
+        else:
+            raise self.error(target, "nothing can be assigned to this")
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
+        self.scope[node.name[2:]] = Macro(node, self.scope)
+
+    def captured(self, body: list[ast.stmt], scope: collections.ChainMap) -> Text:
+        """Return what statements print, run in a scope of their own."""
+        outer, output = self.scope, self.output
+        self.scope, self.output = scope, []
+        try:
+            self.run(body)
+            return Text("").join(self.output)
+        finally:
+            self.scope, self.output = outer, output
+
+    def visit_With(self, node: ast.With) -> None:
+        item, outer = node.items[0], self.scope
+        block = self.captured(node.body, outer.new_child())
+        self.scope = outer.new_child({"<block>": block})
+        try:
+            value = self.visit(item.context_expr)
+        finally:
+            self.scope = outer
+        if item.optional_vars is None:
+            self.output.append(Text.of(value))
+        else:
+            self.assign(item.optional_vars, value)
+
+    # Expressions.
+
+    def visit_Name(self, node: ast.Name) -> object:
+        if node.id.startswith("s"):
+            return self.reader.constants[int(node.id[1:])]
+        if node.id == "block":
+            return self.scope["<block>"]
+        if node.id == "call":
+            raise self.error(node, "call blocks are not known here")
+        name = node.id[2:] if node.id.startswith("v_") else "this"
+        return self.scope[name] if name in self.scope else Undefined(name)
+
+    def visit_Attribute(self, node: ast.Attribute) -> object:
+        value, prefix, name = self.visit(node.value), node.attr[:2], node.attr[2:]
+        if prefix == "f_":
+            return self.filter(name, value, node=node)
+        if prefix in ("t_", "n_"):
+            return self.test(name, value, node=node) == (prefix == "t_")
+        if isinstance(value, Undefined):
+            raise self.error(node, f"{value.name!r:.80} is undefined")
+        if isinstance(value, Namespace):
+            return value.values.get(name, Undefined(name))
+        if name in METHODS.get(type(value), ()):
+            return functools.partial(self.call_method, value, name)
+        if name in dir(type(value)) and not name.startswith("_"):
+            raise self.error(node, f"{name!r:.80} is not known here")
+        return self.item(value, Text(name))
+
+    def call_method(self, value: object, name: str, *args, **options) -> object:
+        result = getattr(value, name)(*map(self.key, args), **options)
+        views = name in ("items", "keys", "values")
+        return list(result) if views else result
+
+    def key(self, value: object) -> object:
+        """Return a value that may be a key of a dict: no list or tuple."""
+        if isinstance(value, (list, tuple)):
+            self.weigh(value)
+        return value
+
+    def item(self, value: object, key: object) -> object:
+        """Return value[key], Undefined if there is none."""
+        if isinstance(value, Undefined):
+            raise TypeError
+        try:
+            return value[self.key(key)]
+        except (LookupError, TypeError):
+            return Undefined(str(key) if isinstance(key, (str, int)) else "this")
+
+    def visit_Subscript(self, node: ast.Subscript) -> object:
+        value = self.visit(node.value)
+        if isinstance(value, Undefined):
+            raise self.error(node, f"{value.name!r:.80} is undefined")
+        if isinstance(node.slice, ast.Slice):
+            parts = (node.slice.lower, node.slice.upper, node.slice.step)
+            return value[slice(*(part and self.visit(part) for part in parts))]
+        return self.item(value, self.visit(node.slice))
+
+    def visit_Call(self, node: ast.Call) -> object:
+        if any(keyword.arg is None for keyword in node.keywords):
+            raise self.error(node, "** is not known here")
+        options = {word.arg[2:]: self.visit(word.value) for word in node.keywords}
+        function, prefix = node.func, ""
+        if isinstance(function, ast.Attribute):
+            prefix, name = function.attr[:2], function.attr[2:]
+        if prefix in ("f_", "t_", "n_"):
+            value = self.visit(function.value)
+            args = [self.visit(argument) for argument in node.args]
+            if prefix == "f_":
+                return self.filter(name, value, *args, node=node, **options)
+            return self.test(name, value, *args, node=node) == (prefix == "t_")
+        callee = self.visit(function)
+        args = [self.visit(argument) for argument in node.args]
+        if isinstance(callee, Undefined):
+            raise self.error(node, f"{callee.name!r:.80} is undefined")
+        if isinstance(callee, Macro):
+            return self.call_macro(callee, args, options)
+        return callee(*args, **options)
+
+    def filter(self, name: str, value: object, *args, node=None, **options) -> object:
+        if name not in FILTERS:
+            words = f"the filter {str(name)!r:.80} is not known here"
+            raise self.error(node, words) if node else TemplateError(words)
+        self.weigh(value)
+        return FILTERS[name](self, value, *args, **options)
+
+    def test(self, name: str, value: object, *args, node=None) -> bool:
+        if name not in TESTS:
+            words = f"the test {str(name)!r:.80} is not known here"
+            raise self.error(node, words) if node else TemplateError(words)
+        for operand in (value, *args):
+            self.weigh(operand)
+        return TESTS[name](value, *args)
+
+    def call_macro(self, macro: Macro, args: list, options: dict) -> Text:
+        """Return what a macro prints; what it is not given is undefined."""
+        parameters = [argument.arg[2:] for argument in macro.definition.args.args]
+        defaults = macro.definition.args.defaults
+        scope = macro.scope.new_child(dict(zip(parameters, args)))
+        if len(args) > len(parameters) or not options.keys() <= set(parameters):
+            raise TypeError
+        scope.maps[0].update(options)
+        outer, self.scope = self.scope, scope
+        first = len(parameters) - len(defaults)
+        for n, name in enumerate(parameters):
+            if name not in scope.maps[0]:
+                default = self.visit(defaults[n - first]) if n >= first else None
+                scope[name] = default if n >= first else Undefined(name)
+        self.scope = outer
+        return self.captured(macro.definition.body, scope)
+
+    def visit_BinOp(self, node: ast.BinOp) -> object:
+        left, right = self.visit(node.left), self.visit(node.right)
+        if isinstance(node.op, ast.Add):
+            return self.text(left) + self.text(right)  # ~
+        for operand in (left, right):
+            if isinstance(operand, int) and operand.bit_length() > 4096:
+                raise OverflowError
+        if isinstance(node.op, ast.Mult):
+            sizes = [
+                len(v) if isinstance(v, (str, list, tuple)) else v
+                for v in (left, right)
+            ]
+            if not isinstance(left, (int, float)) or not isinstance(
+                right, (int, float)
+            ):
+                if sizes[0] * sizes[1] > LONGEST:
+                    raise OverflowError
+                left, right = (right, left) if isinstance(left, int) else (left, right)
+        if isinstance(node.op, ast.Mod) and isinstance(left, str):
+            raise self.error(node, "% with a text is not known here")
+        return OPERATIONS[type(node.op)](left, right)
+
+    def visit_BoolOp(self, node: ast.BoolOp) -> object:
+        for operand in node.values:
+            value = self.visit(operand)
+            if bool(value) == isinstance(node.op, ast.Or):
+                break
+        return value
+
+    def visit_UnaryOp(self, node: ast.UnaryOp) -> object:
+        value = self.visit(node.operand)
+        if isinstance(node.op, ast.Not):
+            return not value
+        return -value if isinstance(node.op, ast.USub) else +value
+
+    def visit_Compare(self, node: ast.Compare) -> bool:
+        left = self.visit(node.left)
+        self.weigh(left)
+        for operation, operand in zip(node.ops, node.comparators):
+            right = self.visit(operand)
+            self.weigh(right)
+            if not OPERATIONS[type(operation)](left, right):
+                return False
+            left = right
+        return True
+
+    def visit_IfExp(self, node: ast.IfExp) -> object:
+        return self.visit(node.body if self.visit(node.test) else node.orelse)
+
+    def visit_List(self, node: ast.List) -> list:
+        return [self.visit(item) for item in node.elts]
+
+    def visit_Tuple(self, node: ast.Tuple) -> tuple:
+        return tuple(self.visit(item) for item in node.elts)
+
+    def visit_Dict(self, node: ast.Dict) -> dict:
+        keys = [self.key(self.visit(key)) for key in node.keys]
+        return dict(zip(keys, map(self.visit, node.values)))
+
+    def visit_ListComp(self, node: ast.ListComp) -> list:
+        """Return the items of a loop that its own `if` chooses."""
+        choice, chosen, outer = node.generators[0], [], self.scope
+        for item in items_of(self.visit(choice.iter)):
+            self.scope = outer.new_child()
+            try:
+                self.assign(choice.target, item)
+                if self.visit(choice.ifs[0]):
+                    chosen.append(item)
+            finally:
+                self.scope = outer
+        return chosen
 
 
-def arrange(messages: list[dict], chat: ChatFormat) -> list[tuple[str, str]]:
-    """Return a conversation as (role, content), with the system text in its place.
+def as_value(value: object, writer: int, depth: int = 0) -> object:
+    """Return what a message holds as templates see it: texts know who wrote them."""
+    if depth > 20:
+        raise ValueError("a message is nested too deeply")
+    if isinstance(value, str):
+        return Text.by(writer, value)
+    if isinstance(value, Mapping):
+        return {k: as_value(item, writer, depth + 1) for k, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [as_value(item, writer, depth + 1) for item in value]
+    if value is None or isinstance(value, (bool, int, float)):
+        return value
+    raise ValueError(f"a message holds {value!r:.80}, wanted text, lists and mappings")
 
-    Raises ValueError unless it is one: a system message at most first, the user last.
+
+class ChatTemplate:
+    """A chat template, ready to write conversations down.
+
+    Raises TemplateError, with line and column, for what cannot be read.
     """
-    turns = [(message.get("role"), message.get("content")) for message in messages]
-    roles = [role for role, _ in turns]
-    for n, (role, content) in enumerate(turns):
-        if role not in ROLES or (role == "system" and n):
-            raise ValueError(
-                f"message {n}: role must be system (first only), user or assistant, "
-                f"got {role!r:.80}"
-            )
-        if not isinstance(content, str):
-            raise ValueError(f"message {n}: content must be text, got {content!r:.80}")
-    if roles[-1:] != ["user"]:
-        raise ValueError(f"the last message must be the user's, got roles {roles}")
-    system = turns.pop(0)[1] if roles[0] == "system" else chat.default_system
-    if chat.system_in is None:
-        return turns if system is None else [("system", system), *turns]
-    if any(role != ROLES[1 + n % 2] for n, (role, _) in enumerate(turns)):
-        raise ValueError(f"user and assistant must alternate, got roles {roles}")
-    if system is not None:
-        n = 0 if chat.system_in == "first" else -1
-        turns[n] = ("user", chat.system.replace("{}", system, 1) + turns[n][1])
-    return turns
+
+    def __init__(self, source: str):
+        if len(source) > 200_000:
+            raise TemplateError(f"the template has {len(source)} characters")
+        # As in Jinja, one line break at the very end is not part of the template.
+        source = source.replace("\r\n", "\n").replace("\r", "\n")
+        self.source = source.removesuffix("\n")
+        self.reader = Reader(self.source)
+        self.tree = self.reader.read()
+
+    def render(
+        self,
+        messages: list[dict],
+        names: Mapping[str, str],
+        *,
+        add_generation_prompt: bool = True,
+        **variables,
+    ) -> Text:
+        """Return a conversation as a template writes it down; see Text.runs.
+
+        messages: [{"role": ..., "content": ...}, ...]. names: of the control tokens, by
+        what templates call them: bos_token, eos_token, ... add_generation_prompt:
+        whether the beginning of a reply follows. variables: what else it may ask for.
+        Raises RaisedByTemplate if it refuses the conversation, and TemplateError if
+        it does something that is not known here, or too much of it.
+        """
+        values = [as_value(message, n) for n, message in enumerate(messages)]
+        for value in values:
+            if value.get("role") in TRUSTED_ROLES:
+                value["role"] = Text.by(TEMPLATE, value["role"])
+        variables |= {"tools": None, "documents": None, "messages": values}
+        variables |= {name: Text.by(TEMPLATE, text) for name, text in names.items()}
+        variables["add_generation_prompt"] = add_generation_prompt
+        characters = sum(len(str(message)) for message in messages)
+        steps = 200_000 + 500 * len(messages) + 10 * characters
+        interpreter = Interpreter(self.reader, variables, steps)
+        try:
+            interpreter.visit(self.tree)
+        except (Break, Continue):
+            raise TemplateError("a template leaves a loop outside of one") from None
+        return Text("").join(interpreter.output)
 
 
-# What, in a chat format, is a control token. Mistral's [INST] is one since version 3.
-CONTROL = re.compile(
-    r"(<\|(?:start_header_id|end_header_id|eot_id|im_start|im_end)\|>"
-    r"|\[/?INST\]|\{bos\}|\{eos\})"
-)
+# Templates by name, for models that come without one. A line break after %} is not
+# printed, one after }} is. Part One writes llama3 by hand; this gives the same ids.
+BUILT_IN = {
+    "llama3": """
+{{- bos_token }}
+{%- for message in messages %}
+<|start_header_id|>{{ message.role }}<|end_header_id|>
+
+{{ message.content | trim }}<|eot_id|>
+{%- endfor %}
+{% if add_generation_prompt %}
+<|start_header_id|>assistant<|end_header_id|>
+
+{% endif %}""",
+    "llama3.1": r"""
+{%- set system, turns = '', messages %}
+{% if messages[0].role == 'system' %}
+{% set system, turns = messages[0].content, messages[1:] %}
+{% endif %}
+{{ bos_token }}<|start_header_id|>system<|end_header_id|>
+
+Cutting Knowledge Date: December 2023
+Today Date: {{ strftime_now('%d %b %Y') }}
+
+{{ system | trim }}<|eot_id|>
+{%- for message in turns %}
+<|start_header_id|>{{ message.role }}<|end_header_id|>
+
+{{ message.content | trim }}<|eot_id|>
+{%- endfor %}
+{% if add_generation_prompt %}
+<|start_header_id|>assistant<|end_header_id|>
+
+{% endif %}""",
+    "llama2": r"""
+{%- set system, turns = '', messages %}
+{% if messages[0].role == 'system' %}
+{% set system = '<<SYS>>\n' + messages[0].content + '\n<</SYS>>\n\n' %}
+{% set turns = messages[1:] %}
+{% endif %}
+{% for message in turns %}
+{% if message.role != ['user', 'assistant'][loop.index0 % 2] %}
+{{ raise_exception('user and assistant must alternate') }}
+{% elif message.role == 'user' %}
+{{ bos_token }}[INST] {{ ((system if loop.first) ~ message.content) | trim }} [/INST]
+{%- else %}
+{{ ' ' + message.content | trim + ' ' + eos_token }}
+{%- endif %}
+{% endfor %}""",
+    "chatml": """
+{%- for message in messages %}
+<|im_start|>{{ message.role }}
+{{ message.content }}<|im_end|>
+{% endfor %}
+{% if add_generation_prompt %}
+<|im_start|>assistant
+{% endif %}""",
+    "zephyr": """
+{%- for message in messages %}
+<|{{ message.role }}|>
+{{ message.content + eos_token }}
+{% endfor %}
+{% if add_generation_prompt %}
+<|assistant|>
+{% endif %}""",
+    "mistral": r"""
+{%- set system, turns = '', messages %}
+{% if messages[0].role == 'system' %}
+{% set system, turns = messages[0].content + '\n\n', messages[1:] %}
+{% endif %}
+{{ bos_token }}
+{%- for message in turns %}
+{% if message.role != ['user', 'assistant'][loop.index0 % 2] %}
+{{ raise_exception('user and assistant must alternate') }}
+{% elif message.role == 'user' %}
+[INST] {{ (system if loop.first) ~ message.content }} [/INST]
+{%- else %}
+{{ message.content + eos_token }}
+{%- endif %}
+{% endfor %}""",
+    "mistral-v3": r"""
+{%- set system, turns = '', messages %}
+{% if messages[0].role == 'system' %}
+{% set system, turns = messages[0].content + '\n\n', messages[1:] %}
+{% endif %}
+{{ bos_token }}
+{%- for message in turns %}
+{% if message.role != ['user', 'assistant'][loop.index0 % 2] %}
+{{ raise_exception('user and assistant must alternate') }}
+{% elif message.role == 'user' %}
+[INST] {{ (system if loop.last) ~ message.content }}[/INST]
+{%- else %}
+{{ ' ' + message.content | trim + eos_token }}
+{%- endif %}
+{% endfor %}""",
+}
 
 
 # -----------------------------------------------------------------------------
@@ -1720,8 +2952,8 @@ CONTROL = re.compile(
 # tiktoken, so that one encoder serves all, and into a list of changes that are made to
 # a text before it is split.
 # uses: 1, 4, 7, 11, 12
-# needs: Callable, Iterable, Mapping, Path, base64, dataclass, field, json, queue, re,
-#     threading, time, unicodedata
+# needs: Callable, Iterable, Mapping, Path, base64, dataclass, field, functools, json,
+#     queue, re, threading, unicodedata
 # -----------------------------------------------------------------------------
 
 # How byte-level vocabularies split text before they merge: GPT-2's way, and Llama 3's.
@@ -1934,20 +3166,17 @@ def read_tokenizer(
     return read_vocabulary(spec), spec.get("added_tokens") or [], first
 
 
-def read_format(folder: Path, settings: dict) -> tuple[str | None, ChatFormat | None]:
-    """Return the name and the format of a folder's chat template.
+def read_template(folder: Path, settings: dict, limit: int) -> str | None:
+    """Return a folder's chat template, None if it has none.
 
-    (None, None) if it has none, ("unknown", None) if it is not known.
+    settings: its tokenizer_config.json. limit: the bytes that a template may have.
     """
-    jinja, file = settings.get("chat_template"), folder / "chat_template.jinja"
+    template, file = settings.get("chat_template"), folder / "chat_template.jinja"
     if file.exists():
-        jinja = read_bounded(file, JSON_BYTES).decode()
-    if isinstance(jinja, list):  # several, by name
-        jinja = {entry["name"]: entry["template"] for entry in jinja}["default"]
-    if jinja is None:
-        return None, None
-    name, chat_format = recognise_format(jinja)
-    return name or "unknown", chat_format
+        return read_bounded(file, limit).decode()
+    if isinstance(template, list):  # several, by name
+        template = {entry["name"]: entry["template"] for entry in template}["default"]
+    return template
 
 
 def tokenizer_settings(folder: Path, template: str | None) -> dict:
@@ -1972,10 +3201,15 @@ def tokenizer_settings(folder: Path, template: str | None) -> dict:
         raise ValueError(f"token ids must be whole numbers, got {ids!r:.200}")
     if (size := max(vocabulary.text) + 1) > rows:
         raise ValueError(f"the tokenizer has {size} ids, the model {rows}")
+    named = {key: settings[key] for key in settings if key.endswith("_token")}
+    names = {k: v["content"] if isinstance(v, dict) else v for k, v in named.items()}
     if template is None:
-        template, chat_format = read_format(folder, settings)
-    else:
-        chat_format = CHAT_FORMATS[template]
+        source = read_template(folder, settings, JSON_BYTES)
+    else:  # which needs its tokens, also where a folder does not name them
+        source = BUILT_IN[template]
+        texts = {i: text for text, i in special.items()}
+        ends = {"bos_token": texts.get(bos), "eos_token": texts.get(eos)}
+        names = ends | {k: v for k, v in names.items() if v}
     return {
         "vocabulary": vocabulary,
         "special_tokens": special,
@@ -1984,8 +3218,8 @@ def tokenizer_settings(folder: Path, template: str | None) -> dict:
         "eos": stops[0] if stops else None,
         "stop_tokens": stops,
         "adds_bos": settings.get("add_bos_token", first is not None),
-        "template": template,
-        "chat_format": chat_format,
+        "template": source,
+        "token_names": {k: v for k, v in names.items() if isinstance(v, str)},
         "source": str(folder),
     }
 
@@ -2011,8 +3245,23 @@ def within(seconds: float, task: Callable[[], list[int]]) -> list[int]:
     return result
 
 
-class NoChatFormat(ValueError):
+class NoTemplate(ValueError):
     """A conversation cannot be written down for a model."""
+
+
+def check_conversation(messages: list[dict]) -> None:
+    """Raise ValueError unless these are messages, of which the last is the user's."""
+    for n, message in enumerate(messages):
+        role, content = message.get("role"), message.get("content")
+        if role not in ("system", "user", "assistant"):
+            raise ValueError(
+                f"message {n}: role must be system, user or assistant, got {role!r:.80}"
+            )
+        if not isinstance(content, str):
+            raise ValueError(f"message {n}: content must be text, got {content!r:.80}")
+    roles = [message["role"] for message in messages]
+    if roles[-1:] != ["user"]:
+        raise ValueError(f"the last message must be the user's, got roles {roles}")
 
 
 class SpacedStream(TextStream):
@@ -2032,8 +3281,9 @@ class Tokenizer(ByteLevelTokenizer):
 
     visible: names of added tokens that are text ("<think>", say). bos, eos: ids, None
     if there is none. stop_tokens: end a reply, besides those of STOP_NAMES. adds_bos:
-    whether a text on its own begins with bos. template: the name of chat_format; both
-    None for a base model. source: whose tokenizer it is, in messages.
+    whether a text on its own begins with bos. template: how conversations are written
+    down, in Jinja; None for a base model. token_names: from what templates call control
+    tokens (bos_token) to their text. source: whose tokenizer it is, in messages.
     """
 
     def __init__(
@@ -2047,15 +3297,18 @@ class Tokenizer(ByteLevelTokenizer):
         stop_tokens: Iterable[int] = (),
         adds_bos: bool = False,
         template: str | None = None,
-        chat_format: ChatFormat | None = None,
+        token_names: Mapping[str, str] = {},
         source: str = "this tokenizer",
     ):
         super().__init__(vocabulary, special_tokens)
         self.bos, self.eos, self.source = bos, eos, source
         self.stop_tokens |= {*stop_tokens}
         self.bos_prefix = [bos] if adds_bos and bos is not None else []
-        self.template, self.chat_format = template, chat_format
+        self.template, self.token_names = template, token_names
+        names = sorted(special_tokens, key=len, reverse=True)
+        self._controls = re.compile(f"({'|'.join(map(re.escape, names)) or '(?!)'})")
         self._text |= {special_tokens[name]: name.encode() for name in visible}
+        self.stop_tokens |= self.written_after_a_reply()
 
     @classmethod
     def from_folder(
@@ -2063,12 +3316,12 @@ class Tokenizer(ByteLevelTokenizer):
     ) -> "Tokenizer":
         """Return the tokenizer of a model folder, without touching its weights.
 
-        template: a name in CHAT_FORMATS, used whatever the folder says.
+        template: a name in BUILT_IN, used whatever the folder says.
         Raises FileNotFoundError or ValueError naming the file at fault.
         """
         folder = Path(folder)
-        if template not in (None, *CHAT_FORMATS):
-            names = ", ".join(CHAT_FORMATS)
+        if template not in (None, *BUILT_IN):
+            names = ", ".join(BUILT_IN)
             raise ValueError(f"template must be one of {names}, got {template!r:.80}")
         try:
             return cls(**tokenizer_settings(folder, template))
@@ -2124,69 +3377,91 @@ class Tokenizer(ByteLevelTokenizer):
             reason = str(error)
         raise ValueError(f"{self.source}: the split fails: {reason}")
 
+    @functools.cached_property
+    def chat_template(self) -> ChatTemplate:
+        """The template, read. Raises NoTemplate if there is none that can be read."""
+        if self.template is None:
+            raise NoTemplate(f"{self.source} is a base model, it has no chat template")
+        try:
+            return ChatTemplate(self.template)
+        except TemplateError as error:
+            raise NoTemplate(f"{self.source}: chat template: {error}") from None
+
+    def render(self, messages: list[dict[str, str]], **variables) -> Text:
+        """Return a conversation as the template writes it; see ChatTemplate.render."""
+        try:
+            return self.chat_template.render(messages, self.token_names, **variables)
+        except TemplateError as error:
+            raise NoTemplate(f"{self.source}: chat template: {error}") from None
+
     def encode_chat(
         self,
         messages: list[dict[str, str]],
         *,
-        replies: Mapping[str, list[int]] | None = None,
+        replies: Mapping[str, list[int]] = {},
+        **variables,
     ) -> list[int]:
         """Return the ids of a whole conversation, up to where the reply begins.
 
-        messages: [{"role": "system" | "user" | "assistant", "content": text}, ...], a
-        system message at most first, the user's last. replies: the ids that the model
-        wrote for a content, taken as they are: encoded anew, the same text could get
-        other ids than the cache holds.
-        Raises ValueError for messages out of order, or where no format is known.
+        messages: [{"role": "system" | "user" | "assistant", "content": text}, ...], the
+        user's last. replies: the ids that the model wrote for a content. Where the
+        template writes the whole content they are taken as they are: encoded anew, the
+        same text could get other ids than the cache holds. variables: what else the
+        template may ask for, as enable_thinking.
+        Raises ValueError for messages that are none, or that the template refuses, and
+        NoTemplate where no template is known.
         """
-        chat, replies = self.require_format(), replies or {}
-        date = chat.date or time.strftime("%d %b %Y")
-        # Parts are text or ids. None: a reply begins here, and what precedes it is
-        # encoded on its own, exactly as when the reply had not been written.
-        parts = [[self.bos]] if chat.bos and self.bos is not None else []
-        for role, content in arrange(messages, chat):
-            before, after = getattr(chat, role).split("{}")
-            if role == "assistant":
-                parts += [*self._parts(chat.reply), None]
-                if content in replies:
-                    parts += [replies[content], *self._parts(after.lstrip(" "))]
+        check_conversation(messages)
+        prompt = self.render(messages, **variables)
+        ids, at, end = [], 0, 0
+        for text, writer in prompt.runs():
+            start, end = end, end + len(text)
+            message = messages[writer] if writer >= 0 else {}
+            whole = message == {"role": "assistant", "content": text}
+            if whole and text in replies:
+                # What precedes a reply is encoded as when it had not been written.
+                begin = self.reply_start(prompt, start, replies[text])
+                ids += self.encode_prompt(prompt[at:begin], first=at == 0)
+                ids += replies[text]
+                at = end
+        return ids + self.encode_prompt(prompt[at:], first=at == 0)
+
+    def written_after_a_reply(self) -> set[int]:
+        """Return the control token that the template writes right after a reply."""
+        reply = {"role": "assistant", "content": "!"}
+        talk = [{"role": "user", "content": "?"}, reply]
+        try:
+            prompt = self.render(talk, add_generation_prompt=False)
+        except NoTemplate:
+            return set()
+        after = str(prompt[prompt.marks.rfind(chr(2 + 1)) + 1 :])
+        control = self._controls.match(after.lstrip(" "))
+        return {self.special_tokens[control[0]]} if control and control[0] else set()
+
+    def encode_prompt(self, prompt: Text, *, first: bool = True) -> list[int]:
+        """Return the ids of a template's text: of control tokens where the template
+        wrote them, and of the text between two of them as one.
+
+        first: see encode.
+        """
+        ids, text, at_start = [], "", first
+        for run, writer in prompt.runs():
+            parts = self._controls.split(run) if writer == TEMPLATE else [run]
+            for n, part in enumerate(parts):
+                if n % 2 == 0:
+                    text += part
                     continue
-            content = content.strip() if role in chat.strip else content
-            before = before.replace("{date}", date)
-            parts += [*self._parts(before), content, *self._parts(after)]
-        return self._join([*parts, *self._parts(chat.reply)])
+                ids += self.encode(text, first=at_start)
+                ids.append(self.special_tokens[part])
+                text, at_start = "", self.vocabulary.prefix != "start"
+        return ids + self.encode(text, first=at_start)
 
-    def require_format(self) -> ChatFormat:
-        """Return the chat format. Raises NoChatFormat if there is none."""
-        if self.chat_format is not None:
-            return self.chat_format
-        if self.template:
-            raise NoChatFormat(
-                f"{self.source} has a chat template that is not known here"
-            )
-        raise NoChatFormat(f"{self.source} is a base model, it has no chat template")
-
-    def _parts(self, text: str) -> list[str | list[int]]:
-        """Return a piece of a chat format as text, and ids of control tokens."""
-        ids = self.special_tokens | {"{bos}": self.bos, "{eos}": self.eos}
-        parts = CONTROL.split(text)
-        for n in range(1, len(parts), 2):
-            if ids.get(parts[n]) is not None:
-                parts[n] = [ids[parts[n]]]
-            elif not parts[n].startswith("["):
-                raise ValueError(f"the chat format needs {parts[n]}: not in vocabulary")
-        return parts
-
-    def _join(self, parts: list[str | list[int] | None]) -> list[int]:
-        """Return the ids of parts, the text between two ids encoded as one."""
-        ids, text, first = [], "", True
-        for part in [*parts, []]:
-            if isinstance(part, str):
-                text += part
-                continue
-            at_start = not ids if self.vocabulary.prefix == "start" else first
-            ids += self.encode(text, first=at_start) + (part or [])
-            text, first = "", part is not None
-        return ids
+    def reply_start(self, prompt: str, start: int, ids: list[int]) -> int:
+        """Return where a reply's ids begin in a prompt, whose text begins at `start`: a
+        space before it belongs to them, if they begin with one that is not printed."""
+        with_space = "".join(map((stream := self.stream()).add, ids)) + stream.close()
+        hidden = self.decode(ids) != with_space and prompt[start - 1 : start] == " "
+        return start - 1 if hidden else start
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of ids; control tokens, and ids of no token, are no text."""
@@ -2211,17 +3486,53 @@ class Tokenizer(ByteLevelTokenizer):
 # read. Model folders come from strangers, so everything is checked here, and trusted
 # after this.
 # uses: 1-7, 11-13
-# needs: Iterable, Iterator, Mapping, Path, difflib, math, mx, os, re, safetensors,
-#     tree_flatten
+# needs: Callable, Iterable, Iterator, Mapping, Path, difflib, math, mx, os, re,
+#     safetensors, tree_flatten
 # -----------------------------------------------------------------------------
 
 
 def hub_folder() -> Path:
     """Return where huggingface_hub keeps models: HF_HUB_CACHE, else hub/ in HF_HOME,
     else huggingface/hub in XDG_CACHE_HOME or ~/.cache."""
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     home = os.environ.get("HF_HOME") or f"{home}/huggingface"
-    return Path(os.environ.get("HF_HUB_CACHE") or f"{home}/hub")
+    old_name = os.environ.get("HUGGINGFACE_HUB_CACHE")
+    hub = os.environ.get("HF_HUB_CACHE") or old_name or f"{home}/hub"
+    return Path(os.path.expandvars(os.path.expanduser(hub)))
+
+
+def snapshots_of(repo: Path) -> list[Path]:
+    """Return the folders that a model's entry in the Hugging Face cache offers: that of
+    its branch main, or without one those of all revisions that were downloaded."""
+    main, found = repo / "refs" / "main", (repo / "snapshots").glob("*")
+    if main.is_file():
+        found = [repo / "snapshots" / main.read_text("utf-8").strip()]
+    return sorted(path for path in found if path.is_dir())
+
+
+# What a folder may hold in the place of model.safetensors.
+FOREIGN_FILES = {
+    "adapter*": "a LoRA adapter, which is to be merged into its model first",
+    "*.gguf": "GGUF, the format of llama.cpp",
+    "consolidated*": "the layout of Meta or Mistral, wanted that of Hugging Face",
+    "*.bin": "a pickle of PyTorch, which can run code",
+    "*.pth": "a pickle of PyTorch, which can run code",
+    "*.pt": "a pickle of PyTorch, which can run code",
+    "*.npz": "arrays of NumPy, as older converters of MLX wrote them",
+    "*-of-*.safetensors": "a shard without model.safetensors.index.json",
+    "*.safetensors": "of another name",
+}
+
+
+def foreign_file(files: Iterable[Path]) -> str:
+    """Return the name of a file that holds weights in another way, and which way that
+    is; "" if there is none."""
+    files = sorted(files)
+    for pattern, what in FOREIGN_FILES.items():
+        for file in files:
+            if file.match(pattern):
+                return f"{file.name}, {what}"
+    return ""
 
 
 def find_folder(model: str | Path) -> Path:
@@ -2230,19 +3541,27 @@ def find_folder(model: str | Path) -> Path:
     Nothing is fetched. Raises FileNotFoundError that says how to get it.
     """
     if Path(model).is_dir():
-        return Path(model)
+        found = snapshots_of(Path(model))  # if it is a model's entry in the cache
+        return found[0] if len(found) == 1 else Path(model)
     if Path(model).exists():
-        raise FileNotFoundError(f"{model}: a file, wanted the folder that it is in")
+        what, suffix = "a file, wanted the folder that it is in", Path(model).suffix
+        if suffix != ".safetensors" and (other := foreign_file([Path(model)])):
+            what = f"this is {other}"
+        raise FileNotFoundError(f"{model}: {what}")
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(model)):
         raise FileNotFoundError(
             f"{model}: no such folder, and not of the form org/name"
         )
     hub = hub_folder()
-    repo = hub / f"models--{str(model).replace('/', '--')}"
-    if (main := repo / "refs" / "main").is_file():
-        snapshot = repo / "snapshots" / main.read_text().strip()
-        if snapshot.is_dir():
-            return snapshot
+    found = snapshots_of(hub / f"models--{str(model).replace('/', '--')}")
+    if len(found) == 1:
+        return found[0]
+    if found:
+        some = ", ".join(path.name for path in found[:4])
+        raise FileNotFoundError(
+            f"{model}: {len(found)} revisions in {hub} and none is main, {some}; give "
+            f"the folder of one: {found[0]}"
+        )
     there = [path.name[8:].replace("--", "/") for path in hub.glob("models--*")]
     near = ", ".join(difflib.get_close_matches(str(model), there, 3, 0.5))
     near = f", which has {near}" if near else ""
@@ -2273,7 +3592,9 @@ def weight_files(folder: Path) -> list[Path]:
         names = sorted(set(weight_map.values()))
     if missing := [name for name in names if not (folder / name).exists()]:
         some = ", ".join(missing[:4]) + ", ..." * (len(missing) > 4)
-        raise FileNotFoundError(f"{folder}: no {some}; download incomplete?")
+        other = "" if index.exists() else foreign_file(folder.glob("*"))
+        reason = f"there is {other}" if other else "download incomplete?"
+        raise FileNotFoundError(f"{folder}: no {some}; {reason}")
     return [folder / name for name in names]
 
 
@@ -2306,7 +3627,6 @@ def checked_header(file: Path) -> dict[str, TensorInfo]:
     Raises ValueError naming the file if it is not sound.
     """
     header = header_bytes(file)
-    parse_json(header[8:], f"{file}: not a safetensors file")
     try:
         safetensors.deserialize(header)
     except safetensors.SafetensorError as error:
@@ -2358,18 +3678,20 @@ def unfit_quantization(model: Llama, settings: dict) -> Iterator[str]:
                 yield f"{has}, but config.json says {own[key]!r:.80}"
 
 
-# The layers that have a bias if a key of config.json says so.
-BIASED = {
-    "attention_bias": [f"self_attn.{name}_proj" for name in "qkvo"],
-    "mlp_bias": [f"mlp.{name}_proj" for name in ("gate", "up", "down")],
-}
-
-
 def wanted_extras(config: dict, args: ModelArgs) -> set[str]:
-    """Return the names of the biases that config.json says the layers have."""
-    paths = [path for key, paths in BIASED.items() if config.get(key) for path in paths]
+    """Return the names of the biases and norms that the layers have beside the tensors
+    of every family: a Qwen2's, a Qwen3's, and those that config.json asks for."""
+    family, extras = config.get("model_type"), []
+    if family == "qwen2":
+        extras += [f"self_attn.{name}_proj.bias" for name in "qkv"]
+    if family == "qwen3":
+        extras += ["self_attn.q_norm.weight", "self_attn.k_norm.weight"]
+    if family in ("llama", "qwen3") and config.get("attention_bias"):
+        extras += [f"self_attn.{name}_proj.bias" for name in "qkvo"]
+    if family == "llama" and config.get("mlp_bias"):
+        extras += [f"mlp.{name}_proj.bias" for name in ("gate", "up", "down")]
     layers = range(args.num_hidden_layers)
-    return {f"model.layers.{n}.{path}.bias" for n in layers for path in paths}
+    return {f"model.layers.{n}.{extra}" for n in layers for extra in extras}
 
 
 def grouped(names: Iterable[str], what: str) -> Iterator[str]:
@@ -2385,7 +3707,7 @@ def mismatches(
 ) -> Iterator[str]:
     """Yield how tensors differ from what a model wants, one line for each kind.
 
-    extras: the biases that it is to have, which `build_model` takes from the tensors.
+    extras: see wanted_extras; `build_model` takes them from the tensors.
     """
     arrays = dict(tree_flatten(model.parameters()))
     optional = (".bias", ".q_norm.weight", ".k_norm.weight")
@@ -2400,8 +3722,8 @@ def mismatches(
             shapes.append(f"{name} is {info.dtype} {list(info.shape)}, wanted {want}")
     yield from grouped(wanted - found, "missing")
     yield from grouped(found - wanted, "unexpected")
-    if any(name.endswith("_proj.bias") for name in wanted ^ found):
-        yield f"config.json wants {len(extras)} biases in the layers"
+    if any(name.endswith(optional) for name in wanted ^ found):
+        yield f"config.json wants {len(extras)} biases and norms in the layers"
     yield from grouped(shapes, "not as config.json says")
 
 
@@ -2409,14 +3731,8 @@ def same_data(one: TensorInfo, other: TensorInfo) -> bool:
     """Return whether two tensors hold the same bytes."""
     if (one.dtype, one.shape) != (other.dtype, other.shape):
         return False
-    with open(one.file, "rb") as left, open(other.file, "rb") as right:
-        left.seek(one.start)
-        right.seek(other.start)
-        for at in range(0, one.nbytes, 2**20):
-            size = min(2**20, one.nbytes - at)
-            if left.read(size) != right.read(size):
-                return False
-    return True
+    left, right = map_file(one.file)[one.start :], map_file(other.file)[other.start :]
+    return left[: one.nbytes] == right[: one.nbytes]
 
 
 def wrong_head(config: dict, tensors: Mapping[str, TensorInfo]) -> Iterator[str]:
@@ -2431,91 +3747,107 @@ def wrong_head(config: dict, tensors: Mapping[str, TensorInfo]) -> Iterator[str]
             yield f"tie_word_embeddings is true, but {name} is not the embedding's"
 
 
-class Checkpoint:
-    """What a model folder holds. `problems` fills it: model (None where config.json
-    cannot be honoured) is without its weights, and tensors says where they lie."""
+def read_settings(folder: Path) -> tuple[dict, ModelArgs]:
+    """Return a folder's config.json, and the shape that it describes.
 
-    def __init__(self, folder: Path):
-        self.folder, self.config = folder, folder / "config.json"
-        self.model, self.tensors = None, {}
+    Raises FileNotFoundError, or ValueError that names the file and what is wrong.
+    """
+    file = folder / "config.json"
+    if not file.exists():
+        raise FileNotFoundError(f"{folder}: no config.json")
+    config = read_json(file)
+    try:
+        return config, read_args(config)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
 
-    def problems(self) -> Iterator[Exception]:
-        """Yield all that is wrong with the folder, most of it without reading a weight.
 
-        Each is an OSError or a ValueError that names the file at fault.
-        """
-        sound = True
-        for problem in self._file_problems():
-            sound = False
-            yield problem
+def require_kind(folder: Path) -> None:
+    """Raise what `examine` says of a folder that is another kind of model, as the names
+    of its files and config.json tell. It says more than that a tokenizer is missing."""
+    weight_files(folder)
+    read_settings(folder)
+
+
+# What tensors of these names, or of names with this in them, belong to.
+FOREIGN_TENSORS = {
+    "language_model.": "a model of pictures or sound and text",
+    "lora_": "a LoRA adapter, which is to be merged into its model first",
+    ".experts.": "a mixture of experts",
+    ".qweight": "weights that GPTQ or AWQ has quantized",
+    "tok_embeddings.": "the layout of Meta or Mistral, wanted that of Hugging Face",
+}
+
+
+def checked_model(
+    config: dict, args: ModelArgs, tensors: Mapping[str, TensorInfo]
+) -> Llama:
+    """Return a model for these tensors, without its weights.
+
+    Raises ValueError if they are not a Llama's, or cannot be computed.
+    """
+    for part, what in FOREIGN_TENSORS.items():
+        if names := [name for name in tensors if part in name]:
+            raise ValueError(f"{names[0]} is a tensor of {what}")
+    # A module for each of a billion layers would take all memory: not begun. A layer
+    # has nine tensors at least.
+    if (layers := args.num_hidden_layers) > max(len(tensors) // 9, 1000):
+        raise ValueError(
+            f"num_hidden_layers is {layers}, there are {len(tensors)} tensors"
+        )
+    settings = config.get("quantization") or config.get("quantization_config") or {}
+    if not isinstance(settings, dict):
+        raise ValueError(f"quantization must be an object, got {settings!r:.80}")
+    try:
+        model = build_model(args, tensors)
+    except KeyError as error:  # scales without what they scale
+        name = error.args[0]
+        raise ValueError(f"no {name}, though there are scales for it") from None
+    if wrong := [*unfit_quantization(model, settings)]:
+        more = f", and {len(wrong) - 1} layers more" if len(wrong) > 1 else ""
+        raise ValueError(wrong[0] + more)
+    return model
+
+
+def check_folder(
+    folder: Path,
+) -> tuple[Llama | None, dict[str, TensorInfo], list[Exception]]:
+    """Return a folder's model without its weights, where these lie, and all that is
+    wrong with the folder, most of it found without reading a weight.
+
+    The model is None where it cannot be built. A problem is an OSError or a ValueError
+    that names the file at fault.
+    """
+    problems, tensors, model = [], {}, None
+
+    def attempt(task: Callable, *arguments: object) -> object:
         try:
-            if not self.config.exists():
-                raise FileNotFoundError(f"{self.folder}: no config.json")
-            config = read_json(self.config)
-            args = read_args(config)
-            # A module for each of a billion layers would take all memory: not begun. A
-            # layer has nine tensors at least.
-            if (layers := args.num_hidden_layers) > max(len(self.tensors) // 9, 1000):
-                raise ValueError(
-                    f"num_hidden_layers is {layers}, there are {len(self.tensors)} "
-                    "tensors"
-                )
-        except OSError as error:
-            yield error
-            return
-        except ValueError as error:
-            known = str(self.config) in str(error)
-            yield error if known else ValueError(f"{self.config}: {error}")
-            return
-        for wrong in self._tensor_problems(config, args, sound):
-            yield ValueError(f"{self.folder}: {wrong}")
-
-    def _file_problems(self) -> Iterator[Exception]:
-        """Find the tensors in the files; yield what is wrong with these."""
-        try:
-            files = weight_files(self.folder)
+            return task(*arguments)
         except (OSError, ValueError) as error:
-            yield error
-            return
-        for file in files:
-            try:
-                found = checked_header(file)
-            except (OSError, ValueError) as error:
-                yield error
-                continue
-            for name in found.keys() & self.tensors.keys():
-                yield ValueError(
-                    f"{self.folder}: {name} is in both {self.tensors[name].file.name} "
-                    f"and {file.name}"
-                )
-            self.tensors |= found
+            problems.append(error)
+            return None
 
-    def _tensor_problems(
-        self, config: dict, args: ModelArgs, sound: bool
-    ) -> Iterator[str]:
-        """Build the model; yield how the tensors, if sound, differ from it."""
-        settings = config.get("quantization") or config.get("quantization_config") or {}
-        if not isinstance(settings, dict):
-            yield f"quantization must be an object, got {settings!r:.80}"
-            return
-        try:
-            model = build_model(args, self.tensors)
-        except KeyError as error:  # scales without what they scale
-            yield f"no {error.args[0]}, though there are scales for it"
-            return
-        except ValueError as error:
-            yield str(error)
-            return
-        if wrong := [*unfit_quantization(model, settings)]:
-            more = f", and {len(wrong) - 1} layers more" if len(wrong) > 1 else ""
-            yield wrong[0] + more
-            return
-        self.model = model
-        if sound:
-            extras = wanted_extras(config, args)
-            if wrong := [*mismatches(self.model, self.tensors, extras)]:
-                yield "; ".join(wrong)
-            yield from wrong_head(config, self.tensors)
+    files = attempt(weight_files, folder)
+    settings = attempt(read_settings, folder)
+    for file in files or ():
+        found = attempt(checked_header, file) or {}
+        for name in found.keys() & tensors.keys():
+            both = f"{tensors[name].file.name} and {file.name}"
+            problems.append(ValueError(f"{folder}: {name} is in both {both}"))
+        tensors |= found
+    if settings is None:
+        return None, tensors, problems
+    sound, wrong = not problems, []
+    try:
+        model = checked_model(*settings, tensors)
+    except ValueError as error:
+        wrong.append(str(error))
+    if model and sound:
+        differences = [*mismatches(model, tensors, wanted_extras(*settings))]
+        wrong += ["; ".join(differences)] if differences else []
+        wrong += wrong_head(settings[0], tensors)
+    problems += [ValueError(f"{folder}: {text}") for text in wrong]
+    return model, tensors, problems
 
 
 def examine(folder: str | Path) -> tuple[Llama, dict[str, TensorInfo]]:
@@ -2523,10 +3855,10 @@ def examine(folder: str | Path) -> tuple[Llama, dict[str, TensorInfo]]:
 
     Raises the first of what is wrong with it, an OSError or a ValueError.
     """
-    checkpoint = Checkpoint(Path(folder))
-    for problem in checkpoint.problems():
-        raise problem
-    return checkpoint.model, checkpoint.tensors
+    model, tensors, problems = check_folder(Path(folder))
+    if problems:
+        raise problems[0]
+    return model, tensors
 
 
 def default_dtype() -> mx.Dtype | None:
@@ -2577,15 +3909,18 @@ def kv_bytes_per_token(args: ModelArgs, item_size: int) -> int:
     return 2 * heads * args.head_dim * item_size
 
 
-def machine_memory() -> tuple[int, int | None]:
-    """Return the bytes that a model can use here, and on Metal what it recommends to
-    keep on the GPU at most, None elsewhere."""
-    physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+def machine_memory() -> int:
+    """Return the bytes that a model can use here."""
     device = mx.device_info()
     if mx.metal.is_available():
-        recommended = device["max_recommended_working_set_size"]
-        return recommended, recommended
-    return device.get("total_memory") or physical, None
+        return device["max_recommended_working_set_size"]
+    physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return device.get("total_memory") or physical
+
+
+def wired_limit() -> int | None:
+    """Return the bytes that Metal recommends to keep on the GPU, None elsewhere."""
+    return machine_memory() if mx.metal.is_available() else None
 
 
 class MemoryTooSmall(ValueError):
@@ -2602,7 +3937,7 @@ def require_memory(weights: int, cache: int) -> str | None:
 
     Raises MemoryTooSmall if they do not fit this machine.
     """
-    needed, (there, limit) = weights + cache, machine_memory()
+    needed, there, limit = weights + cache, machine_memory(), wired_limit()
     if needed > there:
         raise MemoryTooSmall(weights, cache, there)
     if limit is None or needed < 0.9 * limit:
@@ -2610,6 +3945,28 @@ def require_memory(weights: int, cache: int) -> str | None:
     parts = f"{weights / 1e9:.2f} GB of weights and {cache / 1e9:.2f} GB of cache"
     advice = f"sudo sysctl iogpu.wired_limit_mb={needed // 1_000_000 + 4000}"
     return f"{parts}, of {limit / 1e9:.2f} GB that Metal recommends; if slow: {advice}"
+
+
+def choose_context(args: ModelArgs, wanted: int | None) -> tuple[int, str | None]:
+    """Return how many tokens of context a model gets, and a warning if these are more
+    than it was made for, or fewer because of its sliding window.
+
+    wanted: None is the longest, at most DEFAULT_CONTEXT.
+    Raises ValueError if a token could not see all of it.
+    """
+    longest, window = args.max_position_embeddings, args.sliding_window
+    context = min(args.longest_context, DEFAULT_CONTEXT) if wanted is None else wanted
+    most, reason = 2**31 - 1, ""
+    if window is not None:
+        most, reason = window, ", the model's sliding window"
+    if not 1 <= context <= most:
+        raise ValueError(f"the context must be in [1, {most}]{reason}, got {context}")
+    if context > longest:
+        made = f"max_position_embeddings, {longest}, which the model was made for"
+        return context, f"the context is {context} tokens, more than {made}"
+    if wanted is None and context == window and window < longest:
+        return context, f"the context is {window} tokens{reason}"
+    return context, None
 
 
 def load(
@@ -2659,7 +4016,8 @@ class Lookup:
             raise ValueError(f"n must be at least 1, got {n}")
         self.n, self.same, self.ids = n, min(n, 8), []
         self.after = {}  # the last ids, as a tuple: where, in ids, what followed begins
-        self.accepted = 0  # drafts that the model agreed with
+        self.passes = 0  # of the model
+        self.accepted = 0  # drafts that it agreed with
         self.extend(ids)
 
     def extend(self, ids: Iterable[int]) -> None:
@@ -2751,6 +4109,7 @@ def decode_with_lookup(
                 drafts = lookup.drafts()[1:room]
                 ahead = launch(model, step.sampled, drafts, cache, step.samplers[0])
             kept = verify_drafts(step, cache)
+            lookup.passes += 1
             for value in kept:
                 if value in stop_tokens:
                     return "stop"
@@ -2780,17 +4139,19 @@ def decode_with_lookup(
 # -----------------------------------------------------------------------------
 # 16. Steps on a GPU
 # Part One describes each step anew, launches it as a whole, and computes with packed
-# weights as they are. A GPU gains by something else in three places:
+# weights as they are. A GPU gains by something else in four places:
 #   - To decode, it waits for Python. So what is the same for every token is compiled.
 #   - A prompt has many rows. So a packed matrix is unpacked once for all of them.
+#   - cuDNN plans attention anew for every shape. So a few drafts attend over a round
+#     number of slots.
 #   - A launched step holds the arrays that it makes, and that it reads, until it is
 #     through. So a long prompt would take memory for all its layers at once, and over a
 #     large cache a step would copy what the last step still reads: they are launched in
 #     pieces.
-# All of this is put into a model by exchanging parts of it, each for one that is given
-# the old one; the loop over the blocks stays as it is.
+# All of this is put into a model by exchanging parts of it, each for one that holds
+# the same weights; the loop over the blocks stays as it is.
 # uses: 1-6
-# needs: Callable, functools, itertools, mx, nn, tree_unflatten
+# needs: Callable, copy, functools, itertools, math, mx, nn, tree_unflatten
 # -----------------------------------------------------------------------------
 
 
@@ -2799,25 +4160,22 @@ def on_cuda() -> bool:
     return mx.cuda.is_available() and mx.default_device() == mx.gpu
 
 
-def become(module: nn.Module, other: nn.Module) -> None:
-    """Make a module, which is not initialised yet, hold all that another one holds."""
-    nn.Module.__init__(module)
-    dict.update(module, other)  # modules and arrays
-    vars(module).update(vars(other))  # everything else
+def as_subclass(module: nn.Module, kind: type[nn.Module]) -> nn.Module:
+    """Return a module that holds what this one holds, and computes as `kind` does."""
+    other = copy.copy(module)
+    other.__class__ = kind
+    return other
 
 
 MANY_ROWS = 128  # from so many rows on, unpacking first takes less time
 
 
-class UnpackedForMany(QuantizedLinear):
-    """A quantized layer, given by another, that is unpacked once for many rows of x.
+class UnpackedForMany(QuantizedMatrix):
+    """A packed matrix that is unpacked once for many rows of x.
 
     It is unpacked for a few rows too, if a row of weights is a single group: there the
     product of MLX 0.32.4 on CUDA gives wrong numbers.
     """
-
-    def __init__(self, layer: QuantizedLinear):
-        become(self, layer)
 
     def as_linear(self, x: mx.array) -> mx.array:
         rows, one_group = x.size // x.shape[-1], x.shape[-1] == self.group_size
@@ -2828,39 +4186,52 @@ class UnpackedForMany(QuantizedLinear):
         return x @ whole.T
 
 
+class UnpackedLinear(UnpackedForMany, QuantizedLinear):
+    """A quantized layer that is unpacked once for many rows."""
+
+
+class UnpackedEmbedding(UnpackedForMany, QuantizedEmbedding):
+    """A quantized embedding that, where it is the head, is unpacked once for many."""
+
+
 def unpack_for_many(model: Llama) -> None:
-    """Have the quantized layers of a model unpacked once for many rows."""
+    """Have the packed matrices of a model unpacked once for many rows."""
+    kinds = {QuantizedLinear: UnpackedLinear, QuantizedEmbedding: UnpackedEmbedding}
     for path, layer in model.named_modules():
-        if type(layer) is QuantizedLinear:
-            model.update_modules(tree_unflatten([(path, UnpackedForMany(layer))]))
+        if kind := kinds.get(type(layer)):
+            unpacked = as_subclass(layer, kind)
+            model.update_modules(tree_unflatten([(path, unpacked)]))
 
 
 FEW_ROWS = 16  # of drafts, at most
 
 
-class AttentionInRows(Attention):
-    """Attention that reads a few tokens one by one, over a cache.
+class PaddedAttention(Attention):
+    """Attention that reads a few tokens over a multiple of 256 slots of the cache.
 
-    On CUDA, cuDNN takes some 60 ms to plan for every new pair of L and S. A plan is
-    used again only where there is a single query over a KVCache.
+    On CUDA, cuDNN takes some 60 ms to plan for every new pair of L and S. So a few
+    tokens, as prompt lookup drafts them, are given more keys than there are, and a mask
+    hides those that a token must not see. Then a plan serves until S has grown by 256.
     """
 
-    def __init__(self, attention: Attention):
-        become(self, attention)
-
-    def attend(self, queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
-        L, S = queries.shape[2], keys.shape[2]
+    def __call__(self, x: mx.array, cache: KVCache) -> mx.array:
+        L = x.shape[1]
         if not 1 < L <= FEW_ROWS:
-            return super().attend(queries, keys, values)
-        rows = []
-        for n, end in enumerate(range(S - L + 1, S + 1)):
-            past = keys[:, :, :end], values[:, :, :end]
-            rows.append(super().attend(queries[:, :, n : n + 1], *past))
-        return mx.concatenate(rows, axis=2)
+            return super().__call__(x, cache)
+        queries, keys, values = self.project(x, cache.offset)
+        cache.update_and_fetch(keys, values)
+        S = cache.offset
+        slots = math.ceil(S / 256) * 256  # the buffers have a multiple of that
+        keys, values = cache.keys[:, :, :slots], cache.values[:, :, :slots]
+        seen = mx.arange(slots) <= mx.arange(S - L, S)[:, None]  # (L, slots)
+        attended = mx.fast.scaled_dot_product_attention(
+            queries, keys, values, scale=self.scale, mask=seen
+        )
+        return self.merge(attended)
 
 
 class CompiledBlock(TransformerBlock):
-    """A block, given by another, that decodes through two compiled pieces.
+    """A block that decodes through two compiled pieces; `of` makes it of another.
 
     One token keeps a GPU busy for less time than Python takes to describe the step. The
     operations before and after the cache are the same for every token, so MLX notes
@@ -2870,28 +4241,39 @@ class CompiledBlock(TransformerBlock):
 
     made = itertools.count()
 
-    def __init__(self, block: TransformerBlock):
-        become(self, block)
-        before, after = self.pieces(block)
+    @classmethod
+    def of(cls, block: TransformerBlock) -> "CompiledBlock":
+        compiled = as_subclass(block, cls)
+        before, after = cls.pieces(block)
         # subtle: MLX finds what it has compiled by a function's address. A thread may
         # keep the entry after the function is gone, and a new function may get the
         # address. So each gets a number, which is never used again.
-        number = next(self.made)
-        self.before = functools.partial(mx.compile(before), number)
-        self.after = functools.partial(mx.compile(after), number)
+        number = next(cls.made)
+        compiled.before = functools.partial(mx.compile(before), number)
+        compiled.after = functools.partial(mx.compile(after), number)
+        return compiled
 
     @staticmethod
     def pieces(block: TransformerBlock) -> tuple[Callable, Callable]:
         """Return functions of (number, x, offset) and of (number, x, attended)."""
         attention, mlp = block.self_attn, block.mlp
         norm, other_norm = block.input_layernorm, block.post_attention_layernorm
+        H, Hkv = attention.n_heads, attention.n_kv_heads
 
+        # The token is a row (1, D) here. Before a product MLX flattens what is no
+        # matrix, and shapes the result back, and each time Python waits a little.
         def before(_: int, x: mx.array, offset: mx.array) -> tuple[mx.array, ...]:
-            return attention.project(norm(x), offset)
+            row = norm(x).squeeze(0)
+            queries = attention.q_proj(row).reshape(1, H, 1, -1)
+            keys = attention.k_proj(row).reshape(1, Hkv, 1, -1)
+            values = attention.v_proj(row).reshape(1, Hkv, 1, -1)
+            if "q_norm" in attention:
+                queries, keys = attention.q_norm(queries), attention.k_norm(keys)
+            return attention.rope(queries, offset), attention.rope(keys, offset), values
 
         def after(_: int, x: mx.array, attended: mx.array) -> mx.array:
-            x = x + attention.merge(attended)
-            return x + mlp(other_norm(x))
+            row = x.squeeze(0) + attention.o_proj(attended.reshape(1, -1))
+            return (row + mlp(other_norm(row)))[None]
 
         return before, after
 
@@ -2910,10 +4292,7 @@ def fused_swiglu(gate: mx.array, up: mx.array) -> mx.array:
 
 
 class FusedMLP(MLP):
-    """An MLP, given by another, with one kernel for SwiGLU instead of three."""
-
-    def __init__(self, mlp: MLP):
-        become(self, mlp)
+    """An MLP with one kernel for SwiGLU instead of three."""
 
     def __call__(self, x: mx.array) -> mx.array:
         return self.down_proj(fused_swiglu(self.gate_proj(x), self.up_proj(x)))
@@ -2924,80 +4303,84 @@ LARGE = 32_000_000  # bytes of a layer's cache, from which on a step has two hal
 
 
 class LaunchedBlock(TransformerBlock):
-    """A block, given by another, that calls `launch` with its arguments first."""
+    """A block, made of another, that calls `launch` with its arguments first."""
 
-    def __init__(self, block: TransformerBlock, launch: Callable):
-        become(self, block)
+    @classmethod
+    def of(cls, block: TransformerBlock, launch: Callable) -> "LaunchedBlock":
+        launched = as_subclass(block, cls)
         # Not as a module of this one, or all parameters would be there twice.
-        vars(self).update({"block": block, "launch": launch})
+        vars(launched).update({"block": block, "launch": launch})
+        return launched
 
     def __call__(self, x: mx.array, cache: KVCache) -> mx.array:
         self.launch(x, cache)
         return self.block(x, cache)
 
 
-def launch_in_pieces(model: Llama) -> None:
-    """Have a step launched before its end, where it is long or the cache is large.
+class Launcher:
+    """What launches the steps of a model of n blocks before their end, in pieces.
 
     Each block of a long prompt is launched by itself, one in advance of the last. Over
     a large cache a token is launched in two halves, and each half waits until the GPU
     has finished the same half of the last token, so that nothing still reads its cache.
     """
+
+    def __init__(self, blocks: int):
+        self.middle, self.end = blocks // 2, blocks - 1
+        self.halved = False  # whether this step is launched in two halves
+        self.forget()
+
+    def forget(self) -> None:
+        """Wait for nothing that was launched so far."""
+        # Inputs of blocks: of the block that was launched last, and, in the step of the
+        # last token, of the middle and the last block. To wait for end_x is to wait for
+        # the whole second half, since MLX signals once per launch.
+        self.block_x = self.middle_x = self.end_x = mx.array(0)
+
+    def launch(self, block: int, x: mx.array, cache: KVCache) -> None:
+        """Launch what gives a block its input x, or wait for what came before it."""
+        long = x.shape[1] >= LONG
+        if block == 0:
+            large = cache.keys is not None and 2 * cache.keys.nbytes >= LARGE
+            self.halved = large and not long
+            if not self.halved:
+                self.forget()  # what came before, which may have failed
+        if long:
+            mx.async_eval(x)
+            mx.eval(self.block_x)
+            self.block_x = x
+        elif self.halved and block == self.end:
+            self.end_x = x
+        elif self.halved and block == self.middle:
+            mx.eval(self.middle_x)
+            mx.async_eval(x)
+            mx.eval(self.end_x)
+            self.middle_x = x
+
+
+def launch_in_pieces(model: Llama) -> None:
+    """Have a step launched before its end, where it is long or the cache is large."""
     blocks = model.model.layers
-    middle, end = len(blocks) // 2, len(blocks) - 1
-    # Inputs of blocks: of the block that was launched last, and, in the step of the
-    # last token, of the middle and the last block. To wait for end_x is to wait for the
-    # whole second half, since MLX signals once per launch.
-    block_x = middle_x = end_x = mx.array(0)
-
-    def launch(x: mx.array, _: KVCache) -> None:
-        nonlocal block_x
-        if x.shape[1] >= LONG:
-            mx.async_eval(x)
-            mx.eval(block_x)
-            block_x = x
-
-    def halved(x: mx.array, cache: KVCache) -> bool:
-        large = cache.keys is not None and 2 * cache.keys.nbytes >= LARGE
-        return x.shape[1] < LONG and large
-
-    def launch_half(x: mx.array, cache: KVCache) -> None:
-        nonlocal middle_x
-        launch(x, cache)
-        if halved(x, cache):
-            mx.eval(middle_x)
-            mx.async_eval(x)
-            mx.eval(end_x)
-            middle_x = x
-
-    def note_end(x: mx.array, cache: KVCache) -> None:
-        nonlocal end_x
-        launch(x, cache)
-        end_x = x if halved(x, cache) else mx.array(0)
-
-    special = {middle: launch_half} if middle < end else {}
-    special[end] = note_end
+    launcher = Launcher(len(blocks))
     for n, block in enumerate(blocks):
-        blocks[n] = LaunchedBlock(block, special.get(n, launch))
+        launch = functools.partial(launcher.launch, n)
+        blocks[n] = LaunchedBlock.of(block, launch)
 
 
 def compile_blocks(model: Llama) -> None:
-    """Have the blocks of a model decode through compiled pieces, on a GPU."""
-    if mx.default_device() == mx.gpu:
-        for n, block in enumerate(blocks := model.model.layers):
-            if type(block) is TransformerBlock:
-                blocks[n] = CompiledBlock(block)
+    """Have the blocks of a model decode through compiled pieces."""
+    for n, block in enumerate(blocks := model.model.layers):
+        if type(block) is TransformerBlock:
+            blocks[n] = CompiledBlock.of(block)
 
 
 def arrange_steps(model: Llama) -> None:
-    """Put into a model everything else in this section that its device gains by."""
-    if mx.default_device() == mx.cpu:
-        return
+    """Put into a model everything else in this section that a GPU gains by."""
     for block in model.model.layers:
         if type(block.mlp) is MLP:
-            block.mlp = FusedMLP(block.mlp)
+            block.mlp = as_subclass(block.mlp, FusedMLP)
         if on_cuda() and type(block.self_attn) is Attention:
-            block.self_attn = AttentionInRows(block.self_attn)
+            block.self_attn = as_subclass(block.self_attn, PaddedAttention)
     if on_cuda():
         unpack_for_many(model)
     launch_in_pieces(model)
@@ -3107,7 +4490,7 @@ def fused_linear(
 
 
 class FusedBlock(CompiledBlock):
-    """A block, given by another, that decodes through the kernel."""
+    """A block that decodes through the kernel."""
 
     @staticmethod
     def pieces(block: TransformerBlock) -> tuple[Callable, Callable]:
@@ -3149,7 +4532,7 @@ def fuse(model: Llama) -> None:
         one_group_size = len({m.group_size for m in layers}) == 1
         plain = {*map(type, modules)} == kinds and "q_norm" not in block.self_attn
         if plain and one_group_size and settings == {(4, "affine", False)}:
-            blocks[n] = FusedBlock(block)
+            blocks[n] = FusedBlock.of(block)
 
 
 # -----------------------------------------------------------------------------
@@ -3273,13 +4656,14 @@ def accelerate(model: Llama, group: Group | None = None) -> None:
     The ranks of a group need their sums instead of the kernel: one after attention, one
     after the MLP. Without this a model gives the same logits, but for rounding.
     """
-    if mx.default_device() == mx.cpu and group is None:
-        return
-    if group is not None and group.size() > 1:
+    shared = group is not None and group.size() > 1
+    if shared:
         for block in model.model.layers:
             block.self_attn.o_proj = SummedLinear(block.self_attn.o_proj, group)
             block.mlp.down_proj = SummedLinear(block.mlp.down_proj, group)
-    else:
+    if mx.default_device() == mx.cpu:
+        return
+    if not shared:
         fuse(model)
         compile_blocks(model)
     arrange_steps(model)
@@ -3492,7 +4876,7 @@ def restore_session(
 # one conversation is kept: the next turn begins with the same ids, and reads its own.
 # uses: 1-9, 11-19
 # needs: Callable, Iterator, NamedTuple, Path, collections, contextlib, dataclass,
-#     field, functools, mx, queue, threading, time, weakref
+#     field, functools, mx, queue, threading, time, traceback, weakref
 # -----------------------------------------------------------------------------
 
 
@@ -3606,7 +4990,7 @@ def wired_memory(nbytes: int) -> Iterator[None]:
     times slower; wiring more than needed takes memory from everything else. So: what
     is needed and 2 GB, at most what Metal recommends. Does nothing elsewhere.
     """
-    _, limit = machine_memory()
+    limit = wired_limit()
     before = limit and mx.set_wired_limit(min(limit, nbytes + 2_000_000_000))
     try:
         yield
@@ -3650,7 +5034,11 @@ class Worker(threading.Thread):
                     try:
                         self.serve(request)
                     except Exception as error:  # for whoever asked; the next may work
+                        # What the failed step made may be all the memory there is, and
+                        # the error refers to it as long as somebody keeps the error.
+                        traceback.clear_frames(error.__traceback__)
                         self.forget()
+                        mx.clear_cache()
                         request.finish(error)
                         if self.group and not isinstance(error, ValueError):
                             raise  # only a ValueError is the same on all ranks
@@ -3678,7 +5066,13 @@ class Worker(threading.Thread):
                     told.append(request and request.told())
             # Also when there is nothing to do: ranks that wait for one another in MLX
             # take a core each, and the death of one is noticed only here.
-            for asked in broadcast(self.group, told):
+            try:
+                message = broadcast(self.group, told)
+            except Exception as error:
+                if request is not None:  # it is in the queue no more
+                    request.finish(error)
+                raise
+            for asked in message:
                 if asked and self.group.rank() > 0:
                     request = Request(*asked)
                 return request
@@ -3687,14 +5081,8 @@ class Worker(threading.Thread):
     def load(self) -> None:
         """Load the model; report Progress, and in the end its ModelArgs."""
         model, whole = examine(self.folder)
-        args, longest = model.args, model.args.max_position_embeddings
-        if self.context is None:
-            self.context = min(longest, DEFAULT_CONTEXT)
-        if not 1 <= self.context <= longest:
-            raise ValueError(
-                f"the context must be in [1, {longest}], what the model was made for, "
-                f"got {self.context}"
-            )
+        args = model.args
+        self.context, warning = choose_context(args, self.context)
         tensors = whole
         if self.group:
             model, tensors = rank_share(model, whole, self.group)
@@ -3703,7 +5091,9 @@ class Worker(threading.Thread):
         item_size = cache_item_size(tensors, dtype)
         cache = self.context * kv_bytes_per_token(model.args, item_size)
         weights = memory_of(tensors.values(), dtype)
-        self.warning, self.nbytes = require_memory(weights, cache), weights + cache
+        warnings = warning, require_memory(weights, cache)
+        self.warnings = [text for text in warnings if text]
+        self.nbytes = weights + cache
         total = sum(info.nbytes for info in tensors.values())
         for done in read_weights(model, tensors, dtype):
             self.events.put(Progress(done, total))
@@ -3749,7 +5139,7 @@ class Worker(threading.Thread):
                 reply = decode_with_lookup(*start, lookup, *ends)
             else:
                 reply = decode(*start, *ends)
-            reason = self.write(request, reply, cancelled)
+            reason = self.write(request, reply, cancelled, lookup)
         self.cached = (ids + request.tokens)[: self.cache[0].offset]
         stats = self.statistics(request, reused)
         stats.accepted_tokens = lookup.accepted if lookup else 0
@@ -3770,11 +5160,15 @@ class Worker(threading.Thread):
         return logits
 
     def write(
-        self, request: Request, reply: Iterator[int], cancelled: Callable[[], bool]
+        self,
+        request: Request,
+        reply: Iterator[int],
+        cancelled: Callable[[], bool],
+        lookup: Lookup | None,
     ) -> str:
         """Put what is decoded into Pieces of whole characters; return why it ended."""
         stream = self.tokenizer.stream(drop_space=request.drop_space)
-        piece, reason = Piece(), None
+        piece, reason, passes = Piece(), None, 0
         while reason is None:
             try:
                 token = next(reply)
@@ -3788,8 +5182,11 @@ class Worker(threading.Thread):
             if piece.text:
                 request.events.put(piece)
                 piece = Piece()
-            if cancelled():
-                reason = "cancelled"
+            # Asked once for all tokens of a pass, since ranks ask by a sum over them.
+            if lookup is None or lookup.passes > passes:
+                passes = lookup.passes if lookup else 0
+                if cancelled():
+                    reason = "cancelled"
         reply.close()  # which trims the step that was launched ahead
         piece.text += stream.close()
         request.events.put(piece)
@@ -3840,21 +5237,33 @@ def put_result(task: Callable, answer: queue.SimpleQueue) -> None:
         answer.put(error)
 
 
-def default_sampling(folder: Path) -> dict[str, float]:
+# What turns a filter off in config files, and in other programs.
+OFF = {"top_k": (0, -1), "top_p": (0, 1), "min_p": (0,), "repetition_penalty": (0, 1)}
+
+
+def off_is_none(options: dict[str, float | None]) -> dict[str, float | None]:
+    """Return make_sampler's options with None for all that turns a filter off."""
+    options = dict(options)
+    for name, values in OFF.items():
+        value = options.get(name)
+        if type(value) in (int, float) and value in values:
+            options[name] = None
+    return options
+
+
+def default_sampling(folder: Path) -> dict[str, float | None]:
     """Return make_sampler's options as generation_config.json has them.
 
     Where it is silent: temperature 0.6 and top_p 0.9, as Meta's Llama 3 has it.
     Raises ValueError naming the file if it has one out of range.
     """
     file = folder / "generation_config.json"
-    config, options = read_json(file), {}
-    for name in INTERVALS:
-        value = config.get(name)
-        if value or (value == 0 and name == "temperature"):  # elsewhere 0 means off
-            options[name] = value
+    config = read_json(file)
+    given = {name: config[name] for name in INTERVALS if config.get(name) is not None}
     if config.get("do_sample") is False:
-        options["temperature"] = 0.0
-    options = {"temperature": Sampler.temperature, "top_p": Sampler.top_p} | options
+        given["temperature"] = 0.0
+    usual = {"temperature": Sampler.temperature, "top_p": Sampler.top_p}
+    options = off_is_none(usual | given)
     try:
         check_sampling(**options)
     except ValueError as error:
@@ -3894,7 +5303,7 @@ class Engine(contextlib.AbstractContextManager):
     Returns when the model is loaded; raises what Tokenizer.from_folder and load raise.
 
     Attributes: tokenizer, args (a ModelArgs), context, defaults (make_sampler's
-    options where a request gives none), warning (about memory, or None).
+    options where a request gives none), warnings (lines about context and memory).
     """
 
     def __init__(
@@ -3909,6 +5318,7 @@ class Engine(contextlib.AbstractContextManager):
         group: Group | None = None,
     ):
         folder = find_folder(model)
+        require_kind(folder)
         self.tokenizer = tokenizer or Tokenizer.from_folder(folder)
         self.defaults = default_sampling(folder)
         self._taken = collections.deque(maxlen=256)  # the Piece of each past reply
@@ -3930,7 +5340,7 @@ class Engine(contextlib.AbstractContextManager):
             self.close()
             raise
         self.args, self.context = event, self._worker.context
-        self.warning = self._worker.warning
+        self.warnings = self._worker.warnings
 
     def chat(self, messages: list[dict[str, str]], **options) -> Reply:
         """Return at once with the reply to a conversation, to be iterated over.
@@ -3966,15 +5376,15 @@ class Engine(contextlib.AbstractContextManager):
         """Return at once with the reply to ids.
 
         max_tokens: None goes on to the end of the turn, or of the context. Sampling:
-        see make_sampler; None is the folder's default. lookup: tokens drafted at a
-        time, see Lookup; 0 is off, None is default_drafts(). progress: called, by
-        whoever iterates, with the tokens of the prompt read, and in all. drop_space:
-        see Tokenizer.stream.
+        see make_sampler; None is the folder's default, 0 turns a filter off. lookup:
+        tokens drafted at a time, see Lookup; 0 is off, None is default_drafts().
+        progress: called, by whoever iterates, with the tokens of the prompt read, and
+        in all. drop_space: see Tokenizer.stream.
         Raises ValueError for options out of range or a prompt that does not fit,
         RuntimeError if the engine is closed.
         """
         if not 0 < len(ids) <= self.context:
-            longest = self.args.max_position_embeddings
+            longest = self.args.longest_context
             raise PromptTooLong(len(ids), self.context, longest)
         size = self.args.vocab_size
         if unknown := [i for i in ids if not 0 <= i < size]:
@@ -3986,7 +5396,7 @@ class Engine(contextlib.AbstractContextManager):
         given = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
         given |= {"min_p": min_p, "repetition_penalty": repetition_penalty}
         given = {name: value for name, value in given.items() if value is not None}
-        sampling = self.defaults | given
+        sampling = off_is_none(self.defaults | given)
         check_sampling(**sampling)
         sampling["seed"] = new_seed() if seed is None else seed
         request = Request(ids, max_tokens, sampling, lookup, drop_space)
@@ -3995,6 +5405,8 @@ class Engine(contextlib.AbstractContextManager):
             self._require_worker()
             self._taken.append(reply.taken)
             self._worker.requests.put(request)
+            if failure := self._worker.failure:  # it may not look there any more
+                request.finish(failure)
         return reply
 
     def save(self, file: str | Path, notes: dict, *, tokens: int | None = None) -> None:
@@ -4097,7 +5509,7 @@ def note(text: str) -> None:
 def larger_context(tokens: int, context: int, longest: int) -> str:
     """Return which option makes room for tokens; "" if the model has no room."""
     if context < longest and tokens <= longest:
-        return f"; --ctx sets the limit, up to {longest}"
+        return f"; --ctx sets the limit, of a model made for up to {longest}"
     return ""
 
 
@@ -4113,8 +5525,8 @@ def advice(error: Exception) -> str:
         return "; see --ctx"
     if isinstance(error, NotANumber):
         return "; `inspect --check` finds NaN in the files, --dtype float32 may help"
-    if isinstance(error, NoChatFormat):
-        return f": use --raw, or --template with one of {', '.join(CHAT_FORMATS)}"
+    if isinstance(error, NoTemplate):
+        return f": use --raw, or --template with one of {', '.join(BUILT_IN)}"
     return ""
 
 
@@ -4308,8 +5720,8 @@ def describe(model: str | None) -> dict:
     parts = collections.Counter()
     for name, array in tree_flatten(dense.parameters()):
         parts[next((PARTS[k] for k in PARTS if k in name), "norms")] += array.size
-    cache, (memory, _) = kv_bytes_per_token(args, item_size), machine_memory()
-    longest, verdicts = args.max_position_embeddings, {}
+    cache, memory = kv_bytes_per_token(args, item_size), machine_memory()
+    longest, verdicts = args.longest_context, {}
     for bits in (16, 8, 4):
         size = weight_bytes(dense, bits, item_size)
         verdicts[bits] = verdict(size, cache, longest, memory, reading_speed(bits))
@@ -4400,11 +5812,9 @@ def measured(options: argparse.Namespace, found: dict) -> dict:
     """Return what `measure` says of a preset, with random weights, or a model."""
     args = ModelArgs(**found["config"])
     total = options.prompt_tokens + options.generation_tokens
-    if total > args.max_position_embeddings:
-        raise ValueError(
-            f"prompt and generation have {total} tokens, wanted at most "
-            f"{args.max_position_embeddings}, what the model was made for"
-        )
+    _, warning = choose_context(args, total)
+    if warning and not (options.group and options.group.rank() > 0):
+        note(warning)
     group, dtype = options.group, default_dtype()
     args = rank_args(args, group.size() if group else 1)
     if found["folder"] is None:
@@ -4428,19 +5838,20 @@ def measured(options: argparse.Namespace, found: dict) -> dict:
 
 def measured_rows(name: str, device: str, found: dict) -> list[tuple[str, str]]:
     """Return what was measured as rows of a table, the last one to paste elsewhere."""
-    first = "{generation_tokens} tokens, the first after {time_to_first_token_s:.2f} s"
-    numbers = "{weights_gb:.2f} | {prefill_tps:,.1f} | {decode_tps:,.1f} | {gbps:,.1f}"
-    share = f"{100 * found['bandwidth_share']:.0f} % of what copying reaches here"
-    peak, end = (gigabytes(1e9 * found[key]) for key in ("peak_gb", "active_gb"))
-    rows = [
-        ("prefill", "{prefill_tps:,.1f} tokens/s, {prompt_tokens} tokens"),
-        ("decode", "{decode_tps:,.1f} tokens/s, " + first),
-        ("reads", "{gbps:,.1f} GB/s of weights, " + share),
+    prefill, decode = f"{found['prefill_tps']:,.1f}", f"{found['decode_tps']:,.1f}"
+    reads, first = f"{found['gbps']:,.1f}", f"{found['time_to_first_token_s']:.2f} s"
+    share = f"{100 * found['bandwidth_share']:.0f} %"
+    peak, end = gigabytes(1e9 * found["peak_gb"]), gigabytes(1e9 * found["active_gb"])
+    weights_gb, peak_gb = f"{found['weights_gb']:.2f}", f"{found['peak_gb']:.2f}"
+    columns = (name, device, weights_gb, prefill, decode, reads, peak_gb)
+    tokens = found["generation_tokens"]
+    return [
+        ("prefill", f"{prefill} tokens/s, {found['prompt_tokens']} tokens"),
+        ("decode", f"{decode} tokens/s, {tokens} tokens, the first after {first}"),
+        ("reads", f"{reads} GB/s of weights, {share} of what copying reaches here"),
         ("peak", f"{peak}, {end} at the end"),
-        ("as a row", "| {name} | {device} | " + numbers + " | {peak_gb:.2f} |"),
+        ("as a row", f"| {' | '.join(columns)} |"),
     ]
-    values = found | {"name": name, "device": device}
-    return [(label, text.format(**values)) for label, text in rows]
 
 
 def bars(sizes: dict[str, int]) -> Iterator[str]:
@@ -4454,8 +5865,10 @@ def bars(sizes: dict[str, int]) -> Iterator[str]:
 def info_rows(found: dict) -> list[tuple[str, str]]:
     """Return what `describe` and `measured` have found, as rows of a table."""
     args, kv = ModelArgs(**found["config"]), found["kv_bytes_per_token"]
-    usual = min(args.max_position_embeddings, DEFAULT_CONTEXT)
+    usual = min(args.longest_context, DEFAULT_CONTEXT)
     scaling = (args.rope_scaling or {"rope_type": "no"})["rope_type"]
+    window = args.sliding_window
+    window = "" if window is None else f", a window of {window:,}"
     head = "the embedding" if args.tie_word_embeddings else "a matrix of its own"
     heads = f"{args.num_attention_heads} heads on {args.num_key_value_heads}"
     rows = [
@@ -4465,7 +5878,7 @@ def info_rows(found: dict) -> list[tuple[str, str]]:
         ("attention", f"{heads} key/value heads of {args.head_dim}"),
         ("MLP", f"SwiGLU of width {args.intermediate_size:,}"),
         ("vocabulary", f"{args.vocab_size:,} tokens; the head is {head}"),
-        ("positions", f"{args.max_position_embeddings:,} tokens"),
+        ("positions", f"{args.max_position_embeddings:,} tokens{window}"),
         ("rotary", f"theta {args.rope_theta:,.0f}, {scaling} scaling"),
         ("parameters", f"{found['parameters']:,}"),
         *(("of these", text) for text in bars(found["parameters_of"])),
@@ -4528,11 +5941,27 @@ def layer_kinds(model: Llama) -> dict[str, int]:
     return dict(kinds)
 
 
+def made_up_exchange(tokenizer: Tokenizer) -> str | None:
+    """Return a conversation as the model will read it, None for a base model.
+
+    With instructions, or without if the template takes none. Raises NoTemplate if it
+    takes no conversation.
+    """
+    contents = ["Be brief.", "Hello!", "Hi!", "How are you?"]
+    roles = ["system", "user", "assistant", "user"]
+    talk = [{"role": r, "content": text} for r, text in zip(roles, contents)]
+    if tokenizer.template is None:
+        return None
+    try:
+        return str(tokenizer.render(talk))
+    except NoTemplate:
+        return str(tokenizer.render(talk[1:]))
+
+
 def inspection(folder: Path, check: bool) -> dict:
     """Return what `inspect` tells of a folder; check: look at every value too."""
-    checkpoint, tokenizer, sampling = Checkpoint(folder), None, {}
-    problems = [*checkpoint.problems()]
-    model, tensors = checkpoint.model, checkpoint.tensors
+    model, tensors, problems = check_folder(folder)
+    tokenizer, sampling = None, {}
     try:
         sampling = default_sampling(folder)
     except (OSError, ValueError) as error:
@@ -4540,6 +5969,11 @@ def inspection(folder: Path, check: bool) -> dict:
     try:
         tokenizer = Tokenizer.from_folder(folder)
     except (OSError, ValueError) as error:
+        problems.append(error)
+    try:
+        exchange = made_up_exchange(tokenizer) if tokenizer else None
+    except ValueError as error:
+        exchange = None
         problems.append(error)
     if check:
         problems += not_finite(tensors.values())
@@ -4561,7 +5995,8 @@ def inspection(folder: Path, check: bool) -> dict:
         found |= {
             "tokenizer_size": len(ids),
             "special_tokens": tokenizer.special_tokens,
-            "chat_format": tokenizer.template,
+            "chat_template": tokenizer.template,
+            "exchange": exchange,
             "stop_tokens": sorted(tokenizer.stop_tokens),
         }
     return found
@@ -4594,10 +6029,12 @@ def cmd_inspect(options: argparse.Namespace) -> int:
     if "tokenizer_size" in found:
         names = {i: text for text, i in found["special_tokens"].items()}
         stops = ", ".join(f"{i} {names.get(i, '')}" for i in found["stop_tokens"])
-        chat_format = found["chat_format"] or "none, a base model: chat with --raw"
+        exchange = found["exchange"] or "none, a base model: chat with --raw"
         size = f"{found['tokenizer_size']:,} ids, {len(names)} of them added"
-        rows += [("tokenizer", size), ("chat format", chat_format), ("stops at", stops)]
-    sampling = ", ".join(f"{name} {n}" for name, n in found["sampling"].items())
+        rows += [("tokenizer", size), ("stops at", stops)]
+        rows += [("it reads", line) for line in exchange.split("\n")]
+    sampling = found["sampling"].items()
+    sampling = ", ".join(f"{name} {'off' if n is None else n}" for name, n in sampling)
     rows.append(("sampling", sampling))
     rows += [("problem", text) for text in found["problems"] or ["none found"]]
     print_table(rows)
@@ -5062,7 +6499,8 @@ class Conversation:
     """The turns of a conversation, and their file if it is a session's."""
 
     def __init__(self, engine: Engine, options: argparse.Namespace):
-        self.engine, self.options, self.system = engine, options, options.system
+        self.engine, self.options = engine, options
+        self.system = None if options.system == "none" else options.system
         options.limit = "--max-tokens"  # how max_tokens was given
         self.seed = new_seed() if options.seed is None else options.seed
         self.turns = []  # (user, Piece, Stats, seed)
@@ -5072,7 +6510,9 @@ class Conversation:
 
     def messages(self, turns: list, text: str) -> list[dict]:
         """Return the messages of turns, and another one of the user's."""
-        messages = [{"role": "system", "content": self.system}] if self.system else []
+        # An empty text is a message too; a template may have its own if there is none.
+        there = self.system is not None
+        messages = [{"role": "system", "content": self.system}] if there else []
         for user, piece, *_ in turns:
             messages.append({"role": "user", "content": user})
             messages.append({"role": "assistant", "content": piece.text})
@@ -5131,7 +6571,7 @@ class Conversation:
                 for user, piece, stats, seed in notes["turns"]
             ]
             settings = {name: notes["settings"][name] for name in INTERVALS}
-            check_sampling(**settings)
+            check_sampling(**off_is_none(settings))
             system, seed = notes["system"], notes["seed"]
             if type(seed) is not int or not 0 <= seed < 2**64:
                 raise TypeError(f"seed: got {seed!r:.80}")
@@ -5313,11 +6753,12 @@ class Chat(Conversation):
         screen.write(f"\n>>> {user}\n{piece.text}\n\n")
 
     def do_system(self, text: str) -> None:
-        if text and self.options.raw:
+        if text not in ("", "none") and self.options.raw:
             raise ValueError("--raw has no chat format: no place for instructions")
         if text:
-            self.system = "" if text == "none" else text
-        note(f"instructions: {self.system}" if self.system else "no instructions")
+            self.system = None if text == "none" else text
+        there = self.system is not None
+        note(f"instructions: {self.system}" if there else "no instructions")
 
     def do_reset(self, _: str) -> None:
         kept = self.set_aside() if self.turns else ""
@@ -5344,7 +6785,7 @@ class Chat(Conversation):
 
     def do_file(self, path: str) -> None:
         try:
-            text = Path(path).expanduser().read_text("utf-8")
+            text = Path(path).expanduser().read_text("utf-8-sig")
         except UnicodeDecodeError:
             raise ValueError(f"{path}: not a text in UTF-8") from None
         attached = [*self.attached, f"{Path(path).name}:\n\n{text}"]
@@ -5382,7 +6823,8 @@ class Chat(Conversation):
         name, _, value = text.partition(" ")
         name, value = name.replace("-", "_"), value.strip()
         names = (*INTERVALS, "max_tokens")
-        usual = {n: self.engine.defaults.get(n, "off") for n in names}
+        usual = dict.fromkeys(names, "off")
+        usual |= {n: v for n, v in self.engine.defaults.items() if v is not None}
         values = {"seed": self.seed}
         for n in names:
             given = getattr(self.options, n)
@@ -5397,6 +6839,7 @@ class Chat(Conversation):
             setattr(self.options, name, None)
             note(f"{name} is {usual[name]}")
             return
+        value = "0" if name in OFF and value == "off" else value
         whole = name in ("max_tokens", "seed")
         try:
             if whole and not (value.isdecimal() and int(value) < 2**63):
@@ -5406,7 +6849,7 @@ class Chat(Conversation):
             kind = "a whole number in [0, 2**63)" if whole else "a number"
             raise ValueError(f"{name} must be {kind}, got {value!r}") from None
         if not whole:
-            check_sampling(**{name: number})
+            check_sampling(**off_is_none({name: number}))
         number = int(number) if name == "top_k" else number
         setattr(self if name == "seed" else self.options, name, number)
         if name == "max_tokens":
@@ -5427,7 +6870,8 @@ class Chat(Conversation):
 # 23. Main
 # The command line: its options, what they must be, and how a run ends.
 # uses: 1-9, 11-22
-# needs: Callable, Path, Sequence, argparse, functools, mx, os, signal, sys, time
+# needs: Callable, Path, Sequence, argparse, functools, mx, os, signal, sys, threading,
+#     time
 # -----------------------------------------------------------------------------
 
 FLOATS = ("float32", "float16", "bfloat16")  # of --dtype
@@ -5452,20 +6896,26 @@ def read_prompt(options: argparse.Namespace) -> str | None:
     """
     if sys.stdin.isatty() or options.group:
         return options.prompt
+    words = "reading standard input, which is still open (< /dev/null gives none)"
+    patience = threading.Timer(1.0, note, [words])
+    patience.start()
     try:
-        piped = sys.stdin.buffer.read().decode().removesuffix("\n")
+        piped = sys.stdin.buffer.read().decode("utf-8-sig").removesuffix("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"standard input: not UTF-8: {error}") from None
+    finally:
+        patience.cancel()
     return "\n\n".join(text for text in (options.prompt, piped) if text)
 
 
 def check_chat(options: argparse.Namespace) -> None:
     """Refuse options that chat cannot honour."""
     try:
-        check_sampling(**{name: getattr(options, name) for name in INTERVALS})
+        given = {name: getattr(options, name) for name in INTERVALS}
+        check_sampling(**off_is_none(given))
     except ValueError as error:
         options.usage(str(error))
-    if options.raw and (options.system or options.template):
+    if options.raw and (options.system not in (None, "", "none") or options.template):
         options.usage("--raw has no chat format: not with --system or --template")
     if options.session and options.group:
         raise ValueError("--session needs one rank, which has the whole cache")
@@ -5480,9 +6930,11 @@ def cmd_chat(options: argparse.Namespace) -> int:
     check_chat(options)
     follower = options.group and options.group.rank() > 0
     folder, progress = choose_folder(options.model), ProgressLine("loading")
+    require_kind(folder)
     tokenizer = Tokenizer.from_folder(folder, template=options.template)
     if not options.raw:
-        tokenizer.require_format()  # now, rather than after loading a large model
+        # Now, rather than after loading a large model.
+        tokenizer.encode_chat([{"role": "user", "content": "Hi!"}])
     prompt = None if follower else read_prompt(options)
     if prompt == "":
         raise ValueError("the prompt is empty")
@@ -5498,8 +6950,8 @@ def cmd_chat(options: argparse.Namespace) -> int:
         progress.clear()
         if follower:
             return 0  # when rank 0 has closed its engine
-        if engine.warning:
-            note(engine.warning)
+        for warning in engine.warnings:
+            note(warning)
         if prompt is None:
             Chat(engine, options).run()
             return 0
@@ -5559,22 +7011,26 @@ def build_parser() -> argparse.ArgumentParser:
     add = options["chat"]
     add("model", nargs="?", metavar="MODEL", help=where)
     add("--prompt", metavar="TEXT", help="answer this and any piped input, and exit")
-    add("--system", metavar="TEXT", help="instructions before the conversation")
+    add(
+        "--system",
+        metavar="TEXT",
+        help="instructions before the conversation; none: no message",
+    )
     add("--session", metavar="FILE", help="resume a conversation, and save it there")
     add("--raw", action="store_true", help="continue the text, with no chat format")
-    text = f"{', '.join(CHAT_FORMATS)}; default: the model's"
-    add("--template", metavar="NAME", choices=CHAT_FORMATS, help=text)
+    text = f"{', '.join(BUILT_IN)}; default: the model's"
+    add("--template", metavar="NAME", choices=BUILT_IN, help=text)
     text = "longest reply, tokens; default: no limit"
     add("--max-tokens", metavar="N", type=number, help=text)
     text = "[0, inf), 0 is greedy; default: model's or 0.6"
     add("--temperature", metavar="T", type=float, help=text)
-    text = "[1, inf), the K likeliest; default: model's or all"
+    text = "[0, inf), the K likeliest, 0 is all; default: model's"
     add("--top-k", metavar="K", type=int, help=text)
-    text = "(0, 1], fewest that sum to P; default: model's or 0.9"
+    text = "[0, 1], fewest that sum to P; default: model's or 0.9"
     add("--top-p", metavar="P", type=float, help=text)
-    text = "(0, 1], of the likeliest's; default: model's or none"
+    text = "[0, 1], of the likeliest's, 0 is off; default: model's"
     add("--min-p", metavar="P", type=float, help=text)
-    text = "(0, inf), 1 is none; default: model's or 1"
+    text = "[0, inf), 0 and 1 are off; default: model's or 1"
     add("--repetition-penalty", metavar="R", type=float, help=text)
     text = "repeats a run exactly; default: a new one"
     add("--seed", metavar="N", type=number, help=text)

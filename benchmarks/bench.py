@@ -53,13 +53,13 @@ def both_models(options):
         return model, load_model(folder)[0]
     args = llama.PRESETS[options.model]
     model = llama.random_model(args, options.bits)
+    llama.accelerate(model)  # first, since it may put packed weights in other places
     other = peer.Model(
         peer.ModelArgs.from_dict(dataclasses.asdict(args) | {"model_type": "llama"})
     )
     if options.bits:
         nn.quantize(other, group_size=64, bits=options.bits)
     other.load_weights(tree_flatten(model.parameters()))
-    llama.accelerate(model)
     return model, other
 
 

@@ -22,6 +22,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx import nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 import llama
@@ -150,7 +151,7 @@ def load_model(folder, dtype=None):
 
 def problems_of(folder):
     """What is wrong with a folder, in words."""
-    return [str(problem) for problem in llama.Checkpoint(folder).problems()]
+    return [*map(str, llama.check_folder(folder)[2])]
 
 
 def in_another_thread(work):
@@ -264,13 +265,15 @@ def held(cache: list[llama.KVCache]) -> list[int]:
     return [int(i) for i in cache[0].keys[0, 0, : cache[0].offset, 0].tolist()]
 
 
-def with_biases(model: llama.Llama, config: dict) -> llama.Llama:
-    """The model, given the biases, of zeros, that a config.json says it has."""
+def with_extras(model: llama.Llama, config: dict) -> llama.Llama:
+    """The model, given the biases, of zeros, and norms that a config.json says it has."""
     for name in llama.wanted_extras(config, model.args):
-        layer = model
-        for part in name.split(".")[:-1]:
-            layer = layer[int(part)] if part.isdigit() else layer[part]
-        layer.bias = mx.zeros(len(layer.weight))
+        _, _, block, part, layer, kind = name.split(".")
+        part = model.model.layers[int(block)][part]
+        if kind == "bias":
+            part[layer].bias = mx.zeros(len(part[layer].weight))
+        else:
+            part[layer] = nn.RMSNorm(model.args.head_dim, model.args.rms_norm_eps)
     return model
 
 
@@ -280,7 +283,7 @@ def four_bit_model(tied, mode="affine", **changes):
     config |= {"num_attention_heads": 2, "num_key_value_heads": 1} | changes
     config |= {"tie_word_embeddings": tied}
     mx.random.seed(0)
-    model = with_biases(llama.Llama(llama.ModelArgs.from_dict(config)), config)
+    model = with_extras(llama.Llama(llama.ModelArgs.from_dict(config)), config)
     for path, layer in llama.dense_layers(model):
         packed = mx.quantize(layer.weight, 32, 4, mode)
         layer = llama.quantized_like(layer, 32, 4, mode)
@@ -345,12 +348,12 @@ def random_folder(path: Path, *, context: int = 512, width: int = 32, **config) 
         {"id": i, "content": t, "special": True}
         for i, t in zip(ids, special, strict=True)
     ]
-    settings = {"chat_template": "<|im_start|>"}
+    settings = {"chat_template": llama.BUILT_IN["chatml"]}
     spec = small_spec(added_tokens=added)
     path.mkdir(parents=True, exist_ok=True)
     write_tokenizer(path, spec, config=config, tokenizer_config=settings)
     mx.random.seed(0)
-    model = llama.Llama(llama.ModelArgs.from_dict(config))
+    model = with_extras(llama.Llama(llama.ModelArgs.from_dict(config)), config)
     weights = {k: v * 4 for k, v in tree_flatten(model.parameters())}
     never = mx.array([[0.0] if i in (0, size - 1) else [1.0] for i in range(size)])
     rows = config["vocab_size"]  # greedy, it never ends by itself

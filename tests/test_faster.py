@@ -4,6 +4,7 @@ Each part must give what the part gives that it takes the place of.
 """
 
 import collections
+import functools
 
 import mlx.core as mx
 import numpy as np
@@ -83,7 +84,7 @@ def test_a_packed_matrix_is_unpacked_for_many_rows(
     model = nn.Sequential(nn.Linear(columns, 24, bias=bias))
     llama.quantize(model, group_size=64, bits=4)
     layer, x = model.layers[0], mx.random.normal((rows, columns))
-    other = llama.UnpackedForMany(layer)
+    other = llama.as_subclass(layer, llama.UnpackedLinear)
     for given in (x, x[None], x[:, None]):
         assert_close(other(given), np.array(layer(given)), 1e-5)
     assert len(unpacked) == 3 * whole
@@ -91,15 +92,18 @@ def test_a_packed_matrix_is_unpacked_for_many_rows(
 
 
 @on_the_cpu
-def test_all_linear_layers_of_a_model_are_unpacked_and_not_the_embedding(unpacked):
-    model, tokens = packed_model(), mx.array(random_tokens(WIDE, batch=2, length=200))
+@pytest.mark.parametrize("tied", [False, True])
+def test_all_packed_matrices_of_a_model_are_unpacked_for_many_rows(unpacked, tied):
+    """A packed embedding too, where it is the head; a token's row of it always is."""
+    model = packed_model(config=WIDE | {"tie_word_embeddings": tied})
+    tokens = mx.array(random_tokens(WIDE, batch=2, length=200))
     wanted, names = np.array(model(tokens)), [*dict(model.named_modules())]
     llama.unpack_for_many(model)
     kinds = collections.Counter(type(m) for m in model.modules())
-    layers = 7 * len(model.model.layers) + 1
-    assert kinds[llama.UnpackedForMany] == layers
-    assert kinds[llama.QuantizedEmbedding] == 1
-    assert kinds[llama.QuantizedLinear] == 0
+    layers = 7 * len(model.model.layers) + 1  # and the head, which may be the embedding
+    assert kinds[llama.UnpackedLinear] == layers - tied
+    assert kinds[llama.UnpackedEmbedding] == 1
+    assert kinds[llama.QuantizedLinear] == kinds[llama.QuantizedEmbedding] == 0
     assert [*dict(model.named_modules())] == names
     # 200 rows, 40 of two texts, 6, 2, 24, and 128
     got = in_parts(model, tokens, (100, 120, 123, 124, 136))
@@ -109,11 +113,12 @@ def test_all_linear_layers_of_a_model_are_unpacked_and_not_the_embedding(unpacke
 
 @on_a_gpu
 @pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("rows", [2, 3, 17, 127, 128])
-def test_a_row_of_a_single_group_is_multiplied_rightly_on_a_gpu(bits, rows):
+def test_a_row_of_a_single_group_is_multiplied_rightly_on_a_gpu(bits, tied, rows):
     """CUDA's own product is wrong there, so accelerate puts another in."""
     config = CONFIG | {"hidden_size": 128, "intermediate_size": 128, "head_dim": 32}
-    config |= {"num_attention_heads": 4}
+    config |= {"num_attention_heads": 4, "tie_word_embeddings": tied}
     model = packed_model(128, bits, config)
     assert model.model.layers[0].mlp.up_proj.scales.shape[1] == 1
     tokens = mx.array(random_tokens(config, length=rows))
@@ -130,24 +135,33 @@ def test_a_row_of_a_single_group_is_multiplied_rightly_on_a_gpu(bits, rows):
 
 
 @on_the_cpu
-def test_a_few_tokens_attend_one_by_one(monkeypatch):
-    model, tokens = filled(WIDE), mx.array(random_tokens(WIDE, batch=2, length=60))
+def test_a_few_tokens_attend_over_a_multiple_of_256_slots(monkeypatch):
+    model, tokens = filled(WIDE), mx.array(random_tokens(WIDE, batch=2, length=300))
     wanted, layers = np.array(model(tokens)), model.model.layers
     for block in layers:
-        block.self_attn = llama.AttentionInRows(block.self_attn)
-    queries, attention = collections.Counter(), mx.fast.scaled_dot_product_attention
+        block.self_attn = llama.as_subclass(block.self_attn, llama.PaddedAttention)
+    seen, attention = [], mx.fast.scaled_dot_product_attention
 
     def attend(q, k, v, **options):
-        queries[q.shape[2]] += 1
+        seen.append((q.shape[2], k.shape[2]))
         return attention(q, k, v, **options)
 
     monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", attend)
-    # 2, 16 and 3 tokens one by one, 17 and 21 at once, and one alone.
-    got = in_parts(model, tokens, (17, 19, 35, 38, 39))
-    assert_close(got, wanted, 1e-5)
-    assert queries == {n: len(layers) for n in (17, 21)} | {
-        1: (2 + 16 + 3 + 1) * len(layers)
-    }
+    cache, at, parts = model.make_cache(300), 0, []
+    lengths = (17, 2, 16, 3, 1, 21, 191, 5, 2, 16, 26)
+    for length in lengths:
+        cut = tokens[:, at : at + length]
+        if length in (2, 16):  # what is trimmed stays in its slots, and must not count
+            model(cut[:, ::-1], cache)
+            for layer in cache:
+                layer.trim(length)
+            del seen[-len(layers) :]
+        parts.append(model(cut, cache))
+        at += length
+    assert_close(mx.concatenate(parts, axis=1), wanted, 1e-5)
+    # One token, and more than 16, over the slots that are filled. 251, 256, 258, 274
+    slots = [17, 256, 256, 256, 39, 60, 251, 256, 512, 512, 300]
+    assert seen[:: len(layers)] == [*zip(lengths, slots, strict=True)]
 
 
 @on_the_cpu
@@ -155,20 +169,33 @@ def test_a_few_tokens_attend_one_by_one(monkeypatch):
 def test_a_fused_mlp_gives_what_its_mlp_gives(rows):
     mlp = filled(WIDE).model.layers[0].mlp
     x = mx.random.normal((2, rows, 128), key=mx.random.key(0))
-    assert_close(llama.FusedMLP(mlp)(x), np.array(mlp(x)), 1e-5)
+    assert_close(llama.as_subclass(mlp, llama.FusedMLP)(x), np.array(mlp(x)), 1e-5)
 
 
 def compile_all(model):
     blocks = model.model.layers
-    blocks[:] = [llama.CompiledBlock(block) for block in blocks]
+    blocks[:] = [llama.CompiledBlock.of(block) for block in blocks]
+    return model
+
+
+def model_with_everything():
+    """One that has a bias and a norm wherever a checkpoint may have them."""
+    model, key = filled(WIDE), mx.random.key(1)
+    for block in model.model.layers:
+        for layer in (*block.self_attn.children().values(), *block.mlp.values()):
+            layer.bias = mx.random.normal(layer.weight.shape[:1], key=key)
+        for name in ("q_norm", "k_norm"):
+            block.self_attn[name] = nn.RMSNorm(WIDE["head_dim"])
+            block.self_attn[name].weight = mx.random.uniform(0.2, 2, (32,), key=key)
     return model
 
 
 @on_the_cpu
-@pytest.mark.parametrize("packed", [False, True])
-def test_a_model_of_compiled_blocks_decodes_as_it_did(packed):
-    wanted = decoded(packed_model() if packed else filled(WIDE))
-    model = compile_all(packed_model() if packed else filled(WIDE))
+@pytest.mark.parametrize(
+    "make", [packed_model, functools.partial(filled, WIDE), model_with_everything]
+)
+def test_a_model_of_compiled_blocks_decodes_as_it_did(make):
+    wanted, model = decoded(make()), compile_all(make())
     assert_close(decoded(model), wanted, 1e-5)
     tokens = mx.array(random_tokens(CONFIG, length=12))
     assert_close(in_parts(model, tokens, (5, 6, 7)), wanted, 1e-5)
@@ -266,6 +293,9 @@ def test_a_long_part_of_a_prompt_is_computed_as_its_layers_are_built(launched):
     assert [x.shape for x in (x0, x1, x2, x3)] == [(1, 140, 48)] * 4
     assert_close(got, wanted, 1e-5)
     launched.clear()
+    model(tokens, model.make_cache(140))
+    assert launched[1][1].ndim == 0  # a step that has failed is not waited for
+    launched.clear()
     model(tokens[:, :127], model.make_cache(140))
     assert launched == []  # not for a few
 
@@ -289,7 +319,7 @@ def test_a_token_over_a_large_cache_is_launched_in_halves_behind_the_last(
     wanted, blocks = np.array(model(tokens)), model.model.layers
     llama.launch_in_pieces(model)
     ends, note = [], lambda x, cache: ends.append(x)
-    blocks[-1] = llama.LaunchedBlock(blocks[-1], note)
+    blocks[-1] = llama.LaunchedBlock.of(blocks[-1], note)
     cache, got = model.make_cache(12), []
     for n in range(12):
         if n == 10:
@@ -305,6 +335,13 @@ def test_a_token_over_a_large_cache_is_launched_in_halves_behind_the_last(
     steps += [("wait", half), ("go", other), ("wait", ends[10])]
     assert are(launched, steps)
     assert half is not other
+    # Another conversation waits for nothing of this one, whose last step may have
+    # failed. Its first token finds no cache that is large.
+    cache = model.make_cache(12)
+    launched.clear()
+    for n in range(2):
+        model(tokens[:, n : n + 1], cache)
+    assert [x.ndim for kind, x in launched if kind == "wait"] == [0, 0]
 
 
 @on_the_cpu
@@ -364,9 +401,9 @@ def test_all_that_is_put_into_a_model_gives_the_same(monkeypatch, packed, on_cud
         assert type(block) is llama.LaunchedBlock
         assert type(block.block) is llama.CompiledBlock
         assert type(block.block.mlp) is llama.FusedMLP
-        rows = type(block.block.self_attn) is llama.AttentionInRows
-        many = type(block.block.mlp.up_proj) is llama.UnpackedForMany
-        assert (rows, many) == (on_cuda, on_cuda and packed)
+        few = type(block.block.self_attn) is llama.PaddedAttention
+        many = type(block.block.mlp.up_proj) is llama.UnpackedLinear
+        assert (few, many) == (on_cuda, on_cuda and packed)
     for large in (llama.LARGE, 1):
         monkeypatch.setattr(llama, "LARGE", large)
         cuts = (150, 170, 183, *range(184, 200), 205)

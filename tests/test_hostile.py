@@ -198,13 +198,10 @@ def skeleton(own: llama.Tokenizer, texts: Sequence[str]) -> list[int]:
 def test_no_splice_of_control_tokens_becomes_one(name):
     """In any format, role and place: exactly the ids that the format puts there."""
     rng, seen = random.Random(0), 0
-    own = llama.Tokenizer.from_folder(vocabulary_folder(name))
-    for own.template, own.chat_format in llama.CHAT_FORMATS.items():
-        try:
-            wanted = skeleton(own, ["a", "b", "c", "d"])
-        except ValueError:  # the vocabulary lacks the format's tokens
-            continue
-        seen += 1
+    for template in llama.BUILT_IN:
+        own = llama.Tokenizer.from_folder(vocabulary_folder(name), template=template)
+        wanted = skeleton(own, ["a", "b", "c", "d"])
+        seen += len(wanted) > 2
         for _ in range(150):
             texts = [spliced([*own.special_tokens], rng) for _ in range(4)]
             assert skeleton(own, texts) == wanted, texts
@@ -446,6 +443,37 @@ def mutated_tensors(data: bytes, rng: random.Random) -> bytes:
     return file_of(header, body)
 
 
+# What a config.json may say of its family, soundly or not.
+TYPES = ["full_attention", "sliding_attention"]
+OF_FAMILIES = {
+    "model_type": ("llama", "mistral", "qwen2", "qwen3", "Qwen3", "qwen3_moe", "phi3"),
+    "sliding_window": (1, 2, 16, 100, 4096, None),
+    "use_sliding_window": (True, False, None),
+    "max_window_layers": (0, 1, 2, 28, None),
+    "layer_types": (TYPES, TYPES[:1] * 2, TYPES[1:] * 2, TYPES * 2, ["x", []], None),
+    "rope_scaling": ({"type": "linear", "factor": 2.0}, {"rope_type": "default"}, None),
+    "rope_parameters": ({"rope_type": "yarn", "factor": 2.0, "beta_fast": 0}, None),
+    "original_max_position_embeddings": (64, None),
+    "quantization_config": ({"quant_method": "gptq"}, {"quant_method": []}, None),
+    "text_config": ({}, None),
+    "hidden_size": (None,),
+    "head_dim": (None, 8, 16, 128),
+    "num_hidden_layers": (None, 1, 3),
+    "max_position_embeddings": (None, 1, 30, 2**31 - 1),
+}
+
+
+def mutated_family(data: bytes, rng: random.Random) -> bytes:
+    """A config.json that says something else of its family."""
+    config = json.loads(data)
+    for _ in range(rng.choice((1, 1, 2, 4))):
+        key = rng.choice([*OF_FAMILIES])
+        config[key] = rng.choice((*OF_FAMILIES[key], rng.choice(WRONG)))
+        if rng.random() < 0.2:
+            del config[key]
+    return json.dumps(config).encode()
+
+
 def mutated_settings(data: bytes, rng: random.Random) -> bytes:
     """A config.json that says something else of what its tensors are."""
     config = json.loads(data)
@@ -471,7 +499,9 @@ def mutate(folder: Path, rng: random.Random) -> str:
     file = rng.choice(sorted(folder.iterdir()))
     if rng.random() < 0.3:
         name = rng.choice(("model.safetensors", "model.safetensors", "config.json"))
-        change = mutated_settings if name == "config.json" else mutated_tensors
+        change = mutated_tensors
+        if name == "config.json":
+            change = rng.choice((mutated_settings, mutated_family))
         file = folder / name
         with contextlib.suppress(*WRONG_ALREADY):
             file.write_bytes(change(file.read_bytes(), rng))
@@ -574,7 +604,7 @@ def refusals(folder: Path, change: dict[str, mx.array | None]) -> str:
     mx.eval(arrays)  # before the file that they are read from is written
     mx.save_safetensors(str(file), arrays)
     write_index(folder, dict.fromkeys(arrays, "model.safetensors"))
-    problems = [*llama.Checkpoint(folder).problems()]
+    problems = llama.check_folder(folder)[2]
     assert all(type(problem) is ValueError for problem in problems)
     for read in (llama.load, rank_share):
         with pytest.raises(ValueError) if problems else contextlib.nullcontext():
@@ -652,7 +682,7 @@ def rank_share(folder: Path) -> None:
 def assert_used_or_refused(folder: Path) -> None:
     """Each function that reads a folder raises OSError or ValueError, or nothing, and
     what is wrong is told in a line of a length that a terminal can show."""
-    problems = [*llama.Checkpoint(folder).problems()]
+    problems = llama.check_folder(folder)[2]
     assert all(isinstance(problem, OSError | ValueError) for problem in problems)
     readers = (llama.load, llama.Tokenizer.from_folder, llama.default_sampling)
     for read in (*readers, rank_share):
@@ -671,12 +701,15 @@ def test_a_spoilt_folder_is_used_or_refused_in_one_line(
 ):
     """LLAMA_TEST_FUZZ sets how many: each is spoilt once to three times, from its own
     seed, and then inspected and talked to."""
-    packed = packed_folder(tmp_path / "packed")
+    window = {"use_sliding_window": True, "sliding_window": 100, "head_dim": 8}
+    window |= {"model_type": "qwen3", "max_window_layers": 1}
+    qwen = random_folder(tmp_path / "qwen", **window)
+    sound = folder, packed_folder(tmp_path / "packed"), qwen
     monkeypatch.setattr(sys, "stdin", open(os.devnull))  # noqa: SIM115
     refused = 0
     for seed in range(cases):
         rng = random.Random(seed)
-        spoilt = shutil.copytree(rng.choice((folder, packed)), tmp_path / "m")
+        spoilt = shutil.copytree(rng.choice(sound), tmp_path / "m")
         how = [mutate(spoilt, rng) for _ in range(rng.choice((1, 1, 2, 3)))]
         memory = bytes_allowed(spoilt)
         with told(f"seed {seed}: {how}"):
@@ -864,7 +897,7 @@ def test_a_link_to_a_device_is_not_read(name, folder, tmp_path):
     spoilt = shutil.copytree(folder, tmp_path / "m")
     (spoilt / name).unlink()
     (spoilt / name).symlink_to("/dev/zero")  # of no size, and without an end
-    problems = [*llama.Checkpoint(spoilt).problems()] if name == "config.json" else []
+    problems = llama.check_folder(spoilt)[2] if name == "config.json" else []
     if name == "tokenizer.json":
         with pytest.raises(ValueError, match="not a regular file") as error:
             llama.Tokenizer.from_folder(spoilt)

@@ -1,5 +1,6 @@
 """Ranks: a model shared by several processes."""
 
+import collections
 import contextlib
 import dataclasses
 import inspect
@@ -39,7 +40,7 @@ from tests.support import (
     random_folder,
     start,
     turns,
-    with_biases,
+    with_extras,
     write_model,
 )
 
@@ -63,10 +64,10 @@ SPLIT = {
 def split_folder(path: Path, *, bits: int | None = None, **changes) -> Path:
     """A model of random weights, all of which matter; given bits, down_proj has 8.
 
-    It has the biases that attention_bias and mlp_bias ask for.
+    It has the biases and norms that its family and config.json ask for.
     """
     config = SPLIT | changes
-    model = with_biases(llama.Llama(llama.ModelArgs.from_dict(config)), config)
+    model = with_extras(llama.Llama(llama.ModelArgs.from_dict(config)), config)
     rng = np.random.default_rng(0)
     for name, array in tree_flatten(model.parameters()):
         value = rng.normal(float("norm" in name), 0.2, array.shape)
@@ -168,6 +169,8 @@ def test_ranks_give_the_logits_and_the_text_of_one_process(n, count, tmp_path):
         tied = biases | {"tie_word_embeddings": True}
         folders.append(split_folder(tmp_path / "a tied head and biases", **tied))
         folders.append(split_folder(tmp_path / "a head of its own"))
+        folders.append(split_folder(tmp_path / "qwen2", model_type="qwen2"))
+        folders.append(split_folder(tmp_path / "qwen3", bits=4, model_type="qwen3"))
         folders.append(dense_copy(STORIES, tmp_path / "stories in float32"))
         if DATA.is_dir():
             folders.append(quantized_copy(folders[1], tmp_path / "260K at 4 bits"))
@@ -242,7 +245,7 @@ def test_what_ranks_cannot_share_is_named(tmp_path):
 
 
 def test_a_rank_alone_has_its_layers_fused_and_several_sum_what_theirs_give(kernels):
-    alone = (llama.FusedBlock, llama.UnpackedForMany)
+    alone = (llama.FusedBlock, llama.UnpackedLinear)
     shared = (llama.TransformerBlock, llama.SummedLinear)
     cases = ((None, alone), (rank_of(0, 1), alone), (rank_of(1, 2), shared))
     for group, wanted in cases:
@@ -283,6 +286,71 @@ def test_ranks_hear_what_rank_0_says_and_stop_together(tmp_path):
     stops = "False\nFalse\nFalse\nTrue\nnot all ranks have sampled the token"
     for rank, done in enumerate(in_ranks(2, tmp_path, "-c", MESSAGES)):
         assert done == (0, f"{stops} {5 + rank}\n", "")
+
+
+@pytest.fixture
+def alone(folder, monkeypatch):
+    """An engine whose only rank hears itself, and which notes what it is asked."""
+    asked = []
+
+    def cancelled_by_any(group, stop, tokens):
+        return lambda: asked.append(len(tokens)) or stop()
+
+    monkeypatch.setattr(llama, "broadcast", lambda group, message: message)
+    monkeypatch.setattr(llama, "cancelled_by_any", cancelled_by_any)
+    engine = llama.Engine(folder, group=rank_of(0, 1))
+    yield engine, asked
+    engine.close()
+
+
+def test_a_request_that_cannot_be_passed_on_to_the_ranks_fails(alone, monkeypatch):
+    engine, _ = alone
+    assert "".join(engine.chat(USER, max_tokens=3, temperature=0))
+
+    def fail(_group, message):
+        if message:
+            raise ConnectionError("a rank is gone")
+        return message
+
+    monkeypatch.setattr(llama, "broadcast", fail)
+    reply = engine.chat(USER, max_tokens=3)
+    assert str(reply._request.events.get(timeout=20)) == "a rank is gone"
+    with pytest.raises(RuntimeError, match="the engine is closed"):
+        engine.chat(USER)
+
+
+def test_a_request_that_comes_as_the_worker_fails_is_told(alone, monkeypatch):
+    """After it has looked into its queue for the last time."""
+    engine, _ = alone
+    worker, failure = engine._worker, ConnectionError("a rank is gone")
+    put = lambda _: setattr(worker, "failure", failure)
+    get, empty = worker.requests.get, lambda: True
+    with monkeypatch.context() as patch:
+        fake = types.SimpleNamespace(put=put, get=get, empty=empty)
+        patch.setattr(worker, "requests", fake)
+        reply = engine.chat(USER, max_tokens=3)
+        assert reply._request.events.get(timeout=20) is failure
+
+
+@pytest.mark.parametrize("lookup", [0, 4])
+def test_ranks_are_asked_once_a_pass_whether_one_wants_to_stop(
+    alone, monkeypatch, lookup
+):
+    engine, asked = alone
+    settings = {"temperature": 0, "max_tokens": 60}
+    reply = engine.complete("abc", lookup=0, **settings)
+    collections.deque(reply, 0)
+    ids = engine.tokenizer.encode("abc") + reply.taken.ids
+    monkeypatch.setattr(
+        llama.Lookup, "drafts", lambda self: ids[len(self.ids) :][: self.n]
+    )
+    asked.clear()
+    reply = engine.complete("abc", lookup=lookup, **settings)
+    collections.deque(reply, 0)
+    # A pass gives the first token, one the next, and each of the others four drafts.
+    passes = [1, 2, *range(6, 61, 5)] if lookup else [*range(1, 61)]
+    assert reply.stats.generation_tokens == 60
+    assert [count for count in asked if count > 0] == passes
 
 
 IN_TURNS = f"""

@@ -93,6 +93,24 @@ def test_both_sides_of_a_benchmark_compute_the_same_model(bits, monkeypatch):
         assert_close(ours(tokens), np.array(theirs(tokens)), 1e-4)
 
 
+@on_the_cpu
+def test_both_sides_of_a_benchmark_share_their_weights(monkeypatch):
+    """Or the peak of either would count them twice, after packed ones were moved."""
+    peer("mlx_lm")
+    bench = imported(HERE / "benchmarks" / "bench.py")
+
+    def accelerate(model):
+        for layer in model.modules():
+            if isinstance(layer, llama.QuantizedLinear):
+                layer.weight = layer.weight + 0
+
+    monkeypatch.setattr(llama, "PRESETS", {"tiny": llama.llama3_args(128, 256, 2, 8)})
+    monkeypatch.setattr(llama, "accelerate", accelerate)
+    ours, theirs = bench.both_models(Namespace(model="tiny", bits=4))
+    for mine, peers in zip(ours.model.layers, theirs.model.layers, strict=True):
+        assert mine.mlp.up_proj.weight is peers.mlp.up_proj.weight
+
+
 @pytest.fixture
 def train(monkeypatch):
     """stories/train.py, with a model that is trained within seconds."""
