@@ -99,9 +99,11 @@ import operator
 import os
 import queue
 import re
+import select
 import signal
 import statistics
 import sys
+import termios
 import threading
 import time
 import traceback
@@ -6000,8 +6002,9 @@ def cmd_inspect(options: argparse.Namespace) -> int:
 # A conversation: on a terminal one that is typed, with commands that begin with a
 # slash; in a pipe one question and its answer.
 # uses: 1-9, 11-21
-# needs: Path, Sequence, TextIO, argparse, asdict, collections, contextlib, difflib,
-#     fields, json, os, signal, sys, unicodedata
+# needs: Callable, Iterator, Path, Sequence, TextIO, argparse, asdict, collections,
+#     contextlib, difflib, fields, functools, json, os, select, signal, sys, termios,
+#     unicodedata
 # -----------------------------------------------------------------------------
 
 CHOICES = "/undo and /reset make room"
@@ -6201,23 +6204,72 @@ def agreed(question: str) -> bool:
         return False
 
 
+def paths_beginning(path: str) -> list[str]:
+    """Return the paths there are that begin so, folders with a slash at their end."""
+    folder, name = os.path.split(path)
+    found = []
+    with contextlib.suppress(OSError):
+        for entry in os.scandir(os.path.expanduser(folder) or "."):
+            hidden = entry.name.startswith(".") and not name.startswith(".")
+            if entry.name.startswith(name) and not hidden:
+                slash = "/" if entry.is_dir() else ""
+                found.append(os.path.join(folder, entry.name) + slash)
+    return sorted(found)
+
+
+def suspend() -> None:
+    """Stop this process as Ctrl-Z does, and return when it goes on."""
+    handler = signal.signal(signal.SIGTSTP, signal.SIG_DFL)
+    signal.raise_signal(signal.SIGTSTP)
+    signal.signal(signal.SIGTSTP, handler)
+
+
+def leave_prompt(*_) -> None:
+    """Handle Ctrl-Z at a prompt: readline is to give the terminal back first."""
+    raise InterruptedError
+
+
+@contextlib.contextmanager
+def on_stop(handler: Callable) -> Iterator[None]:
+    """Within the block have a function handle Ctrl-Z, unless it is ignored here."""
+    before = signal.getsignal(signal.SIGTSTP)
+    if before is not signal.SIG_IGN:
+        signal.signal(signal.SIGTSTP, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTSTP, before)
+
+
 class LineEditor:
     """Reads messages from the terminal, with editing, completion and history.
 
-    Without readline, which is not everywhere, it reads lines and does no more.
+    words: the commands. files: those that a path follows. Without readline, which is
+    not everywhere, it reads lines and does no more. On a Mac readline often is libedit,
+    which has other commands, and does not know where a paste ends.
     """
 
-    def __init__(self, words: Sequence[str]):
-        self.words = words
-        try:
+    def __init__(self, words: Sequence[str], files: Sequence[str] = ()):
+        self.words, self.files = words, files
+        self.terminal = termios.tcgetattr(sys.stdin) if sys.stdin.isatty() else None
+        self.readline, self.libedit = None, False
+        self.ahead = [""]  # lines typed before their prompt; the last one is begun
+        with contextlib.suppress(ImportError):
             import readline
-        except ImportError:
-            self.readline = None
-            return
-        self.readline = readline
-        paste = "on" if styled(sys.stdout) else "off"  # it takes an escape
-        readline.parse_and_bind(f"set enable-bracketed-paste {paste}")
-        readline.parse_and_bind("tab: complete")
+
+            self.readline = readline
+            self.libedit = bool(self.terminal) and "libedit" in (readline.__doc__ or "")
+            self.prepare()
+
+    def prepare(self) -> None:
+        """Set up readline, and its history."""
+        readline = self.readline
+        if self.libedit:
+            readline.parse_and_bind("bind ^I rl_complete")
+        else:
+            paste = "on" if styled(sys.stdout) else "off"  # it takes an escape
+            readline.parse_and_bind(f"set enable-bracketed-paste {paste}")
+            readline.parse_and_bind("tab: complete")
         readline.set_completer_delims(" ")
         readline.set_completer(self.complete)
         readline.set_auto_history(False)
@@ -6226,8 +6278,16 @@ class LineEditor:
                 readline.add_history(json.loads(line))
 
     def complete(self, text: str, state: int) -> str | None:
-        words = [word for word in self.words if word.startswith(text)]
-        if not text.startswith("/"):
+        """Return a completion of the word at the cursor, None after the last one."""
+        before = self.readline.get_line_buffer()[: self.readline.get_begidx()]
+        command, _, begun = before.partition(" ")
+        if before and command in self.files:
+            path = begun.lstrip() + text  # a name may have blanks
+            start = len(path) - len(text)
+            words = [found[start:] for found in paths_beginning(path)]
+        elif text.startswith("/") and not before:
+            words = [word for word in self.words if word.startswith(text)]
+        else:
             words = [f"{text}\t"]  # a tab of the text: of a paste, say
         return [*words, None][state]
 
@@ -6245,13 +6305,99 @@ class LineEditor:
             with open(private, "w", encoding="utf-8") as stream:
                 stream.write("\n".join(lines) + "\n")
 
-    def line(self, prompt: str) -> str:
-        """Return a line that is typed after a prompt."""
-        backend = getattr(self.readline, "__doc__", None) or "libedit"
-        if coloured(sys.stdout) and "libedit" not in backend:
+    def set_terminal(self, *hidden: int) -> None:
+        """Have the terminal as it was at the start, but without some local modes."""
+        if self.terminal is not None:
+            modes = [*self.terminal]
+            for mode in hidden:
+                modes[3] &= ~mode
+            if hidden:  # Ctrl-C is not to throw away what is typed, or not yet shown
+                modes[3] |= termios.NOFLSH
+            with contextlib.suppress(termios.error):  # it has gone
+                termios.tcsetattr(sys.stdin, termios.TCSANOW, modes)
+
+    @contextlib.contextmanager
+    def typing_hidden(self) -> Iterator[None]:
+        """Within the block what is typed is not shown. It waits for the next prompt."""
+        # Without ICANON the terminal keeps more than a line of 4095 bytes; libedit
+        # needs it, to tell a line that was ended from one that was begun.
+        hidden = (termios.ECHO,) if self.libedit else (termios.ECHO, termios.ICANON)
+
+        def stop(*_) -> None:
+            self.set_terminal()
+            suspend()
+            self.set_terminal(*hidden)
+
+        with on_stop(stop):
+            try:
+                self.set_terminal(*hidden)
+                yield
+            finally:
+                self.set_terminal()
+
+    def edit(self, prompt: str, text: str) -> str:
+        """Return a line that is typed after a prompt, and begins with a text; libedit
+        cannot change that part of it."""
+        if coloured(sys.stdout) and self.readline and not self.libedit:
             # For GNU readline, \x01 and \x02 enclose characters that take no space.
             prompt = f"\x01\x1b[2m\x02{prompt}\x01\x1b[0m\x02"
-        return read_line(prompt)
+        while True:
+            shown = text if self.libedit else ""
+            if text and not self.libedit:
+                insert = functools.partial(self.readline.insert_text, text)
+                self.readline.set_startup_hook(insert)
+            try:
+                with on_stop(leave_prompt):
+                    return shown + read_line(prompt + shown)
+            except InterruptedError:
+                if self.readline:
+                    text = shown + self.readline.get_line_buffer()
+                suspend()
+            finally:
+                if self.readline:
+                    self.readline.set_startup_hook()
+
+    def waiting(self, seconds: float) -> list[str]:
+        """Return what waits on the terminal, or comes within some seconds, in lines;
+        the last one, often "", has not been ended."""
+        data = b""
+        while select.select([sys.stdin], [], [], seconds)[0]:
+            part = os.read(sys.stdin.fileno(), 4096)
+            if not part:
+                break
+            data += part
+        text = data.decode("utf-8", "replace").replace("\r\n", "\n")
+        return text.replace("\r", "\n").split("\n")
+
+    def pasted(self) -> list[str]:
+        """Return, under libedit, the lines that follow one at once; see `waiting`."""
+        if not self.libedit:
+            return [""]
+        self.set_terminal(termios.ECHO, termios.ICANON)
+        try:
+            return self.waiting(0.02)
+        finally:
+            self.set_terminal()
+
+    def line(self, prompt: str) -> str:
+        """Return a line that is typed after a prompt, or lines that are pasted."""
+        self.set_terminal()
+        if self.libedit:  # lines that were typed during a reply
+            first, *lines = self.waiting(0)
+            self.ahead[-1] += first
+            self.ahead += lines
+        if len(self.ahead) > 1:
+            print(printable(prompt + self.ahead[0]), file=sys.stderr)
+            return self.ahead.pop(0)
+        text, self.ahead = self.edit(prompt, self.ahead[0]), [""]
+        while (pasted := self.pasted()) != [""]:
+            *lines, begun = pasted
+            for line in lines:
+                print(printable(f"... {line}"), file=sys.stderr)
+            text = "\n".join([text, *lines])
+            if begun:
+                text += "\n" + self.edit("... ", begun)
+        return text
 
     def read(self) -> str | None:
         """Return a message, or None at Ctrl-D. Ctrl-C clears what was typed.
@@ -6435,6 +6581,7 @@ COMMANDS = {
 
 
 OTHER_NAMES = {"bye": "exit", "quit": "exit"}
+PATHS = ("FILE", "PATH")  # what a command takes if it is a path
 
 
 class Chat(Conversation):
@@ -6446,11 +6593,12 @@ class Chat(Conversation):
     def __init__(self, engine: Engine, options: argparse.Namespace):
         super().__init__(engine, options)
         self.attached = []  # texts of files that go into the next message
+        names = sorted([*COMMANDS, *OTHER_NAMES])
+        files = [f"/{name}" for name in COMMANDS if COMMANDS[name][0] in PATHS]
+        self.editor = LineEditor([f"/{name}" for name in names], files)
 
     def run(self) -> None:
         """Read messages and commands, and answer them, until Ctrl-D."""
-        names = sorted([*COMMANDS, *OTHER_NAMES])
-        self.editor = LineEditor([f"/{name}" for name in names])
         source = Path(os.path.abspath(self.engine.tokenizer.source))
         if source.parent.name == "snapshots":  # of the Hugging Face cache
             note(f"{self.options.model}, revision {source.name}")
@@ -6490,7 +6638,7 @@ class Chat(Conversation):
         takes = COMMANDS[method][0]
         if argument and not takes:
             raise ValueError(f"/{name} takes nothing, got {argument!r}")
-        if takes in ("FILE", "PATH") and not argument:
+        if takes in PATHS and not argument:
             raise ValueError(f"/{name} wants a {takes}")
         getattr(self, f"do_{method}")(argument)
         if name in ("load", "reset", "set", "system", "undo"):
@@ -6514,7 +6662,8 @@ class Chat(Conversation):
     def ask(self, text: str, seed: int) -> Reply:
         """Answer as a Conversation does, and warn when the context is nearly full."""
         try:
-            reply = super().ask(text, seed)
+            with self.editor.typing_hidden():
+                reply = super().ask(text, seed)
         except PromptTooLong as error:
             raise ValueError(f"{error}{advice(error)}{self.room(text)}") from None
         used, size = reply.stats.context_used, reply.stats.context

@@ -8,7 +8,7 @@ import pytest
 
 import llama
 from tests.emulated import emulated_kernel
-from tests.support import DEVICE, random_folder
+from tests.support import DEVICE, libedit, random_folder
 
 
 @pytest.fixture
@@ -39,6 +39,12 @@ def state(tmp_path_factory, monkeypatch) -> Path:
     folder = tmp_path_factory.mktemp("state")
     monkeypatch.setenv("XDG_STATE_HOME", str(folder))
     return folder / "llama.py"
+
+
+@pytest.fixture(params=["readline", "libedit"])
+def line_editor(request) -> dict[str, str]:
+    """The environment in which Python's line editor is this one."""
+    return libedit() if request.param == "libedit" else {}
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import fcntl
+import functools
 import json
 import math
 import os
@@ -404,6 +405,23 @@ def refusal(*words: object, **options) -> str:
     return lines[0].removeprefix("llama.py: error: ")
 
 
+@functools.cache
+def libedit() -> dict[str, str]:
+    """The environment in which Python's line editor is libedit, as it is on most Macs;
+    skips where there is none to be had."""
+    environment = {"LD_PRELOAD": "libedit.so.2"}  # Debian's libedit2
+    program = "import readline; print('libedit' in readline.__doc__)"
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | environment,
+        capture_output=True,
+        check=False,
+    )
+    if done.stdout != b"True\n":
+        pytest.skip("the library libedit.so.2 is not installed (Debian: libedit2)")
+    return environment
+
+
 # Takes the terminal on its standard input as its own, so that Ctrl-C is a signal, and
 # becomes llama.py. (pty.fork would fork this process, whose threads may hold locks.)
 ON_A_TERMINAL = """
@@ -411,6 +429,32 @@ import fcntl, os, sys, termios
 os.setsid()
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+"""
+
+# A shell that runs one program, says of a stopped one whether the terminal shows what
+# is typed, and has it go on after a line. Unlike others it mends nothing by itself.
+SHELL = """
+import fcntl, os, signal, sys, termios
+os.setsid()
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+signal.signal(signal.SIGTTOU, signal.SIG_IGN)
+child = os.fork()
+if child == 0:
+    os.setpgid(0, 0)
+    os.tcsetpgrp(0, os.getpid())
+    signal.signal(signal.SIGTTOU, signal.SIG_DFL)
+    os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+while True:
+    _, status = os.waitpid(child, os.WUNTRACED)
+    os.tcsetpgrp(0, os.getpid())
+    if not os.WIFSTOPPED(status):
+        sys.exit(os.waitstatus_to_exitcode(status))
+    modes = termios.tcgetattr(0)[3]
+    shown = modes & termios.ECHO and modes & termios.ICANON
+    print("stopped,", "shows" if shown else "hides", "what is typed", flush=True)
+    sys.stdin.readline()
+    os.tcsetpgrp(0, child)
+    os.kill(child, signal.SIGCONT)
 """
 
 
@@ -423,13 +467,14 @@ class Terminal:
         program: Path = HERE / "llama.py",
         stdout: int | None = None,  # a file, in place of the terminal
         columns: int = 0,  # a terminal may not know
+        start: str = ON_A_TERMINAL,
         **environment: str,
     ):
         self.screen = ""
         self.master, terminal = pty.openpty()
         self.resize(columns)
         self.process = subprocess.Popen(
-            [sys.executable, "-c", ON_A_TERMINAL, program, *map(str, words)],
+            [sys.executable, "-c", start, program, *map(str, words)],
             stdin=terminal,
             stdout=terminal if stdout is None else stdout,
             stderr=terminal,
@@ -475,7 +520,7 @@ class Terminal:
         return self.process.returncode
 
 
-CTRL_C, CTRL_D = "\x03", "\x04"
+CTRL_C, CTRL_D, CTRL_Z = "\x03", "\x04", "\x1a"
 
 
 def hostile(**changes) -> Callable[[Path], None]:

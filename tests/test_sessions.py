@@ -19,7 +19,9 @@ import llama
 from tests.support import (
     CTRL_C,
     CTRL_D,
+    CTRL_Z,
     ON_A_GPU,
+    SHELL,
     USER,
     Terminal,
     chat_with,
@@ -285,23 +287,28 @@ def test_loading_asks_before_it_forgets_what_no_file_has(folder, tmp_path):
     other = tmp_path / "other"
     done = command(*words, "--session", other, "--prompt", "of the file")
     assert done.returncode == 0
-    chat = Terminal(*words)
-    for typed, shown in (
-        ("mine\r", "[stopped"),
-        (f"/load {other}\r", "1 turn not saved. Forget them? [y/N] "),
-    ):
-        chat.wait_for(">>> ")
-        chat.type(typed)
-        chat.wait_for(shown)
+    chat = Terminal(*words, start=SHELL, columns=200)
+    chat.wait_for(">>> ")
+    chat.type("mine\r")
+    chat.wait_for("[stopped")
     for no in ("n\r", CTRL_C, CTRL_D, "\r"):
+        chat.wait_for(">>> ")
+        chat.type(f"/load {other}\r")
+        chat.wait_for("1 turn not saved. Forget them? [y/N] ")
         chat.type(no)
         chat.wait_for(">>> ")
         chat.type("/context\r")
         chat.wait_for("'mine'")
-        chat.wait_for(">>> ")
-        chat.type(f"/load {other}\r")
-        chat.wait_for("[y/N] ")
-    chat.type("yes\r")
+    chat.wait_for(">>> ")
+    chat.type(f"/load {other}")
+    chat.wait_for(str(other))
+    chat.type(CTRL_Z)
+    chat.wait_for("stopped, ")
+    chat.type("\r")
+    chat.wait_for(">>> ")
+    chat.type("\r")
+    chat.wait_for("[y/N] ")
+    chat.type("yes\r")  # all that the answer has, not the line after Ctrl-Z too
     chat.wait_for(">>> of the file")
     chat.wait_for(">>> ")
     chat.type(f"/load {other}\r")  # which has all there is

@@ -22,8 +22,10 @@ import llama
 from tests.support import (
     CTRL_C,
     CTRL_D,
+    CTRL_Z,
     HERE,
     ON_A_GPU,
+    SHELL,
     Terminal,
     chat_with,
     command,
@@ -241,6 +243,68 @@ def test_ctrl_c_ends_a_reply_and_keeps_the_conversation(tmp_path):
     chat.wait_for("\\x")  # bytes that are no text: it writes
     chat.type(CTRL_C)
     chat.wait_for("[stopped: Ctrl-C]", 10)
+    chat.wait_for(">>> ")
+    chat.type(CTRL_D)
+    assert chat.status() == 0
+
+
+def test_what_is_typed_during_a_reply_waits_for_the_prompt(line_editor, tmp_path):
+    """A line of it is a message; the rest is there to be edited. Ctrl-C loses none."""
+    slow = random_folder(tmp_path / "m", context=8192, width=128)
+    chat = Terminal("chat", slow, "--temperature", 0, **line_editor)
+    before = termios.tcgetattr(chat.master)
+    chat.wait_for(">>> ")
+    chat.type("Hello!\r")
+    chat.wait_for("\\x")  # bytes that are no text: it writes
+    chat.type("typed ahead\rand half")
+    for message in ("typed ahead", "and half"):
+        chat.type(CTRL_C)
+        assert "typed" not in chat.wait_for("[stopped: Ctrl-C]", 10)
+        chat.wait_for(">>> ")
+        chat.wait_for(message)  # there, without being typed again
+        if message == "and half":
+            chat.type(" more\r")
+        chat.wait_for("\\x")
+    chat.type(CTRL_C)
+    chat.wait_for("[stopped: Ctrl-C]", 10)
+    chat.wait_for(">>> ")
+    chat.type("/context\r")
+    for message in ("'Hello!'", "'typed ahead'", "'and half more'"):
+        chat.wait_for(message)
+    chat.wait_for(">>> ")
+    chat.type(CTRL_D)
+    chat.process.wait(10)
+    assert termios.tcgetattr(chat.master) == before
+    assert chat.status() == 0
+
+
+def test_a_stopped_chat_gives_the_terminal_back_and_goes_on(line_editor, tmp_path):
+    slow = random_folder(tmp_path / "m", context=8192, width=128)
+    words = ("chat", slow, "--temperature", 0)
+    chat = Terminal(*words, start=SHELL, **line_editor)
+    chat.wait_for(">>> ")
+    chat.type("half a line")
+    chat.wait_for("half a line")
+    chat.type(CTRL_Z)
+    chat.wait_for("stopped, shows what is typed")
+    chat.type("\r")
+    chat.wait_for(">>> ")  # it is drawn again
+    chat.wait_for("half a line")
+    chat.type(" and the rest\r")
+    chat.wait_for("\\x")  # it writes
+    chat.type(CTRL_Z)
+    chat.wait_for("stopped, shows what is typed")
+    chat.type("\r")
+    chat.wait_for("\\x")
+    chat.type("typed")
+    chat.type(CTRL_C)
+    assert "typed" not in chat.wait_for("[stopped: Ctrl-C]", 10)
+    chat.wait_for(">>> ")
+    chat.wait_for("typed")
+    chat.type(CTRL_C)
+    chat.wait_for(">>> ")
+    chat.type("/context\r")
+    chat.wait_for("'half a line and the rest'")
     chat.wait_for(">>> ")
     chat.type(CTRL_D)
     assert chat.status() == 0

@@ -21,6 +21,7 @@ from tests.support import (
     Terminal,
     chat_with,
     command,
+    libedit,
     random_folder,
 )
 
@@ -274,9 +275,8 @@ def test_a_reply_that_fails_in_mlx_does_not_end_the_conversation(
         raise RuntimeError("out of memory")
 
     typed = iter(("one", "/context", None))
-    editor = types.SimpleNamespace(read=lambda: next(typed))
     monkeypatch.setattr(llama, "print_reply", fail)
-    monkeypatch.setattr(llama, "LineEditor", lambda _: editor)
+    monkeypatch.setattr(llama.LineEditor, "read", lambda _: next(typed))
     chat_with(engine).run()
     shown = capsys.readouterr().err
     assert "\nout of memory\n" in shown and "tokens used" in shown
@@ -293,6 +293,60 @@ def test_a_tab_completes_commands_and_is_text_elsewhere():
     ):
         states = map(functools.partial(editor.complete, typed), itertools.count())
         assert [*itertools.takewhile(bool, states)] == completed
+
+
+def test_a_tab_completes_paths_where_a_command_takes_one(line_editor, folder, tmp_path):
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "long name.txt").write_text("some text")
+    (tmp_path / "notes" / ".hidden").write_text("x")
+    chat = Terminal(
+        "chat", folder, "--max-tokens", 2, HOME=str(tmp_path), **line_editor
+    )
+    chat.wait_for(">>> ")
+    for typed, told in (
+        # The name has a blank: completed as far as "long", then from its second word.
+        ("/fi\t ~/no\tlo\t\x7f\x7f\t\r", "9 characters go before the next message"),
+        (f"/save {tmp_path}/notes/.h\t\r", "/notes/.hidden exists"),
+        (f"/load {tmp_path}/notes/.h\t\r", "/notes/.hidden: not a session"),
+        (f"/context {tmp_path}/no\t\r", "takes nothing, got"),  # none is taken
+    ):
+        chat.type(typed)
+        chat.wait_for(told)
+        chat.wait_for(">>> ")
+    chat.type(CTRL_D)
+    assert chat.status() == 0
+
+
+def test_lines_pasted_where_a_paste_is_not_marked_are_one_message(folder, state):
+    """Under libedit; the last line is sent when it is ended."""
+    chat = Terminal("chat", folder, "--max-tokens", 2, **libedit())
+    for pasted, more in (
+        ("one\r\rtwo  x\r", ""),
+        ("one\rtwo\rthr", "ee\r"),
+        ('"""one\rtwo\r', ""),
+        ("single\r", ""),
+    ):
+        chat.wait_for(">>> ")
+        chat.type(pasted)
+        if more:
+            chat.wait_for("... thr")
+            chat.type(more)
+        chat.wait_for("[stopped: 2 tokens")
+    chat.wait_for(">>> ")
+    chat.type("/con\t\r")
+    chat.wait_for("turn 4")
+    chat.wait_for(">>> ")
+    chat.type(CTRL_D)
+    assert chat.status() == 0
+    lines = (state / "history").read_text().splitlines()
+    typed = [json.loads(line) for line in lines]
+    assert typed == [
+        "one\n\ntwo  x",
+        "one\ntwo\nthree",
+        '"""one\ntwo',
+        "single",
+        "/context",
+    ]
 
 
 def test_options_are_set_and_shown_while_talking(engine, capsys):
