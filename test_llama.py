@@ -2990,12 +2990,16 @@ def test_ids_that_the_model_wrote_are_not_encoded_anew():
 def test_a_reply_that_the_template_cuts_is_encoded_anew():
     """As the models that think do it: of an old reply only what comes after counts."""
     reply = "<think>So.</think>Yes."
-    cut = "{% for m in messages %}{{ m.content.split('</think>')[-1] + '|' }}{% endfor %}"
+    cut = (
+        "{% for m in messages %}{{ m.content.split('</think>')[-1] + '|' }}{% endfor %}"
+    )
     chat = byte_tokenizer(template=cut)
     talk = [TURNS[0], {"role": "assistant", "content": reply}, TURNS[2]]
     ids = chat.encode_chat(talk, replies={reply: [7, 8, 9]})
     assert ids == [*f"{TURNS[0]['content']}|Yes.|{TURNS[2]['content']}|".encode()]
-    whole = byte_tokenizer(template="{% for m in messages %}{{ m.content }}{% endfor %}")
+    whole = byte_tokenizer(
+        template="{% for m in messages %}{{ m.content }}{% endfor %}"
+    )
     assert whole.encode_chat(talk, replies={reply: [7, 8, 9]})[19:22] == [7, 8, 9]
 
 
@@ -3010,7 +3014,9 @@ def test_the_space_before_a_reply_may_be_the_models_own():
     at = len(chat.encode_chat(TURNS[:1]))
     assert ids[at - 1 : at + 1] != [chat.encode(" ")[0], *own]
     space = chat.special_tokens.get("▁", chat.encode("a b")[-1:])
-    assert ids[at : at + 1] == own and ids[at + 2 : at + 4] == [chat.eos, chat.bos], space
+    assert ids[at : at + 1] == own and ids[at + 2 : at + 4] == [chat.eos, chat.bos], (
+        space
+    )
 
 
 @needs_data
@@ -4716,7 +4722,10 @@ def test_inspect_lists_what_a_folder_holds(folder, capsys):
     assert found["stop_tokens"] == [0, 259]
     assert llama.main(["inspect", str(folder)]) == 0
     text = capsys.readouterr().out
-    assert "it reads    <|im_start|>system" in text and "2 self_attn.q_proj F32 [32, 32]" in text
+    assert (
+        "it reads    <|im_start|>system" in text
+        and "2 self_attn.q_proj F32 [32, 32]" in text
+    )
     ids = {*found["special_tokens"].values()}
     size, added = found["tokenizer_size"], len(ids)
     assert f"{size} ids, {added} of them added" in text and max(ids) < size

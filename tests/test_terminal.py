@@ -552,7 +552,10 @@ def test_an_error_of_the_context_says_what_can_help_then(folder, tmp_path):
     file = tmp_path / "a.txt"
     file.write_text("z" * 380)
     long, longer, too_long = ("y" * n for n in (400, 480, 600))
-    ctx, forget = "; --ctx sets the limit, of a model made for up to 512", "; /undo and /reset make room"
+    ctx, forget = (
+        "; --ctx sets the limit, of a model made for up to 512",
+        "; /undo and /reset make room",
+    )
     undo = "; /undo removes the last attached file"
     with llama.Engine(folder, context=440) as small, llama.Engine(folder) as full:
         for engine, raw, typed, told in (
@@ -579,7 +582,10 @@ def test_an_error_of_the_context_says_what_can_help_then(folder, tmp_path):
 
 
 def test_a_full_context_names_no_option_that_cannot_help(folder, capsys):
-    for context, told in ((500, "; --ctx sets the limit, of a model made for up to 512]"), (512, "]")):
+    for context, told in (
+        (500, "; --ctx sets the limit, of a model made for up to 512]"),
+        (512, "]"),
+    ):
         with llama.Engine(folder, context=context) as engine:
             chat = chat_with(engine, "--temperature", "0")
             chat.options.max_tokens = None
