@@ -1738,7 +1738,9 @@ CONTROL = re.compile(
 #     added tokens are found -> the text between them is normalised -> it is cut into
 #     words -> the letters of each word are merged
 # uses: 1, 4, 7, 11, 12
-# needs: none
+# needs: Callable, Collection, Iterable, Iterator, Mapping, NamedTuple, Path, Sequence,
+#     base64, collections, dataclass, field, functools, itertools, json, queue, re,
+#     replace, threading, tiktoken, time, unicodedata
 # -----------------------------------------------------------------------------
 
 # How byte-level vocabularies split text before they merge: GPT-2's way, and Llama 3's.
@@ -1775,38 +1777,42 @@ class Merging:
     letter, -1 and the letter. left: from other pieces to how many parts remain.
     """
 
-    def __init__(self, letters: Iterable[str], pairs: Iterable[Sequence[str]]):
-        self.ranks, self.left = {}, {}
-        for rank, (left, right) in enumerate(pairs):
-            self.ranks.pop((left, right), None)  # if it comes twice, the last counts
-            self.ranks[left, right] = rank
+    def __init__(self, letters: Iterable[str], pairs: Sequence[Sequence[str]]):
+        self.ranks = {(left, right): rank for rank, (left, right) in enumerate(pairs)}
         self.made = {letter: (-1, letter, letter) for letter in letters}
-        for (left, right), rank in self.ranks.items():
-            if left + right in self.made:
+        self.left, others = {}, []
+        merges = self.ranks.items()
+        if len(merges) < len(pairs):  # of a pair that comes twice, the last counts
+            merges = sorted(merges, key=lambda merge: merge[1])
+        for (left, right), rank in merges:
+            piece = left + right
+            if piece in self.made:
                 continue
             known = left in self.made and right in self.made
-            if known and not self.crossed(left, right, rank):
-                self.made[left + right] = rank, left, right
-        self.merge_alone(left + right for left, right in self.ranks)
+            if known and not self.crossed(left, right):
+                self.made[piece] = rank, left, right
+            else:
+                others.append(piece)
+        self.merge_alone(others)
 
-    def crossed(self, left: str, right: str, rank: int) -> bool:
-        """Return whether a merge across the boundary of two parts precedes `rank`.
+    def crossed(self, left: str, right: str) -> bool:
+        """Return whether a merge across the boundary of two parts precedes theirs.
 
         This goes back in time: what was made last is taken apart, and its half at the
         boundary is what was there before.
         """
-        left_rank, right_rank = self.made[left][0], self.made[right][0]
-        while self.ranks.get((left, right), rank) >= rank:
+        left_rank, _, left_half = self.made[left]
+        right_rank, right_half, _ = self.made[right]
+        while left_rank >= 0 or right_rank >= 0:
             if left_rank > right_rank:
-                rank, left = left_rank, self.made[left][2]
-                left_rank = self.made[left][0]
-            elif right_rank >= 0:
-                # Of two pairs of one rank, the left one is merged first.
-                rank, right = right_rank + 1, self.made[right][1]
-                right_rank = self.made[right][0]
-            else:
-                return False
-        return True
+                rank, left = left_rank, left_half
+                left_rank, _, left_half = self.made[left]
+            else:  # of two pairs of one rank, the left one is merged first
+                rank, right = right_rank + 1, right_half
+                right_rank, right_half, _ = self.made[right]
+            if self.ranks.get((left, right), rank) < rank:
+                return True
+        return False
 
     def merge_alone(self, pieces: Iterable[str]) -> None:
         """Find out about pieces that are not known to be made, by merging each.
@@ -2113,8 +2119,8 @@ def merge_pieces(
     merging, vocab = Merging(letters, model["merges"]), model["vocab"]
     if not model.get("ignore_merges"):
         return merging.pairs(), [], {}
-    known = {*letters}
-    merging.merge_alone(piece for piece in vocab if known.issuperset(piece))
+    others, known = vocab.keys() - merging.made, {*letters}
+    merging.merge_alone(piece for piece in others if known.issuperset(piece))
     pieces = [piece for piece, parts in merging.left.items() if parts > 2]
     others = {p: [vocab[p]] for p, parts in merging.left.items() if parts == 2}
     return merging.pairs(), sorted(pieces, key=vocab.get), others
@@ -2164,9 +2170,9 @@ def byte_level_vocabulary(spec: dict) -> SpelledVocabulary:
     ids = {letter: EMPTY + n for n, letter in enumerate(lacking)}
     ids |= {piece: vocab[piece] for piece in characters + pieces}
     own = byte_level(model | {"vocab": ids, "merges": pairs}, split)
-    text = {i: own.text.get(i) for i in vocab.values()}
+    text = {i: piece for i, piece in own.text.items() if i < EMPTY}
     for piece, i in vocab.items():
-        if text[i] is None:  # no merge makes it; a control token, say
+        if i not in text:  # no merge makes it; a control token, say
             known = letters.keys() >= {*piece}
             text[i] = bytes(map(letters.get, piece)) if known else piece.encode()
     own = replace(own, ranks=own.ranks | ({b"": EMPTY} if foreign else {}), text=text)
@@ -2252,9 +2258,9 @@ def read_vocabulary(spec: dict) -> SpelledVocabulary:
     for merge in merges:
         if len(merge) != 2:
             raise ValueError(f"a merge must be of two pieces, got {merge!r:.80}")
-        for piece in (*merge, "".join(merge)):
-            if piece not in vocab:
-                raise ValueError(f"merges of {piece!r:.80}, not in the vocabulary")
+    pieces = {piece for a, b in merges for piece in (a, b, a + b)}
+    for piece in sorted(pieces - vocab.keys()):
+        raise ValueError(f"merges of {piece!r:.80}, not in the vocabulary")
     ids = set(vocab.values())
     if len(ids) < len(vocab) or not all(type(i) is int and 0 <= i < EMPTY for i in ids):
         raise ValueError("the ids of the vocabulary must be whole numbers, each once")
