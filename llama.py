@@ -903,14 +903,23 @@ def read_weights(
 # needs: Iterable, Mapping, Path, codecs, dataclass, json, tiktoken
 # -----------------------------------------------------------------------------
 
-# Control tokens that end a reply. Config files often name only one of those that their
-# model was trained to stop with.
+# Control tokens that end a turn or a text. Config files often name only one of those
+# that their model was trained to stop with.
 STOP_NAMES = (
     "<|eot_id|>",
     "<|eom_id|>",
-    "<|end_of_text|>",
+    "<|eot|>",
+    "<|eom|>",
+    "<|EOT|>",
+    "<|end|>",
     "<|im_end|>",
+    "<|end_of_turn|>",
+    "<|endofturn|>",
+    "[|endofturn|]",
+    "<end_of_turn>",
+    "<|end_of_text|>",
     "<|endoftext|>",
+    "<｜end▁of▁sentence｜>",
     "</s>",
 )
 
@@ -925,6 +934,17 @@ class Vocabulary:
     text: dict[int, bytes]  # from an id to its text
 
 
+def byte_letters() -> dict[str, int]:
+    """Return the letters that a byte-level tokenizer.json writes bytes with.
+
+    A printable byte is itself, and the others are U+0100 and up: a space is U+0120.
+    """
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    letters = {chr(byte): byte for byte in printable}
+    return letters | {chr(256 + n): byte for n, byte in enumerate(others)}
+
+
 def byte_level(model: dict, split: str) -> Vocabulary:
     """Return the vocabulary in a byte-level tokenizer.json.
 
@@ -932,14 +952,10 @@ def byte_level(model: dict, split: str) -> Vocabulary:
     tokens may have the first ids. So ranks are counted anew: 256 bytes, and then what
     the merges make, in their order.
     """
-    # The file writes a printable byte as itself, and the others as U+0100 and up: a
-    # space is U+0120. This maps what it writes back to bytes.
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    byte_of = {byte: byte for byte in printable}
-    byte_of |= {256 + n: byte for n, byte in enumerate(others)}
+    letters = byte_letters()
+    byte_of = str.maketrans(letters)
     merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
-    pieces = [chr(code) for code in byte_of] + [left + right for left, right in merges]
+    pieces = [*letters] + [left + right for left, right in merges]
     if model.get("ignore_merges"):  # then also words that no merge makes
         pieces += sorted(model["vocab"], key=model["vocab"].get)
     # A piece that comes twice keeps its first place.
@@ -987,7 +1003,7 @@ class ByteLevelTokenizer:
     @classmethod
     def from_folder(cls, folder: Path) -> "ByteLevelTokenizer":
         """Return the tokenizer of a folder whose tokenizer.json is Llama 3's kind."""
-        spec = json.loads((folder / "tokenizer.json").read_text("utf-8"))
+        spec = json.loads((folder / "tokenizer.json").read_bytes())
         split = spec["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"]
         special = {token["content"]: token["id"] for token in spec["added_tokens"]}
         return cls(byte_level(spec["model"], split), special)
@@ -2252,7 +2268,7 @@ def filter_map(run, values, *args, attribute=None, default=None):
     return iter([change(item) for item in run.items(values or ())])
 
 
-def select(keep: bool, by_attribute: bool) -> Callable:
+def choosing(keep: bool, by_attribute: bool) -> Callable:
     """Return the filter select or reject, or the same by an attribute."""
 
     def choose(run, values, *args):
@@ -2308,11 +2324,11 @@ FILTERS = {
     "list": lambda run, value: run.items(value),
     "lower": lambda run, value: run.text(value).lower(),
     "map": filter_map,
-    "reject": select(False, False),
-    "rejectattr": select(False, True),
+    "reject": choosing(False, False),
+    "rejectattr": choosing(False, True),
     "replace": lambda run, value, *args: run.text(value).replace(*args),
-    "select": select(True, False),
-    "selectattr": select(True, True),
+    "select": choosing(True, False),
+    "selectattr": choosing(True, True),
     "string": lambda run, value: run.text(value),
     "title": filter_title,
     "tojson": filter_tojson,
@@ -2904,12 +2920,17 @@ Today Date: {{ strftime_now('%d %b %Y') }}
 # 13. Other vocabularies
 # Section 7 reads Llama 3's kind of vocabulary. Others cut a text into words in another
 # way, merge characters instead of bytes (SentencePiece [8], Llama 2 and Mistral), put a
-# space before a text, or come as Meta's file of ranks. Each is turned into ranks for
-# tiktoken, so that one encoder serves all, and into a list of changes that are made to
-# a text before it is split.
+# space before a text, lack some bytes, or come as Meta's file of ranks. Each is turned
+# into ranks for tiktoken, so that one encoder serves all. And every folder adds tokens
+# to its vocabulary: control tokens, and whole words. A text goes this way, and gets the
+# ids that Hugging Face's tokenizers give it:
+#
+#     added tokens are found -> the text between them is normalised -> it is cut into
+#     words -> the letters of each word are merged
 # uses: 1, 4, 7, 11, 12
-# needs: Callable, Iterable, Mapping, Path, base64, dataclass, field, functools, json,
-#     queue, re, threading, unicodedata
+# needs: Callable, Collection, Iterable, Iterator, Mapping, NamedTuple, Path, Sequence,
+#     base64, collections, dataclass, field, functools, itertools, json, queue, re,
+#     replace, threading, tiktoken, unicodedata
 # -----------------------------------------------------------------------------
 
 # How byte-level vocabularies split text before they merge: GPT-2's way, and Llama 3's.
@@ -2919,102 +2940,455 @@ LLAMA3_SPLIT = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 QWEN2_SPLIT = LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
+DIGIT, PUNCTUATION = r"\p{N}", r"[\p{P}$+<=>^`|~]"
+SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # how SentencePiece writes a space
+KNOWN_SPLITS = {GPT2_SPLIT, LLAMA3_SPLIT, QWEN2_SPLIT, DIGIT, PUNCTUATION, SPACE}
 
 # tiktoken's regular expressions overflow their stack on a run of some 500,000 spaces,
 # so longer runs than this are cut; and a regular expression of 500,000 characters takes
 # minutes to compile, so a longer one than this is refused.
-LONGEST_RUN, LONGEST_SPLIT = 65_536, 500
+LONGEST_RUN, LONGEST_SPLIT = 65_536, 1_000
 MOST_TOKENS = 262_144  # a larger vocabulary is not read
 BYTES_PER_TOKEN = 200  # in a tokenizer.json; Llama 3's has 60 to 160
+MOST_WORK = 10_000_000  # steps to merge pieces one by one; Llama 3 needs 100,000
 EMPTY = 2**31  # the rank of b"": a split that matches no text asks tiktoken for it
-SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # how SentencePiece writes a space
+
+
+class Merging:
+    """The pieces that the merges of a tokenizer.json arrive at.
+
+    The file names pairs. tiktoken knows only pieces: it joins any two neighbours whose
+    concatenation is a piece, and takes a word that is a piece at once. Both do the same
+    if every piece is one that merging its own letters arrives at. For while no merge
+    crosses the ends of a stretch of letters, the stretch is merged as if it stood
+    alone; so two neighbours that make a piece are always those of its last merge.
+
+    made: from every such piece to the rank and the two parts of its last merge; of a
+    letter, -1 and the letter. left: from other pieces to how many parts remain.
+    """
+
+    def __init__(self, letters: Iterable[str], pairs: Sequence[Sequence[str]]):
+        self.ranks = {(left, right): rank for rank, (left, right) in enumerate(pairs)}
+        self.made = {letter: (-1, letter, letter) for letter in letters}
+        self.left, others = {}, []
+        merges = self.ranks.items()
+        if len(merges) < len(pairs):  # of a pair that comes twice, the last counts
+            merges = sorted(merges, key=lambda merge: merge[1])
+        for (left, right), rank in merges:
+            piece = left + right
+            if piece in self.made:
+                continue
+            known = left in self.made and right in self.made
+            if known and not self.crossed(left, right):
+                self.made[piece] = rank, left, right
+            else:
+                others.append(piece)
+        self.merge_alone(others)
+
+    def crossed(self, left: str, right: str) -> bool:
+        """Return whether a merge across the boundary of two parts precedes theirs.
+
+        This goes back in time: what was made last is taken apart, and its half at the
+        boundary is what was there before.
+        """
+        left_rank, _, left_half = self.made[left]
+        right_rank, right_half, _ = self.made[right]
+        while left_rank >= 0 or right_rank >= 0:
+            if left_rank > right_rank:
+                rank, left = left_rank, left_half
+                left_rank, _, left_half = self.made[left]
+            else:  # of two pairs of one rank, the left one is merged first
+                rank, right = right_rank + 1, right_half
+                right_rank, right_half, _ = self.made[right]
+            if self.ranks.get((left, right), rank) < rank:
+                return True
+        return False
+
+    def merge_alone(self, pieces: Iterable[str]) -> None:
+        """Find out about pieces that are not known to be made, by merging each.
+
+        They are few: those that no text makes, or with a part of a higher rank.
+        Raises ValueError if they are more than any published vocabulary has.
+        """
+        pieces = [piece for piece in dict.fromkeys(pieces) if piece not in self.made]
+        if sum(len(piece) ** 2 for piece in pieces) > MOST_WORK:
+            raise ValueError(
+                f"the merges may not arrive at {len(pieces):,} pieces of the "
+                "vocabulary, which are too many"
+            )
+        for piece in pieces:
+            parts = [*piece]
+            while pairs := [*itertools.pairwise(parts)]:
+                pair = min(pairs, key=lambda pair: self.ranks.get(pair, EMPTY))
+                if pair not in self.ranks:
+                    break
+                if len(parts) == 2:
+                    self.made[piece] = self.ranks[pair], *pair
+                at = pairs.index(pair)
+                parts[at : at + 2] = [pair[0] + pair[1]]
+            if len(parts) > 1:
+                self.left[piece] = len(parts)
+
+    def pairs(self) -> list[tuple[str, str]]:
+        """Return the last merge of each piece, in order of rank."""
+        merges = sorted(self.made.values())
+        return [(left, right) for rank, left, right in merges if rank >= 0]
+
+
+class Cut(NamedTuple):
+    """A step of a pre_tokenizer: pieces of a text are cut where `regex` matches.
+
+    behavior says what becomes a piece. Isolated: each match, and each text between two.
+    Contiguous: matches without a text between them are one piece. MergedWithPrevious,
+    MergedWithNext: a match, and the text before it or behind it. Removed: each match;
+    a text between two is dropped.
+    """
+
+    regex: str
+    behavior: str = "Isolated"
+
+
+AS_LETTERS = Cut("", "Letters")  # the step that writes the bytes of a text as letters
+
+# The parts of a regular expression that mean the same to tiktoken and to Hugging Face's
+# tokenizers. "one" matches one character; a class may have classes in it.
+ESCAPE = r"\\(?:[pP]\{\^?\w+\}|x\{[0-9a-fA-F]+\}|u[0-9a-fA-F]{4}|[sSdDnrtfv]|[^\w\s])"
+IN_CLASS = rf"(?:{ESCAPE}|[^\\\[\]&~-]|&(?!&)|-(?!-)|~(?!~))"
+REGEX_PART = re.compile(
+    rf"(?s)(?P<one>{ESCAPE}|\[\^?(?:{IN_CLASS}|\[(?!:)\^?{IN_CLASS}+\])+\]"
+    r"|[^\\\[(){}|?*+^$])|\(\?(?:i:|[:>=!])|\((?!\?)|[|)$]|[?*+][?+]?"
+    r"|\{\d+(?:,\d*)?\}(?![?*+])"
+)
+MARKS = [*map(chr, range(0xFDD0, 0xFDF0))]  # Unicode will never assign them
+
+
+def translate(regex: str, mark: str = "") -> str:
+    """Return a folder's regular expression as tiktoken's engine is to read it.
+
+    mark: a character that the text has between its characters; it is matched only
+    together with the character behind it.
+    Raises ValueError for what the two engines may understand in different ways.
+    """
+    size, counts = len(regex), len(re.findall(r"\{\d", regex))
+    if size > LONGEST_SPLIT or counts > 2:  # compiled, these swell
+        raise ValueError(
+            f"the split's {size:,} characters and {counts} counted repeats are too many"
+        )
+    parts, at = [], 0
+    while at < size:
+        part = REGEX_PART.match(regex, at)
+        if not part:
+            raise ValueError(f"unknown split: {regex[at:]!r:.40} in {regex!r:.80}")
+        at, text = part.end(), part[0]
+        if text == "$":  # the end of a line
+            text = rf"(?=(?:{mark})?\n|\z)"
+        elif mark and part["one"]:
+            text = r"[^\n]" if text == "." else text
+            text = f"[{text}&&[^{mark}]]" if len(text) > 1 else text
+            text = f"(?:{mark}?{text})"
+        parts.append(text)
+    return "".join(parts)
+
+
+@functools.lru_cache
+def make_cutter(step: Cut, mark: str, end: str) -> tiktoken.Encoding:
+    """Return an encoding whose tokens are bytes, and which drops marks (see cut)."""
+    match = f"(?:{translate(step.regex, mark)})"
+    # A character outside of matches takes the mark behind it, if no match comes next.
+    other = f"(?s:.)(?:{mark}(?!{match}))?"
+    ways = {
+        "Isolated": f"{match}|{other}",
+        "Contiguous": f"{match}+|{other}",
+        "MergedWithPrevious": f"{match}|(?s:.){mark}?",
+        "MergedWithNext": f"{match}(?:{mark}(?!{match}))?|{other}",
+        "Removed": match,
+    }
+    return tiktoken.Encoding(
+        "cutter",
+        pat_str=f"(?!{mark})(?:{ways[step.behavior]})",
+        mergeable_ranks={b"": EMPTY} | {bytes([byte]): byte for byte in range(256)},
+        special_tokens={end: 256},
+    )
+
+
+def cut(pieces: list[str], step: Cut, mark: str, end: str) -> list[str]:
+    """Return the smaller pieces of which a step makes pieces of a text.
+
+    tiktoken has the engine for this, but does not tell where it cuts. It does drop what
+    an expression does not match. So a mark is put between all characters, and the
+    expression takes a mark within a piece only: where one is missing, a piece ends. Cut
+    at digits, a-b-1-2-c comes back as a-b12c, which is ab, 1, 2, c.
+
+    mark, end: characters that no piece has; `end` separates the pieces.
+    Raises ValueError if the expression matches without a character.
+    """
+    cutter = make_cutter(step, mark, end)
+    marked = end.join(map(mark.join, pieces))
+    ids = cutter.encode(marked, allowed_special={end}, disallowed_special=())
+    if EMPTY in ids:
+        raise ValueError("it matches no text")
+    found = re.findall(f"(?s)[^{end}](?:{mark}.)*", cutter.decode(ids))
+    return [piece.replace(mark, "") for piece in found]
+
+
+def cut_words(text: str, cuts: Iterable[Cut]) -> list[str]:
+    """Return the words of a text, cut by one step after the other."""
+    # Half of a character that UTF-16 writes as two: tiktoken makes it U+FFFD as well.
+    text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    free = [mark for mark in MARKS if mark not in text][:2]
+    if len(free) < 2:
+        raise ValueError("the text has all noncharacters from U+FDD0 to U+FDEF")
+    letters, pieces = {byte: letter for letter, byte in byte_letters().items()}, [text]
+    for step in cuts:
+        if step is AS_LETTERS:
+            pieces = [p.encode().decode("latin-1").translate(letters) for p in pieces]
+        else:
+            pieces = cut(pieces, step, *free)
+    return pieces
 
 
 @dataclass(frozen=True)
 class SpelledVocabulary(Vocabulary):
-    """A vocabulary, and what is done to a text before it is split."""
+    """A vocabulary, and what is done to a text before its words are merged."""
 
-    form: str | None = None  # Unicode normal form
+    normalizer: tuple[tuple[str, ...], ...] = ()  # steps: a kind, and its strings
     space: str = " "  # what a space is written as
-    # Where a space is put before a text: "always"; "missing": unless the text begins
-    # with one; "start": as "missing", but only at the start of a conversation; None:
-    # nowhere.
+    # Where a space is put before a text: "missing": unless the text begins with one;
+    # "start": as "missing", but only at the start of a document; None: nowhere.
     prefix: str | None = None
     # Ids made up here for the beginning of a character, each with the ids of its bytes.
     parts: dict[int, list[int]] = field(default_factory=dict)
-    foreign: bool = False  # the split is a folder's own regular expression
+    foreign: bool = False  # an expression that splits is the folder's own
+    # Words that `split` cannot find are cut by steps: those of every text, if by_words,
+    # or else of a text with bytes that no token has. Their vocabulary is `words`, or
+    # if that is None, this one.
+    cuts: tuple[Cut, ...] = ()
+    by_words: bool = False
+    words: Vocabulary | None = None
+    lacking: bytes = b""
+    unknown: dict[int, str] = field(default_factory=dict)  # what their letters become
+    fused: bool = False  # several that follow each other become one
+    at_once: dict[str, list[int]] = field(default_factory=dict)  # words not merged
+
+    def normalize(self, text: str, prefix: bool = True) -> str:
+        """Return a text in the form that the vocabulary was made from.
+
+        prefix: whether to put before it what the normalizer puts before a text.
+        """
+        for kind, *values in self.normalizer:
+            if kind == "Prepend":
+                text = values[0] + text if text and prefix else text
+            elif kind == "Replace":
+                text = text.replace(*values)
+            else:
+                text = unicodedata.normalize(kind, text)
+        return text
+
+    @property
+    def spaced(self) -> bool:
+        """Whether a space may be put before a text."""
+        return self.prefix is not None or any(
+            step[0] == "Prepend" for step in self.normalizer
+        )
 
 
-def split_pattern(pre_tokenizer: dict) -> tuple[str, bool]:
-    """Return one regular expression that splits as a byte-level pre_tokenizer does, and
-    whether it is the folder's own, of which nothing is known.
+def read_normalizer(spec: dict) -> tuple[tuple[str, ...], ...]:
+    """Return the steps of a tokenizer.json's normalizer: their kinds and strings.
 
-    Raises ValueError for what it cannot express, rather than guess: a wrong split would
-    only show as slightly worse text.
+    Raises ValueError for one that is not known.
     """
-    steps = pre_tokenizer.get("pretokenizers") or [pre_tokenizer]
-    first, last = steps[0], {"add_prefix_space": False, "use_regex": True} | steps[-1]
-    kinds = [last["add_prefix_space"], last["use_regex"]]
-    kinds += [step.get("type") for step in steps]
-    if kinds == [False, True, "ByteLevel"]:
-        return GPT2_SPLIT, False
-    if kinds == [False, True, "Digits", "ByteLevel"]:
+    found, whole = [], spec.get("normalizer") or {}
+    for step in whole.get("normalizers", [whole] if whole else []):
+        pattern, kind = step.get("pattern") or {}, step.get("type")
+        if kind is None:  # as in the oldest files
+            kind = "Prepend" if "prepend" in step else "Replace"
+        strings = [] if kind in ("NFC", "NFD", "NFKC", "NFKD") else [None]
+        if kind == "Prepend":
+            strings = [step.get("prepend")]
+        elif kind == "Replace":
+            strings = [pattern.get("String"), step.get("content")]
+        if not all(isinstance(text, str) for text in strings) or strings[:1] == [""]:
+            raise ValueError(f"unknown normalizer {json.dumps(step):.200}")
+        found.append((kind, *strings))
+    return (*found,)
+
+
+WORDS = Cut(SPACE, "MergedWithNext")  # as Metaspace has it
+BETWEEN = ("Isolated", "Contiguous", "MergedWithPrevious", "MergedWithNext")
+
+
+def read_step(step: dict) -> list[Cut]:
+    """Return what a step of a pre_tokenizer does, as cuts.
+
+    Raises ValueError for what is not known, rather than guess: a wrong split would only
+    show as slightly worse text.
+    """
+    kind, behavior = step.get("type"), step.get("behavior", "Isolated")
+    if kind == "ByteLevel":
+        return (
+            [Cut(GPT2_SPLIT), AS_LETTERS]
+            if step.get("use_regex", True)
+            else [AS_LETTERS]
+        )
+    if kind == "Metaspace" and step["replacement"] == SPACE:
+        return [WORDS] if step.get("split", True) else []
+    if kind == "Digits":
+        return [Cut(DIGIT, "Isolated" if step["individual_digits"] else "Contiguous")]
+    if kind == "Punctuation" and behavior in BETWEEN:
+        return [Cut(PUNCTUATION, behavior)]
+    # Inverted, the text between two matches counts as the match.
+    if kind == "Split" and behavior in (
+        ("Isolated", "Removed") if step.get("invert") else BETWEEN
+    ):
+        text = step["pattern"].get("String", "")
+        literal = re.sub(r"[]\\[(){}|?*+^$.]", r"\\\g<0>", text)
+        return [Cut(step["pattern"].get("Regex", literal), behavior)]
+    raise ValueError(f"unknown pre_tokenizer {json.dumps(step):.200}")
+
+
+def read_cuts(spec: dict) -> tuple[tuple[Cut, ...], str, str | None]:
+    """Return the cuts of a tokenizer.json's pre_tokenizer, what it writes a space as,
+    and where it puts one before a text (see SpelledVocabulary).
+
+    Raises ValueError for what is not known.
+    """
+    cuts, space, prefix = [], " ", None
+    whole = spec.get("pre_tokenizer") or {}
+    for n, step in enumerate(whole.get("pretokenizers", [whole] if whole else [])):
+        cuts += read_step(step)
+        spaces = step["type"] == "Metaspace"
+        if n and (spaces or step.get("add_prefix_space")):
+            raise ValueError(f"unknown pre_tokenizer {json.dumps(whole):.200}")
+        if spaces:
+            # Older files have add_prefix_space in place of a scheme.
+            scheme = "always" if step.get("add_prefix_space", True) else "never"
+            scheme = step.get("prepend_scheme", scheme)
+            prefix = {"always": "missing", "first": "start", "never": None}[scheme]
+            space = SPACE
+        elif step.get("add_prefix_space"):
+            prefix = "missing"
+    return (*cuts,), space, prefix
+
+
+def any_foreign(cuts: Iterable[Cut]) -> bool:
+    """Return whether an expression in some steps is the folder's own."""
+    return any(cut is not AS_LETTERS and cut.regex not in KNOWN_SPLITS for cut in cuts)
+
+
+def one_expression(cuts: Sequence[Cut]) -> tuple[str, bool] | None:
+    """Return the regular expression that splits as these cuts of a byte-level
+    vocabulary do, and whether it is the folder's own; None if none is known to."""
+    *before, last = cuts
+    if last is not AS_LETTERS or AS_LETTERS in before:
+        return None
+    if not before:
+        return "(?s:.+)", False
+    regex, behavior = before[0]
+    if regex == DIGIT and before[1:] == [Cut(GPT2_SPLIT)]:
         # Digits are cut out first, so the text before one is split as if it ended
         # there.
-        digits = r"\p{N}" if first.get("individual_digits") else r"\p{N}+"
+        digits = {"Isolated": DIGIT, "Contiguous": DIGIT + "+"}.get(behavior)
         rest = GPT2_SPLIT.replace(r"| ?\p{N}+", "")
-        return digits + "|" + rest.replace(r"(?!\S)", r"(?![^\s\p{N}])"), False
-    # Both its matches and the text between them must become pieces, none be dropped.
-    wanted = {"Isolated": False, "Removed": True}.get(first.get("behavior"))
-    whole = wanted is first.get("invert", False)
-    if kinds == [False, False, "Split", "ByteLevel"] and whole:
-        pattern = first["pattern"]
-        regex = pattern.get("Regex", re.escape(pattern.get("String", "")))
-        if regex in (LLAMA3_SPLIT, QWEN2_SPLIT):
-            return regex, False
-        size, counts = len(regex), len(re.findall(r"\{\d", regex))
-        if size > LONGEST_SPLIT or counts > 2:  # compiled, these swell
-            raise ValueError(
-                f"the split's {size:,} characters and {counts} counted repeats are too "
-                "many"
-            )
-        # tiktoken would drop the text between matches, so this matches it too.
-        return f"{regex}|(?:(?!{regex})(?s:.))+", True
-    raise ValueError(f"unknown pre_tokenizer {json.dumps(pre_tokenizer):.200}")
+        rest = rest.replace(r"(?!\S)", r"(?![^\s\p{N}])")
+        return (f"{digits}|{rest}", False) if digits else None
+    if before[1:] or behavior not in ("Isolated", "Removed"):
+        return None
+    if regex in (GPT2_SPLIT, LLAMA3_SPLIT, QWEN2_SPLIT):  # they match every text
+        return regex, False
+    regex = translate(regex)
+    # tiktoken drops the text between matches. To keep it, this matches it too.
+    between = f"|(?:(?!{regex})(?s:.))+" if behavior == "Isolated" else ""
+    return regex + between, True
+
+
+def merge_pieces(
+    model: dict, letters: Collection[str]
+) -> tuple[list[tuple[str, str]], list[str], dict[str, list[int]]]:
+    """Return the merges of a tokenizer.json's model that make a piece, and two kinds of
+    words that are taken at once: as pieces, and with their ids.
+
+    With ignore_merges, a word that is in the vocabulary is never merged. tiktoken may
+    have it as a piece, unless two neighbours in another word could make it.
+    """
+    merging, vocab = Merging(letters, model["merges"]), model["vocab"]
+    if not model.get("ignore_merges"):
+        return merging.pairs(), [], {}
+    others, known = vocab.keys() - merging.made, {*letters}
+    merging.merge_alone(piece for piece in others if known.issuperset(piece))
+    pieces = [piece for piece, parts in merging.left.items() if parts > 2]
+    others = {p: [vocab[p]] for p, parts in merging.left.items() if parts == 2}
+    return merging.pairs(), sorted(pieces, key=vocab.get), others
+
+
+def rank_characters(
+    characters: Iterable[str], pieces: Iterable[str], vocab: Mapping[str, int]
+) -> tuple[dict[bytes, int], list[int | None]]:
+    """Return ranks that merge characters instead of bytes, and the id of each rank.
+
+    The ranks are: the bytes; the beginnings of multi-byte characters, so that the bytes
+    of a character join before all else; the characters; the pieces. The id of a byte or
+    a beginning is None, if it is no token.
+    """
+    encoded = [character.encode() for character in characters]
+    ordered = [bytes([byte]) for byte in range(256)]
+    ordered += [c[:end] for c in encoded for end in range(2, len(c))]
+    ordered += encoded + [piece.encode() for piece in pieces]
+    ranks = {piece: rank for rank, piece in enumerate(dict.fromkeys(ordered))}
+    ids = {piece.encode(): i for piece, i in vocab.items()}
+    return ranks, [ids.get(piece) for piece in ranks]
+
+
+UNKNOWN_LETTER = "\0"  # stands for a letter that is not in the vocabulary
 
 
 def byte_level_vocabulary(spec: dict) -> SpelledVocabulary:
-    """Return the vocabulary of a byte-level tokenizer.json (Llama 3, GPT-2, Qwen)."""
-    form = (spec.get("normalizer") or {}).get("type")
-    if form not in (None, "NFC", "NFD", "NFKC", "NFKD"):
-        raise ValueError(f"unknown normalizer {form!r:.80}")
-    split, foreign = split_pattern(spec.get("pre_tokenizer") or {})
-    try:
-        own = byte_level(spec["model"], split)
-    except KeyError as error:
-        raise ValueError(f"the vocabulary lacks {error.args[0]!r:.80}") from None
-    ranks = own.ranks | {b"": EMPTY} if foreign else own.ranks
-    return SpelledVocabulary(ranks, split, own.ids, own.text, form, foreign=foreign)
+    """Return the vocabulary of a byte-level tokenizer.json (Llama 3, GPT-2, Qwen).
 
-
-def spaces(spec: dict) -> tuple[str | None, bool]:
-    """Return where a SentencePiece-style tokenizer.json puts a space before a text (see
-    SpelledVocabulary), and whether it splits into words. Raises ValueError if unknown.
+    Words that must be cut first are merged as the file spells them, letter by letter.
+    A letter that is not in the vocabulary is left out of a word before it is merged, or
+    becomes the token that the file has for what is unknown.
     """
-    # Spaces are replaced by a normalizer, or since tokenizers 0.15 by Metaspace.
-    normalizer, split = spec.get("normalizer") or {}, spec.get("pre_tokenizer") or {}
-    steps = normalizer.get("normalizers", [normalizer])
-    prepend = {"type": "Prepend", "prepend": SPACE}
-    replace = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
-    if not split and steps == [prepend, replace]:
-        return "always", False
-    if not split and steps == [replace]:
-        return None, False
-    if not normalizer and split.get("replacement") == SPACE:
-        rules = {"always": "missing", "first": "start", "never": None}
-        return rules[split["prepend_scheme"]], split.get("split", True)
-    raise ValueError(
-        f"unknown normalizer {normalizer!r:.200} and pre_tokenizer {split!r:.200}"
+    model, letters, (cuts, _, prefix) = spec["model"], byte_letters(), read_cuts(spec)
+    split, foreign = one_expression(cuts) or ("", any_foreign(cuts))
+    vocab, unknown = model["vocab"], model.get("unk_token")
+    characters = [letter for letter in letters if letter in vocab]
+    lacking = [letter for letter in letters if letter not in vocab]
+    if lacking and (model.get("byte_fallback") or unknown not in (None, *vocab)):
+        raise ValueError(
+            f"the vocabulary lacks {len(lacking)} bytes, among them {lacking[0]!r}, and "
+            f"what stands for them: byte_fallback, unk_token {unknown!r:.80}"
+        )
+    pairs, whole, at_once = merge_pieces(model, characters)
+    pieces = [left + right for left, right in pairs] + whole
+    # Section 7 wants an id for every byte. These are never used.
+    ids = {letter: EMPTY + n for n, letter in enumerate(lacking)}
+    ids |= {piece: vocab[piece] for piece in characters + pieces}
+    own = byte_level(model | {"vocab": ids, "merges": pairs}, split)
+    text = {i: piece for i, piece in own.text.items() if i < EMPTY}
+    for piece, i in vocab.items():
+        if i not in text:  # no merge makes it; a control token, say
+            known = letters.keys() >= {*piece}
+            text[i] = bytes(map(letters.get, piece)) if known else piece.encode()
+    own = replace(own, ranks=own.ranks | ({b"": EMPTY} if foreign else {}), text=text)
+    by_words, words = not split or bool(at_once), None
+    if by_words or lacking:
+        spelled = vocab | ({} if unknown is None else {UNKNOWN_LETTER: vocab[unknown]})
+        ranks, ids = rank_characters([*characters, UNKNOWN_LETTER], pieces, spelled)
+        words = Vocabulary(ranks, "(?s:.+)", ids, text)
+    return SpelledVocabulary(
+        **vars(words if by_words else own),
+        normalizer=read_normalizer(spec),
+        prefix=prefix,
+        foreign=foreign,
+        cuts=cuts,
+        by_words=by_words,
+        words=None if by_words else words,
+        lacking=bytes(letters[letter] for letter in lacking),
+        unknown=dict.fromkeys(
+            map(ord, lacking), "" if unknown is None else UNKNOWN_LETTER
+        ),
+        fused=bool(model.get("fuse_unk")),
+        at_once=at_once,
     )
 
 
@@ -3022,32 +3396,44 @@ def byte_fallback_vocabulary(spec: dict) -> SpelledVocabulary:
     """Return the vocabulary of a SentencePiece-style tokenizer.json [8] (Llama 2).
 
     Characters are merged, not bytes, and one that is not in the vocabulary becomes its
-    bytes' tokens <0xNN>. As ranks: the bytes; the beginnings of multi-byte characters,
-    so that a character's bytes join before all else; the characters; the merges.
+    bytes' tokens <0xNN>.
     """
-    vocab, merges = spec["model"]["vocab"], spec["model"]["merges"]
+    model, vocab, (cuts, space, prefix) = (
+        spec["model"],
+        spec["model"]["vocab"],
+        read_cuts(spec),
+    )
     byte_ids = [vocab.get(f"<0x{byte:02X}>") for byte in range(256)]
     if None in byte_ids:
         raise ValueError(f"the vocabulary lacks <0x{byte_ids.index(None):02X}>")
-    characters = [piece.encode() for piece in vocab if len(piece) == 1]
-    pieces = [bytes([byte]) for byte in range(256)]
-    pieces += [c[:end] for c in characters for end in range(2, len(c))]
-    pieces += characters + [(left + right).encode() for left, right in merges]
-    ranks = {piece: rank for rank, piece in enumerate(dict.fromkeys(pieces))}
-    known, parts, ids = {piece.encode(): i for piece, i in vocab.items()}, {}, []
-    for piece in ranks:
-        if piece in known:
-            ids.append(known[piece])
-        elif len(piece) == 1:
-            ids.append(byte_ids[piece[0]])
-        else:  # the beginning of a character, all that a text has of it
-            ids.append(EMPTY + len(parts))
-            parts[ids[-1]] = [byte_ids[byte] for byte in piece]
+    characters = [piece for piece in vocab if len(piece) == 1]
+    pairs, whole, at_once = merge_pieces(model, characters)
+    pieces = [left + right for left, right in pairs] + whole
+    ranks, ids = rank_characters(characters, pieces, vocab)
+    parts = {}
+    for rank, piece in enumerate(ranks):
+        if ids[rank] is None and len(piece) == 1:
+            ids[rank] = byte_ids[piece[0]]
+        elif ids[rank] is None:  # the beginning of a character, all that a text has
+            ids[rank] = EMPTY + len(parts)
+            parts[ids[rank]] = [byte_ids[byte] for byte in piece]
     text = {i: piece.replace(SPACE, " ").encode() for piece, i in vocab.items()}
     text |= {i: bytes([byte]) for byte, i in enumerate(byte_ids)}
-    prefix, words = spaces(spec)
-    split = f"{SPACE}[^{SPACE}]*|[^{SPACE}]+" if words else r"(?s:.+)"
-    return SpelledVocabulary(ranks, split, ids, text, None, SPACE, prefix, parts)
+    splits = {(): "(?s:.+)", (WORDS,): f"{SPACE}[^{SPACE}]*|[^{SPACE}]+"}
+    return SpelledVocabulary(
+        ranks,
+        splits.get(cuts, "(?s:.+)"),
+        ids,
+        text,
+        normalizer=read_normalizer(spec),
+        space=space,
+        prefix=prefix,
+        parts=parts,
+        foreign=any_foreign(cuts),
+        cuts=cuts,
+        by_words=cuts not in splits or bool(at_once),
+        at_once=at_once,
+    )
 
 
 def read_vocabulary(spec: dict) -> SpelledVocabulary:
@@ -3058,27 +3444,35 @@ def read_vocabulary(spec: dict) -> SpelledVocabulary:
     model, vocab = spec["model"], spec["model"]["vocab"]
     # "a b" before tokenizers 0.20, ["a", "b"] since
     merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
+    merges = [merge for merge in merges if merge[:1] != ["#version:"]]
     extras = ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
-    if model.get("type") != "BPE" or any(map(model.get, extras)):
+    # The oldest files leave the type out.
+    if model.get("type", "BPE") != "BPE" or any(map(model.get, extras)):
         raise ValueError(f"wanted plain BPE, got type {model.get('type')!r:.80}")
     if not merges:
         raise ValueError("no merges")
-    for left, right in merges:
-        for piece in (left, right, left + right):
-            if piece not in vocab:
-                raise ValueError(f"merges of {piece!r:.80}, not in the vocabulary")
+    for merge in merges:
+        if len(merge) != 2:
+            raise ValueError(f"a merge must be of two pieces, got {merge!r:.80}")
+    pieces = {piece for a, b in merges for piece in (a, b, a + b)}
+    for piece in sorted(pieces - vocab.keys()):
+        raise ValueError(f"merges of {piece!r:.80}, not in the vocabulary")
     ids = set(vocab.values())
     if len(ids) < len(vocab) or not all(type(i) is int and 0 <= i < EMPTY for i in ids):
         raise ValueError("the ids of the vocabulary must be whole numbers, each once")
     spec = spec | {"model": model | {"merges": merges}}
+    if AS_LETTERS in read_cuts(spec)[0]:
+        return byte_level_vocabulary(spec)
     if model.get("byte_fallback"):
         return byte_fallback_vocabulary(spec)
-    return byte_level_vocabulary(spec)
+    steps = json.dumps(spec.get("pre_tokenizer"))
+    raise ValueError(f"unknown pre_tokenizer {steps:.200}, without byte_fallback")
 
 
 # The control tokens behind the ranks of Meta's tokenizer.model: their places among 256.
 LLAMA3_TOKENS = {"<|begin_of_text|>": 0, "<|end_of_text|>": 1, "<|eom_id|>": 8}
 LLAMA3_TOKENS |= {"<|start_header_id|>": 6, "<|end_header_id|>": 7, "<|eot_id|>": 9}
+LLAMA3_RANKS = 128_000
 
 
 def rank_file(file: Path, tokens: int) -> tuple[SpelledVocabulary, list[dict], str]:
@@ -3096,30 +3490,163 @@ def rank_file(file: Path, tokens: int) -> tuple[SpelledVocabulary, list[dict], s
     ranks, size = {token: rank for rank, token in text.items()}, len(lines)
     if sorted(ranks.values()) != list(range(size)):
         raise ValueError(f"{file}: wanted the ranks 0 to {size - 1}, each once")
+    if size != LLAMA3_RANKS:  # such a file does not say how it splits
+        raise ValueError(
+            f"{file}: wanted the {LLAMA3_RANKS:,} ranks of Llama 3, got {size:,}; other "
+            "models need their tokenizer.json"
+        )
     places = LLAMA3_TOKENS.items()
     added = [{"content": t, "id": size + n, "special": True} for t, n in places]
     vocabulary = SpelledVocabulary(ranks, LLAMA3_SPLIT, [*range(size)], text)
     return vocabulary, added, "<|begin_of_text|>"
 
 
+class AddedToken(NamedTuple):
+    """A token that is found in a text before the text is cut into words.
+
+    special: it is a control token. lstrip, rstrip: it takes the white space before it,
+    or behind it. single_word: only where no letter or digit stands beside it.
+    normalized: it is looked for in the normalised text, and in its normalised form.
+    """
+
+    content: str
+    id: int
+    special: bool = False
+    lstrip: bool = False
+    rstrip: bool = False
+    single_word: bool = False
+    normalized: bool = False
+
+
+NAMED_TOKENS = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+
+
+def named_tokens(settings: dict) -> dict[str, dict]:
+    """Return the tokens that tokenizer_config.json gives a part, by their content, each
+    with its fields. They are control tokens."""
+    values = [settings.get(f"{name}_token") for name in NAMED_TOKENS]
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        more = settings.get(key) or []
+        values += more.values() if isinstance(more, dict) else more
+    tokens = [{"content": v} if isinstance(v, str) else v for v in values if v]
+    return {token["content"]: token for token in tokens if token["content"]}
+
+
+def read_added(
+    folder: Path, declared: list[dict], vocab: Mapping[str, int], settings: dict
+) -> list[AddedToken]:
+    """Return the tokens that the files of a folder add to its vocabulary.
+
+    declared: those of tokenizer.json. The fields of tokenizer_config.json go before
+    those, added_tokens.json has only ids, and special_tokens_map.json only names; this
+    is the order in which transformers reads them.
+    """
+    entries = {token["content"]: token for token in declared}
+    for i, token in (settings.get("added_tokens_decoder") or {}).items():
+        there = entries.get(token["content"], {"id": int(i) if i.isdecimal() else i})
+        entries[token["content"]] = token | {"id": there["id"]}
+    for content, i in read_json(folder / "added_tokens.json").items():
+        entries.setdefault(content, {"id": i})
+    named = named_tokens(settings)
+    following = max([len(vocab), *(1 + entry["id"] for entry in entries.values())])
+    for content, token in named.items():
+        if content not in entries:  # as transformers does: the vocabulary grows
+            entries[content] = token | {"id": vocab.get(content, following)}
+            following += content not in vocab
+    found = []
+    for content, entry in entries.items():
+        special = bool(entry.get("special")) or content in named
+        flags = [bool(entry.get(key)) for key in ("lstrip", "rstrip", "single_word")]
+        normalized = bool(entry.get("normalized", not special))
+        token_id = vocab.get(content, entry["id"])
+        if content:
+            found.append(AddedToken(content, token_id, special, *flags, normalized))
+    return found
+
+
+WHITE_SPACE = re.compile(
+    "[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]*"
+)  # as Unicode has them; Python takes \x1c to \x1f for blanks as well
+
+
+@functools.cache
+def word_characters() -> tiktoken.Encoding:
+    r"""Return an encoding that gives no ids for characters which \w does not match."""
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    return tiktoken.Encoding(
+        "word", pat_str=r"\w", mergeable_ranks=ranks, special_tokens={}
+    )
+
+
+def stands_alone(text: str, start: int, end: int) -> bool:
+    """Return whether no letter or digit stands beside a part of a text."""
+    beside = text[max(start - 1, 0) : start] + text[end : end + 1]
+    return not word_characters().encode(beside, disallowed_special=())
+
+
+class TokenTable:
+    """Added tokens, to be found in texts: at the leftmost place, the longest there."""
+
+    def __init__(self, tokens: Mapping[str, AddedToken]):
+        """tokens: by what is looked for."""
+        self.tokens = tokens
+        # Python tries alternatives one by one, so those that begin alike are grouped.
+        groups = collections.defaultdict(list)
+        for text in sorted(tokens, key=len, reverse=True):
+            groups[text[:2]].append(re.escape(text[2:]))
+        heads = sorted(groups, key=len, reverse=True)
+        ways = [f"{re.escape(head)}(?:{'|'.join(groups[head])})" for head in heads]
+        self.expression = re.compile("|".join(ways) or r"(?!)")
+
+    def split(
+        self, text: str, trusted: Sequence[int], control: Collection[str]
+    ) -> Iterator[tuple[AddedToken | None, int, int]]:
+        """Yield the parts of a text in their order: (token, or None for text, start,
+        end). trusted: not 0 for each character that may be one of a control token.
+        control: the contents of tokens which need that."""
+        done = 0
+        for found in self.expression.finditer(text):
+            token, (start, end) = self.tokens[found[0]], found.span()
+            if token.content in control and 0 in trusted[start:end]:
+                continue
+            if token.single_word and not stands_alone(text, start, end):
+                continue
+            if token.lstrip:
+                before = text[done:start]
+                start -= WHITE_SPACE.match(before[::-1]).end()
+            if token.rstrip:
+                end = WHITE_SPACE.match(text, end).end()
+            if done < start:
+                yield None, done, start
+            yield token, start, end
+            done = end
+        if done < len(text):
+            yield None, done, len(text)
+
+
 def read_tokenizer(
-    folder: Path, tokens: int
-) -> tuple[SpelledVocabulary, list[dict], str | None]:
-    """Return a folder's vocabulary, its added tokens, as tokenizer.json has them, and
-    the one that is put before every text, if any. tokens: how many there may be."""
+    folder: Path, tokens: int, settings: dict
+) -> tuple[SpelledVocabulary, list[AddedToken], str | None]:
+    """Return a folder's vocabulary, its added tokens, and the name of the one that is
+    put before every text, if any.
+
+    tokens: how many there may be. settings: what tokenizer_config.json says.
+    """
     file, ranks = folder / "tokenizer.json", folder / "tokenizer.model"
-    if not file.exists():
-        if not ranks.exists():
-            raise FileNotFoundError(
-                f"{folder}: no tokenizer.json and no tokenizer.model"
-            )
-        return rank_file(ranks, tokens)
-    spec = read_json(file, JSON_BYTES + tokens * BYTES_PER_TOKEN)
-    post = spec.get("post_processor") or {}
-    parts = [step.get("single") for step in post.get("processors", [post])]
-    starts = [part[0].get("SpecialToken") for part in parts if part]
-    first = next((start["id"] for start in starts if start), None)
-    return read_vocabulary(spec), spec.get("added_tokens") or [], first
+    if file.exists():
+        spec = read_json(file, JSON_BYTES + tokens * BYTES_PER_TOKEN)
+        post = spec.get("post_processor") or {}
+        parts = [step.get("single") for step in post.get("processors", [post])]
+        starts = [part[0].get("SpecialToken") for part in parts if part]
+        first = next((start["id"] for start in starts if start), None)
+        vocab, declared = spec["model"]["vocab"], spec.get("added_tokens") or []
+        vocabulary = read_vocabulary(spec)
+    elif ranks.exists():
+        vocabulary, declared, first = rank_file(ranks, tokens)
+        vocab = dict.fromkeys(vocabulary.text)  # these tokens have no spelling
+    else:
+        raise FileNotFoundError(f"{folder}: no tokenizer.json and no tokenizer.model")
+    return vocabulary, read_added(folder, declared, vocab, settings), first
 
 
 def read_template(folder: Path, settings: dict, limit: int) -> str | None:
@@ -3143,9 +3670,10 @@ def tokenizer_settings(folder: Path, template: str | None) -> dict:
     rows = rows if type(rows) is int and rows > 0 else MOST_TOKENS
     tokens = min(rows, MOST_TOKENS)
     limit = JSON_BYTES + tokens * BYTES_PER_TOKEN
-    settings = read_json(folder / "tokenizer_config.json", limit)
-    vocabulary, added, first = read_tokenizer(folder, tokens)
-    special = {token["content"]: token["id"] for token in added}
+    settings = read_json(folder / "special_tokens_map.json")
+    settings |= read_json(folder / "tokenizer_config.json", limit)
+    vocabulary, added, first = read_tokenizer(folder, tokens, settings)
+    special = {token.content: token.id for token in added}
     named = settings.get("bos_token", first), settings.get("eos_token")
     bos, eos = (special.get(t["content"] if isinstance(t, dict) else t) for t in named)
     bos, stops = config.get("bos_token_id") if bos is None else bos, [eos]
@@ -3168,8 +3696,8 @@ def tokenizer_settings(folder: Path, template: str | None) -> dict:
         names = ends | {k: v for k, v in names.items() if v}
     return {
         "vocabulary": vocabulary,
-        "special_tokens": special,
-        "visible": [t["content"] for t in added if not t.get("special")],
+        "added": added,
+        "rows": rows,
         "bos": bos,
         "eos": stops[0] if stops else None,
         "stop_tokens": stops,
@@ -3199,6 +3727,30 @@ def within(seconds: float, task: Callable[[], list[int]]) -> list[int]:
     if isinstance(result, Exception):
         raise result
     return result
+
+
+def without_ids(
+    vocabulary: SpelledVocabulary, ids: Collection[int]
+) -> SpelledVocabulary:
+    """Return a vocabulary whose merges arrive at none of some ids, those of control
+    tokens. A byte keeps its rank, since every text must have ids."""
+
+    def ranks_of(own: Vocabulary) -> dict[bytes, int]:
+        if not {*ids}.intersection(own.ids):
+            return own.ranks
+        return {
+            piece: rank
+            for piece, rank in own.ranks.items()
+            if len(piece) < 2 or own.ids[rank] not in ids
+        }
+
+    words, at_once = vocabulary.words, vocabulary.at_once.items()
+    return replace(
+        vocabulary,
+        ranks=ranks_of(vocabulary),
+        words=words and replace(words, ranks=ranks_of(words)),
+        at_once={word: one for word, one in at_once if one[0] not in ids},
+    )
 
 
 class NoTemplate(ValueError):
@@ -3235,9 +3787,11 @@ class SpacedStream(TextStream):
 class Tokenizer(ByteLevelTokenizer):
     """Text to ids and back, and conversations to ids, for every kind of vocabulary.
 
-    visible: names of added tokens that are text ("<think>", say). bos, eos: ids, None
-    if there is none. stop_tokens: end a reply, besides those of STOP_NAMES. adds_bos:
-    whether a text on its own begins with bos. template: how conversations are written
+    added: the tokens that are found in a text before it is cut into words. Those that
+    are special, or end a reply, are control tokens: special_tokens, by their contents.
+    The others are words. bos, eos: ids, None if there is none. stop_tokens: end a
+    reply, besides those of STOP_NAMES. adds_bos: whether a text on its own begins with
+    bos. rows: how many ids the model knows. template: how conversations are written
     down, in Jinja; None for a base model. token_names: from what templates call control
     tokens (bos_token) to their text. source: whose tokenizer it is, in messages.
     """
@@ -3245,25 +3799,39 @@ class Tokenizer(ByteLevelTokenizer):
     def __init__(
         self,
         vocabulary: SpelledVocabulary,
-        special_tokens: dict[str, int],
+        added: Iterable[AddedToken] = (),
         *,
-        visible: Iterable[str] = (),
         bos: int | None = None,
         eos: int | None = None,
-        stop_tokens: Iterable[int] = (),
+        stop_tokens: Collection[int] = (),
         adds_bos: bool = False,
+        rows: int = EMPTY,
         template: str | None = None,
         token_names: Mapping[str, str] = {},
         source: str = "this tokenizer",
     ):
-        super().__init__(vocabulary, special_tokens)
-        self.bos, self.eos, self.source = bos, eos, source
-        self.stop_tokens |= {*stop_tokens}
+        ends = {token.id for token in added if token.content in STOP_NAMES}
+        ends |= {*stop_tokens}
+        control = [token for token in added if token.special or token.id in ends]
+        super().__init__(
+            without_ids(vocabulary, {token.id for token in control}),
+            {token.content: token.id for token in control},
+        )
+        self.bos, self.eos, self.source, self.rows = bos, eos, source, rows
+        self.stop_tokens |= ends
         self.bos_prefix = [bos] if adds_bos and bos is not None else []
         self.template, self.token_names = template, token_names
-        names = sorted(special_tokens, key=len, reverse=True)
-        self._controls = re.compile(f"({'|'.join(map(re.escape, names)) or '(?!)'})")
-        self._text |= {special_tokens[name]: name.encode() for name in visible}
+        # A word beyond the rows of a model is no word to it.
+        words = [t for t in added if t.content not in self.special_tokens]
+        self.added_words = {token.content for token in words if token.id < rows}
+        self._text |= {t.id: t.content.encode() for t in words if t.id < rows}
+        known = [t for t in added if t.content in self.added_words or t in control]
+        self._raw = TokenTable({t.content: t for t in known if not t.normalized})
+        self._normalized = TokenTable(
+            {vocabulary.normalize(t.content): t for t in known if t.normalized}
+        )
+        words = self.vocabulary.words
+        self._words = self if words is None else ByteLevelTokenizer(words, {})
         self.stop_tokens |= self.written_after_a_reply()
 
     @classmethod
@@ -3295,15 +3863,99 @@ class Tokenizer(ByteLevelTokenizer):
         first: whether the text begins a document; SentencePiece-style vocabularies
         put a space before it then, so that its first word is a word like any other.
         """
+        return self.encode_marked(text, bytes(len(text)), first=first)
+
+    def encode_marked(
+        self,
+        text: str,
+        trusted: Sequence[int],
+        *,
+        first: bool = True,
+        written: Collection[str] = (),
+    ) -> list[int]:
+        """Return the ids of a text in which control tokens may be spelled out.
+
+        trusted: for each character, whether it may be one of a control token; 0: it may
+        not. A control token is found where all its characters may. The text between
+        two tokens is encoded as one. first: see encode. written: the contents of added
+        words that count as control tokens here (see `written_tokens`).
+        Raises ValueError for a control token that the model does not know.
+        """
+        ids, control = [], self.special_tokens.keys() | {*written}
+        for token, piece, prefix in self._split(text, trusted, first, control):
+            if token is None:
+                ids += self._encode_piece(piece, prefix)
+            elif token.id < self.rows:
+                ids.append(token.id)
+            else:
+                raise ValueError(
+                    f"{self.source}: {token.content!r:.80} has the id {token.id}, the "
+                    f"model {self.rows:,} ids"
+                )
+        return ids
+
+    def written_tokens(self, text: str, trusted: Sequence[int]) -> set[str]:
+        """Return the contents of added words of which all characters are trusted: what
+        a chat template writes is a control token, whatever its fields say."""
+        if not self.added_words:
+            return set()
+        control = self.special_tokens.keys() | self.added_words
+        found = self._split(text, trusted, True, control)
+        contents = {token.content for token, _, _ in found if token is not None}
+        return contents & self.added_words
+
+    def _split(
+        self, text: str, trusted: Sequence[int], first: bool, control: Collection[str]
+    ) -> Iterator[tuple[AddedToken | None, str, bool]]:
+        """Yield the parts of a text: (token, its text, _) or (None, a normalised text,
+        whether a space is to be put before it)."""
+        if not self.added_words and not any(trusted):  # then there are none to find
+            tables = TokenTable({}), TokenTable({})
+        else:
+            tables = self._raw, self._normalized
+        for token, start, end in tables[0].split(text, trusted, control):
+            if token is not None:
+                yield token, text[start:end], False
+                continue
+            piece, mask = self._normalize(
+                text[start:end], trusted[start:end], first or start > 0
+            )
+            for token, at, stop in tables[1].split(piece, mask, control):
+                begins = start == at == 0
+                prefix = first if begins else self.vocabulary.prefix == "missing"
+                yield token, piece[at:stop], prefix
+
+    def _normalize(
+        self, text: str, trusted: Sequence[int], prefix: bool
+    ) -> tuple[str, Sequence[int]]:
+        """Return a text normalised, and which of its characters are trusted.
+
+        Where characters of both kinds combine into one, it trusts none of the text.
+        """
+        whole = self.vocabulary.normalize(text, prefix)
+        if whole == text or not self._normalized.tokens:
+            return whole, trusted
+        parts, mask, start = [], [], 0
+        for value, run in itertools.groupby(trusted, bool):
+            end = start + len([*run])
+            part = self.vocabulary.normalize(text[start:end], prefix and not start)
+            parts.append(part)
+            mask += [value] * len(part)
+            start = end
+        return whole, mask if "".join(parts) == whole else bytes(len(whole))
+
+    def _encode_piece(self, text: str, prefix: bool) -> list[int]:
+        """Return the ids of a normalised text without added tokens.
+
+        prefix: whether a space is put before it, if that is missing.
+        """
         own = self.vocabulary
-        text = unicodedata.normalize(own.form, text) if own.form else text
         text = text.replace(" ", own.space)
-        missing = own.prefix == "always" or not text.startswith(own.space)
-        if first and text and own.prefix is not None and missing:
+        if prefix and own.prefix is not None and not text.startswith(own.space):
             text = own.space + text
-        if own.foreign:
-            return self._encode_foreign(text)
-        ids = self._encode_cut(text)
+        ids = self._encode_foreign(text) if own.foreign else self._encode_cut(text)
+        if not own.parts:
+            return ids
         return [i for token in ids for i in own.parts.get(token, (token,))]
 
     def _encode_cut(self, text: str) -> list[int]:
@@ -3311,22 +3963,42 @@ class Tokenizer(ByteLevelTokenizer):
         cuts = [0]
         for run in re.finditer(r"\s+", text):
             cuts += range(run.start() + LONGEST_RUN, run.end(), LONGEST_RUN)
-        ids = []
+        ids, own = [], self.vocabulary
         for start, end in zip(cuts, [*cuts[1:], None]):
-            ids += super().encode(text[start:end])
+            part, by_words = text[start:end], own.by_words
+            encoded = part.encode("utf-8", "surrogatepass")
+            if own.lacking and not by_words:
+                by_words = len(encoded.translate(None, own.lacking)) < len(encoded)
+            if by_words:
+                ids += self._encode_words(part)
+                continue
+            found = super().encode(part)
+            # A match of nothing can make tiktoken skip the character that follows it.
+            if own.foreign and sum(len(own.text[i]) for i in found) != len(encoded):
+                raise ValueError("it loses a part of the text")
+            ids += found
+        return ids
+
+    def _encode_words(self, text: str) -> list[int]:
+        """Return the ids of a text whose words are cut out first."""
+        own = self.vocabulary
+        ids, ids_of = [], {**own.at_once}
+        for word in cut_words(text, own.cuts):
+            if word not in ids_of:
+                known = word.translate(own.unknown)
+                known = (
+                    re.sub(f"{UNKNOWN_LETTER}+", UNKNOWN_LETTER, known)
+                    if own.fused
+                    else known
+                )
+                ids_of[word] = ByteLevelTokenizer.encode(self._words, known)
+            ids += ids_of[word]
         return ids
 
     def _encode_foreign(self, text: str) -> list[int]:
         """Return the ids of a text, split by an expression that may take for ever."""
-        if not text:
-            return []
         try:
-            ids = within(3 + len(text) / 100_000, lambda: self._encode_cut(text))
-            # A match of nothing can make tiktoken skip the character that follows it.
-            size = sum(len(self.vocabulary.text[token]) for token in ids)
-            if size == len(text.encode("utf-8", "surrogatepass")):
-                return ids
-            reason = "it loses a part of the text"
+            return within(3 + len(text) / 100_000, lambda: self._encode_cut(text))
         except IndexError:  # the rank of no bytes
             reason = "it matches no text"
         except ValueError as error:
@@ -3369,55 +4041,47 @@ class Tokenizer(ByteLevelTokenizer):
         """
         check_conversation(messages)
         prompt = self.render(messages, **variables)
+        text, runs = str(prompt), [*prompt.runs()]
+        trusted = b"".join([bytes([by == TEMPLATE]) * len(run) for run, by in runs])
+        written = self.written_tokens(text, trusted)
+
+        def encode(start: int, end: int | None) -> list[int]:
+            part, mask = text[start:end], trusted[start:end]
+            return self.encode_marked(part, mask, first=start == 0, written=written)
+
         ids, at, end = [], 0, 0
-        for text, writer in prompt.runs():
-            start, end = end, end + len(text)
+        for run, writer in runs:
+            start, end = end, end + len(run)
             message = messages[writer] if writer >= 0 else {}
-            whole = message == {"role": "assistant", "content": text}
-            if whole and text in replies:
+            if message == {"role": "assistant", "content": run} and run in replies:
                 # What precedes a reply is encoded as when it had not been written.
-                begin = self.reply_start(prompt, start, replies[text])
-                ids += self.encode_prompt(prompt[at:begin], first=at == 0)
-                ids += replies[text]
+                ids += encode(at, self.reply_start(text, start, replies[run]))
+                ids += replies[run]
                 at = end
-        return ids + self.encode_prompt(prompt[at:], first=at == 0)
+        return ids + encode(at, None)
 
     def written_after_a_reply(self) -> set[int]:
-        """Return the control token that the template writes right after a reply."""
+        """Return the id of the token that the template writes right after a reply, if
+        there is one, and count it among the control tokens."""
         reply = {"role": "assistant", "content": "!"}
         talk = [{"role": "user", "content": "?"}, reply]
         try:
             prompt = self.render(talk, add_generation_prompt=False)
         except NoTemplate:
             return set()
-        after = str(prompt[prompt.marks.rfind(chr(2 + 1)) + 1 :])
-        control = self._controls.match(after.lstrip(" "))
-        return {self.special_tokens[control[0]]} if control and control[0] else set()
-
-    def encode_prompt(self, prompt: Text, *, first: bool = True) -> list[int]:
-        """Return the ids of a template's text: of control tokens where the template
-        wrote them, and of the text between two of them as one.
-
-        first: see encode.
-        """
-        ids, text, at_start = [], "", first
+        after = ""
         for run, writer in prompt.runs():
-            parts = self._controls.split(run) if writer == TEMPLATE else [run]
-            for n, part in enumerate(parts):
-                if n % 2 == 0:
-                    text += part
-                    continue
-                ids += self.encode(text, first=at_start)
-                ids.append(self.special_tokens[part])
-                text, at_start = "", self.vocabulary.prefix != "start"
-        return ids + self.encode(text, first=at_start)
-
-    def reply_start(self, prompt: str, start: int, ids: list[int]) -> int:
-        """Return where a reply's ids begin in a prompt, whose text begins at `start`: a
-        space before it belongs to them, if they begin with one that is not printed."""
-        with_space = "".join(map((stream := self.stream()).add, ids)) + stream.close()
-        hidden = self.decode(ids) != with_space and prompt[start - 1 : start] == " "
-        return start - 1 if hidden else start
+            after = "" if writer == 1 else after + run
+        control = self.special_tokens.keys() | self.added_words
+        for token, text, _ in self._split(after, b"\1" * len(after), True, control):
+            if token is not None:
+                self.special_tokens[token.content] = token.id
+                self.added_words.discard(token.content)
+                self._text[token.id] = b""
+                return {token.id}
+            if text.strip(" "):
+                break
+        return set()
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of ids; control tokens, and ids of no token, are no text."""
@@ -3430,7 +4094,7 @@ class Tokenizer(ByteLevelTokenizer):
         drop_space: take away the space that SentencePiece-style vocabularies put
         before a text; not wanted where the ids continue one.
         """
-        if drop_space and self.vocabulary.prefix is not None:
+        if drop_space and self.vocabulary.spaced:
             return SpacedStream(self._text)
         return super().stream()
 
