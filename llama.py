@@ -4060,6 +4060,14 @@ class Tokenizer(ByteLevelTokenizer):
                 at = end
         return ids + encode(at, None)
 
+    def reply_start(self, prompt: str, start: int, ids: list[int]) -> int:
+        """Return where a reply's ids begin in a prompt, whose text begins at `start`: a
+        space before it belongs to them, if they begin with one that is not printed."""
+        stream = self.stream()
+        with_space = "".join(map(stream.add, ids)) + stream.close()
+        own_space = self.decode(ids) != with_space and prompt[start - 1 : start] == " "
+        return start - 1 if own_space else start
+
     def written_after_a_reply(self) -> set[int]:
         """Return the id of the token that the template writes right after a reply, if
         there is one, and count it among the control tokens."""
