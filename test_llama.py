@@ -2990,12 +2990,16 @@ def test_ids_that_the_model_wrote_are_not_encoded_anew():
 def test_a_reply_that_the_template_cuts_is_encoded_anew():
     """As the models that think do it: of an old reply only what comes after counts."""
     reply = "<think>So.</think>Yes."
-    cut = "{% for m in messages %}{{ m.content.split('</think>')[-1] + '|' }}{% endfor %}"
+    cut = (
+        "{% for m in messages %}{{ m.content.split('</think>')[-1] + '|' }}{% endfor %}"
+    )
     chat = byte_tokenizer(template=cut)
     talk = [TURNS[0], {"role": "assistant", "content": reply}, TURNS[2]]
     ids = chat.encode_chat(talk, replies={reply: [7, 8, 9]})
     assert ids == [*f"{TURNS[0]['content']}|Yes.|{TURNS[2]['content']}|".encode()]
-    whole = byte_tokenizer(template="{% for m in messages %}{{ m.content }}{% endfor %}")
+    whole = byte_tokenizer(
+        template="{% for m in messages %}{{ m.content }}{% endfor %}"
+    )
     assert whole.encode_chat(talk, replies={reply: [7, 8, 9]})[19:22] == [7, 8, 9]
 
 
@@ -3010,7 +3014,9 @@ def test_the_space_before_a_reply_may_be_the_models_own():
     at = len(chat.encode_chat(TURNS[:1]))
     assert ids[at - 1 : at + 1] != [chat.encode(" ")[0], *own]
     space = chat.special_tokens.get("▁", chat.encode("a b")[-1:])
-    assert ids[at : at + 1] == own and ids[at + 2 : at + 4] == [chat.eos, chat.bos], space
+    assert ids[at : at + 1] == own and ids[at + 2 : at + 4] == [chat.eos, chat.bos], (
+        space
+    )
 
 
 @needs_data
@@ -4658,14 +4664,17 @@ def test_measuring_tells_the_speed_of_this_machine(what, folder, monkeypatch, ca
 
 def test_what_is_measured_is_the_median_of_three_runs_after_one(monkeypatch):
     model = llama.Llama(llama.ModelArgs(32, 64, 1, 2, 100))
-    now, paces = [0.0], [10.0, 1.0, 2.0, 6.0]  # seconds a token
+    # Seconds until the first token of four prompts, then a token of four replies.
+    now, paces = [0.0], [9.0, 1.0, 2.0, 6.0, 10.0, 1.0, 2.0, 6.0]
 
     def prefill(model, ids, cache, step):
-        assert cache[0].capacity == len(ids) + 5 == 25
+        assert cache[0].capacity == len(ids) + 5 == 25 and cache[0].offset == 0
+        cache[0].offset = 20
         yield 20, mx.zeros((1, 100))
 
     def decode(model, logits, cache, sampler, max_tokens):
         pace = paces.pop(0)
+        assert cache[0].offset == 20  # it has the prompt, and no earlier reply
         for _ in range(max_tokens):
             now[0] += pace
             yield 7
@@ -4674,7 +4683,9 @@ def test_what_is_measured_is_the_median_of_three_runs_after_one(monkeypatch):
     monkeypatch.setattr(llama, "decode", decode)
     monkeypatch.setattr(llama, "copy_bandwidth", lambda: 1e9)
     monkeypatch.setattr(llama.time, "perf_counter", lambda: now[0])
-    found = llama.measure(model, 20, 5)
+    parts = [*llama.measure(model, 20, 5)]
+    assert [*dict(llama.measured_rows("m", "cpu", parts[0]))] == ["prefill"]
+    found = parts[0] | parts[1]
     assert not paces and found["time_to_first_token_s"] == 2.0
     assert (found["prefill_tps"], found["decode_tps"]) == (10.0, 0.5)
     rows = llama.measured_rows("m", "cpu", found | {"bandwidth_share": 0.251})

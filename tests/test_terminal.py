@@ -8,6 +8,7 @@ import os
 import random
 import re
 import signal
+import sys
 import textwrap
 import types
 
@@ -552,7 +553,10 @@ def test_an_error_of_the_context_says_what_can_help_then(folder, tmp_path):
     file = tmp_path / "a.txt"
     file.write_text("z" * 380)
     long, longer, too_long = ("y" * n for n in (400, 480, 600))
-    ctx, forget = "; --ctx sets the limit, of a model made for up to 512", "; /undo and /reset make room"
+    ctx, forget = (
+        "; --ctx sets the limit, of a model made for up to 512",
+        "; /undo and /reset make room",
+    )
     undo = "; /undo removes the last attached file"
     with llama.Engine(folder, context=440) as small, llama.Engine(folder) as full:
         for engine, raw, typed, told in (
@@ -579,7 +583,10 @@ def test_an_error_of_the_context_says_what_can_help_then(folder, tmp_path):
 
 
 def test_a_full_context_names_no_option_that_cannot_help(folder, capsys):
-    for context, told in ((500, "; --ctx sets the limit, of a model made for up to 512]"), (512, "]")):
+    for context, told in (
+        (500, "; --ctx sets the limit, of a model made for up to 512]"),
+        (512, "]"),
+    ):
         with llama.Engine(folder, context=context) as engine:
             chat = chat_with(engine, "--temperature", "0")
             chat.options.max_tokens = None
@@ -656,6 +663,34 @@ def test_a_message_that_does_not_fit_leaves_the_conversation_alive(folder):
     chat.wait_for(">>> ")
     chat.type(CTRL_D)
     assert chat.status() == 0
+
+
+def test_progress_says_how_long_the_rest_takes_if_all_takes_over_two_seconds(
+    monkeypatch,
+):
+    class Stream(io.StringIO):
+        def isatty(self):
+            return True
+
+    now, stream = [100.0], Stream()
+    monkeypatch.setattr(llama.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setenv("TERM", "xterm")
+    progress = llama.ProgressLine("reading")
+    for seconds, done, shown in (
+        (0.4, 10, ""),  # it may be over in a moment
+        (0.6, 0, "reading 0 %"),  # nothing is known of it
+        (0.6, 50, "reading 50 %"),
+        (1.0, 40, "reading 40 %, 2 s left"),
+        (2.0, 10, "reading 10 %, 18 s left"),
+        (60.0, 20, "reading 20 %, 4 min left"),
+        (2.1, 100, "reading 100 %, 0 s left"),
+    ):
+        now[0] = 100.0 + seconds
+        progress(done, 100)
+        line = stream.getvalue().removeprefix("\r").removesuffix("\x1b[K")
+        assert line == shown
+        stream.seek(stream.truncate(0))
 
 
 @pytest.mark.parametrize("environment", [{"TERM": "dumb"}, {"NO_COLOR": "1"}])
