@@ -1101,11 +1101,18 @@ def apply_min_p(logprobs: mx.array, p: float) -> mx.array:
 # From an option to its minimum, whether it may be equal to that, and its maximum.
 INTERVALS = {
     "temperature": (0, True, 1e9),
-    "top_k": (1, True, 2**31 - 1),
+    "top_k": (1, True, 1e9),
     "top_p": (0, False, 1),
     "min_p": (0, False, 1),
     "repetition_penalty": (0, False, 1e9),
 }
+
+
+def interval(name: str) -> str:
+    """Return an option's interval as it is written, (0, 1] for instance."""
+    least, closed, greatest = INTERVALS[name]
+    greatest = "1e9" if greatest == 1e9 else greatest
+    return f"{'[' if closed else '('}{least}, {greatest}]"
 
 
 def check_sampling(**options: float | None) -> None:
@@ -1120,11 +1127,9 @@ def check_sampling(**options: float | None) -> None:
         if name == "top_k" and inside and value != int(value):
             inside = False
         if not inside:
-            start = "[" if closed else "("
             kind = ", a whole number" if name == "top_k" else ""
             raise ValueError(
-                f"{name} must be in {start}{least}, {greatest:.0f}]{kind}, "
-                f"got {value!r:.80}"
+                f"{name} must be in {interval(name)}{kind}, got {value!r:.80}"
             )
 
 
@@ -6925,7 +6930,7 @@ def whole_number(least: int) -> Callable[[str], int]:
 
     def parse(text: str) -> int:
         if not text.isdecimal() or not least <= int(text) < 2**63:
-            wanted = f"a whole number of at least {least}"
+            wanted = f"a whole number in [{least}, 2**63)"
             raise argparse.ArgumentTypeError(f"must be {wanted}, got {text!r}")
         return int(text)
 
@@ -7065,15 +7070,15 @@ def build_parser() -> argparse.ArgumentParser:
     add("--template", metavar="NAME", choices=BUILT_IN, help=text)
     text = "longest reply, tokens; default: no limit"
     add("--max-tokens", metavar="N", type=number, help=text)
-    text = "[0, inf), 0 is greedy; default: model's or 0.6"
+    text = f"{interval('temperature')}, 0 is greedy; default: model's or 0.6"
     add("--temperature", metavar="T", type=float, help=text)
-    text = "[0, inf), the K likeliest, 0 is all; default: model's"
+    text = f"{interval('top_k')}, the K likeliest, 0 is all; default: model's"
     add("--top-k", metavar="K", type=int, help=text)
-    text = "[0, 1], fewest that sum to P; default: model's or 0.9"
+    text = f"{interval('top_p')} or 0, fewest of sum P; default: model's or 0.9"
     add("--top-p", metavar="P", type=float, help=text)
-    text = "[0, 1], of the likeliest's, 0 is off; default: model's"
+    text = f"{interval('min_p')} of the likeliest's, 0 is off; default: model's"
     add("--min-p", metavar="P", type=float, help=text)
-    text = "[0, inf), 0 and 1 are off; default: model's or 1"
+    text = f"{interval('repetition_penalty')}, 0 and 1 are off; default: model's or 1"
     add("--repetition-penalty", metavar="R", type=float, help=text)
     text = "repeats a run exactly; default: a new one"
     add("--seed", metavar="N", type=number, help=text)

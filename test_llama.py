@@ -1708,13 +1708,13 @@ def test_sixteen_bit_logits_are_sampled_in_float32(monkeypatch):
 @pytest.mark.parametrize(
     ("option", "value", "error"),
     [
-        ("temperature", -0.1, r"temperature must be in \[0, 1000000000\], got -0.1"),
-        ("temperature", math.inf, r"temperature must be in \[0, 1000000000\], got inf"),
+        ("temperature", -0.1, r"temperature must be in \[0, 1e9\], got -0.1"),
+        ("temperature", math.inf, r"temperature must be in \[0, 1e9\], got inf"),
         ("temperature", math.nan, r"got nan"),
         ("temperature", 10**400, r"temperature must be in .*, got 1000"),
         ("temperature", True, r"got True"),
         ("temperature", "hot", r"got 'hot'"),
-        ("top_k", 0, r"top_k must be in \[1, 2147483647\], a whole number, got 0"),
+        ("top_k", 0, r"top_k must be in \[1, 1e9\], a whole number, got 0"),
         ("top_k", math.inf, r"a whole number, got inf"),
         ("top_k", 1.5, "a whole number, got 1.5"),
         ("top_p", 0, r"top_p must be in \(0, 1\], got 0"),
@@ -1723,7 +1723,7 @@ def test_sixteen_bit_logits_are_sampled_in_float32(monkeypatch):
         (
             "repetition_penalty",
             0,
-            r"repetition_penalty must be in \(0, 1000000000\], got 0",
+            r"repetition_penalty must be in \(0, 1e9\], got 0",
         ),
     ],
 )
@@ -5220,6 +5220,16 @@ def test_help_is_one_screen_and_has_an_example(words, monkeypatch, capsys):
     example = lines[-1].partition("example: python llama.py ")[2]
     options = llama.build_parser().parse_args(shlex.split(example))
     assert options.run.__name__.endswith(words or ("chat",))
+
+
+@pytest.mark.parametrize("name", llama.INTERVALS)
+def test_help_and_errors_give_the_same_interval(name, folder, capsys):
+    option = "--" + name.replace("_", "-")
+    llama.main(["chat", "--help"])
+    line = next(line for line in capsys.readouterr().out.split("\n") if option in line)
+    told = re.search(r" ([\[(].*?[\])])", line)[1]
+    assert llama.main(["chat", str(folder), option, "-7"]) == 2
+    assert f"{name} must be in {told}" in capsys.readouterr().err
 
 
 @on_the_cpu

@@ -400,7 +400,7 @@ def test_commands_that_cannot_be_followed_say_why(engine):
         ("/set temperature hot", "temperature must be a number, got 'hot'"),
         (f"/set seed {2**63}", r"seed must be a whole number in \[0, 2\*\*63\), got"),
         ("/set max-tokens -1", "max_tokens must be a whole number .*, got '-1'"),
-        ("/set top_k 1.5", r"\[1, 2147483647\], a whole number, got 1.5"),
+        ("/set top_k 1.5", r"\[1, 1e9\], a whole number, got 1.5"),
         ("/file", "/file wants a PATH"),
         ("/save ", "/save wants a FILE"),
         ("/undo 2", "/undo takes nothing, got '2'"),
