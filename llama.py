@@ -1119,11 +1119,18 @@ def apply_min_p(logprobs: mx.array, p: float) -> mx.array:
 # From an option to its minimum, whether it may be equal to that, and its maximum.
 INTERVALS = {
     "temperature": (0, True, 1e9),
-    "top_k": (1, True, 2**31 - 1),
+    "top_k": (1, True, 1e9),
     "top_p": (0, False, 1),
     "min_p": (0, False, 1),
     "repetition_penalty": (0, False, 1e9),
 }
+
+
+def interval(name: str) -> str:
+    """Return an option's interval as it is written, (0, 1] for instance."""
+    least, closed, greatest = INTERVALS[name]
+    greatest = "1e9" if greatest == 1e9 else greatest
+    return f"{'[' if closed else '('}{least}, {greatest}]"
 
 
 def check_sampling(**options: float | None) -> None:
@@ -1138,11 +1145,9 @@ def check_sampling(**options: float | None) -> None:
         if name == "top_k" and inside and value != int(value):
             inside = False
         if not inside:
-            start = "[" if closed else "("
             kind = ", a whole number" if name == "top_k" else ""
             raise ValueError(
-                f"{name} must be in {start}{least}, {greatest:.0f}]{kind}, "
-                f"got {value!r:.80}"
+                f"{name} must be in {interval(name)}{kind}, got {value!r:.80}"
             )
 
 
@@ -6100,8 +6105,9 @@ class Engine(contextlib.AbstractContextManager):
 # progress to stderr, and escapes only to a terminal; what comes from a model or a file
 # is made printable first.
 # uses: 1-9, 11-20
-# needs: Iterable, Iterator, Path, TextIO, argparse, asdict, collections, json, math,
-#     mx, nn, os, re, statistics, sys, time, tree_flatten, tree_unflatten
+# needs: Collection, Iterable, Iterator, Path, TextIO, argparse, asdict, collections,
+#     json, math, mx, nn, os, re, signal, statistics, sys, time, tree_flatten,
+#     tree_unflatten
 # -----------------------------------------------------------------------------
 
 # Characters that move the cursor, repaint lines or reorder text: the C0 and C1 controls
@@ -6173,15 +6179,24 @@ def complain(error: Exception, who: str = "") -> None:
 
 
 class ProgressLine:
-    """A line on a terminal that says how far something is, if it takes a moment."""
+    """A line on a terminal that says how far something is, if it takes a moment, and
+    how long the rest will take, if all of it takes more than two seconds."""
 
     def __init__(self, label: str):
         self.label, self.started, self.shown = label, time.monotonic(), False
 
     def __call__(self, done: int, total: int) -> None:
-        if styled(sys.stderr) and time.monotonic() - self.started > 0.5:
-            line = f"\r{self.label} {100 * done // max(total, 1)} %\x1b[K"
-            print(line, end="", file=sys.stderr, flush=True)
+        passed = time.monotonic() - self.started
+        if styled(sys.stderr) and passed > 0.5:
+            line = f"\r{self.label} {100 * done // max(total, 1)} %"
+            left = passed * (total - done) / max(done, 1)
+            if done and passed + left > 2:
+                line += (
+                    f", {left / 60:.0f} min left"
+                    if left > 99
+                    else f", {left:.0f} s left"
+                )
+            print(f"{line}\x1b[K", end="", file=sys.stderr, flush=True)
             self.shown = True
 
     def clear(self) -> None:
@@ -6194,7 +6209,8 @@ def print_table(rows: Iterable[tuple[str, str]]) -> None:
     """Print rows of a name and a text, aligned; a name only where it changes."""
     before = None
     for name, text in rows:
-        print(printable(f"{'' if name == before else name:11} {text}"))
+        row = f"{'' if name == before else name:11} {text}"
+        print(printable(row), flush=True)
         before = name
 
 
@@ -6378,6 +6394,8 @@ def random_model(args: ModelArgs, bits: int | None) -> Llama:
     model, dtype = Llama(args), default_dtype() or mx.bfloat16
     layers = sorted(dense_layers(model), key=lambda entry: -entry[1].weight.size)
     block = mx.random.randint(0, 256, (65_536,), mx.uint8).view(mx.uint32)
+    progress, made = ProgressLine("making random weights"), 0
+    total = sum(layer.weight.size for _, layer in layers)
     for path, layer in layers:
         rows, columns = layer.weight.shape
         if bits and columns % 64 == 0:
@@ -6391,53 +6409,70 @@ def random_model(args: ModelArgs, bits: int | None) -> Llama:
         else:
             layer.set_dtype(dtype)
         mx.eval(layer.parameters())
+        made += rows * columns
+        progress(made, total)
+    progress.clear()
     model.set_dtype(dtype)  # the norms
     mx.eval(model.parameters())
     return model
 
 
-def measure(model: Llama, prompt_tokens: int, generation_tokens: int) -> dict:
-    """Return how fast a model is here: medians of three runs, after one to warm up.
+def measure(
+    model: Llama, prompt_tokens: int, generation_tokens: int
+) -> Iterator[dict[str, float]]:
+    """Yield how fast a model is here, first with a prompt, then with a reply: medians
+    of three runs, after one to warm up.
 
     Greedy, over a prompt of random ids. Speeds in tokens/s, gbps in 1e9 bytes of
     weights read a second, bandwidth_share of what copying reaches, peak_gb meanwhile.
     """
+    ids = mx.random.randint(0, model.args.vocab_size, (prompt_tokens,)).tolist()
+    cache, firsts = model.make_cache(prompt_tokens + generation_tokens), []
+    mx.reset_peak_memory()
+    progress = ProgressLine("measuring the prompt")
+    for run in range(4):
+        for layer in cache:
+            layer.trim(layer.offset)
+        started = time.perf_counter()
+        for done, logits in prefill(model, ids, cache, default_prefill_step()):
+            progress(run * prompt_tokens + done, 4 * prompt_tokens)
+        for _ in decode(model, logits, cache, greedy, 1):
+            firsts.append(time.perf_counter() - started)
+    progress.clear()
+    first = statistics.median(firsts[1:])
+    yield {
+        "prompt_tokens": prompt_tokens,
+        "generation_tokens": generation_tokens,
+        "prefill_tps": prompt_tokens / first,
+        "time_to_first_token_s": first,
+    }
+    progress, speeds = ProgressLine("measuring the reply"), []
+    for run in range(4):
+        for layer in cache:
+            layer.trim(layer.offset - prompt_tokens)
+        times = []
+        for _ in decode(model, logits, cache, greedy, generation_tokens):
+            times.append(time.perf_counter())
+            progress(run * generation_tokens + len(times), 4 * generation_tokens)
+        speeds.append((generation_tokens - 1) / (times[-1] - times[0]))
+    progress.clear()
+    decode_tps, peak = statistics.median(speeds[1:]), mx.get_peak_memory()
     sizes = {name: array.nbytes for name, array in tree_flatten(model.parameters())}
     embedding = sum(n for name, n in sizes.items() if "embed_tokens" in name)
     # Of an embedding that is not the head too, a token reads one row.
     read = sum(sizes.values()) - (embedding if "lm_head" in model else 0)
-    ids = mx.random.randint(0, model.args.vocab_size, (prompt_tokens,)).tolist()
-    progress, bandwidth, runs = ProgressLine("measuring"), copy_bandwidth(), []
-    each, step = prompt_tokens + generation_tokens, default_prefill_step()
-    mx.reset_peak_memory()
-    for before in range(0, 4 * each, each):
-        started, times, cache = time.perf_counter(), [], model.make_cache(each)
-        for done, logits in prefill(model, ids, cache, step):
-            progress(before + done, 4 * each)
-        for _ in decode(model, logits, cache, greedy, generation_tokens):
-            times.append(time.perf_counter())
-            progress(before + prompt_tokens + len(times), 4 * each)
-        first, last = times[0] - started, times[-1] - times[0]
-        runs.append((first, (generation_tokens - 1) / last))
-    progress.clear()
-    first = statistics.median(first for first, _ in runs[1:])
-    decode_tps = statistics.median(speed for _, speed in runs[1:])
-    return {
-        "prompt_tokens": prompt_tokens,
-        "generation_tokens": generation_tokens,
-        "prefill_tps": prompt_tokens / first,
+    yield {
         "decode_tps": decode_tps,
-        "time_to_first_token_s": first,
         "gbps": read * decode_tps / 1e9,
-        "bandwidth_share": read * decode_tps / bandwidth,
         "weights_gb": sum(sizes.values()) / 1e9,
         "active_gb": mx.get_active_memory() / 1e9,
-        "peak_gb": mx.get_peak_memory() / 1e9,
+        "peak_gb": peak / 1e9,
+        "bandwidth_share": read * decode_tps / copy_bandwidth(),
     }
 
 
-def measured(options: argparse.Namespace, found: dict) -> dict:
-    """Return what `measure` says of a preset, with random weights, or a model."""
+def measured(options: argparse.Namespace, found: dict) -> Iterator[dict[str, float]]:
+    """Yield what `measure` says of a preset, with random weights, or a model."""
     args = ModelArgs(**found["config"])
     total = options.prompt_tokens + options.generation_tokens
     _, warning = choose_context(args, total)
@@ -6461,20 +6496,22 @@ def measured(options: argparse.Namespace, found: dict) -> dict:
             progress(done, size)
         progress.clear()
     accelerate(model, group)
-    return measure(model, options.prompt_tokens, options.generation_tokens)
+    yield from measure(model, options.prompt_tokens, options.generation_tokens)
 
 
 def measured_rows(name: str, device: str, found: dict) -> list[tuple[str, str]]:
-    """Return what was measured as rows of a table, the last one to paste elsewhere."""
-    prefill, decode = f"{found['prefill_tps']:,.1f}", f"{found['decode_tps']:,.1f}"
+    """Return what `measure` has found last, as rows: of a prompt; or of a reply, and
+    then the last one, of all, to paste elsewhere."""
+    prefill, tokens = f"{found['prefill_tps']:,.1f}", found["prompt_tokens"]
+    if "decode_tps" not in found:
+        return [("prefill", f"{prefill} tokens/s, {tokens} tokens")]
+    decode, tokens = f"{found['decode_tps']:,.1f}", found["generation_tokens"]
     reads, first = f"{found['gbps']:,.1f}", f"{found['time_to_first_token_s']:.2f} s"
     share = f"{100 * found['bandwidth_share']:.0f} %"
     peak, end = gigabytes(1e9 * found["peak_gb"]), gigabytes(1e9 * found["active_gb"])
     weights_gb, peak_gb = f"{found['weights_gb']:.2f}", f"{found['peak_gb']:.2f}"
     columns = (name, device, weights_gb, prefill, decode, reads, peak_gb)
-    tokens = found["generation_tokens"]
     return [
-        ("prefill", f"{prefill} tokens/s, {found['prompt_tokens']} tokens"),
         ("decode", f"{decode} tokens/s, {tokens} tokens, the first after {first}"),
         ("reads", f"{reads} GB/s of weights, {share} of what copying reaches here"),
         ("peak", f"{peak}, {end} at the end"),
@@ -6491,7 +6528,7 @@ def bars(sizes: dict[str, int]) -> Iterator[str]:
 
 
 def info_rows(found: dict) -> list[tuple[str, str]]:
-    """Return what `describe` and `measured` have found, as rows of a table."""
+    """Return what `describe` has found, as rows of a table."""
     args, kv = ModelArgs(**found["config"]), found["kv_bytes_per_token"]
     usual = min(args.longest_context, DEFAULT_CONTEXT)
     scaling = (args.rope_scaling or {"rope_type": "no"})["rope_type"]
@@ -6518,11 +6555,6 @@ def info_rows(found: dict) -> list[tuple[str, str]]:
     for bits, nbytes in found["weight_bytes"].items():
         words = found["verdict"][bits]
         rows.append(("weights", f"{bits:2} bits {gigabytes(nbytes):>9}: {words}"))
-    if "measured" in found:
-        name = Path(found["model"]).name
-        rows += measured_rows(name, found["device"], found["measured"])
-        if (ranks := found["measured"]["ranks"]) > 1:
-            rows.append(("ranks", f"{ranks}; bytes are those of one"))
     return rows
 
 
@@ -6531,22 +6563,37 @@ def cmd_info(options: argparse.Namespace) -> int:
     found = describe(options.model)
     if options.bits and (found["folder"] or not options.measure):
         options.usage("--bits is for --measure of one of " + ", ".join(PRESETS))
+    # With several ranks, rank 0 tells it.
+    ranks = options.group.size() if options.group else 1
+    shown = not options.json and not (options.group and options.group.rank())
+    if shown:
+        print_table(info_rows(found))
     if options.measure:
+        if __name__ == "__main__":
+            # Python handles no signal within a step, which can take minutes, and there
+            # is nothing to be saved: Ctrl-C ends the process.
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
         mx.random.seed(0)  # all ranks read the same ids
-        found["measured"] = measured(options, found)
-        found["measured"]["ranks"] = options.group.size() if options.group else 1
-    if options.group and options.group.rank() > 0:
-        return 0  # rank 0 tells it
-    if options.json:
+        found["measured"], name = {}, Path(found["model"]).name
+        for part in measured(options, found):
+            found["measured"] |= part
+            if shown:
+                print_table(measured_rows(name, found["device"], found["measured"]))
+        found["measured"]["ranks"] = ranks
+        if shown and ranks > 1:
+            print_table([("ranks", f"{ranks}; bytes are those of one")])
+    if options.json and not (options.group and options.group.rank()):
         print(json.dumps(found, indent=2))
-        return 0
-    print_table(info_rows(found))
     return 0
 
 
-def not_finite(tensors: Iterable[TensorInfo]) -> Iterator[ValueError]:
+def not_finite(tensors: Collection[TensorInfo]) -> Iterator[ValueError]:
     """Yield an error for each tensor that holds NaN or infinity; reads all data."""
+    progress, done = ProgressLine("checking"), 0
+    total = sum(info.nbytes for info in tensors)
     for info, array in read_tensors(tensors):
+        done += info.nbytes
+        progress(done, total)
         if not mx.issubdtype(array.dtype, mx.floating):
             continue
         if bad := mx.sum(~mx.isfinite(array)).item():
@@ -6554,6 +6601,7 @@ def not_finite(tensors: Iterable[TensorInfo]) -> Iterator[ValueError]:
                 f"{info.file}: {bad} of {array.size} values of {info.name} are NaN or "
                 "infinite"
             )
+    progress.clear()
 
 
 def layer_kinds(model: Llama) -> dict[str, int]:
@@ -6843,7 +6891,7 @@ def print_reply(
     else:
         if not reply.text.endswith("\n"):
             print(flush=True)
-        longest = engine.args.max_position_embeddings
+        longest = engine.args.longest_context
         if reason := early_end(reply.stats, options.limit, longest):
             note(f"[stopped: {reason}]")
     if options.stats:
@@ -7419,7 +7467,7 @@ class Chat(Conversation):
         attached = [*self.attached, f"{Path(path).name}:\n\n{text}"]
         tokens = len(self.engine.tokenizer.encode("\n\n".join(attached)))
         if tokens >= self.engine.context:
-            longest = self.engine.args.max_position_embeddings
+            longest = self.engine.args.longest_context
             more = larger_context(tokens + 1, self.engine.context, longest)
             more += "; /undo removes the last of them" if self.attached else ""
             raise ValueError(
@@ -7510,7 +7558,7 @@ def whole_number(least: int) -> Callable[[str], int]:
 
     def parse(text: str) -> int:
         if not text.isdecimal() or not least <= int(text) < 2**63:
-            wanted = f"a whole number of at least {least}"
+            wanted = f"a whole number in [{least}, 2**63)"
             raise argparse.ArgumentTypeError(f"must be {wanted}, got {text!r}")
         return int(text)
 
@@ -7650,15 +7698,15 @@ def build_parser() -> argparse.ArgumentParser:
     add("--template", metavar="NAME", choices=BUILT_IN, help=text)
     text = "longest reply, tokens; default: no limit"
     add("--max-tokens", metavar="N", type=number, help=text)
-    text = "[0, inf), 0 is greedy; default: model's or 0.6"
+    text = f"{interval('temperature')}, 0 is greedy; default: model's or 0.6"
     add("--temperature", metavar="T", type=float, help=text)
-    text = "[0, inf), the K likeliest, 0 is all; default: model's"
+    text = f"{interval('top_k')}, the K likeliest, 0 is all; default: model's"
     add("--top-k", metavar="K", type=int, help=text)
-    text = "[0, 1], fewest that sum to P; default: model's or 0.9"
+    text = f"{interval('top_p')} or 0, fewest of sum P; default: model's or 0.9"
     add("--top-p", metavar="P", type=float, help=text)
-    text = "[0, 1], of the likeliest's, 0 is off; default: model's"
+    text = f"{interval('min_p')} of the likeliest's, 0 is off; default: model's"
     add("--min-p", metavar="P", type=float, help=text)
-    text = "[0, inf), 0 and 1 are off; default: model's or 1"
+    text = f"{interval('repetition_penalty')}, 0 and 1 are off; default: model's or 1"
     add("--repetition-penalty", metavar="R", type=float, help=text)
     text = "repeats a run exactly; default: a new one"
     add("--seed", metavar="N", type=number, help=text)

@@ -1708,13 +1708,13 @@ def test_sixteen_bit_logits_are_sampled_in_float32(monkeypatch):
 @pytest.mark.parametrize(
     ("option", "value", "error"),
     [
-        ("temperature", -0.1, r"temperature must be in \[0, 1000000000\], got -0.1"),
-        ("temperature", math.inf, r"temperature must be in \[0, 1000000000\], got inf"),
+        ("temperature", -0.1, r"temperature must be in \[0, 1e9\], got -0.1"),
+        ("temperature", math.inf, r"temperature must be in \[0, 1e9\], got inf"),
         ("temperature", math.nan, r"got nan"),
         ("temperature", 10**400, r"temperature must be in .*, got 1000"),
         ("temperature", True, r"got True"),
         ("temperature", "hot", r"got 'hot'"),
-        ("top_k", 0, r"top_k must be in \[1, 2147483647\], a whole number, got 0"),
+        ("top_k", 0, r"top_k must be in \[1, 1e9\], a whole number, got 0"),
         ("top_k", math.inf, r"a whole number, got inf"),
         ("top_k", 1.5, "a whole number, got 1.5"),
         ("top_p", 0, r"top_p must be in \(0, 1\], got 0"),
@@ -1723,7 +1723,7 @@ def test_sixteen_bit_logits_are_sampled_in_float32(monkeypatch):
         (
             "repetition_penalty",
             0,
-            r"repetition_penalty must be in \(0, 1000000000\], got 0",
+            r"repetition_penalty must be in \(0, 1e9\], got 0",
         ),
     ],
 )
@@ -4664,14 +4664,17 @@ def test_measuring_tells_the_speed_of_this_machine(what, folder, monkeypatch, ca
 
 def test_what_is_measured_is_the_median_of_three_runs_after_one(monkeypatch):
     model = llama.Llama(llama.ModelArgs(32, 64, 1, 2, 100))
-    now, paces = [0.0], [10.0, 1.0, 2.0, 6.0]  # seconds a token
+    # Seconds until the first token of four prompts, then a token of four replies.
+    now, paces = [0.0], [9.0, 1.0, 2.0, 6.0, 10.0, 1.0, 2.0, 6.0]
 
     def prefill(model, ids, cache, step):
-        assert cache[0].capacity == len(ids) + 5 == 25
+        assert cache[0].capacity == len(ids) + 5 == 25 and cache[0].offset == 0
+        cache[0].offset = 20
         yield 20, mx.zeros((1, 100))
 
     def decode(model, logits, cache, sampler, max_tokens):
         pace = paces.pop(0)
+        assert cache[0].offset == 20  # it has the prompt, and no earlier reply
         for _ in range(max_tokens):
             now[0] += pace
             yield 7
@@ -4680,7 +4683,9 @@ def test_what_is_measured_is_the_median_of_three_runs_after_one(monkeypatch):
     monkeypatch.setattr(llama, "decode", decode)
     monkeypatch.setattr(llama, "copy_bandwidth", lambda: 1e9)
     monkeypatch.setattr(llama.time, "perf_counter", lambda: now[0])
-    found = llama.measure(model, 20, 5)
+    parts = [*llama.measure(model, 20, 5)]
+    assert [*dict(llama.measured_rows("m", "cpu", parts[0]))] == ["prefill"]
+    found = parts[0] | parts[1]
     assert not paces and found["time_to_first_token_s"] == 2.0
     assert (found["prefill_tps"], found["decode_tps"]) == (10.0, 0.5)
     rows = llama.measured_rows("m", "cpu", found | {"bandwidth_share": 0.251})
@@ -5218,6 +5223,16 @@ def test_help_is_one_screen_and_has_an_example(words, monkeypatch, capsys):
     example = lines[-1].partition("example: python llama.py ")[2]
     options = llama.build_parser().parse_args(shlex.split(example))
     assert options.run.__name__.endswith(words or ("chat",))
+
+
+@pytest.mark.parametrize("name", llama.INTERVALS)
+def test_help_and_errors_give_the_same_interval(name, folder, capsys):
+    option = "--" + name.replace("_", "-")
+    llama.main(["chat", "--help"])
+    line = next(line for line in capsys.readouterr().out.split("\n") if option in line)
+    told = re.search(r" ([\[(].*?[\])])", line)[1]
+    assert llama.main(["chat", str(folder), option, "-7"]) == 2
+    assert f"{name} must be in {told}" in capsys.readouterr().err
 
 
 @on_the_cpu

@@ -369,6 +369,43 @@ def test_ctrl_c_at_any_moment_is_quiet(moments):
     assert 130 in ends
 
 
+def test_what_is_measured_is_shown_row_by_row_and_ctrl_c_ends_it(tmp_path):
+    slow = random_folder(tmp_path / "m", context=65536, width=256)
+    words = ("info", slow, "--measure", "--prompt-tokens", 32)
+    run = Terminal(*words, "--generation-tokens", 50_000)
+    run.wait_for("prefill ")
+    run.wait_for("measuring the reply")
+    assert "decode" not in run.wait_for(" left")  # it says how long that takes
+    run.type(CTRL_C)
+    assert run.status(seconds=20) in (130, -signal.SIGINT)
+    assert "Traceback" not in run.screen
+
+
+# In a step of MLX Python handles no signal, nor does it in this multiplication, which
+# takes minutes.
+A_LONG_STEP = """
+import mlx.core as mx, runpy, sys
+def step():
+    print("in a step", flush=True)
+    7 ** (3 * 10**8)
+mx.clear_cache = step
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_ctrl_c_ends_a_measurement_within_a_step(folder, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(A_LONG_STEP)
+    few = ("--prompt-tokens", 32, "--generation-tokens", 4)
+    words = (HERE / "llama.py", "info", folder, "--measure", *few)
+    run = Terminal(*words, program=script)
+    run.wait_for("in a step")
+    run.type(CTRL_C)
+    assert run.status(seconds=10) == -signal.SIGINT
+    assert "Traceback" not in run.screen
+
+
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
 def test_ctrl_c_ends_a_one_shot_run_with_status_130(phase, tmp_path):
     """The whole run would take far longer than it is given to end."""

@@ -8,6 +8,7 @@ import os
 import random
 import re
 import signal
+import sys
 import textwrap
 import types
 
@@ -399,7 +400,7 @@ def test_commands_that_cannot_be_followed_say_why(engine):
         ("/set temperature hot", "temperature must be a number, got 'hot'"),
         (f"/set seed {2**63}", r"seed must be a whole number in \[0, 2\*\*63\), got"),
         ("/set max-tokens -1", "max_tokens must be a whole number .*, got '-1'"),
-        ("/set top_k 1.5", r"\[1, 2147483647\], a whole number, got 1.5"),
+        ("/set top_k 1.5", r"\[1, 1e9\], a whole number, got 1.5"),
         ("/file", "/file wants a PATH"),
         ("/save ", "/save wants a FILE"),
         ("/undo 2", "/undo takes nothing, got '2'"),
@@ -662,6 +663,34 @@ def test_a_message_that_does_not_fit_leaves_the_conversation_alive(folder):
     chat.wait_for(">>> ")
     chat.type(CTRL_D)
     assert chat.status() == 0
+
+
+def test_progress_says_how_long_the_rest_takes_if_all_takes_over_two_seconds(
+    monkeypatch,
+):
+    class Stream(io.StringIO):
+        def isatty(self):
+            return True
+
+    now, stream = [100.0], Stream()
+    monkeypatch.setattr(llama.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setenv("TERM", "xterm")
+    progress = llama.ProgressLine("reading")
+    for seconds, done, shown in (
+        (0.4, 10, ""),  # it may be over in a moment
+        (0.6, 0, "reading 0 %"),  # nothing is known of it
+        (0.6, 50, "reading 50 %"),
+        (1.0, 40, "reading 40 %, 2 s left"),
+        (2.0, 10, "reading 10 %, 18 s left"),
+        (60.0, 20, "reading 20 %, 4 min left"),
+        (2.1, 100, "reading 100 %, 0 s left"),
+    ):
+        now[0] = 100.0 + seconds
+        progress(done, 100)
+        line = stream.getvalue().removeprefix("\r").removesuffix("\x1b[K")
+        assert line == shown
+        stream.seek(stream.truncate(0))
 
 
 @pytest.mark.parametrize("environment", [{"TERM": "dumb"}, {"NO_COLOR": "1"}])
