@@ -7231,11 +7231,11 @@ class Conversation:
 
     def set_aside(self) -> str:
         """Rename the file of --session, if there is one, before other turns take its
-        place: an earlier FILE.bak goes. Return where the turns are, in words."""
+        place: an earlier FILE.bak goes. Return where the turns are then, in words."""
         if not self.options.session or not Path(self.options.session).exists():
             return ""
         os.replace(self.options.session, f"{self.options.session}.bak")
-        return f"; they are kept in {self.options.session}.bak"
+        return f", kept in {self.options.session}.bak"
 
     def load(self, file: Path) -> None:
         """Resume the conversation of a session file. Options for instructions, seed and
@@ -7273,7 +7273,7 @@ class Conversation:
             notes = read_session(file)["notes"]
             if not sys.stdin.isatty():
                 raise
-            print(error_line(error), file=sys.stderr, flush=True)
+            WordWrap(sys.stderr).write(f"{error_line(error)}\n")
             if not agreed("Read its text anew?"):
                 raise ValueError(f"{file} stays as it is") from None
             return notes
@@ -7344,7 +7344,7 @@ class Chat(Conversation):
                 note("")
             except (OSError, RuntimeError, ValueError) as error:
                 # The conversation goes on, and can be saved elsewhere.
-                print(error_line(error), file=sys.stderr, flush=True)
+                WordWrap(sys.stderr).write(f"{error_line(error)}\n")
 
     def obey(self, text: str) -> None:
         """Do what a command says, without its slash."""
@@ -7506,7 +7506,7 @@ class Chat(Conversation):
             given = getattr(self.options, n)
             values[n] = usual[n] if given is None else given
         if name and name not in values:
-            raise ValueError(f"no option {name}; {', '.join(names)}, seed")
+            raise ValueError(f"no option {name}; /set lists them")
         if not value:
             for n in [name] if name else (*names, "seed"):
                 note(f"{n:18} {values[n]}")

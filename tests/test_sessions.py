@@ -268,7 +268,7 @@ def test_a_conversation_that_is_reset_or_loaded_over_is_kept_as_bak_once(
     chat.take("one")
     chat.take("/reset")
     assert messages(bak) == ["one"] and messages(file) == []
-    assert f"1 turn forgotten; they are kept in {bak}" in capsys.readouterr().err
+    assert f"1 turn forgotten, kept in {bak}" in capsys.readouterr().err
     chat.take("/reset")
     assert messages(bak) == ["one"]
     chat.take("two")

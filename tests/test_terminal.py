@@ -396,7 +396,7 @@ def test_commands_that_cannot_be_followed_say_why(engine):
     chat = chat_with(engine)
     for text, error in (
         ("/set top_p 2", r"top_p must be in \(0, 1\], got 2"),
-        ("/set colour red", "no option colour; temperature"),
+        ("/set colour red", "no option colour; /set lists them"),
         ("/set temperature hot", "temperature must be a number, got 'hot'"),
         (f"/set seed {2**63}", r"seed must be a whole number in \[0, 2\*\*63\), got"),
         ("/set max-tokens -1", "max_tokens must be a whole number .*, got '-1'"),
@@ -595,13 +595,23 @@ def test_a_full_context_names_no_option_that_cannot_help(folder, capsys):
         assert full in capsys.readouterr().err
 
 
+def test_errors_wrap_at_the_edge_of_the_terminal_too(folder):
+    chat = Terminal("chat", folder, "--max-tokens", 2, columns=30, NO_COLOR="1")
+    chat.wait_for(">>> ")
+    chat.type("/contxt\r")
+    chat.wait_for("no command /contxt; did you\r\nmean /context? (// sends a\r\nslash)")
+    chat.wait_for(">>> ")
+    chat.type(CTRL_D)
+    assert chat.status() == 0
+
+
 def test_options_are_named_as_they_were_given(folder):
     chat = Terminal("chat", folder, "--max-tokens", 3)
     for typed, shown in (
         ("x\r", "[stopped: 3 tokens, as --max-tokens says]"),
         ("/set max_tokens 2\r", "max_tokens is 2"),
         ("x\r", "[stopped: 2 tokens, as /set max_tokens says]"),
-        ("/set colour 2\r", "\rno option colour; temperature"),
+        ("/set colour 2\r", "\rno option colour; /set lists them"),
         ("/nothing\r", "\rno command /nothing; "),
         ("x" * 600 + "\r", "\rthe prompt must have"),
         ("/load nowhere\r", "\rnowhere: No such file"),
