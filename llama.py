@@ -6182,12 +6182,13 @@ class ProgressLine:
     """A line on a terminal that says how far something is, if it takes a moment, and
     how long the rest will take, if all of it takes more than two seconds."""
 
-    def __init__(self, label: str):
-        self.label, self.started, self.shown = label, time.monotonic(), False
+    def __init__(self, label: str, patience: float = 0.5):
+        self.label, self.patience, self.shown = label, patience, False
+        self.started = time.monotonic()
 
     def __call__(self, done: int, total: int) -> None:
         passed = time.monotonic() - self.started
-        if styled(sys.stderr) and passed > 0.5:
+        if styled(sys.stderr) and passed >= self.patience:
             line = f"\r{self.label} {100 * done // max(total, 1)} %"
             left = passed * (total - done) / max(done, 1)
             if done and passed + left > 2:
@@ -6429,7 +6430,8 @@ def measure(
     ids = mx.random.randint(0, model.args.vocab_size, (prompt_tokens,)).tolist()
     cache, firsts = model.make_cache(prompt_tokens + generation_tokens), []
     mx.reset_peak_memory()
-    progress = ProgressLine("measuring the prompt")
+    progress = ProgressLine("measuring the prompt", patience=0)
+    progress(0, 1)  # at once, since the first step may take long
     for run in range(4):
         for layer in cache:
             layer.trim(layer.offset)

@@ -400,6 +400,7 @@ def test_ctrl_c_ends_a_measurement_within_a_step(folder, tmp_path):
     few = ("--prompt-tokens", 32, "--generation-tokens", 4)
     words = (HERE / "llama.py", "info", folder, "--measure", *few)
     run = Terminal(*words, program=script)
+    run.wait_for("measuring the prompt 0 %")  # which is there before the first step
     run.wait_for("in a step")
     run.type(CTRL_C)
     assert run.status(seconds=10) == -signal.SIGINT
