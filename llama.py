@@ -6418,6 +6418,44 @@ def random_model(args: ModelArgs, bits: int | None) -> Llama:
     return model
 
 
+def measure_prompt(
+    model: Llama, ids: list[int], cache: list[KVCache]
+) -> tuple[float, mx.array]:
+    """Return the seconds from a prompt of ids to the first token of a reply, and the
+    logits that follow the prompt, which the cache then holds."""
+    seconds, total = [], 4 * len(ids)
+    progress = ProgressLine("measuring the prompt", patience=0)
+    progress(0, total)  # at once, since the first step may take long
+    for before in range(0, total, len(ids)):
+        for layer in cache:
+            layer.trim(layer.offset)
+        started = time.perf_counter()
+        for done, logits in prefill(model, ids, cache, default_prefill_step()):
+            progress(before + done, total)
+        for _ in decode(model, logits, cache, greedy, 1):
+            seconds.append(time.perf_counter() - started)
+    progress.clear()
+    return statistics.median(seconds[1:]), logits
+
+
+def measure_reply(
+    model: Llama, logits: mx.array, cache: list[KVCache], tokens: int
+) -> float:
+    """Return the tokens per second of a reply to what a cache holds."""
+    speeds, held, total = [], cache[0].offset, 4 * tokens
+    progress = ProgressLine("measuring the reply")
+    for before in range(0, total, tokens):
+        for layer in cache:
+            layer.trim(layer.offset - held)
+        times = []
+        for _ in decode(model, logits, cache, greedy, tokens):
+            times.append(time.perf_counter())
+            progress(before + len(times), total)
+        speeds.append((tokens - 1) / (times[-1] - times[0]))
+    progress.clear()
+    return statistics.median(speeds[1:])
+
+
 def measure(
     model: Llama, prompt_tokens: int, generation_tokens: int
 ) -> Iterator[dict[str, float]]:
@@ -6428,37 +6466,17 @@ def measure(
     weights read a second, bandwidth_share of what copying reaches, peak_gb meanwhile.
     """
     ids = mx.random.randint(0, model.args.vocab_size, (prompt_tokens,)).tolist()
-    cache, firsts = model.make_cache(prompt_tokens + generation_tokens), []
+    cache = model.make_cache(prompt_tokens + generation_tokens)
     mx.reset_peak_memory()
-    progress = ProgressLine("measuring the prompt", patience=0)
-    progress(0, 1)  # at once, since the first step may take long
-    for run in range(4):
-        for layer in cache:
-            layer.trim(layer.offset)
-        started = time.perf_counter()
-        for done, logits in prefill(model, ids, cache, default_prefill_step()):
-            progress(run * prompt_tokens + done, 4 * prompt_tokens)
-        for _ in decode(model, logits, cache, greedy, 1):
-            firsts.append(time.perf_counter() - started)
-    progress.clear()
-    first = statistics.median(firsts[1:])
+    first, logits = measure_prompt(model, ids, cache)
     yield {
         "prompt_tokens": prompt_tokens,
         "generation_tokens": generation_tokens,
         "prefill_tps": prompt_tokens / first,
         "time_to_first_token_s": first,
     }
-    progress, speeds = ProgressLine("measuring the reply"), []
-    for run in range(4):
-        for layer in cache:
-            layer.trim(layer.offset - prompt_tokens)
-        times = []
-        for _ in decode(model, logits, cache, greedy, generation_tokens):
-            times.append(time.perf_counter())
-            progress(run * generation_tokens + len(times), 4 * generation_tokens)
-        speeds.append((generation_tokens - 1) / (times[-1] - times[0]))
-    progress.clear()
-    decode_tps, peak = statistics.median(speeds[1:]), mx.get_peak_memory()
+    decode_tps = measure_reply(model, logits, cache, generation_tokens)
+    peak = mx.get_peak_memory()
     sizes = {name: array.nbytes for name, array in tree_flatten(model.parameters())}
     embedding = sum(n for name, n in sizes.items() if "embed_tokens" in name)
     # Of an embedding that is not the head too, a token reads one row.
@@ -6764,7 +6782,7 @@ def columns_of(character: str) -> int:
     return 2 if unicodedata.east_asian_width(character) in "WF" else 1
 
 
-def is_word(character: str) -> bool:
+def is_breakable(character: str) -> bool:
     """Return whether a line may end next to a character wherever it stands: it takes
     two columns, or is of a script without blanks (Thai to Burmese, and Khmer)."""
     columns = columns_of(character)
@@ -6800,7 +6818,7 @@ class WordWrap:
         self.stream.flush()
 
     def add(self, character: str) -> None:
-        if character in " \t\n" or is_word(character):
+        if character in " \t\n" or is_breakable(character):
             self.end_word()
         joins = columns_of(character) == 0 and not self.blanks + self.word
         if character == "\n":
@@ -6812,7 +6830,7 @@ class WordWrap:
             self.put(character)
         else:
             self.word += character
-            if is_word(character):
+            if is_breakable(character):
                 self.end_word()
             elif not self.fits(self.blanks + self.word):
                 self.end_word()
@@ -6823,7 +6841,7 @@ class WordWrap:
         blanks, word, self.crosses = self.blanks, self.word, False
         if word:
             self.blanks = self.word = ""
-            begun = self.column and (blanks or not is_word(word[0]))
+            begun = self.column and (blanks or not is_breakable(word[0]))
             if begun and not self.fits(blanks + word):
                 blanks = "\n"
             self.put(blanks + word)
