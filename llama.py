@@ -2956,6 +2956,7 @@ LONGEST_RUN, LONGEST_SPLIT = 65_536, 1_000
 MOST_TOKENS = 262_144  # a larger vocabulary is not read
 BYTES_PER_TOKEN = 200  # in a tokenizer.json; Llama 3's has 60 to 160
 MOST_WORK = 10_000_000  # steps to merge pieces one by one; Llama 3 needs 100,000
+ANY_TEXT = "(?s:.+)"  # a text as one word
 EMPTY = 2**31  # the rank of b"": a split that matches no text asks tiktoken for it
 
 
@@ -2967,6 +2968,8 @@ class Merging:
     if every piece is one that merging its own letters arrives at. For while no merge
     crosses the ends of a stretch of letters, the stretch is merged as if it stood
     alone; so two neighbours that make a piece are always those of its last merge.
+
+    With the merges "b c", "a b" and "ab c", abc becomes a bc: nothing arrives at abc.
 
     made: from every such piece to the rank and the two parts of its last merge; of a
     letter, -1 and the letter. left: from other pieces to how many parts remain.
@@ -3053,17 +3056,20 @@ class Cut(NamedTuple):
     behavior: str = "Isolated"
 
 
-AS_LETTERS = Cut("", "Letters")  # the step that writes the bytes of a text as letters
+SPELLED = Cut("", "Letters")  # the step that writes the bytes of a text as letters
 
-# The parts of a regular expression that mean the same to tiktoken and to Hugging Face's
-# tokenizers. "one" matches one character; a class may have classes in it.
-ESCAPE = r"\\(?:[pP]\{\^?\w+\}|x\{[0-9a-fA-F]+\}|u[0-9a-fA-F]{4}|[sSdDnrtfv]|[^\w\s])"
+# What means the same in the regular expressions of tiktoken and of Hugging Face's
+# tokenizers: first what matches one character. A class may have classes in it.
+ESCAPE = r"\\(?:[pP]\{\^?\w+\}|x\{[0-9a-fA-F]+\}|u[0-9a-fA-F]{4}|[sSdDnrtfv]|[^\w\s<>])"
 IN_CLASS = rf"(?:{ESCAPE}|[^\\\[\]&~-]|&(?!&)|-(?!-)|~(?!~))"
-REGEX_PART = re.compile(
-    rf"(?s)(?P<one>{ESCAPE}|\[\^?(?:{IN_CLASS}|\[(?!:)\^?{IN_CLASS}+\])+\]"
-    r"|[^\\\[(){}|?*+^$])|\(\?(?:i:|[:>=!])|\((?!\?)|[|)$]|[?*+][?+]?"
-    r"|\{\d+(?:,\d*)?\}(?![?*+])"
+CLASS = rf"\[\^?(?:{IN_CLASS}|\[(?!:)\^?{IN_CLASS}+\])+\]"
+REGEX_PARTS = (
+    rf"(?P<one>{ESCAPE}|{CLASS}|[^\\\[(){{}}|?*+^$])",
+    r"\(\?(?:i:|[:>=!])|\((?!\?)|[)|]",  # groups, alternatives, looking ahead
+    r"[?*+][?+]?|\{\d+(?:,\d*)?\}(?![?*+])",  # how often
+    r"\$",
 )
+REGEX_PART = re.compile("|".join(REGEX_PARTS), re.DOTALL)
 MARKS = [*map(chr, range(0xFDD0, 0xFDF0))]  # Unicode will never assign them
 
 
@@ -3095,7 +3101,7 @@ def translate(regex: str, mark: str = "") -> str:
     return "".join(parts)
 
 
-@functools.lru_cache
+@functools.lru_cache  # compiling an expression takes a few milliseconds
 def make_cutter(step: Cut, mark: str, end: str) -> tiktoken.Encoding:
     """Return an encoding whose tokens are bytes, and which drops marks (see cut)."""
     match = f"(?:{translate(step.regex, mark)})"
@@ -3145,11 +3151,47 @@ def cut_words(text: str, cuts: Iterable[Cut]) -> list[str]:
         raise ValueError("the text has all noncharacters from U+FDD0 to U+FDEF")
     letters, pieces = {byte: letter for letter, byte in byte_letters().items()}, [text]
     for step in cuts:
-        if step is AS_LETTERS:
+        if step is SPELLED:
             pieces = [p.encode().decode("latin-1").translate(letters) for p in pieces]
         else:
             pieces = cut(pieces, step, *free)
     return pieces
+
+
+UNKNOWN_LETTER = "\0"  # stands for a letter that is not in the vocabulary
+
+
+@dataclass(frozen=True)
+class WordVocabulary(Vocabulary):
+    """The vocabulary of words that are cut out of a text by steps.
+
+    unknown: what letters become that are in no token. fused: several of them in a row
+    count as one. at_once: words that are not merged, with their ids.
+    """
+
+    cuts: tuple[Cut, ...]
+    unknown: dict[int, str] = field(default_factory=dict)
+    fused: bool = False
+    at_once: dict[str, list[int]] = field(default_factory=dict)
+
+
+class WordTokenizer(ByteLevelTokenizer):
+    """Text to ids, one word after the other."""
+
+    def encode(self, text: str) -> list[int]:
+        own = self.vocabulary
+        ids, ids_of = [], {**own.at_once}
+        for word in cut_words(text, own.cuts):
+            if word not in ids_of:
+                known = word.translate(own.unknown)
+                known = (
+                    re.sub(f"{UNKNOWN_LETTER}+", UNKNOWN_LETTER, known)
+                    if own.fused
+                    else known
+                )
+                ids_of[word] = super().encode(known)
+            ids += ids_of[word]
+        return ids
 
 
 @dataclass(frozen=True)
@@ -3164,16 +3206,11 @@ class SpelledVocabulary(Vocabulary):
     # Ids made up here for the beginning of a character, each with the ids of its bytes.
     parts: dict[int, list[int]] = field(default_factory=dict)
     foreign: bool = False  # an expression that splits is the folder's own
-    # Words that `split` cannot find are cut by steps: those of every text, if by_words,
-    # or else of a text with bytes that no token has. Their vocabulary is `words`, or
-    # if that is None, this one.
-    cuts: tuple[Cut, ...] = ()
+    # For texts whose words `split` does not find: all texts, if by_words, or else those
+    # that have a byte which is in no token.
+    words: WordVocabulary | None = None
     by_words: bool = False
-    words: Vocabulary | None = None
     lacking: bytes = b""
-    unknown: dict[int, str] = field(default_factory=dict)  # what their letters become
-    fused: bool = False  # several that follow each other become one
-    at_once: dict[str, list[int]] = field(default_factory=dict)  # words not merged
 
     def normalize(self, text: str, prefix: bool = True) -> str:
         """Return a text in the form that the vocabulary was made from.
@@ -3230,11 +3267,7 @@ def read_step(step: dict) -> list[Cut]:
     """
     kind, behavior = step.get("type"), step.get("behavior", "Isolated")
     if kind == "ByteLevel":
-        return (
-            [Cut(GPT2_SPLIT), AS_LETTERS]
-            if step.get("use_regex", True)
-            else [AS_LETTERS]
-        )
+        return [Cut(GPT2_SPLIT), SPELLED] if step.get("use_regex", True) else [SPELLED]
     if kind == "Metaspace" and step["replacement"] == SPACE:
         return [WORDS] if step.get("split", True) else []
     if kind == "Digits":
@@ -3277,17 +3310,17 @@ def read_cuts(spec: dict) -> tuple[tuple[Cut, ...], str, str | None]:
 
 def any_foreign(cuts: Iterable[Cut]) -> bool:
     """Return whether an expression in some steps is the folder's own."""
-    return any(cut is not AS_LETTERS and cut.regex not in KNOWN_SPLITS for cut in cuts)
+    return any(cut is not SPELLED and cut.regex not in KNOWN_SPLITS for cut in cuts)
 
 
 def one_expression(cuts: Sequence[Cut]) -> tuple[str, bool] | None:
     """Return the regular expression that splits as these cuts of a byte-level
     vocabulary do, and whether it is the folder's own; None if none is known to."""
     *before, last = cuts
-    if last is not AS_LETTERS or AS_LETTERS in before:
+    if last is not SPELLED or SPELLED in before:
         return None
     if not before:
-        return "(?s:.+)", False
+        return ANY_TEXT, False
     regex, behavior = before[0]
     if regex == DIGIT and before[1:] == [Cut(GPT2_SPLIT)]:
         # Digits are cut out first, so the text before one is split as if it ended
@@ -3308,21 +3341,20 @@ def one_expression(cuts: Sequence[Cut]) -> tuple[str, bool] | None:
 
 def merge_pieces(
     model: dict, letters: Collection[str]
-) -> tuple[list[tuple[str, str]], list[str], dict[str, list[int]]]:
-    """Return the merges of a tokenizer.json's model that make a piece, and two kinds of
-    words that are taken at once: as pieces, and with their ids.
+) -> tuple[list[tuple[str, str]], list[str], bool]:
+    """Return the merges of a tokenizer.json's model that make a piece, the words that
+    are taken at once, and whether these may be pieces for tiktoken.
 
-    With ignore_merges, a word that is in the vocabulary is never merged. tiktoken may
-    have it as a piece, unless two neighbours in another word could make it.
+    With ignore_merges, a word that is in the vocabulary is not merged. As a piece it
+    would be made of two neighbours in other words, if merging leaves two parts of it.
     """
     merging, vocab = Merging(letters, model["merges"]), model["vocab"]
     if not model.get("ignore_merges"):
-        return merging.pairs(), [], {}
+        return merging.pairs(), [], True
     others, known = vocab.keys() - merging.made, {*letters}
     merging.merge_alone(piece for piece in others if known.issuperset(piece))
-    pieces = [piece for piece, parts in merging.left.items() if parts > 2]
-    others = {p: [vocab[p]] for p, parts in merging.left.items() if parts == 2}
-    return merging.pairs(), sorted(pieces, key=vocab.get), others
+    at_once = sorted(merging.left, key=vocab.get)
+    return merging.pairs(), at_once, 2 not in merging.left.values()
 
 
 def rank_characters(
@@ -3343,18 +3375,14 @@ def rank_characters(
     return ranks, [ids.get(piece) for piece in ranks]
 
 
-UNKNOWN_LETTER = "\0"  # stands for a letter that is not in the vocabulary
-
-
 def byte_level_vocabulary(spec: dict) -> SpelledVocabulary:
     """Return the vocabulary of a byte-level tokenizer.json (Llama 3, GPT-2, Qwen).
 
-    Words that must be cut first are merged as the file spells them, letter by letter.
-    A letter that is not in the vocabulary is left out of a word before it is merged, or
-    becomes the token that the file has for what is unknown.
+    Words that are cut out by steps are merged as the file spells them, in letters. What
+    of the 256 letters is not in the vocabulary is left out of a word before it is
+    merged, or becomes the token that the file has for what is unknown.
     """
     model, letters, (cuts, _, prefix) = spec["model"], byte_letters(), read_cuts(spec)
-    split, foreign = one_expression(cuts) or ("", any_foreign(cuts))
     vocab, unknown = model["vocab"], model.get("unk_token")
     characters = [letter for letter in letters if letter in vocab]
     lacking = [letter for letter in letters if letter not in vocab]
@@ -3363,37 +3391,41 @@ def byte_level_vocabulary(spec: dict) -> SpelledVocabulary:
             f"the vocabulary lacks {len(lacking)} bytes, among them {lacking[0]!r}, and "
             f"what stands for them: byte_fallback, unk_token {unknown!r:.80}"
         )
-    pairs, whole, at_once = merge_pieces(model, characters)
-    pieces = [left + right for left, right in pairs] + whole
-    # Section 7 wants an id for every byte. These are never used.
+    pairs, at_once, all_pieces = merge_pieces(model, characters)
+    split, foreign = one_expression(cuts) or ("", any_foreign(cuts))
+    # Section 7 wants an id for every byte. Those made up here are never used.
     ids = {letter: EMPTY + n for n, letter in enumerate(lacking)}
-    ids |= {piece: vocab[piece] for piece in characters + pieces}
+    made = [left + right for left, right in pairs]
+    ids |= {piece: vocab[piece] for piece in characters + made + at_once}
     own = byte_level(model | {"vocab": ids, "merges": pairs}, split)
     text = {i: piece for i, piece in own.text.items() if i < EMPTY}
     for piece, i in vocab.items():
         if i not in text:  # no merge makes it; a control token, say
             known = letters.keys() >= {*piece}
             text[i] = bytes(map(letters.get, piece)) if known else piece.encode()
-    own = replace(own, ranks=own.ranks | ({b"": EMPTY} if foreign else {}), text=text)
-    by_words, words = not split or bool(at_once), None
+    by_words, words = not (split and all_pieces), None
     if by_words or lacking:
-        spelled = vocab | ({} if unknown is None else {UNKNOWN_LETTER: vocab[unknown]})
-        ranks, ids = rank_characters([*characters, UNKNOWN_LETTER], pieces, spelled)
-        words = Vocabulary(ranks, "(?s:.+)", ids, text)
+        table = dict.fromkeys(
+            map(ord, lacking), "" if unknown is None else UNKNOWN_LETTER
+        )
+        vocab = (
+            vocab if unknown is None else vocab | {UNKNOWN_LETTER: vocab.get(unknown)}
+        )
+        ranks, ids = rank_characters([*characters, UNKNOWN_LETTER], made, vocab)
+        settings = cuts, table, bool(model.get("fuse_unk"))
+        at_once = {word: [vocab[word]] for word in at_once}
+        words = WordVocabulary(ranks, ANY_TEXT, ids, text, *settings, at_once)
     return SpelledVocabulary(
-        **vars(words if by_words else own),
-        normalizer=read_normalizer(spec),
+        ({} if by_words else own.ranks) | {b"": EMPTY},
+        own.split or ANY_TEXT,
+        own.ids,
+        text,
+        read_normalizer(spec),
         prefix=prefix,
         foreign=foreign,
-        cuts=cuts,
+        words=words,
         by_words=by_words,
-        words=None if by_words else words,
         lacking=bytes(letters[letter] for letter in lacking),
-        unknown=dict.fromkeys(
-            map(ord, lacking), "" if unknown is None else UNKNOWN_LETTER
-        ),
-        fused=bool(model.get("fuse_unk")),
-        at_once=at_once,
     )
 
 
@@ -3403,18 +3435,14 @@ def byte_fallback_vocabulary(spec: dict) -> SpelledVocabulary:
     Characters are merged, not bytes, and one that is not in the vocabulary becomes its
     bytes' tokens <0xNN>.
     """
-    model, vocab, (cuts, space, prefix) = (
-        spec["model"],
-        spec["model"]["vocab"],
-        read_cuts(spec),
-    )
+    model, vocab = spec["model"], spec["model"]["vocab"]
     byte_ids = [vocab.get(f"<0x{byte:02X}>") for byte in range(256)]
     if None in byte_ids:
         raise ValueError(f"the vocabulary lacks <0x{byte_ids.index(None):02X}>")
     characters = [piece for piece in vocab if len(piece) == 1]
-    pairs, whole, at_once = merge_pieces(model, characters)
-    pieces = [left + right for left, right in pairs] + whole
-    ranks, ids = rank_characters(characters, pieces, vocab)
+    pairs, at_once, _ = merge_pieces(model, characters)
+    made = [left + right for left, right in pairs]
+    ranks, ids = rank_characters(characters, made, vocab)
     parts = {}
     for rank, piece in enumerate(ranks):
         if ids[rank] is None and len(piece) == 1:
@@ -3424,20 +3452,23 @@ def byte_fallback_vocabulary(spec: dict) -> SpelledVocabulary:
             parts[ids[rank]] = [byte_ids[byte] for byte in piece]
     text = {i: piece.replace(SPACE, " ").encode() for piece, i in vocab.items()}
     text |= {i: bytes([byte]) for byte, i in enumerate(byte_ids)}
-    splits = {(): "(?s:.+)", (WORDS,): f"{SPACE}[^{SPACE}]*|[^{SPACE}]+"}
+    cuts, space, prefix = read_cuts(spec)
+    splits = {(): ANY_TEXT, (WORDS,): f"{SPACE}[^{SPACE}]*|[^{SPACE}]+"}
+    by_words = cuts not in splits or bool(at_once)
+    at_once = {word: [vocab[word]] for word in at_once}
+    words = WordVocabulary(ranks, ANY_TEXT, ids, text, cuts, at_once=at_once)
     return SpelledVocabulary(
-        ranks,
-        splits.get(cuts, "(?s:.+)"),
+        {b"": EMPTY} if by_words else ranks,
+        splits.get(cuts, ANY_TEXT),
         ids,
         text,
-        normalizer=read_normalizer(spec),
-        space=space,
-        prefix=prefix,
-        parts=parts,
-        foreign=any_foreign(cuts),
-        cuts=cuts,
-        by_words=cuts not in splits or bool(at_once),
-        at_once=at_once,
+        read_normalizer(spec),
+        space,
+        prefix,
+        parts,
+        any_foreign(cuts),
+        words if by_words else None,
+        by_words,
     )
 
 
@@ -3466,7 +3497,7 @@ def read_vocabulary(spec: dict) -> SpelledVocabulary:
     if len(ids) < len(vocab) or not all(type(i) is int and 0 <= i < EMPTY for i in ids):
         raise ValueError("the ids of the vocabulary must be whole numbers, each once")
     spec = spec | {"model": model | {"merges": merges}}
-    if AS_LETTERS in read_cuts(spec)[0]:
+    if SPELLED in read_cuts(spec)[0]:
         return byte_level_vocabulary(spec)
     if model.get("byte_fallback"):
         return byte_fallback_vocabulary(spec)
@@ -3734,28 +3765,14 @@ def within(seconds: float, task: Callable[[], list[int]]) -> list[int]:
     return result
 
 
-def without_ids(
-    vocabulary: SpelledVocabulary, ids: Collection[int]
-) -> SpelledVocabulary:
+def without_ids(vocabulary: Vocabulary, ids: set[int]) -> Vocabulary:
     """Return a vocabulary whose merges arrive at none of some ids, those of control
-    tokens. A byte keeps its rank, since every text must have ids."""
-
-    def ranks_of(own: Vocabulary) -> dict[bytes, int]:
-        if not {*ids}.intersection(own.ids):
-            return own.ranks
-        return {
-            piece: rank
-            for piece, rank in own.ranks.items()
-            if len(piece) < 2 or own.ids[rank] not in ids
-        }
-
-    words, at_once = vocabulary.words, vocabulary.at_once.items()
-    return replace(
-        vocabulary,
-        ranks=ranks_of(vocabulary),
-        words=words and replace(words, ranks=ranks_of(words)),
-        at_once={word: one for word, one in at_once if one[0] not in ids},
-    )
+    tokens. A byte keeps its rank: every text must have ids."""
+    if not ids.intersection(vocabulary.ids):
+        return vocabulary
+    ranks = vocabulary.ranks.items()
+    kept = {p: r for p, r in ranks if len(p) < 2 or vocabulary.ids[r] not in ids}
+    return replace(vocabulary, ranks=kept)
 
 
 class NoTemplate(ValueError):
@@ -3818,10 +3835,9 @@ class Tokenizer(ByteLevelTokenizer):
         ends = {token.id for token in added if token.content in STOP_NAMES}
         ends |= {*stop_tokens}
         control = [token for token in added if token.special or token.id in ends]
-        super().__init__(
-            without_ids(vocabulary, {token.id for token in control}),
-            {token.content: token.id for token in control},
-        )
+        never = {token.id for token in control}
+        names = {token.content: token.id for token in control}
+        super().__init__(without_ids(vocabulary, never), names)
         self.bos, self.eos, self.source, self.rows = bos, eos, source, rows
         self.stop_tokens |= ends
         self.bos_prefix = [bos] if adds_bos and bos is not None else []
@@ -3835,8 +3851,11 @@ class Tokenizer(ByteLevelTokenizer):
         self._normalized = TokenTable(
             {vocabulary.normalize(t.content): t for t in known if t.normalized}
         )
-        words = self.vocabulary.words
-        self._words = self if words is None else ByteLevelTokenizer(words, {})
+        self._words = None
+        if own := vocabulary.words:
+            at_once = {w: i for w, i in own.at_once.items() if never.isdisjoint(i)}
+            own = replace(without_ids(own, never), at_once=at_once)
+            self._words = WordTokenizer(own, {})
         self.stop_tokens |= self.written_after_a_reply()
 
     @classmethod
@@ -3975,29 +3994,13 @@ class Tokenizer(ByteLevelTokenizer):
             if own.lacking and not by_words:
                 by_words = len(encoded.translate(None, own.lacking)) < len(encoded)
             if by_words:
-                ids += self._encode_words(part)
+                ids += self._words.encode(part)
                 continue
             found = super().encode(part)
             # A match of nothing can make tiktoken skip the character that follows it.
             if own.foreign and sum(len(own.text[i]) for i in found) != len(encoded):
                 raise ValueError("it loses a part of the text")
             ids += found
-        return ids
-
-    def _encode_words(self, text: str) -> list[int]:
-        """Return the ids of a text whose words are cut out first."""
-        own = self.vocabulary
-        ids, ids_of = [], {**own.at_once}
-        for word in cut_words(text, own.cuts):
-            if word not in ids_of:
-                known = word.translate(own.unknown)
-                known = (
-                    re.sub(f"{UNKNOWN_LETTER}+", UNKNOWN_LETTER, known)
-                    if own.fused
-                    else known
-                )
-                ids_of[word] = ByteLevelTokenizer.encode(self._words, known)
-            ids += ids_of[word]
         return ids
 
     def _encode_foreign(self, text: str) -> list[int]:

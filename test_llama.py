@@ -1382,13 +1382,18 @@ def reference_tokenizer(name: str):
     )
 
 
-def byte_tokenizer(special: Sequence[str] = (), **other) -> llama.Tokenizer:
-    """A tokenizer whose ids are bytes, with control tokens from 256 on."""
+def byte_tokenizer(
+    special: Sequence[str] = (), words: Sequence[str] = (), **other
+) -> llama.Tokenizer:
+    """A tokenizer whose ids are bytes, with control tokens and words from 256 on."""
     ranks = {bytes([b]): b for b in range(256)}
     text = {b: bytes([b]) for b in range(256)}
     vocabulary = llama.SpelledVocabulary(ranks, "(?s:.+)", [*range(256)], text)
-    ids = {name: 256 + n for n, name in enumerate(special)}
-    return llama.Tokenizer(vocabulary, ids, **other)
+    added = [
+        llama.AddedToken(name, 256 + n, special=name in special)
+        for n, name in enumerate([*special, *words])
+    ]
+    return llama.Tokenizer(vocabulary, added, **other)
 
 
 # Folders that Part One can read.
@@ -2542,12 +2547,13 @@ def test_a_million_bytes_encode_and_come_back(name, text):
 def test_special_ids_are_no_text_even_where_the_vocabulary_spells_them():
     plain = byte_tokenizer().vocabulary
     spelled = dataclasses.replace(plain, text=plain.text | {256: b"<s>"})
-    assert llama.Tokenizer(spelled, {"<s>": 256}).decode([256, *b"a"]) == "a"
+    control = llama.AddedToken("<s>", 256, special=True)
+    assert llama.Tokenizer(spelled, [control]).decode([256, *b"a"]) == "a"
 
 
 def test_added_tokens_that_are_not_special_are_text():
-    shown = byte_tokenizer(["<think>", "</s>"], visible=["<think>"])
-    assert shown.decode([256, *b"hm", 257]) == "<think>hm"
+    shown = byte_tokenizer(["</s>"], ["<think>"])
+    assert shown.decode([257, *b"hm", 256]) == "<think>hm"
 
 
 @pytest.mark.parametrize(
