@@ -1772,11 +1772,10 @@ def read_args(config: dict) -> ModelArgs:
 # Who may have written a character; message i is i.
 UNKNOWN, TEMPLATE = -2, -1
 # Such a role is the template's own word: templates build '<|' + role + '|>'.
-FIXED_ROLES = ("system", "developer", "user", "assistant", "model")
-FIXED_ROLES += ("tool", "function", "ipython")
+FIXED_ROLES = ("system", "developer", "user", "assistant", "model", "tool", "ipython")
 
 # Bounds, far above what published templates need.
-LONGEST_TEMPLATE = 100_000  # characters
+LONGEST_TEMPLATE = 60_000  # characters
 LONGEST_TAG = 1_000  # words
 DEEPEST_TEMPLATE = 40  # tags inside tags, or brackets inside brackets
 DEEPEST = 150  # nodes inside nodes, in a rendering
@@ -1920,11 +1919,26 @@ class Undefined:
         return "Undefined"
 
 
-class Fields:
-    """A value with named parts: `loop`, or a namespace, whose parts can be set."""
+def defined(value):
+    """Return a value that something is to be done with."""
+    if isinstance(value, Undefined):
+        raise ValueError(f"{value.name:.80} is undefined")
+    return value
 
-    def __init__(self, names: dict, *, fixed: bool = False):
-        self.names, self.fixed = names, fixed
+
+class Fields:
+    """A value with named parts."""
+
+    def __init__(self, /, **names):
+        self.names = names
+
+
+class Loop(Fields):
+    """The value of `loop` in one round of a loop."""
+
+
+class Namespace(Fields):
+    """Variables that outlive a round: {% set ns.found = true %} sets one."""
 
 
 class Break(Exception):
@@ -1973,8 +1987,6 @@ SUMS = {"+": "<<", "-": ">>", "~": "+"}
 BLOCK, ELSE = "v_0block", "v_0else"
 # Where Jinja reads -x|f and x|f.a otherwise than Python reads -x.f and x.f.a.
 UNCLEAR = (("-", "|"), ("-", "is"), ("|", "."), ("|", "["))
-# What follows a test and is no argument of it; ( begins a list of arguments.
-NO_ARGUMENT = ("and", "or", "else", "(")
 
 
 class Translation:
@@ -1988,9 +2000,9 @@ class Translation:
         self.opened = [("", False)]  # tags without an end yet: (name, is it in a loop?)
         at = 0
         while tag := TAG.search(source, at):
-            self.statement(at, ascii(self.trimmed(at, tag)))
+            self.data(at, self.trimmed(at, tag))
             at = self.tag(tag)
-        self.statement(at, ascii(source[at:]))
+        self.data(at, source[at:])
         if len(self.opened) > 1:
             raise self.error(at, f"wanted end{self.opened[-1][0]}, got the end")
 
@@ -2010,6 +2022,10 @@ class Translation:
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
                 node.value = Text.by(TEMPLATE, node.value)
         return tree.body
+
+    def data(self, at: int, text: str) -> None:
+        if text:
+            self.statement(at, ascii(text))
 
     def trimmed(self, at: int, tag: re.Match) -> str:
         """Return the text from `at` to a tag, less the white space that the tag eats."""
@@ -2062,6 +2078,7 @@ class Translation:
                 self.places.append(at)
             else:
                 self.expression(part, at)
+                at = self.places[-1]
 
     def statement(self, at: int, first: str, *parts: str | list[Word]) -> None:
         start = len(self.lines)
@@ -2141,7 +2158,7 @@ class Translation:
         """
         if not words:
             raise self.error(at, "wanted a value")
-        words = [*words, Word("end", "", at, [])]
+        words = [*words, Word("end", "", words[-1].at + len(words[-1].value), [])]
         n, ifs, after_value, last = 0, 0, False, ""  # ifs: how many have no else
         while words[n].kind != "end":
             kind, value, at, inner = words[n]
@@ -2170,23 +2187,21 @@ class Translation:
                 self.write(at, SUMS.get(value, value) if after_value else value)
                 last = "-" if value in ("+", "-") and not after_value else ""
                 after_value = False
-        self.write(at, f"else {ELSE} " * ifs)
+        self.write(words[n].at, f"else {ELSE} " * ifs)
 
     def filter_or_test(self, words: list[Word], n: int) -> int:
         """Translate what follows | or is; return where it ends."""
         prefix = ".f_" if words[n - 1].value == "|" else ".t_"
         if prefix == ".t_" and words[n].value == "not":
             prefix, n = ".n_", n + 1
-        self.write(words[n].at, prefix + self.name(words[n]))
-        argument = words[n + 1]
-        if (
-            prefix == ".f_"
-            or argument.kind in ("sign", "end")
-            or argument.value in NO_ARGUMENT
-        ):
-            return n + 1
-        self.write(argument.at, "(", [argument], ")")
-        return n + 2
+        at, end = words[n].at, n + 1
+        self.write(at, prefix + self.name(words[n]))
+        if prefix != ".f_" and is_argument(words[end]):
+            end += 1
+            while words[end].value in (".", "[", "("):
+                end += 2 if words[end].value == "." else 1
+            self.write(at, "(", words[n + 1 : end], ")")
+        return end
 
     def name(self, word: Word) -> str:
         if word.kind != "name":
@@ -2202,10 +2217,32 @@ class Translation:
         if word.kind == "number":
             return word.value
         try:
-            text = word.value[1:-1].encode("ascii", "backslashreplace")
-            return ascii(text.decode("unicode-escape"))
+            return ascii(unescaped(word.value[1:-1]))
         except ValueError:
             raise self.error(word.at, "this text holds a wrong escape") from None
+
+
+def is_argument(word: Word) -> bool:
+    """Return whether a word after a test is an argument without brackets."""
+    return word.kind not in ("sign", "end") and word.value not in (
+        "and",
+        "or",
+        "else",
+        "(",
+    )
+
+
+def unescaped(text: str) -> str:
+    """Return a text with its escapes, which are Python's, done."""
+
+    def known(escape: re.Match) -> str:
+        # A backslash that means nothing stays. Python would warn about it.
+        means = escape[1] in "01234567xuUN\\'\"abfnrtv\n"
+        return escape[0] if means else "\\" + escape[0]
+
+    text = text.encode("ascii", "backslashreplace").decode()
+    text = re.sub(r"\\(.)", known, text, flags=re.DOTALL)
+    return text.encode().decode("unicode-escape")
 
 
 def index_of(value: str, words: list[Word]) -> int | None:
@@ -2256,8 +2293,10 @@ COMPARISONS = {
 
 def pick(run: "Rendering", value, path):
     """Return value.a.b for the path "a.b"; a number in it is an index."""
-    for part in path.split(".") if isinstance(path, str) else [path]:
-        value = run.item(value, int(part) if str(part).isdecimal() else part)
+    if not isinstance(path, str):
+        return run.item(value, path)
+    for part in path.split("."):
+        value = run.item(value, int(part) if part.isdecimal() else part)
     return value
 
 
@@ -2342,20 +2381,15 @@ FILTERS = {
 }
 LISTS = (list, tuple, dict, range)
 VIEWS = tuple(type(view) for view in ({}.keys(), {}.values(), {}.items()))
-
-
-def test_iterable(run, value) -> bool:
-    if isinstance(value, Fields):
-        raise TypeError
-    return isinstance(value, (str, *LISTS, *VIEWS, Undefined, Iterator))
-
-
+SIZED = (str, *LISTS, *VIEWS)
 TESTS = {
     "boolean": lambda run, value: isinstance(value, bool),
     "defined": lambda run, value: not isinstance(value, Undefined),
     "false": lambda run, value: value is False,
     "in": lambda run, value, other: run.compare(ast.In, value, other),
-    "iterable": test_iterable,
+    "iterable": lambda run, value: isinstance(
+        value, (*SIZED, Undefined, Iterator, Loop)
+    ),
     "mapping": lambda run, value: isinstance(value, dict),
     "none": lambda run, value: value is None,
     "number": lambda run, value: isinstance(value, (int, float)),
@@ -2396,7 +2430,7 @@ def global_strftime_now(run, form) -> Text:
 
 
 GLOBALS = {
-    "namespace": lambda run, **names: Fields(names),
+    "namespace": lambda run, /, **names: Namespace(**names),
     "raise_exception": global_raise_exception,
     "range": global_range,
     "strftime_now": global_strftime_now,
@@ -2425,9 +2459,8 @@ class Rendering:
             raise ValueError("the template works too long, or writes too much")
 
     def pay(self, value) -> None:
-        """Pay for a value by its size."""
-        if isinstance(value, (str, *LISTS, *VIEWS)):
-            self.spend(len(value) // 16)
+        """Pay for a value: a step, and more for its size."""
+        self.spend(1 + len(value) // 16 if isinstance(value, SIZED) else 1)
 
     def weigh(self, value) -> None:
         """Pay for all that a value holds, as often as it can be reached.
@@ -2450,7 +2483,7 @@ class Rendering:
 
     def items(self, value) -> list:
         """Return what a loop over a value meets."""
-        if isinstance(value, (str, *LISTS, *VIEWS)):
+        if isinstance(value, SIZED):
             self.spend(len(value))
         elif not isinstance(value, (Undefined, Iterator)):
             raise TypeError
@@ -2465,9 +2498,8 @@ class Rendering:
 
     def use(self, table: dict[str, Callable], name: str, value, *args, **options):
         """Return what a filter or a test gives for a value."""
-        if name not in table:
-            raise ValueError(f"{name!s:.80} is not known here")
-        self.spend(1)
+        if not isinstance(name, str) or name not in table:
+            raise ValueError(f"{self.text(name):.80} is not known here")
         self.pay(value)
         return table[name](self, value, *args, **options)
 
@@ -2483,10 +2515,8 @@ class Rendering:
         """Return value.name: what a mapping holds under that name."""
         if isinstance(value, Fields):
             return value.names.get(name, Undefined(name))
-        if isinstance(value, Undefined):
-            raise ValueError(f"{value.name} is undefined")
         # Jinja finds Python's own attributes before a mapping's keys.
-        if hasattr(str if isinstance(value, str) else type(value), name):
+        if hasattr(str if isinstance(value, str) else type(defined(value)), name):
             raise ValueError(f"{name:.80} is not known here")
         missing = Undefined(name)
         return value.get(name, missing) if isinstance(value, dict) else missing
@@ -2502,7 +2532,7 @@ class Rendering:
                 return value[key]
         if isinstance(key, str):
             return self.attribute(value, key)
-        if isinstance(value, (Undefined, FunctionType)):
+        if isinstance(defined(value), FunctionType):
             raise TypeError
         return Undefined("an item")
 
@@ -2510,100 +2540,44 @@ class Rendering:
         """Return the value of an expression, or do what a statement says."""
         self.depth += 1
         try:
-            self.steps -= 1
             if self.depth > DEEPEST:
                 raise ValueError("the template calls itself too deeply")
-            value = self.value(node) if isinstance(node, ast.expr) else self.act(node)
+            if type(node) not in NODES:
+                raise ValueError(f"{type(node).__name__} is not known here")
+            value = NODES[type(node)](self, node)
             self.pay(value)
             return value
         except TemplateError:
             raise
         except ValueError as error:
-            words = str(error)
+            raise self.error(node, str(error)) from None
         except (TypeError, LookupError, ArithmeticError, AttributeError):
-            words = "this cannot be done with these values"
+            raise self.error(node, "these values do not fit") from None
         finally:
             self.depth -= 1
-        raise self.template.error(self.template.places[node.lineno - 1], words)
 
-    def value(self, node: ast.expr):
-        match node:
-            case ast.Constant(value):
-                return value
-            case ast.Name(name):
-                return self.variable(name[2:])
-            case ast.Attribute(value, name) if name.startswith("v_"):
-                return self.attribute(self.visit(value), name[2:])
-            case ast.Attribute():
-                return self.filter_or_test(node, [], [])
-            case ast.Call(function, args, options):
-                return self.call(function, args, options)
-            case ast.Subscript(value, key):
-                return self.item(self.visit(value), self.visit(key))
-            case ast.Slice(first, last, step):
-                return slice(
-                    *[part and self.visit(part) for part in (first, last, step)]
-                )
-            case ast.BinOp(left, ast.Add(), right):  # Jinja's ~
-                return self.text(self.visit(left)) + self.text(self.visit(right))
-            case ast.BinOp(left, sign, right):
-                return SIGNS[type(sign)](self.visit(left), self.visit(right))
-            case ast.UnaryOp(sign, operand):
-                return SIGNS[type(sign)](self.visit(operand))
-            case ast.BoolOp(word, parts):
-                return self.logic(isinstance(word, ast.Or), parts)
-            case ast.Compare(left, signs, parts):
-                return self.comparison(self.visit(left), signs, parts)
-            case ast.IfExp(test, value, other):
-                return self.visit(value if self.visit(test) else other)
-            case ast.List(items):
-                return [self.visit(item) for item in items]
-            case ast.Tuple(items):
-                return tuple([self.visit(item) for item in items])
-            case ast.Dict(keys, values):
-                pairs = zip(keys, values)
-                return {self.key(k): self.visit(value) for k, value in pairs}
-        raise ValueError(f"{type(node).__name__} is not known here")
+    def error(self, node: ast.AST, words: str) -> TemplateError:
+        at = self.template.places[node.lineno - 1]
+        return self.template.error(at, f"{words}: {self.template.source[at : at + 40]}")
 
     def variable(self, name: str):
         if name in self.scope:
             return self.scope[name]
         if name in NOT_KNOWN:
             raise ValueError(f"{name} is not known here")
-        return Undefined(name)
+        return Undefined(name.lstrip("0"))
 
-    def logic(self, stop: bool, parts: list[ast.expr]):
-        for part in parts:
-            value = self.visit(part)
-            if bool(value) is stop:
-                break
-        return value
-
-    def comparison(self, left, signs: list, parts: list[ast.expr]) -> bool:
-        for sign, part in zip(signs, parts):
-            right = self.visit(part)
-            result = self.compare(type(sign), left, right)
-            if not result:
-                break
-            left = right
-        return result
-
-    def key(self, node: ast.expr | None):
-        key = node and self.visit(node)
-        if not isinstance(key, (str, int, float)):
-            raise ValueError("a key must be a text or a number")
-        return key
-
-    def filter_or_test(self, node: ast.Attribute, args: list, options: list):
-        kind, name = node.attr[:2], node.attr[2:]
-        value = self.visit(node.value)
+    def member(self, node: ast.Attribute, args: Sequence = (), options: Sequence = ()):
+        """Return value.name, or what a filter or a test gives for the value."""
+        value, prefix, name = self.visit(node.value), node.attr[:2], node.attr[2:]
+        if prefix == "v_":
+            return self.attribute(value, name)
         args, options = self.arguments(args, options)
-        result = self.use(
-            FILTERS if kind == "f_" else TESTS, name, value, *args, **options
-        )
-        return not result if kind == "n_" else result
+        if prefix == "f_":
+            return self.use(FILTERS, name, value, *args, **options)
+        return self.use(TESTS, name, value, *args, **options) is (prefix == "t_")
 
-    def arguments(self, args: list[ast.expr], options: list[ast.keyword]) -> tuple:
+    def arguments(self, args: Sequence, options: Sequence) -> tuple[list, dict]:
         values = []
         for arg in args:
             if isinstance(arg, ast.Starred):
@@ -2614,48 +2588,82 @@ class Rendering:
             raise ValueError("** is not known here")
         return values, {option.arg[2:]: self.visit(option.value) for option in options}
 
-    def call(self, node: ast.expr, args: list, options: list):
-        if isinstance(node, ast.Attribute):
-            if not node.attr.startswith("v_"):
-                return self.filter_or_test(node, args, options)
-            owner, name = self.visit(node.value), node.attr[2:]
+    def call(self, node: ast.Call):
+        function, args, options = node.func, node.args, node.keywords
+        if not isinstance(function, ast.Attribute):
+            function = self.visit(function)
+        elif not function.attr.startswith("v_"):
+            return self.member(function, args, options)
+        else:
+            owner, name = self.visit(function.value), function.attr[2:]
             methods = METHODS.get(str if isinstance(owner, str) else type(owner), {})
             if name in methods:
                 args, options = self.arguments(args, options)
                 args = [self.items(a) if isinstance(a, Iterator) else a for a in args]
                 self.weigh([*args, *options.values()])
-                return methods[name](owner, *args, **options)
+                result = methods[name](owner, *args, **options)
+                if isinstance(result, list):
+                    self.spend(len(result))
+                return result
             function = self.attribute(owner, name)
-        else:
-            function = self.visit(node)
         args, options = self.arguments(args, options)
-        if isinstance(function, Undefined):
-            raise ValueError(f"{function.name} is undefined")
-        if not isinstance(function, FunctionType):
+        if not isinstance(defined(function), FunctionType):
             raise TypeError
         return function(self, *args, **options)
 
-    def act(self, node: ast.stmt) -> None:
-        match node:
-            case ast.Expr(ast.Attribute(value, "f_safe")):
-                # Printed, it changes nothing. Added to, it would make Jinja escape HTML.
-                self.output.append(self.text(self.visit(value)))
-            case ast.Expr(value):
-                self.output.append(self.text(self.visit(value)))
-            case ast.If(test, body, otherwise):
-                self.run(body if self.visit(test) else otherwise)
-            case ast.For():
-                self.loop(node)
-            case ast.Assign([target], value):
-                self.assign(target, self.visit(value))
-            case ast.With([block], body):
-                self.block(block, body)
-            case ast.FunctionDef(name, parameters, body):
-                self.scope[name[2:]] = macro(parameters, body, self.scope)
-            case ast.Break():
-                raise Break
-            case ast.Continue():
-                raise Continue
+    def logic(self, node: ast.BoolOp):
+        stop = isinstance(node.op, ast.Or)
+        for part in node.values:
+            value = self.visit(part)
+            if bool(value) is stop:
+                break
+        return value
+
+    def comparison(self, node: ast.Compare) -> bool:
+        left = self.visit(node.left)
+        for sign, part in zip(node.ops, node.comparators):
+            right = self.visit(part)
+            result = self.compare(type(sign), left, right)
+            if not result:
+                break
+            left = right
+        return result
+
+    def sum(self, node: ast.BinOp):
+        left, right = self.visit(node.left), self.visit(node.right)
+        if isinstance(node.op, ast.Add):  # Jinja's ~
+            return self.text(left) + self.text(right)
+        return SIGNS[type(node.op)](defined(left), defined(right))
+
+    def slice(self, node: ast.Slice) -> slice:
+        bounds = (node.lower, node.upper, node.step)
+        return slice(*[bound and self.visit(bound) for bound in bounds])
+
+    def mapping(self, node: ast.Dict) -> dict:
+        result = {}
+        for key, value in zip(node.keys, node.values):
+            name = key and self.visit(key)
+            if not isinstance(name, (str, int, float)):
+                raise ValueError("a key must be a text or a number")
+            result[name] = self.visit(value)
+        return result
+
+    def print(self, node: ast.Expr) -> None:
+        value = node.value
+        # Printed, the filter safe changes nothing. Elsewhere it is not known here: Jinja
+        # would escape for HTML what is added to its text.
+        if isinstance(value, ast.Attribute) and value.attr == "f_safe":
+            value = value.value
+        self.output.append(self.text(self.visit(value)))
+
+    def choose(self, node: ast.If) -> None:
+        self.run(node.body if self.visit(node.test) else node.orelse)
+
+    def define(self, node: ast.FunctionDef) -> None:
+        self.scope[node.name[2:]] = macro(node.args, node.body, self.scope)
+
+    def leave(self, node: ast.Break | ast.Continue) -> None:
+        raise Break if isinstance(node, ast.Break) else Continue
 
     def run(self, statements: list[ast.stmt]) -> None:
         for statement in statements:
@@ -2670,9 +2678,9 @@ class Rendering:
         self.scope, self.output = outside
         return text
 
-    def block(self, block: ast.withitem, body: list[ast.stmt]) -> None:
+    def block(self, node: ast.With) -> None:
         """Print what statements print, after its filters, or set a variable to it."""
-        text = self.capture(body, self.scope.new_child())
+        block, text = node.items[0], self.capture(node.body, self.scope.new_child())
         outside = self.scope
         self.scope = outside.new_child({BLOCK[2:]: text})
         value = self.visit(block.context_expr)
@@ -2694,7 +2702,7 @@ class Rendering:
                     self.assign(part, item)
             case ast.Attribute(ast.Name(owner), name) if name.startswith("v_"):
                 fields = self.variable(owner[2:])
-                if not isinstance(fields, Fields) or fields.fixed:
+                if not isinstance(fields, Namespace):
                     raise ValueError("only a namespace has parts that can be set")
                 fields.names[name[2:]] = value
             case _:
@@ -2733,16 +2741,22 @@ class Rendering:
         self.scope = scope
 
 
-def loop_fields(items: list, n: int) -> Fields:
+def leave(signal: type) -> Callable:
+    def act(run: Rendering, node: ast.stmt) -> None:
+        raise signal
+
+    return act
+
+
+def loop_fields(items: list, n: int) -> Loop:
     """Return the value of `loop` in round n."""
     rest = len(items) - n - 1
     names = {"index": n + 1, "index0": n, "revindex": rest + 1, "revindex0": rest}
     names |= {"first": n == 0, "last": rest == 0, "length": len(items)}
     names |= {"depth": 1, "depth0": 0}
-    names |= {"previtem": items[n - 1]} if n else {}
-    names |= {"nextitem": items[n + 1]} if rest else {}
-    names["cycle"] = lambda run, *values: values[n % len(values)]
-    return Fields(names, fixed=True)
+    names |= {"previtem": items[n - 1]} if n > 0 else {}
+    names |= {"nextitem": items[n + 1]} if rest > 0 else {}
+    return Loop(cycle=lambda run, *values: values[n % len(values)], **names)
 
 
 def macro(parameters: ast.arguments, body: list[ast.stmt], scope: ChainMap) -> Callable:
@@ -2750,7 +2764,7 @@ def macro(parameters: ast.arguments, body: list[ast.stmt], scope: ChainMap) -> C
     names = [parameter.arg[2:] for parameter in parameters.args]
     defaults = dict(zip(reversed(names), reversed(parameters.defaults)))
 
-    def call(run: Rendering, *args, **options) -> Text:
+    def call(run: Rendering, /, *args, **options) -> Text:
         given = dict(zip(names, args))
         if len(args) > len(names) or not options.keys() <= {*names} - given.keys():
             raise ValueError(f"the macro takes {', '.join(names) or 'nothing'}")
@@ -2768,6 +2782,38 @@ def macro(parameters: ast.arguments, body: list[ast.stmt], scope: ChainMap) -> C
         return text
 
     return call
+
+
+# What is done for each kind of node.
+NODES = {
+    ast.Constant: lambda run, node: node.value,
+    ast.Name: lambda run, node: run.variable(node.id[2:]),
+    ast.Attribute: Rendering.member,
+    ast.Call: Rendering.call,
+    ast.Subscript: lambda run, node: run.item(
+        run.visit(node.value), run.visit(node.slice)
+    ),
+    ast.Slice: Rendering.slice,
+    ast.BinOp: Rendering.sum,
+    ast.UnaryOp: lambda run, node: SIGNS[type(node.op)](run.visit(node.operand)),
+    ast.BoolOp: Rendering.logic,
+    ast.Compare: Rendering.comparison,
+    ast.IfExp: lambda run, node: run.visit(
+        node.body if run.visit(node.test) else node.orelse
+    ),
+    ast.List: lambda run, node: [run.visit(item) for item in node.elts],
+    ast.Tuple: lambda run, node: tuple([run.visit(item) for item in node.elts]),
+    ast.Dict: Rendering.mapping,
+    ast.Expr: Rendering.print,
+    ast.If: Rendering.choose,
+    ast.For: Rendering.loop,
+    ast.Assign: lambda run, node: run.assign(node.targets[0], run.visit(node.value)),
+    ast.With: Rendering.block,
+    ast.FunctionDef: Rendering.define,
+    ast.Break: Rendering.leave,
+    ast.Continue: Rendering.leave,
+    ast.Pass: lambda run, node: None,
+}
 
 
 class ChatTemplate:

@@ -2408,6 +2408,285 @@ def test_a_scaling_that_no_section_registered_is_refused():
 # 12. Chat templates
 # -----------------------------------------------------------------------------
 
+TALK = [
+    {"role": "system", "content": "Be kind."},
+    {"role": "user", "content": " Hi "},
+    {"role": "assistant", "content": "<think>Hm</think> Hello <|end|>"},
+    {"role": "user", "content": "So?"},
+]
+SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}
+T, U = llama.TEMPLATE, llama.UNKNOWN
+
+
+def render(source, messages=TALK, **variables):
+    return llama.ChatTemplate(source).render(messages, SPECIAL, **variables)
+
+
+def test_a_template_writes_a_conversation_and_knows_who_wrote_what():
+    source = """{{ bos_token }}
+{%- for message in messages %}
+    {% if message.role != 'system' %}
+<|{{ message.role }}|>
+{{ message.content.split('</think>')[-1] | trim }}<|end|>
+    {% endif %}
+{% endfor %}
+{% if add_generation_prompt %}
+<|assistant|>
+{% endif %}
+"""
+    text = render(source)
+    assert text == (
+        "<s><|user|>\nHi<|end|>\n<|assistant|>\nHello <|end|><|end|>\n"
+        "<|user|>\nSo?<|end|>\n<|assistant|>\n"
+    )
+    # The first <|end|> of the reply is its own text, the second one is the template's.
+    assert list(text.runs()) == [
+        ("<s><|user|>\n", T),
+        ("Hi", 1),
+        ("<|end|>\n<|assistant|>\n", T),
+        ("Hello <|end|>", 2),
+        ("<|end|>\n<|user|>\n", T),
+        ("So?", 3),
+        ("<|end|>\n<|assistant|>\n", T),
+    ]
+    assert (
+        render(source, add_generation_prompt=False) == text[: -len("<|assistant|>\n")]
+    )
+
+
+# With m a user's message whose content is " aXb ".
+WRITERS = [
+    ("m.content", [(" aXb ", 0)]),
+    ("'<' + m.content + '>'", [("<", T), (" aXb ", 0), (">", T)]),
+    ("'<' ~ m.content ~ 1", [("<", T), (" aXb ", 0), ("1", U)]),
+    ("m.content | trim", [("aXb", 0)]),
+    ("m.content.lstrip()", [("aXb ", 0)]),
+    ("m.content.strip(' a')", [("Xb", 0)]),
+    ("m.content[1:3]", [("aX", 0)]),
+    ("m.content[2]", [("X", 0)]),
+    ("m.content.split('X')[1]", [("b ", 0)]),
+    ("m.content.split() | join('-')", [("aXb", 0)]),
+    ("m.content.split('X') | join('-')", [(" a", 0), ("-", T), ("b ", 0)]),
+    ("'-'.join(['a', m.content])", [("a-", T), (" aXb ", 0)]),
+    ("m.content | replace('X', '<s>')", [(" a", 0), ("<s>", T), ("b ", 0)]),
+    ("'<Z>'.replace('Z', m.content)", [("<", T), (" aXb ", 0), (">", T)]),
+    ("m.content | upper", [(" AXB ", 0)]),
+    ("m.content.capitalize() | title", [(" Axb ", 0)]),
+    ("(m.content ~ 'ß') | upper", [(" AXB SS", U)]),  # one letter becomes two
+    ("m.content | list | last", [(" ", 0)]),
+    ("[m.content]", [("[' aXb ']", U)]),
+    ("m.content | tojson", [('" aXb "', U)]),
+    ("m.content == ' aXb '", [("True", U)]),
+    ("m.content | length", [("5", U)]),
+    ("m.role", [("user", T)]),  # one of the roles that are known
+    ("other.role", [("<s>", 1)]),
+    ("bos_token", [("<s>", T)]),
+    ("date", [("<s>", U)]),
+    ("m.name", [("<s>", 0)]),
+]
+
+
+@pytest.mark.parametrize(("expression", "runs"), WRITERS)
+def test_each_character_keeps_its_writer(expression, runs):
+    messages = [{"role": "user", "content": " aXb ", "name": "<s>"}, {"role": "<s>"}]
+    start = "{% set m = messages[0] %}{% set other = messages[1] %}"
+    text = render(start + "{{ " + expression + " }}", messages, date="<s>")
+    assert list(text.runs()) == runs
+    # The same through a variable, a block, a macro and a namespace.
+    for source in (
+        "{% set x = EXPRESSION %}{{ x }}",
+        "{% set x %}{{ EXPRESSION }}{% endset %}{{ x }}",
+        "{% macro f(x) %}{{ x }}{% endmacro %}{{ f(EXPRESSION) }}",
+        "{% set ns = namespace(x=EXPRESSION) %}{{ ns.x }}",
+    ):
+        text = render(
+            start + source.replace("EXPRESSION", expression), messages, date="<s>"
+        )
+        assert list(text.runs()) == runs
+
+
+WHITE_SPACE = [
+    ("a\n", "a"),  # one line break at the end goes
+    ("a\n\n", "a\n"),
+    ("a\r\nb\r\n", "a\nb"),
+    ("{% if 1 %}\na\n{% endif %}\nb", "a\nb"),  # and one after a statement
+    ("{{ 1 }}\nb", "1\nb"),  # but none after a value
+    ("{# x #}\nb", "b"),
+    (
+        "  {% if 1 %}  a{% endif %}",
+        "  a",
+    ),  # blanks before a statement that begins a line
+    ("a  {% if 1 %}b{% endif %}", "a  b"),
+    ("\n  {{ 1 }}", "\n  1"),
+    ("  {#- x -#}  b", "b"),
+    ("  {%+ if 1 %}b{% endif %}", "  b"),
+    ("{% if 1 +%}\nb{% endif %}", "\nb"),
+    (" a {%- if 1 -%} \n b {%- endif -%} \n c", " abc"),
+    (" a {{- 1 -}} \n b", " a1b"),
+    ("{% if 1 %}\n  {% if 1 %}\n  a\n  {% endif %}\n{% endif %}\n", "  a\n"),
+    ("{{ '}}' }}{{ {'a': {'b': 1}}['a'] }}", "}}{'b': 1}"),
+    ("{% raw", None),
+]
+
+
+@pytest.mark.parametrize(("source", "wanted"), WHITE_SPACE)
+def test_white_space_around_tags_goes_as_in_jinja(source, wanted):
+    if wanted is None:
+        with pytest.raises(llama.TemplateError):
+            render(source)
+    else:
+        assert render(source) == wanted
+
+
+MEANINGS = [
+    ("{{ 1 + 2 ~ 3 * 4 }}", None),  # ~ binds tighter than +, as in Jinja
+    ("{{ 1 ~ 2 + 3 }}", None),
+    ("{{ 'a' ~ 1 * 2 ~ none ~ true }}", "a2NoneTrue"),
+    ("{{ 'a' + 'b' | upper }}", "aB"),
+    ("{{ not 'a' is none and 1 in [1] }}", "True"),
+    ("{{ 1 < 2 < 3, 3 not in [1] }}", "(True, True)"),
+    ("{{ 'a' if 0 }}{{ 'b' if 1 else 'c' }}{{ ['d' if 0, 1] }}", "b[Undefined, 1]"),
+    ("{{ '' or 'x' }}{{ 1 and none }}", "xNone"),
+    ("{{ [1, 2, 3][::-1][0] }}{{ 'abc'[-1] }}{{ messages[9] }}", "3c"),
+    ("{{ 7 // 2, 7 % 4, 6 / 4, -1 }}", "(3, 3, 1.5, -1)"),
+    ("{{ 'it\\'s' \"\\x41\\n\" }}", "it'sA\n"),
+    ("{{ nope }}{{ nope | length }}{{ nope is defined }}", "0False"),
+    ("{{ nope | default('d') }}{{ '' | default('e', true) }}", "de"),
+    ("{{ none.x is defined, nope == none, tools is defined }}", "(False, False, True)"),
+    ("{{ messages[0].nope | upper }}{{ messages[0].get('nope', 1) }}", "1"),
+    ("{% for i in nope %}x{% else %}none{% endfor %}", "none"),
+    (
+        "{% for i in [1, 2, 3] if i != 2 %}{{ loop.index }}/{{ loop.length }} {% endfor %}",
+        "1/2 2/2 ",
+    ),
+    ("{% for a, b in {'x': 1}.items() %}{{ a }}{{ b }}{% endfor %}", "x1"),
+    (
+        "{% for i in [1, 2] %}{{ loop.previtem }},{{ loop.nextitem }};{% endfor %}",
+        ",2;1,;",
+    ),
+    (
+        "{% for i in range(9) %}{% if i == 1 %}{% continue %}{% elif i == 3 %}{% break %}"
+        "{% endif %}{{ i }}{% endfor %}",
+        "02",
+    ),
+    ("{% for i in [1] %}{% continue %}{% else %}else{% endfor %}", "else"),
+    (
+        "{% set x = 1 %}{% for i in [1, 2] %}{% set x = x + i %}{{ x }}{% endfor %}{{ x }}",
+        "231",
+    ),
+    (
+        "{% set ns = namespace(x=1) %}{% for i in [1, 2] %}{% set ns.x = ns.x + i %}"
+        "{% endfor %}{{ ns.x }}",
+        "4",
+    ),
+    ("{% if 1 %}{% set x = 1 %}{% endif %}{{ x }}", "1"),
+    (
+        "{% macro f(a, b=2) %}{{ a }}{{ b }}{{ c }}{% endmacro %}{% set c = 3 %}"
+        "{{ f(1) }} {{ f(b=1, a=2) }} {{ f() }}",
+        "123 213 23",
+    ),
+    (
+        "{% set x | upper %}a{% endset %}{{ x }}{% filter upper | trim %} b {% endfilter %}",
+        "AB",
+    ),
+    ("{% generation %}a{% endgeneration %}", "a"),
+    (
+        "{{ messages | map(attribute='role') | join(' ') }}",
+        "system user assistant user",
+    ),
+    ("{{ messages | selectattr('role', 'equalto', 'user') | list | length }}", "2"),
+    (
+        "{{ (messages | rejectattr('role', 'in', ['user']) | list)[-1].role }}",
+        "assistant",
+    ),
+    ("{{ 'yes' if messages | select }}", "yes"),  # a stream is true, whatever it gives
+    ("{{ messages[0].items is defined }}", None),  # Python's method, in Jinja
+    ("{{ 'tom-o (bed)' | title }}{{ 'tom-o' | capitalize }}", "Tom-O (Bed)Tom-o"),
+    ("{{ ['a', 1, {'b': none}] | tojson }}", '["a", 1, {"b": null}]'),
+    ("{{ messages | tojson | safe }}"[:0] + "{{ 'a<b' | safe }}", "a<b"),
+    ("{{ strftime_now('%Y') == year }}", "True"),
+]
+
+
+@pytest.mark.parametrize(("source", "wanted"), MEANINGS)
+def test_templates_mean_what_they_mean_in_jinja(source, wanted):
+    if wanted is None:
+        with pytest.raises(llama.TemplateError):
+            render(source)
+    else:
+        assert render(source, year=time.strftime("%Y")) == wanted
+
+
+ERRORS = [
+    ("a\n {{ 1 + }}", "line 2, column 8: this does not parse"),
+    (
+        "{% if 1 %}\n{% endfor %}",
+        "line 2, column 1: no tag endfor is known in this place",
+    ),
+    ("{% for x in [1] %}", "line 1, column 19: wanted endfor, got the end"),
+    ("{% break %}", "line 1, column 1: no tag break is known in this place"),
+    ("{{ a | }}", "line 1, column 7: wanted a name, got the end"),
+    ("{{ a ? b }}", "line 1, column 6: this is no word of the language"),
+    ("{{ 'a }}", "line 1, column 4: this is no word of the language"),
+    ("{# a", "line 1, column 1: wanted #}, got the end"),
+    ("{{ }}", "line 1, column 1: wanted a value"),
+    ("\n\n  {{ nope.x }}", "line 3, column 6: nope is undefined: nope.x }}"),
+    ("{{ 'a' + nope }}", "line 1, column 4: nope is undefined: 'a' + nope }}"),
+    ("{{ 'a' + 1 }}", "line 1, column 4: these values do not fit: 'a' + 1 }}"),
+    ("{{ x | sort }}", "line 1, column 4: sort is not known here: x | sort }}"),
+    (
+        "{{ 'a'.zfill(3) }}",
+        "line 1, column 4: zfill is not known here: 'a'.zfill(3) }}",
+    ),
+    ("{{ nope() }}", "line 1, column 4: nope is undefined: nope() }}"),
+    ("{{ raise_exception('Roles\n must alternate') }}", "Roles must alternate"),
+]
+
+
+@pytest.mark.parametrize(("source", "message"), ERRORS)
+def test_errors_say_where_they_are(source, message):
+    with pytest.raises(ValueError) as caught:
+        render(source)
+    assert str(caught.value) == message
+    raised = "raise_exception" in source
+    assert type(caught.value) is (
+        llama.RaisedByTemplate if raised else llama.TemplateError
+    )
+
+
+DATE = time.strftime("%d %b %Y")
+WRITTEN = {
+    "llama3.1": "<s><|start_header_id|>system<|end_header_id|>\n\n"
+    f"Cutting Knowledge Date: December 2023\nToday Date: {DATE}\n\nS<|eot_id|>"
+    "<|start_header_id|>user<|end_header_id|>\n\nA<|eot_id|>"
+    "<|start_header_id|>assistant<|end_header_id|>\n\nB<|eot_id|>"
+    "<|start_header_id|>user<|end_header_id|>\n\nC<|eot_id|>"
+    "<|start_header_id|>assistant<|end_header_id|>\n\n",
+    "llama2": "<s>[INST] <<SYS>>\n S \n<</SYS>>\n\n A [/INST] B </s><s>[INST] C [/INST]",
+    "chatml": "<|im_start|>system\n S <|im_end|>\n<|im_start|>user\n A <|im_end|>\n"
+    "<|im_start|>assistant\n B <|im_end|>\n<|im_start|>user\n C <|im_end|>\n"
+    "<|im_start|>assistant\n",
+    "zephyr": "<|system|>\n S </s>\n<|user|>\n A </s>\n<|assistant|>\n B </s>\n"
+    "<|user|>\n C </s>\n<|assistant|>\n",
+    "mistral": "<s>[INST]  S \n\n A  [/INST] B </s>[INST]  C  [/INST]",
+    "mistral-v3": "<s>[INST]  A [/INST] B</s>[INST]  S \n\n C [/INST]",
+}
+
+
+@pytest.mark.parametrize("name", llama.BUILT_IN)
+def test_built_in_templates_write_what_their_models_read(name):
+    roles = ["system", "user", "assistant", "user"]
+    talk = [{"role": r, "content": f" {c} "} for r, c in zip(roles, "SABC")]
+    template = llama.ChatTemplate(llama.BUILT_IN[name])
+    assert template.render(talk, SPECIAL) == WRITTEN[name]
+    without = [
+        message | {"content": message["content"].strip()} for message in talk[1:]
+    ]
+    assert " S " not in template.render(without, SPECIAL)
+    if name in ("llama2", "mistral", "mistral-v3"):
+        with pytest.raises(llama.RaisedByTemplate, match="must alternate"):
+            template.render([*without, without[0]], SPECIAL)
+
 
 # The families' templates, retold: what they render is what the published ones do.
 ROLES = "{% for m in messages %}{% set text = m['content']%s %}"
