@@ -200,8 +200,8 @@ def test_the_conversation_is_what_the_commands_make_of_it(engine, monkeypatch):
         return types.SimpleNamespace(taken=llama.Piece(reply), stats=stats)
 
     monkeypatch.setattr(llama, "print_reply", spy)
-    typed = ["one", "two", "/undo", "three", "/retry", "//four", "/system", "five"]
-    typed[typed.index("/system")] = "/system none"
+    typed = ["one", "two", "/undo", "three", "/retry", "//four"]
+    typed += ["/system none", "five"]
     for text in [*typed, "/reset", "/system Be brief.", "/system", "six"]:
         chat.take(text)
     first = ["one", "reply 1, seed 1"]
@@ -211,7 +211,7 @@ def test_the_conversation_is_what_the_commands_make_of_it(engine, monkeypatch):
         ["Be kind.", *first, "three"],
         ["Be kind.", *first, "three"],
         ["Be kind.", *first, "three", "reply 4, seed 4", "/four"],
-        ["", *first, "three", "reply 4, seed 4", "/four", "reply 5, seed 5", "five"],
+        [*first, "three", "reply 4, seed 4", "/four", "reply 5, seed 5", "five"],
         ["Be brief.", "six"],
     ]
 
