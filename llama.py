@@ -3619,9 +3619,10 @@ def read_added(
 ) -> list[AddedToken]:
     """Return the tokens that the files of a folder add to its vocabulary.
 
-    declared: those of tokenizer.json. The fields of tokenizer_config.json go before
-    those, added_tokens.json has only ids, and special_tokens_map.json only names; this
-    is the order in which transformers reads them.
+    declared: those of tokenizer.json. As transformers has it, their fields may be
+    others in tokenizer_config.json, added_tokens.json has only ids, and a token that
+    has a part without being declared is added behind all others. vocab: the ids of the
+    vocabulary, {} if its tokens have no spelling.
     """
     entries = {token["content"]: token for token in declared}
     for i, token in (settings.get("added_tokens_decoder") or {}).items():
@@ -3632,7 +3633,7 @@ def read_added(
     named = named_tokens(settings)
     following = max([len(vocab), *(1 + entry["id"] for entry in entries.values())])
     for content, token in named.items():
-        if content not in entries:  # as transformers does: the vocabulary grows
+        if content not in entries and vocab:
             entries[content] = token | {"id": vocab.get(content, following)}
             following += content not in vocab
     found = []
@@ -3671,10 +3672,10 @@ class TokenTable:
 
     def __init__(self, tokens: Mapping[str, AddedToken]):
         """tokens: by what is looked for."""
-        self.tokens = tokens
+        self.tokens = {text: token for text, token in tokens.items() if text}
         # Python tries alternatives one by one, so those that begin alike are grouped.
         groups = collections.defaultdict(list)
-        for text in sorted(tokens, key=len, reverse=True):
+        for text in sorted(self.tokens, key=len, reverse=True):
             groups[text[:2]].append(re.escape(text[2:]))
         heads = sorted(groups, key=len, reverse=True)
         ways = [f"{re.escape(head)}(?:{'|'.join(groups[head])})" for head in heads]
@@ -3685,12 +3686,19 @@ class TokenTable:
     ) -> Iterator[tuple[AddedToken | None, int, int]]:
         """Yield the parts of a text in their order: (token, or None for text, start,
         end). trusted: not 0 for each character that may be one of a control token.
-        control: the contents of tokens which need that."""
-        done = 0
-        for found in self.expression.finditer(text):
+        control: the contents of the tokens which need that."""
+        done = at = 0
+        while found := self.expression.search(text, at):
             token, (start, end) = self.tokens[found[0]], found.span()
-            if token.content in control and 0 in trusted[start:end]:
-                continue
+            mask = trusted[start:end]
+            if token.content in control and 0 in mask:
+                at = start + 1 if any(mask) else end
+                # A text that goes on where a control token ends must not hide it.
+                last = start + mask.index(0)
+                if not (found := self.expression.match(text, start, last)):
+                    continue
+                token, end = self.tokens[found[0]], found.end()
+            at = end
             if token.single_word and not stands_alone(text, start, end):
                 continue
             if token.lstrip:
@@ -3704,6 +3712,9 @@ class TokenTable:
             done = end
         if done < len(text):
             yield None, done, len(text)
+
+
+NO_TOKENS = TokenTable({})
 
 
 def read_tokenizer(
@@ -3725,7 +3736,7 @@ def read_tokenizer(
         vocabulary = read_vocabulary(spec)
     elif ranks.exists():
         vocabulary, declared, first = rank_file(ranks, tokens)
-        vocab = dict.fromkeys(vocabulary.text)  # these tokens have no spelling
+        vocab = {}
     else:
         raise FileNotFoundError(f"{folder}: no tokenizer.json and no tokenizer.model")
     return vocabulary, read_added(folder, declared, vocab, settings), first
@@ -3755,14 +3766,14 @@ def tokenizer_settings(folder: Path, template: str | None) -> dict:
     settings = read_json(folder / "special_tokens_map.json")
     settings |= read_json(folder / "tokenizer_config.json", limit)
     vocabulary, added, first = read_tokenizer(folder, tokens, settings)
-    special = {token.content: token.id for token in added}
+    ids_of = {token.content: token.id for token in added}
     named = settings.get("bos_token", first), settings.get("eos_token")
-    bos, eos = (special.get(t["content"] if isinstance(t, dict) else t) for t in named)
+    bos, eos = (ids_of.get(t["content"] if isinstance(t, dict) else t) for t in named)
     bos, stops = config.get("bos_token_id") if bos is None else bos, [eos]
     for ids in (config.get("eos_token_id"), generation.get("eos_token_id")):
         stops += ids if isinstance(ids, list) else [ids]
     stops = [i for i in stops if i is not None]
-    ids = [*special.values(), *stops, 0 if bos is None else bos]
+    ids = [*ids_of.values(), *stops, 0 if bos is None else bos]
     if not all(type(i) is int and 0 <= i < 2**31 for i in ids):
         raise ValueError(f"token ids must be whole numbers, got {ids!r:.200}")
     if (size := max(vocabulary.text) + 1) > rows:
@@ -3773,7 +3784,7 @@ def tokenizer_settings(folder: Path, template: str | None) -> dict:
         source = read_template(folder, settings, JSON_BYTES)
     else:  # which needs its tokens, also where a folder does not name them
         source = BUILT_IN[template]
-        texts = {i: text for text, i in special.items()}
+        texts = {token.id: token.content for token in added}
         ends = {"bos_token": texts.get(bos), "eos_token": texts.get(eos)}
         names = ends | {k: v for k, v in names.items() if v}
     return {
@@ -3813,11 +3824,16 @@ def within(seconds: float, task: Callable[[], list[int]]) -> list[int]:
 
 def without_ids(vocabulary: Vocabulary, ids: set[int]) -> Vocabulary:
     """Return a vocabulary whose merges arrive at none of some ids, those of control
-    tokens. A byte keeps its rank: every text must have ids."""
+    tokens. What merging begins with keeps its rank: every text must have ids."""
     if not ids.intersection(vocabulary.ids):
         return vocabulary
+    letters = vocabulary.ids[0] is None  # no byte is a token
+
+    def needed(piece: bytes) -> bool:
+        return len(piece) < 2 or (letters and len(piece.decode()) < 2)
+
     ranks = vocabulary.ranks.items()
-    kept = {p: r for p, r in ranks if len(p) < 2 or vocabulary.ids[r] not in ids}
+    kept = {p: r for p, r in ranks if needed(p) or vocabulary.ids[r] not in ids}
     return replace(vocabulary, ranks=kept)
 
 
@@ -3889,10 +3905,12 @@ class Tokenizer(ByteLevelTokenizer):
         self.bos_prefix = [bos] if adds_bos and bos is not None else []
         self.template, self.token_names = template, token_names
         # A word beyond the rows of a model is no word to it.
-        words = [t for t in added if t.content not in self.special_tokens]
-        self.added_words = {token.content for token in words if token.id < rows}
-        self._text |= {t.id: t.content.encode() for t in words if t.id < rows}
-        known = [t for t in added if t.content in self.added_words or t in control]
+        names = self.special_tokens
+        words = [t for t in added if t.content not in names and t.id < rows]
+        self.added_words = {token.content: token.id for token in words}
+        self._text |= {token.id: token.content.encode() for token in words}
+        # Of two that are normalised alike, the control token counts.
+        known = words + control
         self._raw = TokenTable({t.content: t for t in known if not t.normalized})
         self._normalized = TokenTable(
             {vocabulary.normalize(t.content): t for t in known if t.normalized}
@@ -3969,10 +3987,10 @@ class Tokenizer(ByteLevelTokenizer):
         a chat template writes is a control token, whatever its fields say."""
         if not self.added_words:
             return set()
-        control = self.special_tokens.keys() | self.added_words
+        control = self.special_tokens.keys() | self.added_words.keys()
         found = self._split(text, trusted, True, control)
         contents = {token.content for token, _, _ in found if token is not None}
-        return contents & self.added_words
+        return contents & self.added_words.keys()
 
     def _split(
         self, text: str, trusted: Sequence[int], first: bool, control: Collection[str]
@@ -3980,7 +3998,7 @@ class Tokenizer(ByteLevelTokenizer):
         """Yield the parts of a text: (token, its text, _) or (None, a normalised text,
         whether a space is to be put before it)."""
         if not self.added_words and not any(trusted):  # then there are none to find
-            tables = TokenTable({}), TokenTable({})
+            tables = NO_TOKENS, NO_TOKENS
         else:
             tables = self._raw, self._normalized
         for token, start, end in tables[0].split(text, trusted, control):
@@ -4134,11 +4152,11 @@ class Tokenizer(ByteLevelTokenizer):
         after = ""
         for run, writer in prompt.runs():
             after = "" if writer == 1 else after + run
-        control = self.special_tokens.keys() | self.added_words
+        control = self.special_tokens.keys() | self.added_words.keys()
         for token, text, _ in self._split(after, b"\1" * len(after), True, control):
             if token is not None:
                 self.special_tokens[token.content] = token.id
-                self.added_words.discard(token.content)
+                self.added_words.pop(token.content, None)
                 self._text[token.id] = b""
                 return {token.id}
             if text.strip(" "):
@@ -6716,10 +6734,12 @@ def inspection(folder: Path, check: bool) -> dict:
         "problems": [*dict.fromkeys(map(str, problems))],
     }
     if tokenizer:
-        ids = tokenizer.vocabulary.text.keys() | tokenizer.special_tokens.values()
+        added = tokenizer.special_tokens | tokenizer.added_words
         found |= {
-            "tokenizer_size": len(ids),
+            "tokenizer_size": len(tokenizer.vocabulary.text.keys() | added.values()),
             "special_tokens": tokenizer.special_tokens,
+            "added_words": tokenizer.added_words,
+            "lacking_bytes": len(tokenizer.vocabulary.lacking),
             "chat_template": tokenizer.template,
             "exchange": exchange,
             "stop_tokens": sorted(tokenizer.stop_tokens),
@@ -6755,7 +6775,10 @@ def cmd_inspect(options: argparse.Namespace) -> int:
         names = {i: text for text, i in found["special_tokens"].items()}
         stops = ", ".join(f"{i} {names.get(i, '')}" for i in found["stop_tokens"])
         exchange = found["exchange"] or "none, a base model: chat with --raw"
-        size = f"{found['tokenizer_size']:,} ids, {len(names)} of them added"
+        added = len(names) + len(found["added_words"])
+        size = f"{found['tokenizer_size']:,} ids, {added} of them added"
+        if lacking := found["lacking_bytes"]:
+            size += f"; {lacking} of the 256 bytes are in no token"
         rows += [("tokenizer", size), ("stops at", stops)]
         rows += [("it reads", line) for line in exchange.split("\n")]
     sampling = found["sampling"].items()

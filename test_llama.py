@@ -2565,8 +2565,10 @@ MEANINGS = [
         ",2;1,;",
     ),
     (
-        "{% for i in range(9) %}{% if i == 1 %}{% continue %}{% elif i == 3 %}{% break %}"
-        "{% endif %}{{ i }}{% endfor %}",
+        (
+            "{% for i in range(9) %}{% if i == 1 %}{% continue %}{% elif i == 3 %}{% break %}"
+            "{% endif %}{{ i }}{% endfor %}"
+        ),
         "02",
     ),
     ("{% for i in [1] %}{% continue %}{% else %}else{% endfor %}", "else"),
@@ -2575,14 +2577,18 @@ MEANINGS = [
         "231",
     ),
     (
-        "{% set ns = namespace(x=1) %}{% for i in [1, 2] %}{% set ns.x = ns.x + i %}"
-        "{% endfor %}{{ ns.x }}",
+        (
+            "{% set ns = namespace(x=1) %}{% for i in [1, 2] %}{% set ns.x = ns.x + i %}"
+            "{% endfor %}{{ ns.x }}"
+        ),
         "4",
     ),
     ("{% if 1 %}{% set x = 1 %}{% endif %}{{ x }}", "1"),
     (
-        "{% macro f(a, b=2) %}{{ a }}{{ b }}{{ c }}{% endmacro %}{% set c = 3 %}"
-        "{{ f(1) }} {{ f(b=1, a=2) }} {{ f() }}",
+        (
+            "{% macro f(a, b=2) %}{{ a }}{{ b }}{{ c }}{% endmacro %}{% set c = 3 %}"
+            "{{ f(1) }} {{ f(b=1, a=2) }} {{ f() }}"
+        ),
         "123 213 23",
     ),
     (
@@ -2656,6 +2662,11 @@ def test_errors_say_where_they_are(source, message):
 
 DATE = time.strftime("%d %b %Y")
 WRITTEN = {
+    "llama3": "<s><|start_header_id|>system<|end_header_id|>\n\nS<|eot_id|>"
+    "<|start_header_id|>user<|end_header_id|>\n\nA<|eot_id|>"
+    "<|start_header_id|>assistant<|end_header_id|>\n\nB<|eot_id|>"
+    "<|start_header_id|>user<|end_header_id|>\n\nC<|eot_id|>"
+    "<|start_header_id|>assistant<|end_header_id|>\n\n",
     "llama3.1": "<s><|start_header_id|>system<|end_header_id|>\n\n"
     f"Cutting Knowledge Date: December 2023\nToday Date: {DATE}\n\nS<|eot_id|>"
     "<|start_header_id|>user<|end_header_id|>\n\nA<|eot_id|>"
@@ -2841,14 +2852,12 @@ def test_added_tokens_that_are_not_special_are_text():
         ({"model": {"type": "Unigram"}}, "wanted plain BPE, got type 'Unigram'"),
         ({"model": {"merges": []}}, "no merges"),
         ({"model": {"merges": [["a", "?!"]]}}, "merges of '.!', not in the vocabulary"),
-        ({"model": {"vocab": {"a": 1, "b": 2, "ab": 3}}}, "the vocabulary lacks '!'"),
         ({"model": {"vocab": {"a": 1, "b": 1, "ab": 3}}}, "each once"),
         ({"model": {"vocab": {"a": 1, "b": "2", "ab": 3}}}, "whole numbers"),
-        ({"model": {"vocab": None}}, "tokenizer files: TypeError"),
-        ({"model": {"byte_fallback": True}}, "lacks <0x00>"),
+        ({"model": {"vocab": None}}, "tokenizer files: AttributeError"),
         ({"pre_tokenizer": {"type": "Whitespace"}}, "unknown pre_tokenizer"),
         ({"pre_tokenizer": None}, "unknown pre_tokenizer"),
-        ({"normalizer": {"type": "Lowercase"}}, "unknown normalizer 'Lowercase'"),
+        ({"normalizer": {"type": "Lowercase"}}, "unknown normalizer .*Lowercase"),
         ({"added_tokens": [{"id": 3}]}, "tokenizer files: KeyError"),
     ],
 )
@@ -2859,23 +2868,22 @@ def test_vocabularies_that_are_not_understood_are_refused(change, error, tmp_pat
     assert str(tmp_path) in str(caught.value)
 
 
-@pytest.mark.parametrize("other", ["normalizer", "pre_tokenizer"])
-def test_spaces_replaced_in_two_places_are_refused(other, tmp_path):
-    """Of the normalizer and Metaspace, one does it; more is not understood."""
+@pytest.mark.parametrize("scheme", ["always", "first", "never"])
+def test_spaces_may_be_replaced_in_two_places(scheme, tmp_path):
+    """By the normalizer and by Metaspace, one after the other, as Hugging Face does."""
+    tokenizers = peer("tokenizers")
     vocab = {f"<0x{b:02X}>": b for b in range(256)} | {"a": 256, "b": 257, "ab": 258}
-    spec = small_spec(model={"vocab": vocab, "merges": [["a", "b"]]})
+    vocab |= {"▁": 259, "▁a": 260}
+    spec = small_spec(model={"vocab": vocab, "merges": [["a", "b"], ["▁", "a"]]})
     spec["model"]["byte_fallback"] = True
-    metaspace = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "never"}
+    metaspace = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme}
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
-    alone, added = {"pre_tokenizer": metaspace}, {"normalizer": {"type": "NFC"}}
-    if other == "pre_tokenizer":
-        alone, added = {"normalizer": replace}, {"pre_tokenizer": {"type": "ByteLevel"}}
-    steps = {"normalizer": None, "pre_tokenizer": None} | alone
-    ours = llama.Tokenizer.from_folder(write_tokenizer(tmp_path, spec | steps))
-    assert ours.encode("ab") == [258]
-    folder = write_tokenizer(tmp_path, spec | steps | added)
-    with pytest.raises(ValueError, match="unknown normalizer"):
-        llama.Tokenizer.from_folder(folder)
+    spec |= {"normalizer": replace, "pre_tokenizer": metaspace, "version": "1.0"}
+    spec |= {"added_tokens": []}
+    theirs = tokenizers.Tokenizer.from_str(json.dumps(spec))
+    ours = llama.Tokenizer.from_folder(write_tokenizer(tmp_path, spec))
+    for text in ("ab", " ab a", "a  b", "", " "):
+        assert ours.encode(text) == theirs.encode(text).ids, text
 
 
 @pytest.mark.parametrize("ranks", [[0, 2], [0, 0], [1, 2]])
@@ -2919,8 +2927,9 @@ def test_pre_tokenizers_split_as_hugging_face_does(step, text, pieces, tmp_path)
     last["use_regex"] = step["type"] == "Digits"
     step = step | ({"invert": False} if step["type"] == "Split" else {})
     both = {"type": "Sequence", "pretokenizers": [step, last]}
-    pattern, foreign = llama.split_pattern(both)
-    assert foreign is (step["type"] == "Split")
+    cuts, *_ = llama.read_cuts({"pre_tokenizer": both})
+    assert llama.any_foreign(cuts) is (step["type"] == "Split")
+    pattern, _ = llama.one_expression(cuts)
     # Every piece of up to 7 ASCII characters as a token of its own shows the splits.
     found = tiktoken_pieces(pattern, text)
     assert "|".join(found) == pieces
@@ -2983,7 +2992,6 @@ def test_only_a_foreign_split_runs_in_a_thread_with_a_limit(
     ("regex", "text", "words"),
     [
         ("(?=a)", "aab", "it matches no text"),
-        (r"\b", "a b", "it matches no text"),
         # It backtracks through 2 ** 15 ways at every letter.
         ("(?:a?){15}a{15}(?=b)|.", "a" * 300, r"it takes longer than 0\.1 s"),
     ],
@@ -3013,9 +3021,16 @@ def tiktoken_pieces(pattern: str, text: str) -> list[str]:
     return [bpe.decode([rank]) for rank in bpe.encode_ordinary(text)]
 
 
+def test_a_split_that_looks_around_is_refused(tmp_path):
+    """What precedes a word, or where words begin, is not known after a cut."""
+    for regex in (r"\b", "(?<=a)"):
+        with pytest.raises(ValueError, match="unknown split"):
+            llama.Tokenizer.from_folder(write_tokenizer(tmp_path, split_spec(regex)))
+
+
 @pytest.mark.parametrize(
     ("regex", "text"),
-    [("(?=a)", "bab"), ("(?=a)|b", "xab"), ("(?<=a)", "a b"), ("(?<=a)", "bab")],
+    [("(?=a)", "bab"), ("(?=a)|b", "xab"), ("a|(?=b)", "a b"), ("(?!a)", "bab")],
 )
 def test_a_split_never_loses_a_part_of_a_text(regex, text, tmp_path):
     own = llama.Tokenizer.from_folder(write_tokenizer(tmp_path, split_spec(regex)))
