@@ -1772,11 +1772,10 @@ def read_args(config: dict) -> ModelArgs:
 # Who may have written a character; message i is i.
 UNKNOWN, TEMPLATE = -2, -1
 # Such a role is the template's own word: templates build '<|' + role + '|>'.
-FIXED_ROLES = ("system", "developer", "user", "assistant", "model")
-FIXED_ROLES += ("tool", "function", "ipython")
+FIXED_ROLES = ("system", "developer", "user", "assistant", "model", "tool", "ipython")
 
 # Bounds, far above what published templates need.
-LONGEST_TEMPLATE = 100_000  # characters
+LONGEST_TEMPLATE = 60_000  # characters
 LONGEST_TAG = 1_000  # words
 DEEPEST_TEMPLATE = 40  # tags inside tags, or brackets inside brackets
 DEEPEST = 150  # nodes inside nodes, in a rendering
@@ -1920,11 +1919,26 @@ class Undefined:
         return "Undefined"
 
 
-class Fields:
-    """A value with named parts: `loop`, or a namespace, whose parts can be set."""
+def defined(value):
+    """Return a value that something is to be done with."""
+    if isinstance(value, Undefined):
+        raise ValueError(f"{value.name:.80} is undefined")
+    return value
 
-    def __init__(self, names: dict, *, fixed: bool = False):
-        self.names, self.fixed = names, fixed
+
+class Fields:
+    """A value with named parts."""
+
+    def __init__(self, /, **names):
+        self.names = names
+
+
+class Loop(Fields):
+    """The value of `loop` in one round of a loop."""
+
+
+class Namespace(Fields):
+    """Variables that outlive a round: {% set ns.found = true %} sets one."""
 
 
 class Break(Exception):
@@ -1973,8 +1987,6 @@ SUMS = {"+": "<<", "-": ">>", "~": "+"}
 BLOCK, ELSE = "v_0block", "v_0else"
 # Where Jinja reads -x|f and x|f.a otherwise than Python reads -x.f and x.f.a.
 UNCLEAR = (("-", "|"), ("-", "is"), ("|", "."), ("|", "["))
-# What follows a test and is no argument of it; ( begins a list of arguments.
-NO_ARGUMENT = ("and", "or", "else", "(")
 
 
 class Translation:
@@ -1988,9 +2000,9 @@ class Translation:
         self.opened = [("", False)]  # tags without an end yet: (name, is it in a loop?)
         at = 0
         while tag := TAG.search(source, at):
-            self.statement(at, ascii(self.trimmed(at, tag)))
+            self.data(at, self.trimmed(at, tag))
             at = self.tag(tag)
-        self.statement(at, ascii(source[at:]))
+        self.data(at, source[at:])
         if len(self.opened) > 1:
             raise self.error(at, f"wanted end{self.opened[-1][0]}, got the end")
 
@@ -2010,6 +2022,10 @@ class Translation:
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
                 node.value = Text.by(TEMPLATE, node.value)
         return tree.body
+
+    def data(self, at: int, text: str) -> None:
+        if text:
+            self.statement(at, ascii(text))
 
     def trimmed(self, at: int, tag: re.Match) -> str:
         """Return the text from `at` to a tag, less the white space that the tag eats."""
@@ -2062,6 +2078,7 @@ class Translation:
                 self.places.append(at)
             else:
                 self.expression(part, at)
+                at = self.places[-1]
 
     def statement(self, at: int, first: str, *parts: str | list[Word]) -> None:
         start = len(self.lines)
@@ -2141,7 +2158,7 @@ class Translation:
         """
         if not words:
             raise self.error(at, "wanted a value")
-        words = [*words, Word("end", "", at, [])]
+        words = [*words, Word("end", "", words[-1].at + len(words[-1].value), [])]
         n, ifs, after_value, last = 0, 0, False, ""  # ifs: how many have no else
         while words[n].kind != "end":
             kind, value, at, inner = words[n]
@@ -2170,23 +2187,21 @@ class Translation:
                 self.write(at, SUMS.get(value, value) if after_value else value)
                 last = "-" if value in ("+", "-") and not after_value else ""
                 after_value = False
-        self.write(at, f"else {ELSE} " * ifs)
+        self.write(words[n].at, f"else {ELSE} " * ifs)
 
     def filter_or_test(self, words: list[Word], n: int) -> int:
         """Translate what follows | or is; return where it ends."""
         prefix = ".f_" if words[n - 1].value == "|" else ".t_"
         if prefix == ".t_" and words[n].value == "not":
             prefix, n = ".n_", n + 1
-        self.write(words[n].at, prefix + self.name(words[n]))
-        argument = words[n + 1]
-        if (
-            prefix == ".f_"
-            or argument.kind in ("sign", "end")
-            or argument.value in NO_ARGUMENT
-        ):
-            return n + 1
-        self.write(argument.at, "(", [argument], ")")
-        return n + 2
+        at, end = words[n].at, n + 1
+        self.write(at, prefix + self.name(words[n]))
+        if prefix != ".f_" and is_argument(words[end]):
+            end += 1
+            while words[end].value in (".", "[", "("):
+                end += 2 if words[end].value == "." else 1
+            self.write(at, "(", words[n + 1 : end], ")")
+        return end
 
     def name(self, word: Word) -> str:
         if word.kind != "name":
@@ -2202,10 +2217,32 @@ class Translation:
         if word.kind == "number":
             return word.value
         try:
-            text = word.value[1:-1].encode("ascii", "backslashreplace")
-            return ascii(text.decode("unicode-escape"))
+            return ascii(unescaped(word.value[1:-1]))
         except ValueError:
             raise self.error(word.at, "this text holds a wrong escape") from None
+
+
+def is_argument(word: Word) -> bool:
+    """Return whether a word after a test is an argument without brackets."""
+    return word.kind not in ("sign", "end") and word.value not in (
+        "and",
+        "or",
+        "else",
+        "(",
+    )
+
+
+def unescaped(text: str) -> str:
+    """Return a text with its escapes, which are Python's, done."""
+
+    def known(escape: re.Match) -> str:
+        # A backslash that means nothing stays. Python would warn about it.
+        means = escape[1] in "01234567xuUN\\'\"abfnrtv\n"
+        return escape[0] if means else "\\" + escape[0]
+
+    text = text.encode("ascii", "backslashreplace").decode()
+    text = re.sub(r"\\(.)", known, text, flags=re.DOTALL)
+    return text.encode().decode("unicode-escape")
 
 
 def index_of(value: str, words: list[Word]) -> int | None:
@@ -2256,8 +2293,10 @@ COMPARISONS = {
 
 def pick(run: "Rendering", value, path):
     """Return value.a.b for the path "a.b"; a number in it is an index."""
-    for part in path.split(".") if isinstance(path, str) else [path]:
-        value = run.item(value, int(part) if str(part).isdecimal() else part)
+    if not isinstance(path, str):
+        return run.item(value, path)
+    for part in path.split("."):
+        value = run.item(value, int(part) if part.isdecimal() else part)
     return value
 
 
@@ -2342,20 +2381,15 @@ FILTERS = {
 }
 LISTS = (list, tuple, dict, range)
 VIEWS = tuple(type(view) for view in ({}.keys(), {}.values(), {}.items()))
-
-
-def test_iterable(run, value) -> bool:
-    if isinstance(value, Fields):
-        raise TypeError
-    return isinstance(value, (str, *LISTS, *VIEWS, Undefined, Iterator))
-
-
+SIZED = (str, *LISTS, *VIEWS)
 TESTS = {
     "boolean": lambda run, value: isinstance(value, bool),
     "defined": lambda run, value: not isinstance(value, Undefined),
     "false": lambda run, value: value is False,
     "in": lambda run, value, other: run.compare(ast.In, value, other),
-    "iterable": test_iterable,
+    "iterable": lambda run, value: isinstance(
+        value, (*SIZED, Undefined, Iterator, Loop)
+    ),
     "mapping": lambda run, value: isinstance(value, dict),
     "none": lambda run, value: value is None,
     "number": lambda run, value: isinstance(value, (int, float)),
@@ -2396,7 +2430,7 @@ def global_strftime_now(run, form) -> Text:
 
 
 GLOBALS = {
-    "namespace": lambda run, **names: Fields(names),
+    "namespace": lambda run, /, **names: Namespace(**names),
     "raise_exception": global_raise_exception,
     "range": global_range,
     "strftime_now": global_strftime_now,
@@ -2425,9 +2459,8 @@ class Rendering:
             raise ValueError("the template works too long, or writes too much")
 
     def pay(self, value) -> None:
-        """Pay for a value by its size."""
-        if isinstance(value, (str, *LISTS, *VIEWS)):
-            self.spend(len(value) // 16)
+        """Pay for a value: a step, and more for its size."""
+        self.spend(1 + len(value) // 16 if isinstance(value, SIZED) else 1)
 
     def weigh(self, value) -> None:
         """Pay for all that a value holds, as often as it can be reached.
@@ -2450,7 +2483,7 @@ class Rendering:
 
     def items(self, value) -> list:
         """Return what a loop over a value meets."""
-        if isinstance(value, (str, *LISTS, *VIEWS)):
+        if isinstance(value, SIZED):
             self.spend(len(value))
         elif not isinstance(value, (Undefined, Iterator)):
             raise TypeError
@@ -2465,9 +2498,8 @@ class Rendering:
 
     def use(self, table: dict[str, Callable], name: str, value, *args, **options):
         """Return what a filter or a test gives for a value."""
-        if name not in table:
-            raise ValueError(f"{name!s:.80} is not known here")
-        self.spend(1)
+        if not isinstance(name, str) or name not in table:
+            raise ValueError(f"{self.text(name):.80} is not known here")
         self.pay(value)
         return table[name](self, value, *args, **options)
 
@@ -2483,10 +2515,8 @@ class Rendering:
         """Return value.name: what a mapping holds under that name."""
         if isinstance(value, Fields):
             return value.names.get(name, Undefined(name))
-        if isinstance(value, Undefined):
-            raise ValueError(f"{value.name} is undefined")
         # Jinja finds Python's own attributes before a mapping's keys.
-        if hasattr(str if isinstance(value, str) else type(value), name):
+        if hasattr(str if isinstance(value, str) else type(defined(value)), name):
             raise ValueError(f"{name:.80} is not known here")
         missing = Undefined(name)
         return value.get(name, missing) if isinstance(value, dict) else missing
@@ -2502,7 +2532,7 @@ class Rendering:
                 return value[key]
         if isinstance(key, str):
             return self.attribute(value, key)
-        if isinstance(value, (Undefined, FunctionType)):
+        if isinstance(defined(value), FunctionType):
             raise TypeError
         return Undefined("an item")
 
@@ -2510,100 +2540,44 @@ class Rendering:
         """Return the value of an expression, or do what a statement says."""
         self.depth += 1
         try:
-            self.steps -= 1
             if self.depth > DEEPEST:
                 raise ValueError("the template calls itself too deeply")
-            value = self.value(node) if isinstance(node, ast.expr) else self.act(node)
+            if type(node) not in NODES:
+                raise ValueError(f"{type(node).__name__} is not known here")
+            value = NODES[type(node)](self, node)
             self.pay(value)
             return value
         except TemplateError:
             raise
         except ValueError as error:
-            words = str(error)
+            raise self.error(node, str(error)) from None
         except (TypeError, LookupError, ArithmeticError, AttributeError):
-            words = "this cannot be done with these values"
+            raise self.error(node, "these values do not fit") from None
         finally:
             self.depth -= 1
-        raise self.template.error(self.template.places[node.lineno - 1], words)
 
-    def value(self, node: ast.expr):
-        match node:
-            case ast.Constant(value):
-                return value
-            case ast.Name(name):
-                return self.variable(name[2:])
-            case ast.Attribute(value, name) if name.startswith("v_"):
-                return self.attribute(self.visit(value), name[2:])
-            case ast.Attribute():
-                return self.filter_or_test(node, [], [])
-            case ast.Call(function, args, options):
-                return self.call(function, args, options)
-            case ast.Subscript(value, key):
-                return self.item(self.visit(value), self.visit(key))
-            case ast.Slice(first, last, step):
-                return slice(
-                    *[part and self.visit(part) for part in (first, last, step)]
-                )
-            case ast.BinOp(left, ast.Add(), right):  # Jinja's ~
-                return self.text(self.visit(left)) + self.text(self.visit(right))
-            case ast.BinOp(left, sign, right):
-                return SIGNS[type(sign)](self.visit(left), self.visit(right))
-            case ast.UnaryOp(sign, operand):
-                return SIGNS[type(sign)](self.visit(operand))
-            case ast.BoolOp(word, parts):
-                return self.logic(isinstance(word, ast.Or), parts)
-            case ast.Compare(left, signs, parts):
-                return self.comparison(self.visit(left), signs, parts)
-            case ast.IfExp(test, value, other):
-                return self.visit(value if self.visit(test) else other)
-            case ast.List(items):
-                return [self.visit(item) for item in items]
-            case ast.Tuple(items):
-                return tuple([self.visit(item) for item in items])
-            case ast.Dict(keys, values):
-                pairs = zip(keys, values)
-                return {self.key(k): self.visit(value) for k, value in pairs}
-        raise ValueError(f"{type(node).__name__} is not known here")
+    def error(self, node: ast.AST, words: str) -> TemplateError:
+        at = self.template.places[node.lineno - 1]
+        return self.template.error(at, f"{words}: {self.template.source[at : at + 40]}")
 
     def variable(self, name: str):
         if name in self.scope:
             return self.scope[name]
         if name in NOT_KNOWN:
             raise ValueError(f"{name} is not known here")
-        return Undefined(name)
+        return Undefined(name.lstrip("0"))
 
-    def logic(self, stop: bool, parts: list[ast.expr]):
-        for part in parts:
-            value = self.visit(part)
-            if bool(value) is stop:
-                break
-        return value
-
-    def comparison(self, left, signs: list, parts: list[ast.expr]) -> bool:
-        for sign, part in zip(signs, parts):
-            right = self.visit(part)
-            result = self.compare(type(sign), left, right)
-            if not result:
-                break
-            left = right
-        return result
-
-    def key(self, node: ast.expr | None):
-        key = node and self.visit(node)
-        if not isinstance(key, (str, int, float)):
-            raise ValueError("a key must be a text or a number")
-        return key
-
-    def filter_or_test(self, node: ast.Attribute, args: list, options: list):
-        kind, name = node.attr[:2], node.attr[2:]
-        value = self.visit(node.value)
+    def member(self, node: ast.Attribute, args: Sequence = (), options: Sequence = ()):
+        """Return value.name, or what a filter or a test gives for the value."""
+        value, prefix, name = self.visit(node.value), node.attr[:2], node.attr[2:]
+        if prefix == "v_":
+            return self.attribute(value, name)
         args, options = self.arguments(args, options)
-        result = self.use(
-            FILTERS if kind == "f_" else TESTS, name, value, *args, **options
-        )
-        return not result if kind == "n_" else result
+        if prefix == "f_":
+            return self.use(FILTERS, name, value, *args, **options)
+        return self.use(TESTS, name, value, *args, **options) is (prefix == "t_")
 
-    def arguments(self, args: list[ast.expr], options: list[ast.keyword]) -> tuple:
+    def arguments(self, args: Sequence, options: Sequence) -> tuple[list, dict]:
         values = []
         for arg in args:
             if isinstance(arg, ast.Starred):
@@ -2614,48 +2588,82 @@ class Rendering:
             raise ValueError("** is not known here")
         return values, {option.arg[2:]: self.visit(option.value) for option in options}
 
-    def call(self, node: ast.expr, args: list, options: list):
-        if isinstance(node, ast.Attribute):
-            if not node.attr.startswith("v_"):
-                return self.filter_or_test(node, args, options)
-            owner, name = self.visit(node.value), node.attr[2:]
+    def call(self, node: ast.Call):
+        function, args, options = node.func, node.args, node.keywords
+        if not isinstance(function, ast.Attribute):
+            function = self.visit(function)
+        elif not function.attr.startswith("v_"):
+            return self.member(function, args, options)
+        else:
+            owner, name = self.visit(function.value), function.attr[2:]
             methods = METHODS.get(str if isinstance(owner, str) else type(owner), {})
             if name in methods:
                 args, options = self.arguments(args, options)
                 args = [self.items(a) if isinstance(a, Iterator) else a for a in args]
                 self.weigh([*args, *options.values()])
-                return methods[name](owner, *args, **options)
+                result = methods[name](owner, *args, **options)
+                if isinstance(result, list):
+                    self.spend(len(result))
+                return result
             function = self.attribute(owner, name)
-        else:
-            function = self.visit(node)
         args, options = self.arguments(args, options)
-        if isinstance(function, Undefined):
-            raise ValueError(f"{function.name} is undefined")
-        if not isinstance(function, FunctionType):
+        if not isinstance(defined(function), FunctionType):
             raise TypeError
         return function(self, *args, **options)
 
-    def act(self, node: ast.stmt) -> None:
-        match node:
-            case ast.Expr(ast.Attribute(value, "f_safe")):
-                # Printed, it changes nothing. Added to, it would make Jinja escape HTML.
-                self.output.append(self.text(self.visit(value)))
-            case ast.Expr(value):
-                self.output.append(self.text(self.visit(value)))
-            case ast.If(test, body, otherwise):
-                self.run(body if self.visit(test) else otherwise)
-            case ast.For():
-                self.loop(node)
-            case ast.Assign([target], value):
-                self.assign(target, self.visit(value))
-            case ast.With([block], body):
-                self.block(block, body)
-            case ast.FunctionDef(name, parameters, body):
-                self.scope[name[2:]] = macro(parameters, body, self.scope)
-            case ast.Break():
-                raise Break
-            case ast.Continue():
-                raise Continue
+    def logic(self, node: ast.BoolOp):
+        stop = isinstance(node.op, ast.Or)
+        for part in node.values:
+            value = self.visit(part)
+            if bool(value) is stop:
+                break
+        return value
+
+    def comparison(self, node: ast.Compare) -> bool:
+        left = self.visit(node.left)
+        for sign, part in zip(node.ops, node.comparators):
+            right = self.visit(part)
+            result = self.compare(type(sign), left, right)
+            if not result:
+                break
+            left = right
+        return result
+
+    def sum(self, node: ast.BinOp):
+        left, right = self.visit(node.left), self.visit(node.right)
+        if isinstance(node.op, ast.Add):  # Jinja's ~
+            return self.text(left) + self.text(right)
+        return SIGNS[type(node.op)](defined(left), defined(right))
+
+    def slice(self, node: ast.Slice) -> slice:
+        bounds = (node.lower, node.upper, node.step)
+        return slice(*[bound and self.visit(bound) for bound in bounds])
+
+    def mapping(self, node: ast.Dict) -> dict:
+        result = {}
+        for key, value in zip(node.keys, node.values):
+            name = key and self.visit(key)
+            if not isinstance(name, (str, int, float)):
+                raise ValueError("a key must be a text or a number")
+            result[name] = self.visit(value)
+        return result
+
+    def print(self, node: ast.Expr) -> None:
+        value = node.value
+        # Printed, the filter safe changes nothing. Elsewhere it is not known here: Jinja
+        # would escape for HTML what is added to its text.
+        if isinstance(value, ast.Attribute) and value.attr == "f_safe":
+            value = value.value
+        self.output.append(self.text(self.visit(value)))
+
+    def choose(self, node: ast.If) -> None:
+        self.run(node.body if self.visit(node.test) else node.orelse)
+
+    def define(self, node: ast.FunctionDef) -> None:
+        self.scope[node.name[2:]] = macro(node.args, node.body, self.scope)
+
+    def leave(self, node: ast.Break | ast.Continue) -> None:
+        raise Break if isinstance(node, ast.Break) else Continue
 
     def run(self, statements: list[ast.stmt]) -> None:
         for statement in statements:
@@ -2670,9 +2678,9 @@ class Rendering:
         self.scope, self.output = outside
         return text
 
-    def block(self, block: ast.withitem, body: list[ast.stmt]) -> None:
+    def block(self, node: ast.With) -> None:
         """Print what statements print, after its filters, or set a variable to it."""
-        text = self.capture(body, self.scope.new_child())
+        block, text = node.items[0], self.capture(node.body, self.scope.new_child())
         outside = self.scope
         self.scope = outside.new_child({BLOCK[2:]: text})
         value = self.visit(block.context_expr)
@@ -2694,7 +2702,7 @@ class Rendering:
                     self.assign(part, item)
             case ast.Attribute(ast.Name(owner), name) if name.startswith("v_"):
                 fields = self.variable(owner[2:])
-                if not isinstance(fields, Fields) or fields.fixed:
+                if not isinstance(fields, Namespace):
                     raise ValueError("only a namespace has parts that can be set")
                 fields.names[name[2:]] = value
             case _:
@@ -2733,16 +2741,22 @@ class Rendering:
         self.scope = scope
 
 
-def loop_fields(items: list, n: int) -> Fields:
+def leave(signal: type) -> Callable:
+    def act(run: Rendering, node: ast.stmt) -> None:
+        raise signal
+
+    return act
+
+
+def loop_fields(items: list, n: int) -> Loop:
     """Return the value of `loop` in round n."""
     rest = len(items) - n - 1
     names = {"index": n + 1, "index0": n, "revindex": rest + 1, "revindex0": rest}
     names |= {"first": n == 0, "last": rest == 0, "length": len(items)}
     names |= {"depth": 1, "depth0": 0}
-    names |= {"previtem": items[n - 1]} if n else {}
-    names |= {"nextitem": items[n + 1]} if rest else {}
-    names["cycle"] = lambda run, *values: values[n % len(values)]
-    return Fields(names, fixed=True)
+    names |= {"previtem": items[n - 1]} if n > 0 else {}
+    names |= {"nextitem": items[n + 1]} if rest > 0 else {}
+    return Loop(cycle=lambda run, *values: values[n % len(values)], **names)
 
 
 def macro(parameters: ast.arguments, body: list[ast.stmt], scope: ChainMap) -> Callable:
@@ -2750,7 +2764,7 @@ def macro(parameters: ast.arguments, body: list[ast.stmt], scope: ChainMap) -> C
     names = [parameter.arg[2:] for parameter in parameters.args]
     defaults = dict(zip(reversed(names), reversed(parameters.defaults)))
 
-    def call(run: Rendering, *args, **options) -> Text:
+    def call(run: Rendering, /, *args, **options) -> Text:
         given = dict(zip(names, args))
         if len(args) > len(names) or not options.keys() <= {*names} - given.keys():
             raise ValueError(f"the macro takes {', '.join(names) or 'nothing'}")
@@ -2768,6 +2782,38 @@ def macro(parameters: ast.arguments, body: list[ast.stmt], scope: ChainMap) -> C
         return text
 
     return call
+
+
+# What is done for each kind of node.
+NODES = {
+    ast.Constant: lambda run, node: node.value,
+    ast.Name: lambda run, node: run.variable(node.id[2:]),
+    ast.Attribute: Rendering.member,
+    ast.Call: Rendering.call,
+    ast.Subscript: lambda run, node: run.item(
+        run.visit(node.value), run.visit(node.slice)
+    ),
+    ast.Slice: Rendering.slice,
+    ast.BinOp: Rendering.sum,
+    ast.UnaryOp: lambda run, node: SIGNS[type(node.op)](run.visit(node.operand)),
+    ast.BoolOp: Rendering.logic,
+    ast.Compare: Rendering.comparison,
+    ast.IfExp: lambda run, node: run.visit(
+        node.body if run.visit(node.test) else node.orelse
+    ),
+    ast.List: lambda run, node: [run.visit(item) for item in node.elts],
+    ast.Tuple: lambda run, node: tuple([run.visit(item) for item in node.elts]),
+    ast.Dict: Rendering.mapping,
+    ast.Expr: Rendering.print,
+    ast.If: Rendering.choose,
+    ast.For: Rendering.loop,
+    ast.Assign: lambda run, node: run.assign(node.targets[0], run.visit(node.value)),
+    ast.With: Rendering.block,
+    ast.FunctionDef: Rendering.define,
+    ast.Break: Rendering.leave,
+    ast.Continue: Rendering.leave,
+    ast.Pass: lambda run, node: None,
+}
 
 
 class ChatTemplate:
@@ -2956,6 +3002,7 @@ LONGEST_RUN, LONGEST_SPLIT = 65_536, 1_000
 MOST_TOKENS = 262_144  # a larger vocabulary is not read
 BYTES_PER_TOKEN = 200  # in a tokenizer.json; Llama 3's has 60 to 160
 MOST_WORK = 10_000_000  # steps to merge pieces one by one; Llama 3 needs 100,000
+ANY_TEXT = "(?s:.+)"  # a text as one word
 EMPTY = 2**31  # the rank of b"": a split that matches no text asks tiktoken for it
 
 
@@ -2967,6 +3014,8 @@ class Merging:
     if every piece is one that merging its own letters arrives at. For while no merge
     crosses the ends of a stretch of letters, the stretch is merged as if it stood
     alone; so two neighbours that make a piece are always those of its last merge.
+
+    With the merges "b c", "a b" and "ab c", abc becomes a bc: nothing arrives at abc.
 
     made: from every such piece to the rank and the two parts of its last merge; of a
     letter, -1 and the letter. left: from other pieces to how many parts remain.
@@ -3053,17 +3102,20 @@ class Cut(NamedTuple):
     behavior: str = "Isolated"
 
 
-AS_LETTERS = Cut("", "Letters")  # the step that writes the bytes of a text as letters
+SPELLED = Cut("", "Letters")  # the step that writes the bytes of a text as letters
 
-# The parts of a regular expression that mean the same to tiktoken and to Hugging Face's
-# tokenizers. "one" matches one character; a class may have classes in it.
-ESCAPE = r"\\(?:[pP]\{\^?\w+\}|x\{[0-9a-fA-F]+\}|u[0-9a-fA-F]{4}|[sSdDnrtfv]|[^\w\s])"
+# What means the same in the regular expressions of tiktoken and of Hugging Face's
+# tokenizers: first what matches one character. A class may have classes in it.
+ESCAPE = r"\\(?:[pP]\{\^?\w+\}|x\{[0-9a-fA-F]+\}|u[0-9a-fA-F]{4}|[sSdDnrtfv]|[^\w\s<>])"
 IN_CLASS = rf"(?:{ESCAPE}|[^\\\[\]&~-]|&(?!&)|-(?!-)|~(?!~))"
-REGEX_PART = re.compile(
-    rf"(?s)(?P<one>{ESCAPE}|\[\^?(?:{IN_CLASS}|\[(?!:)\^?{IN_CLASS}+\])+\]"
-    r"|[^\\\[(){}|?*+^$])|\(\?(?:i:|[:>=!])|\((?!\?)|[|)$]|[?*+][?+]?"
-    r"|\{\d+(?:,\d*)?\}(?![?*+])"
+CLASS = rf"\[\^?(?:{IN_CLASS}|\[(?!:)\^?{IN_CLASS}+\])+\]"
+REGEX_PARTS = (
+    rf"(?P<one>{ESCAPE}|{CLASS}|[^\\\[(){{}}|?*+^$])",
+    r"\(\?(?:i:|[:>=!])|\((?!\?)|[)|]",  # groups, alternatives, looking ahead
+    r"[?*+][?+]?|\{\d+(?:,\d*)?\}(?![?*+])",  # how often
+    r"\$",
 )
+REGEX_PART = re.compile("|".join(REGEX_PARTS), re.DOTALL)
 MARKS = [*map(chr, range(0xFDD0, 0xFDF0))]  # Unicode will never assign them
 
 
@@ -3095,7 +3147,7 @@ def translate(regex: str, mark: str = "") -> str:
     return "".join(parts)
 
 
-@functools.lru_cache
+@functools.lru_cache  # compiling an expression takes a few milliseconds
 def make_cutter(step: Cut, mark: str, end: str) -> tiktoken.Encoding:
     """Return an encoding whose tokens are bytes, and which drops marks (see cut)."""
     match = f"(?:{translate(step.regex, mark)})"
@@ -3145,11 +3197,47 @@ def cut_words(text: str, cuts: Iterable[Cut]) -> list[str]:
         raise ValueError("the text has all noncharacters from U+FDD0 to U+FDEF")
     letters, pieces = {byte: letter for letter, byte in byte_letters().items()}, [text]
     for step in cuts:
-        if step is AS_LETTERS:
+        if step is SPELLED:
             pieces = [p.encode().decode("latin-1").translate(letters) for p in pieces]
         else:
             pieces = cut(pieces, step, *free)
     return pieces
+
+
+UNKNOWN_LETTER = "\0"  # stands for a letter that is not in the vocabulary
+
+
+@dataclass(frozen=True)
+class WordVocabulary(Vocabulary):
+    """The vocabulary of words that are cut out of a text by steps.
+
+    unknown: what letters become that are in no token. fused: several of them in a row
+    count as one. at_once: words that are not merged, with their ids.
+    """
+
+    cuts: tuple[Cut, ...]
+    unknown: dict[int, str] = field(default_factory=dict)
+    fused: bool = False
+    at_once: dict[str, list[int]] = field(default_factory=dict)
+
+
+class WordTokenizer(ByteLevelTokenizer):
+    """Text to ids, one word after the other."""
+
+    def encode(self, text: str) -> list[int]:
+        own = self.vocabulary
+        ids, ids_of = [], {**own.at_once}
+        for word in cut_words(text, own.cuts):
+            if word not in ids_of:
+                known = word.translate(own.unknown)
+                known = (
+                    re.sub(f"{UNKNOWN_LETTER}+", UNKNOWN_LETTER, known)
+                    if own.fused
+                    else known
+                )
+                ids_of[word] = super().encode(known)
+            ids += ids_of[word]
+        return ids
 
 
 @dataclass(frozen=True)
@@ -3164,16 +3252,11 @@ class SpelledVocabulary(Vocabulary):
     # Ids made up here for the beginning of a character, each with the ids of its bytes.
     parts: dict[int, list[int]] = field(default_factory=dict)
     foreign: bool = False  # an expression that splits is the folder's own
-    # Words that `split` cannot find are cut by steps: those of every text, if by_words,
-    # or else of a text with bytes that no token has. Their vocabulary is `words`, or
-    # if that is None, this one.
-    cuts: tuple[Cut, ...] = ()
+    # For texts whose words `split` does not find: all texts, if by_words, or else those
+    # that have a byte which is in no token.
+    words: WordVocabulary | None = None
     by_words: bool = False
-    words: Vocabulary | None = None
     lacking: bytes = b""
-    unknown: dict[int, str] = field(default_factory=dict)  # what their letters become
-    fused: bool = False  # several that follow each other become one
-    at_once: dict[str, list[int]] = field(default_factory=dict)  # words not merged
 
     def normalize(self, text: str, prefix: bool = True) -> str:
         """Return a text in the form that the vocabulary was made from.
@@ -3230,11 +3313,7 @@ def read_step(step: dict) -> list[Cut]:
     """
     kind, behavior = step.get("type"), step.get("behavior", "Isolated")
     if kind == "ByteLevel":
-        return (
-            [Cut(GPT2_SPLIT), AS_LETTERS]
-            if step.get("use_regex", True)
-            else [AS_LETTERS]
-        )
+        return [Cut(GPT2_SPLIT), SPELLED] if step.get("use_regex", True) else [SPELLED]
     if kind == "Metaspace" and step["replacement"] == SPACE:
         return [WORDS] if step.get("split", True) else []
     if kind == "Digits":
@@ -3277,17 +3356,17 @@ def read_cuts(spec: dict) -> tuple[tuple[Cut, ...], str, str | None]:
 
 def any_foreign(cuts: Iterable[Cut]) -> bool:
     """Return whether an expression in some steps is the folder's own."""
-    return any(cut is not AS_LETTERS and cut.regex not in KNOWN_SPLITS for cut in cuts)
+    return any(cut is not SPELLED and cut.regex not in KNOWN_SPLITS for cut in cuts)
 
 
 def one_expression(cuts: Sequence[Cut]) -> tuple[str, bool] | None:
     """Return the regular expression that splits as these cuts of a byte-level
     vocabulary do, and whether it is the folder's own; None if none is known to."""
     *before, last = cuts
-    if last is not AS_LETTERS or AS_LETTERS in before:
+    if last is not SPELLED or SPELLED in before:
         return None
     if not before:
-        return "(?s:.+)", False
+        return ANY_TEXT, False
     regex, behavior = before[0]
     if regex == DIGIT and before[1:] == [Cut(GPT2_SPLIT)]:
         # Digits are cut out first, so the text before one is split as if it ended
@@ -3308,21 +3387,20 @@ def one_expression(cuts: Sequence[Cut]) -> tuple[str, bool] | None:
 
 def merge_pieces(
     model: dict, letters: Collection[str]
-) -> tuple[list[tuple[str, str]], list[str], dict[str, list[int]]]:
-    """Return the merges of a tokenizer.json's model that make a piece, and two kinds of
-    words that are taken at once: as pieces, and with their ids.
+) -> tuple[list[tuple[str, str]], list[str], bool]:
+    """Return the merges of a tokenizer.json's model that make a piece, the words that
+    are taken at once, and whether these may be pieces for tiktoken.
 
-    With ignore_merges, a word that is in the vocabulary is never merged. tiktoken may
-    have it as a piece, unless two neighbours in another word could make it.
+    With ignore_merges, a word that is in the vocabulary is not merged. As a piece it
+    would be made of two neighbours in other words, if merging leaves two parts of it.
     """
     merging, vocab = Merging(letters, model["merges"]), model["vocab"]
     if not model.get("ignore_merges"):
-        return merging.pairs(), [], {}
+        return merging.pairs(), [], True
     others, known = vocab.keys() - merging.made, {*letters}
     merging.merge_alone(piece for piece in others if known.issuperset(piece))
-    pieces = [piece for piece, parts in merging.left.items() if parts > 2]
-    others = {p: [vocab[p]] for p, parts in merging.left.items() if parts == 2}
-    return merging.pairs(), sorted(pieces, key=vocab.get), others
+    at_once = sorted(merging.left, key=vocab.get)
+    return merging.pairs(), at_once, 2 not in merging.left.values()
 
 
 def rank_characters(
@@ -3343,18 +3421,14 @@ def rank_characters(
     return ranks, [ids.get(piece) for piece in ranks]
 
 
-UNKNOWN_LETTER = "\0"  # stands for a letter that is not in the vocabulary
-
-
 def byte_level_vocabulary(spec: dict) -> SpelledVocabulary:
     """Return the vocabulary of a byte-level tokenizer.json (Llama 3, GPT-2, Qwen).
 
-    Words that must be cut first are merged as the file spells them, letter by letter.
-    A letter that is not in the vocabulary is left out of a word before it is merged, or
-    becomes the token that the file has for what is unknown.
+    Words that are cut out by steps are merged as the file spells them, in letters. What
+    of the 256 letters is not in the vocabulary is left out of a word before it is
+    merged, or becomes the token that the file has for what is unknown.
     """
     model, letters, (cuts, _, prefix) = spec["model"], byte_letters(), read_cuts(spec)
-    split, foreign = one_expression(cuts) or ("", any_foreign(cuts))
     vocab, unknown = model["vocab"], model.get("unk_token")
     characters = [letter for letter in letters if letter in vocab]
     lacking = [letter for letter in letters if letter not in vocab]
@@ -3363,37 +3437,41 @@ def byte_level_vocabulary(spec: dict) -> SpelledVocabulary:
             f"the vocabulary lacks {len(lacking)} bytes, among them {lacking[0]!r}, and "
             f"what stands for them: byte_fallback, unk_token {unknown!r:.80}"
         )
-    pairs, whole, at_once = merge_pieces(model, characters)
-    pieces = [left + right for left, right in pairs] + whole
-    # Section 7 wants an id for every byte. These are never used.
+    pairs, at_once, all_pieces = merge_pieces(model, characters)
+    split, foreign = one_expression(cuts) or ("", any_foreign(cuts))
+    # Section 7 wants an id for every byte. Those made up here are never used.
     ids = {letter: EMPTY + n for n, letter in enumerate(lacking)}
-    ids |= {piece: vocab[piece] for piece in characters + pieces}
+    made = [left + right for left, right in pairs]
+    ids |= {piece: vocab[piece] for piece in characters + made + at_once}
     own = byte_level(model | {"vocab": ids, "merges": pairs}, split)
     text = {i: piece for i, piece in own.text.items() if i < EMPTY}
     for piece, i in vocab.items():
         if i not in text:  # no merge makes it; a control token, say
             known = letters.keys() >= {*piece}
             text[i] = bytes(map(letters.get, piece)) if known else piece.encode()
-    own = replace(own, ranks=own.ranks | ({b"": EMPTY} if foreign else {}), text=text)
-    by_words, words = not split or bool(at_once), None
+    by_words, words = not (split and all_pieces), None
     if by_words or lacking:
-        spelled = vocab | ({} if unknown is None else {UNKNOWN_LETTER: vocab[unknown]})
-        ranks, ids = rank_characters([*characters, UNKNOWN_LETTER], pieces, spelled)
-        words = Vocabulary(ranks, "(?s:.+)", ids, text)
+        table = dict.fromkeys(
+            map(ord, lacking), "" if unknown is None else UNKNOWN_LETTER
+        )
+        vocab = (
+            vocab if unknown is None else vocab | {UNKNOWN_LETTER: vocab.get(unknown)}
+        )
+        ranks, ids = rank_characters([*characters, UNKNOWN_LETTER], made, vocab)
+        settings = cuts, table, bool(model.get("fuse_unk"))
+        at_once = {word: [vocab[word]] for word in at_once}
+        words = WordVocabulary(ranks, ANY_TEXT, ids, text, *settings, at_once)
     return SpelledVocabulary(
-        **vars(words if by_words else own),
-        normalizer=read_normalizer(spec),
+        ({} if by_words else own.ranks) | {b"": EMPTY},
+        own.split or ANY_TEXT,
+        own.ids,
+        text,
+        read_normalizer(spec),
         prefix=prefix,
         foreign=foreign,
-        cuts=cuts,
+        words=words,
         by_words=by_words,
-        words=None if by_words else words,
         lacking=bytes(letters[letter] for letter in lacking),
-        unknown=dict.fromkeys(
-            map(ord, lacking), "" if unknown is None else UNKNOWN_LETTER
-        ),
-        fused=bool(model.get("fuse_unk")),
-        at_once=at_once,
     )
 
 
@@ -3403,18 +3481,14 @@ def byte_fallback_vocabulary(spec: dict) -> SpelledVocabulary:
     Characters are merged, not bytes, and one that is not in the vocabulary becomes its
     bytes' tokens <0xNN>.
     """
-    model, vocab, (cuts, space, prefix) = (
-        spec["model"],
-        spec["model"]["vocab"],
-        read_cuts(spec),
-    )
+    model, vocab = spec["model"], spec["model"]["vocab"]
     byte_ids = [vocab.get(f"<0x{byte:02X}>") for byte in range(256)]
     if None in byte_ids:
         raise ValueError(f"the vocabulary lacks <0x{byte_ids.index(None):02X}>")
     characters = [piece for piece in vocab if len(piece) == 1]
-    pairs, whole, at_once = merge_pieces(model, characters)
-    pieces = [left + right for left, right in pairs] + whole
-    ranks, ids = rank_characters(characters, pieces, vocab)
+    pairs, at_once, _ = merge_pieces(model, characters)
+    made = [left + right for left, right in pairs]
+    ranks, ids = rank_characters(characters, made, vocab)
     parts = {}
     for rank, piece in enumerate(ranks):
         if ids[rank] is None and len(piece) == 1:
@@ -3424,20 +3498,23 @@ def byte_fallback_vocabulary(spec: dict) -> SpelledVocabulary:
             parts[ids[rank]] = [byte_ids[byte] for byte in piece]
     text = {i: piece.replace(SPACE, " ").encode() for piece, i in vocab.items()}
     text |= {i: bytes([byte]) for byte, i in enumerate(byte_ids)}
-    splits = {(): "(?s:.+)", (WORDS,): f"{SPACE}[^{SPACE}]*|[^{SPACE}]+"}
+    cuts, space, prefix = read_cuts(spec)
+    splits = {(): ANY_TEXT, (WORDS,): f"{SPACE}[^{SPACE}]*|[^{SPACE}]+"}
+    by_words = cuts not in splits or bool(at_once)
+    at_once = {word: [vocab[word]] for word in at_once}
+    words = WordVocabulary(ranks, ANY_TEXT, ids, text, cuts, at_once=at_once)
     return SpelledVocabulary(
-        ranks,
-        splits.get(cuts, "(?s:.+)"),
+        {b"": EMPTY} if by_words else ranks,
+        splits.get(cuts, ANY_TEXT),
         ids,
         text,
-        normalizer=read_normalizer(spec),
-        space=space,
-        prefix=prefix,
-        parts=parts,
-        foreign=any_foreign(cuts),
-        cuts=cuts,
-        by_words=cuts not in splits or bool(at_once),
-        at_once=at_once,
+        read_normalizer(spec),
+        space,
+        prefix,
+        parts,
+        any_foreign(cuts),
+        words if by_words else None,
+        by_words,
     )
 
 
@@ -3466,7 +3543,7 @@ def read_vocabulary(spec: dict) -> SpelledVocabulary:
     if len(ids) < len(vocab) or not all(type(i) is int and 0 <= i < EMPTY for i in ids):
         raise ValueError("the ids of the vocabulary must be whole numbers, each once")
     spec = spec | {"model": model | {"merges": merges}}
-    if AS_LETTERS in read_cuts(spec)[0]:
+    if SPELLED in read_cuts(spec)[0]:
         return byte_level_vocabulary(spec)
     if model.get("byte_fallback"):
         return byte_fallback_vocabulary(spec)
@@ -3542,9 +3619,10 @@ def read_added(
 ) -> list[AddedToken]:
     """Return the tokens that the files of a folder add to its vocabulary.
 
-    declared: those of tokenizer.json. The fields of tokenizer_config.json go before
-    those, added_tokens.json has only ids, and special_tokens_map.json only names; this
-    is the order in which transformers reads them.
+    declared: those of tokenizer.json. As transformers has it, their fields may be
+    others in tokenizer_config.json, added_tokens.json has only ids, and a token that
+    has a part without being declared is added behind all others. vocab: the ids of the
+    vocabulary, {} if its tokens have no spelling.
     """
     entries = {token["content"]: token for token in declared}
     for i, token in (settings.get("added_tokens_decoder") or {}).items():
@@ -3555,7 +3633,7 @@ def read_added(
     named = named_tokens(settings)
     following = max([len(vocab), *(1 + entry["id"] for entry in entries.values())])
     for content, token in named.items():
-        if content not in entries:  # as transformers does: the vocabulary grows
+        if content not in entries and vocab:
             entries[content] = token | {"id": vocab.get(content, following)}
             following += content not in vocab
     found = []
@@ -3594,10 +3672,10 @@ class TokenTable:
 
     def __init__(self, tokens: Mapping[str, AddedToken]):
         """tokens: by what is looked for."""
-        self.tokens = tokens
+        self.tokens = {text: token for text, token in tokens.items() if text}
         # Python tries alternatives one by one, so those that begin alike are grouped.
         groups = collections.defaultdict(list)
-        for text in sorted(tokens, key=len, reverse=True):
+        for text in sorted(self.tokens, key=len, reverse=True):
             groups[text[:2]].append(re.escape(text[2:]))
         heads = sorted(groups, key=len, reverse=True)
         ways = [f"{re.escape(head)}(?:{'|'.join(groups[head])})" for head in heads]
@@ -3608,12 +3686,19 @@ class TokenTable:
     ) -> Iterator[tuple[AddedToken | None, int, int]]:
         """Yield the parts of a text in their order: (token, or None for text, start,
         end). trusted: not 0 for each character that may be one of a control token.
-        control: the contents of tokens which need that."""
-        done = 0
-        for found in self.expression.finditer(text):
+        control: the contents of the tokens which need that."""
+        done = at = 0
+        while found := self.expression.search(text, at):
             token, (start, end) = self.tokens[found[0]], found.span()
-            if token.content in control and 0 in trusted[start:end]:
-                continue
+            mask = trusted[start:end]
+            if token.content in control and 0 in mask:
+                at = start + 1 if any(mask) else end
+                # A text that goes on where a control token ends must not hide it.
+                last = start + mask.index(0)
+                if not (found := self.expression.match(text, start, last)):
+                    continue
+                token, end = self.tokens[found[0]], found.end()
+            at = end
             if token.single_word and not stands_alone(text, start, end):
                 continue
             if token.lstrip:
@@ -3627,6 +3712,9 @@ class TokenTable:
             done = end
         if done < len(text):
             yield None, done, len(text)
+
+
+NO_TOKENS = TokenTable({})
 
 
 def read_tokenizer(
@@ -3648,7 +3736,7 @@ def read_tokenizer(
         vocabulary = read_vocabulary(spec)
     elif ranks.exists():
         vocabulary, declared, first = rank_file(ranks, tokens)
-        vocab = dict.fromkeys(vocabulary.text)  # these tokens have no spelling
+        vocab = {}
     else:
         raise FileNotFoundError(f"{folder}: no tokenizer.json and no tokenizer.model")
     return vocabulary, read_added(folder, declared, vocab, settings), first
@@ -3678,14 +3766,14 @@ def tokenizer_settings(folder: Path, template: str | None) -> dict:
     settings = read_json(folder / "special_tokens_map.json")
     settings |= read_json(folder / "tokenizer_config.json", limit)
     vocabulary, added, first = read_tokenizer(folder, tokens, settings)
-    special = {token.content: token.id for token in added}
+    ids_of = {token.content: token.id for token in added}
     named = settings.get("bos_token", first), settings.get("eos_token")
-    bos, eos = (special.get(t["content"] if isinstance(t, dict) else t) for t in named)
+    bos, eos = (ids_of.get(t["content"] if isinstance(t, dict) else t) for t in named)
     bos, stops = config.get("bos_token_id") if bos is None else bos, [eos]
     for ids in (config.get("eos_token_id"), generation.get("eos_token_id")):
         stops += ids if isinstance(ids, list) else [ids]
     stops = [i for i in stops if i is not None]
-    ids = [*special.values(), *stops, 0 if bos is None else bos]
+    ids = [*ids_of.values(), *stops, 0 if bos is None else bos]
     if not all(type(i) is int and 0 <= i < 2**31 for i in ids):
         raise ValueError(f"token ids must be whole numbers, got {ids!r:.200}")
     if (size := max(vocabulary.text) + 1) > rows:
@@ -3696,7 +3784,7 @@ def tokenizer_settings(folder: Path, template: str | None) -> dict:
         source = read_template(folder, settings, JSON_BYTES)
     else:  # which needs its tokens, also where a folder does not name them
         source = BUILT_IN[template]
-        texts = {i: text for text, i in special.items()}
+        texts = {token.id: token.content for token in added}
         ends = {"bos_token": texts.get(bos), "eos_token": texts.get(eos)}
         names = ends | {k: v for k, v in names.items() if v}
     return {
@@ -3734,28 +3822,19 @@ def within(seconds: float, task: Callable[[], list[int]]) -> list[int]:
     return result
 
 
-def without_ids(
-    vocabulary: SpelledVocabulary, ids: Collection[int]
-) -> SpelledVocabulary:
+def without_ids(vocabulary: Vocabulary, ids: set[int]) -> Vocabulary:
     """Return a vocabulary whose merges arrive at none of some ids, those of control
-    tokens. A byte keeps its rank, since every text must have ids."""
+    tokens. What merging begins with keeps its rank: every text must have ids."""
+    if not ids.intersection(vocabulary.ids):
+        return vocabulary
+    letters = vocabulary.ids[0] is None  # no byte is a token
 
-    def ranks_of(own: Vocabulary) -> dict[bytes, int]:
-        if not {*ids}.intersection(own.ids):
-            return own.ranks
-        return {
-            piece: rank
-            for piece, rank in own.ranks.items()
-            if len(piece) < 2 or own.ids[rank] not in ids
-        }
+    def needed(piece: bytes) -> bool:
+        return len(piece) < 2 or (letters and len(piece.decode()) < 2)
 
-    words, at_once = vocabulary.words, vocabulary.at_once.items()
-    return replace(
-        vocabulary,
-        ranks=ranks_of(vocabulary),
-        words=words and replace(words, ranks=ranks_of(words)),
-        at_once={word: one for word, one in at_once if one[0] not in ids},
-    )
+    ranks = vocabulary.ranks.items()
+    kept = {p: r for p, r in ranks if needed(p) or vocabulary.ids[r] not in ids}
+    return replace(vocabulary, ranks=kept)
 
 
 class NoTemplate(ValueError):
@@ -3818,25 +3897,29 @@ class Tokenizer(ByteLevelTokenizer):
         ends = {token.id for token in added if token.content in STOP_NAMES}
         ends |= {*stop_tokens}
         control = [token for token in added if token.special or token.id in ends]
-        super().__init__(
-            without_ids(vocabulary, {token.id for token in control}),
-            {token.content: token.id for token in control},
-        )
+        never = {token.id for token in control}
+        names = {token.content: token.id for token in control}
+        super().__init__(without_ids(vocabulary, never), names)
         self.bos, self.eos, self.source, self.rows = bos, eos, source, rows
         self.stop_tokens |= ends
         self.bos_prefix = [bos] if adds_bos and bos is not None else []
         self.template, self.token_names = template, token_names
         # A word beyond the rows of a model is no word to it.
-        words = [t for t in added if t.content not in self.special_tokens]
-        self.added_words = {token.content for token in words if token.id < rows}
-        self._text |= {t.id: t.content.encode() for t in words if t.id < rows}
-        known = [t for t in added if t.content in self.added_words or t in control]
+        names = self.special_tokens
+        words = [t for t in added if t.content not in names and t.id < rows]
+        self.added_words = {token.content: token.id for token in words}
+        self._text |= {token.id: token.content.encode() for token in words}
+        # Of two that are normalised alike, the control token counts.
+        known = words + control
         self._raw = TokenTable({t.content: t for t in known if not t.normalized})
         self._normalized = TokenTable(
             {vocabulary.normalize(t.content): t for t in known if t.normalized}
         )
-        words = self.vocabulary.words
-        self._words = self if words is None else ByteLevelTokenizer(words, {})
+        self._words = None
+        if own := vocabulary.words:
+            at_once = {w: i for w, i in own.at_once.items() if never.isdisjoint(i)}
+            own = replace(without_ids(own, never), at_once=at_once)
+            self._words = WordTokenizer(own, {})
         self.stop_tokens |= self.written_after_a_reply()
 
     @classmethod
@@ -3904,10 +3987,10 @@ class Tokenizer(ByteLevelTokenizer):
         a chat template writes is a control token, whatever its fields say."""
         if not self.added_words:
             return set()
-        control = self.special_tokens.keys() | self.added_words
+        control = self.special_tokens.keys() | self.added_words.keys()
         found = self._split(text, trusted, True, control)
         contents = {token.content for token, _, _ in found if token is not None}
-        return contents & self.added_words
+        return contents & self.added_words.keys()
 
     def _split(
         self, text: str, trusted: Sequence[int], first: bool, control: Collection[str]
@@ -3915,7 +3998,7 @@ class Tokenizer(ByteLevelTokenizer):
         """Yield the parts of a text: (token, its text, _) or (None, a normalised text,
         whether a space is to be put before it)."""
         if not self.added_words and not any(trusted):  # then there are none to find
-            tables = TokenTable({}), TokenTable({})
+            tables = NO_TOKENS, NO_TOKENS
         else:
             tables = self._raw, self._normalized
         for token, start, end in tables[0].split(text, trusted, control):
@@ -3975,29 +4058,13 @@ class Tokenizer(ByteLevelTokenizer):
             if own.lacking and not by_words:
                 by_words = len(encoded.translate(None, own.lacking)) < len(encoded)
             if by_words:
-                ids += self._encode_words(part)
+                ids += self._words.encode(part)
                 continue
             found = super().encode(part)
             # A match of nothing can make tiktoken skip the character that follows it.
             if own.foreign and sum(len(own.text[i]) for i in found) != len(encoded):
                 raise ValueError("it loses a part of the text")
             ids += found
-        return ids
-
-    def _encode_words(self, text: str) -> list[int]:
-        """Return the ids of a text whose words are cut out first."""
-        own = self.vocabulary
-        ids, ids_of = [], {**own.at_once}
-        for word in cut_words(text, own.cuts):
-            if word not in ids_of:
-                known = word.translate(own.unknown)
-                known = (
-                    re.sub(f"{UNKNOWN_LETTER}+", UNKNOWN_LETTER, known)
-                    if own.fused
-                    else known
-                )
-                ids_of[word] = ByteLevelTokenizer.encode(self._words, known)
-            ids += ids_of[word]
         return ids
 
     def _encode_foreign(self, text: str) -> list[int]:
@@ -4085,11 +4152,11 @@ class Tokenizer(ByteLevelTokenizer):
         after = ""
         for run, writer in prompt.runs():
             after = "" if writer == 1 else after + run
-        control = self.special_tokens.keys() | self.added_words
+        control = self.special_tokens.keys() | self.added_words.keys()
         for token, text, _ in self._split(after, b"\1" * len(after), True, control):
             if token is not None:
                 self.special_tokens[token.content] = token.id
-                self.added_words.discard(token.content)
+                self.added_words.pop(token.content, None)
                 self._text[token.id] = b""
                 return {token.id}
             if text.strip(" "):
@@ -6687,10 +6754,12 @@ def inspection(folder: Path, check: bool) -> dict:
         "problems": [*dict.fromkeys(map(str, problems))],
     }
     if tokenizer:
-        ids = tokenizer.vocabulary.text.keys() | tokenizer.special_tokens.values()
+        added = tokenizer.special_tokens | tokenizer.added_words
         found |= {
-            "tokenizer_size": len(ids),
+            "tokenizer_size": len(tokenizer.vocabulary.text.keys() | added.values()),
             "special_tokens": tokenizer.special_tokens,
+            "added_words": tokenizer.added_words,
+            "lacking_bytes": len(tokenizer.vocabulary.lacking),
             "chat_template": tokenizer.template,
             "exchange": exchange,
             "stop_tokens": sorted(tokenizer.stop_tokens),
@@ -6726,7 +6795,10 @@ def cmd_inspect(options: argparse.Namespace) -> int:
         names = {i: text for text, i in found["special_tokens"].items()}
         stops = ", ".join(f"{i} {names.get(i, '')}" for i in found["stop_tokens"])
         exchange = found["exchange"] or "none, a base model: chat with --raw"
-        size = f"{found['tokenizer_size']:,} ids, {len(names)} of them added"
+        added = len(names) + len(found["added_words"])
+        size = f"{found['tokenizer_size']:,} ids, {added} of them added"
+        if lacking := found["lacking_bytes"]:
+            size += f"; {lacking} of the 256 bytes are in no token"
         rows += [("tokenizer", size), ("stops at", stops)]
         rows += [("it reads", line) for line in exchange.split("\n")]
     sampling = found["sampling"].items()
