@@ -76,7 +76,9 @@ def random_texts(own: llama.Tokenizer, count: int) -> list[str]:
         lambda: rng.choice(ODD),
         lambda: " " + rng.choice(words),
         lambda: rng.choice(tokens).decode("utf-8", "replace"),
-        lambda: chr(rng.choice([rng.randrange(0xD800), rng.randrange(0xE000, 0x110000)])),
+        lambda: chr(
+            rng.choice([rng.randrange(0xD800), rng.randrange(0xE000, 0x110000)])
+        ),
         lambda: rng.choice(names)[: rng.choice([1, 3, 99, 99])],
     ]
     texts = []
