@@ -2998,7 +2998,7 @@ KNOWN_SPLITS = {GPT2_SPLIT, LLAMA3_SPLIT, QWEN2_SPLIT, DIGIT, PUNCTUATION, SPACE
 # tiktoken's regular expressions overflow their stack on a run of some 500,000 spaces,
 # so longer runs than this are cut; and a regular expression of 500,000 characters takes
 # minutes to compile, so a longer one than this is refused.
-LONGEST_RUN, LONGEST_SPLIT = 65_536, 1_000
+LONGEST_RUN, LONGEST_SPLIT, MOST_CUTS = 65_536, 1_000, 20
 MOST_TOKENS = 262_144  # a larger vocabulary is not read
 BYTES_PER_TOKEN = 200  # in a tokenizer.json; Llama 3's has 60 to 160
 MOST_WORK = 10_000_000  # steps to merge pieces one by one; Llama 3 needs 100,000
@@ -3112,7 +3112,7 @@ CLASS = rf"\[\^?(?:{IN_CLASS}|\[(?!:)\^?{IN_CLASS}+\])+\]"
 REGEX_PARTS = (
     rf"(?P<one>{ESCAPE}|{CLASS}|[^\\\[(){{}}|?*+^$])",
     r"\(\?(?:i:|[:>=!])|\((?!\?)|[)|]",  # groups, alternatives, looking ahead
-    r"[?*+][?+]?|\{\d+(?:,\d*)?\}(?![?*+])",  # how often
+    r"[?*+][?+]?(?!\{)|\{\d+(?:,\d*)?\}(?![?*+{])",  # how often
     r"\$",
 )
 REGEX_PART = re.compile("|".join(REGEX_PARTS), re.DOTALL)
@@ -3223,6 +3223,12 @@ class WordVocabulary(Vocabulary):
 
 class WordTokenizer(ByteLevelTokenizer):
     """Text to ids, one word after the other."""
+
+    def __init__(self, vocabulary: WordVocabulary):
+        super().__init__(vocabulary, {})
+        for step in vocabulary.cuts:  # an expression that is none is found out now
+            if step is not SPELLED:
+                make_cutter(step, *MARKS[:2])
 
     def encode(self, text: str) -> list[int]:
         own = self.vocabulary
@@ -3351,6 +3357,8 @@ def read_cuts(spec: dict) -> tuple[tuple[Cut, ...], str, str | None]:
             space = SPACE
         elif step.get("add_prefix_space"):
             prefix = "missing"
+    if len(cuts) > MOST_CUTS:
+        raise ValueError(f"{len(cuts)} steps of splitting, wanted at most {MOST_CUTS}")
     return (*cuts,), space, prefix
 
 
@@ -3919,7 +3927,7 @@ class Tokenizer(ByteLevelTokenizer):
         if own := vocabulary.words:
             at_once = {w: i for w, i in own.at_once.items() if never.isdisjoint(i)}
             own = replace(without_ids(own, never), at_once=at_once)
-            self._words = WordTokenizer(own, {})
+            self._words = WordTokenizer(own)
         self.stop_tokens |= self.written_after_a_reply()
 
     @classmethod

@@ -81,7 +81,9 @@ def test_a_tokenizer_json_as_large_as_the_largest_vocabularies_have_it_is_read(
     config = {"vocab_size": 262_144}
     write_tokenizer(tmp_path, {}, config=config)
     (tmp_path / "tokenizer.json").write_text(text)
-    with pytest.raises(ValueError, match="wanted plain BPE"):  # it is read and judged
+    with pytest.raises(
+        ValueError, match="not in the vocabulary"
+    ):  # it is read and judged
         llama.Tokenizer.from_folder(tmp_path)
     write_tokenizer(tmp_path, {}, config={"vocab_size": 32_000})
     (tmp_path / "tokenizer.json").write_text(text)
@@ -827,8 +829,8 @@ def test_other_files_of_a_tokenizer_have_limits_too(name, folder, tmp_path):
 # What tiktoken, asked in another way, panics over: Rust then prints lines of its own.
 UNFIT_SPLITS = [
     ("(?=a)", "it matches no text"),
-    (r"\b", "it matches no text"),
-    ("(?:a|aa)+$(?<!a)", "Max limit for backtracking"),
+    (r"\b", "unknown split"),
+    ("(?:a|aa)+$(?<!a)", "unknown split"),
     ("(?:" * 100, "Pattern too deeply nested"),
     (r"\p{L}{1000}", "error building NFA"),
     ("(?=a)" * 100_000, "the split's 500,000 characters"),
@@ -862,7 +864,10 @@ def audit(event, arguments):
     forbidden = ("socket.", "subprocess.", "os.exec", "os.system", "pickle.", "os.fork")
     forbidden += ("os.mkdir", "os.remove", "os.rename", "shutil.")
     writes = event == "open" and arguments[1] and set(arguments[1]) & set("wax+")
-    if event.startswith(forbidden) or event in ("compile", "exec") or writes:
+    # The interpreter of chat templates has Python read its lines, as a tree of syntax:
+    # that is a compile of an unknown file, after which nothing is executed.
+    compiles = event == "compile" and arguments[1] != "<unknown>"
+    if event.startswith(forbidden) or event == "exec" or compiles or writes:
         raise AssertionError(f"{event} {arguments}")
 
 llama.main(["info", "1b"])  # what Python itself compiles when first used
