@@ -34,6 +34,7 @@ import threading
 import time
 import types
 import weakref
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -2849,6 +2850,474 @@ def test_added_tokens_that_are_not_special_are_text():
 
 BYTES = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
 METASPACE = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "never"}
+
+
+def merged_spec(merges: list[str], *words: str, **model: object) -> dict:
+    """A byte-level tokenizer.json with these merges and words, in one piece."""
+    vocab = without(small_spec()["model"]["vocab"], "ab")
+    for piece in [merge.replace(" ", "") for merge in merges] + [*words]:
+        vocab.setdefault(piece, 1000 + len(vocab))
+    model |= {"vocab": vocab, "merges": merges}
+    return small_spec(model=model, pre_tokenizer=BYTES, added_tokens=[])
+
+
+def reference_of(spec: dict):
+    """Hugging Face's tokenizer of a tokenizer.json, with the fields that it wants."""
+    step = {"trim_offsets": True} | (spec["pre_tokenizer"] or {})
+    fields = without(llama.AddedToken("", 0)._asdict(), "content", "id")
+    added = [fields | token for token in spec["added_tokens"]]
+    spec = spec | {"version": "1.0", "added_tokens": added}
+    spec["pre_tokenizer"] = step if spec["pre_tokenizer"] else None
+    return peer("tokenizers").Tokenizer.from_str(json.dumps(spec))
+
+
+# (merges, words of the vocabulary that no merge makes, a text, its pieces)
+MERGES = [
+    (["b c", "a b", "ab c"], [], "abc", "a bc"),  # nothing arrives at abc
+    (["b c", "a b", "ab c"], [], "xabcx", "x a bc x"),
+    (["a b", "b c", "ab c"], [], "abc", "abc"),
+    (["a b", "b c", "ab c", "a bc"], [], "abc", "abc"),  # the last is never used
+    (["ab c", "a b"], [], "abc", "abc"),  # a part has the higher rank
+    (["ab c", "a b", "b c"], [], "abcbc", "abc bc"),
+    (["a a", "aa aa"], [], "aaaaa", "aaaa a"),
+    (["a a", "aa aa", "a aaaa"], [], "aaaaa", "aaaa a"),  # the left is merged first
+    (["a b", "c d", "b c", "ab cd"], [], "abcd", "abcd"),
+    (["b c", "a b", "c d", "ab cd"], [], "abcd", "a bc d"),
+    (["a b", "b c", "a b"], [], "abc", "a bc"),  # of two places, the last counts
+    (["b c", "a b", "a b"], ["xyz"], "xyzabc", "x y z a bc"),
+]
+
+
+@pytest.mark.parametrize("oracle", [False, True])
+@pytest.mark.parametrize(("merges", "words", "text", "pieces"), MERGES)
+def test_only_pairs_that_a_file_names_are_merged(
+    merges, words, text, pieces, oracle, tmp_path
+):
+    spec = merged_spec(merges, *words)
+    ids = [spec["model"]["vocab"][piece] for piece in pieces.split(" ")]
+    if oracle:
+        assert reference_of(spec).encode(text).ids == ids
+    else:
+        own = llama.Tokenizer.from_folder(write_tokenizer(tmp_path, spec))
+        assert own.encode(text) == ids
+
+
+@pytest.mark.parametrize("oracle", [False, True])
+@pytest.mark.parametrize(
+    ("text", "pieces"),
+    [
+        ("xy", "xy"),  # as a word
+        ("xyz", "xyz"),
+        ("xyx", "x y x"),  # no merge makes it
+        ("xyzx", "x y z x"),
+        ("abc", "abc"),  # nor this one
+        ("abcx", "a bc x"),
+        ("bc", "bc"),
+    ],
+)
+def test_a_word_that_is_not_merged_is_no_piece_of_other_words(
+    text, pieces, oracle, tmp_path
+):
+    merges = ["b c", "a b", "ab c"]
+    spec = merged_spec(merges, "xy", "xyz", ignore_merges=True)
+    ids = [spec["model"]["vocab"][piece] for piece in pieces.split(" ")]
+    if oracle:
+        assert reference_of(spec).encode(text).ids == ids
+    else:
+        own = llama.Tokenizer.from_folder(write_tokenizer(tmp_path, spec))
+        assert own.encode(text) == ids
+
+
+def test_merges_that_arrive_nowhere_take_no_time():
+    """Each piece is merged alone; a vocabulary with so many of them is refused."""
+    merges = [["a", "b" * n] for n in range(2, 400)]
+    began = time.monotonic()
+    with pytest.raises(ValueError, match="may not arrive at 398 pieces"):
+        llama.Merging("ab", merges)
+    assert time.monotonic() - began < 1
+    assert llama.Merging("ab", merges[:50]).left["abb"] == 3
+
+
+@pytest.mark.parametrize("oracle", [False, True])
+@pytest.mark.parametrize(
+    ("text", "model", "wanted"),
+    [
+        ("a\x01b", {}, ["ab"]),  # it is dropped, and its neighbours are merged
+        ("\x01", {}, []),
+        ("\x01\x01a\x01", {}, ["a"]),
+        ("a\x02b", {}, ["a", "Ă", "b"]),  # one that is there
+        ("é", {}, ["©"]),  # half of a character
+        ("aéb", {}, ["a", "©", "b"]),
+        ("a\x01b", {"unk_token": "<unk>"}, ["a", "<unk>", "b"]),
+        ("a\x01\x01b", {"unk_token": "<unk>"}, ["a", "<unk>", "<unk>", "b"]),
+        (
+            "a\x01éb",
+            {"unk_token": "<unk>", "fuse_unk": True},
+            ["a", "<unk>", "©", "b"],
+        ),
+    ],
+)
+def test_a_byte_that_no_token_has_is_dropped_before_the_merges(
+    text, model, wanted, oracle, tmp_path
+):
+    spec = small_spec(added_tokens=[], pre_tokenizer=BYTES)
+    vocab = without(spec["model"]["vocab"], "ā", "Ã") | {"<unk>": 900}
+    spec["model"] |= {"vocab": vocab} | model
+    ids = [vocab[piece] for piece in wanted]
+    if oracle:
+        assert reference_of(spec).encode(text).ids == ids
+        return
+    own = llama.Tokenizer.from_folder(write_tokenizer(tmp_path, spec))
+    assert own.encode(text) == ids
+    assert own.vocabulary.lacking == b"\xc3\x01"
+    # A text without such bytes needs no words to be cut.
+    own._words = None
+    assert own.encode("ab cab") == [vocab[piece] for piece in ("ab", "Ġ", "c", "ab")]
+
+
+@pytest.mark.parametrize(("text", "pieces"), [("a\x01b", "a b"), ("a\x01 b", "a b")])
+def test_bytes_are_dropped_after_the_words_are_cut(text, pieces, tmp_path):
+    """GPT-2's expression takes a control character for a word of its own."""
+    spec = small_spec(added_tokens=[])
+    spec["model"]["vocab"] = vocab = without(spec["model"]["vocab"], "ā", "Ġ")
+    own = llama.Tokenizer.from_folder(write_tokenizer(tmp_path, spec))
+    ids = [vocab[piece] for piece in pieces.split(" ")]
+    assert own.encode(text) == ids == reference_of(spec).encode(text).ids
+
+
+def test_every_id_of_a_vocabulary_has_its_text(tmp_path):
+    """Also those that no merge makes, and that are spelled without byte letters."""
+    words = {
+        "Ġno": b" no",
+        "Ã©": "é".encode(),
+        "<｜x｜>": "<｜x｜>".encode(),
+    }
+    spec = merged_spec(["a b"], *words)
+    own = llama.Tokenizer.from_folder(write_tokenizer(tmp_path, spec))
+    for word, text in words.items():
+        assert own.decode([spec["model"]["vocab"][word]]) == text.decode()
+    assert own.vocabulary.text.keys() == {*spec["model"]["vocab"].values()}
+
+
+def test_the_oldest_files_leave_out_types(tmp_path):
+    spec = fallback_spec("")
+    steps = [{"prepend": "▁"}, {"pattern": {"String": " "}, "content": "▁"}]
+    spec["normalizer"] = {"normalizers": steps}
+    del spec["model"]["type"]
+    spec["model"]["merges"] = ["a b"]
+    own = llama.Tokenizer.from_folder(write_tokenizer(tmp_path, spec))
+    ids = [256, 500, 256, 257]
+    assert own.encode("ab a") == reference_of(spec).encode("ab a").ids == ids
+
+
+@pytest.mark.parametrize(
+    ("step", "ids"),
+    [
+        ({"add_prefix_space": True}, [256, 257]),
+        ({"add_prefix_space": False}, [257]),
+        ({}, [256, 257]),
+        ({"prepend_scheme": "never", "add_prefix_space": True}, [257]),
+        ({"prepend_scheme": "first", "add_prefix_space": True}, [256, 257]),
+    ],
+)
+def test_metaspace_had_another_key_for_its_scheme(step, ids, tmp_path):
+    spec = fallback_spec("") | {"normalizer": None}
+    spec["pre_tokenizer"] = {"type": "Metaspace", "replacement": "▁"} | step
+    own = llama.Tokenizer.from_folder(write_tokenizer(tmp_path, spec))
+    assert own.encode("a") == ids
+    if step != {"add_prefix_space": False}:  # which the newest tokenizers refuse
+        assert reference_of(spec).encode("a").ids == ids
+
+
+def test_byte_level_vocabularies_may_put_a_space_before_a_text(tmp_path):
+    step = BYTES | {"add_prefix_space": True}
+    spec = merged_spec(["Ġ a"], "<x>") | {"pre_tokenizer": step}
+    token = spec["model"]["vocab"]["<x>"]
+    spec["added_tokens"] = [{"id": token, "content": "<x>", "special": True}]
+    own = llama.Tokenizer.from_folder(write_tokenizer(tmp_path, spec))
+    theirs = reference_of(spec)
+    for text in ("a", " a", "b", "a<x>a", "<x>"):
+        ids = own.encode_marked(text, b"\1" * len(text))
+        assert ids == theirs.encode(text).ids
+    assert own.encode("a", first=False) == [spec["model"]["vocab"]["a"]]
+
+
+def test_a_byte_order_mark_is_no_part_of_a_file(tmp_path):
+    folder = write_tokenizer(
+        tmp_path, small_spec(), config={"vocab_size": 300}, tokenizer_config={}
+    )
+    for file in folder.iterdir():
+        file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    assert llama.Tokenizer.from_folder(folder).encode("ab") == [257]
+    spec = split_spec("a|b")
+    spec["model"]["ignore_merges"] = True
+    write_tokenizer(folder, spec)
+    (folder / "tokenizer.json").write_bytes(
+        b"\xef\xbb\xbf" + (folder / "tokenizer.json").read_bytes()
+    )
+    assert plain_tokenizer(folder).encode("b") == [spec["model"]["vocab"]["b"]]
+
+
+ADDED = {
+    "<s>": {"special": True},
+    "<s>x": {"special": True},
+    "</s>": {"special": True, "lstrip": True},
+    "<|end|>": {"rstrip": True},  # it ends a turn, whatever its fields say
+    "Bác": {},
+    "new": {"single_word": True},
+    "b ": {"lstrip": True, "rstrip": True},
+    "é1": {"normalized": True},  # in NFD it has three characters
+}
+# (a text, the same with the contents of tokens in braces: as ordinary text, and where
+# a template wrote it)
+FOUND = [
+    ("Thưa Bác Nam", "Thưa {Bác} Nam", "Thưa {Bác} Nam"),
+    ("a <s> b", "a <s> b", "a {<s>} b"),
+    ("<s>xy", "<s>xy", "{<s>x}y"),  # the longest
+    ("a </s>", "a </s>", "a{</s>}"),
+    ("a\n\t\u3000</s>b", "a\n\t\u3000</s>b", "a{</s>}b"),
+    ("a\x1f</s>", "a\x1f</s>", "a\x1f{</s>}"),  # no blank to Unicode
+    ("<|end|> \n x", "<|end|> \n x", "{<|end|>}x"),
+    ("new", "{new}", "{new}"),
+    ("a new,new", "a {new},{new}", "a {new},{new}"),
+    ("news anew new_ new\u0301 9new", *2 * ["news anew new_ new\u0301 9new"]),
+    ("new\u200d ½new", "new\u200d ½{new}", "new\u200d ½{new}"),
+    (" b  b b x", "{b }{b }{b }x", "{b }{b }{b }x"),
+    ("é1 e\u03011", "{é1} {é1}", "{é1} {é1}"),
+    ("", "", ""),
+]
+
+
+def added_spec() -> dict:
+    """A tokenizer.json with the tokens above, which normalises to NFD."""
+    spec = small_spec(normalizer={"type": "NFD"})
+    size = len(spec["model"]["vocab"]) + 1
+    spec["added_tokens"] = [
+        {"id": size + n, "content": content} | fields
+        for n, (content, fields) in enumerate(ADDED.items())
+    ]
+    spec["model"]["vocab"]["?!"] = 0  # so that Hugging Face counts on from here
+    return spec
+
+
+@pytest.mark.parametrize(("text", "plain", "written"), FOUND)
+def test_added_tokens_are_found_by_their_own_fields(text, plain, written, tmp_path):
+    spec = added_spec()
+    own = llama.Tokenizer.from_folder(write_tokenizer(tmp_path, spec))
+    ids_of = {token["content"]: token["id"] for token in spec["added_tokens"]}
+
+    def ids(shown: str) -> list[int]:
+        parts = re.split(r"\{(.*?)\}", unicodedata.normalize("NFC", shown))
+        form = lambda part: unicodedata.normalize("NFD", part).encode()
+        own_ids = {text: i for i, text in own.vocabulary.text.items()}
+        spelled = [[own_ids[bytes([b])] for b in form(part)] for part in parts[::2]]
+        for n, name in enumerate(parts[1::2]):
+            spelled.insert(2 * n + 1, [ids_of[name]])
+        return [i for part in spelled for i in part]
+
+    assert own.encode(text) == ids(plain)
+    assert own.encode_marked(text, b"\1" * len(text)) == ids(written)
+    assert own.special_tokens.keys() == {"<s>", "<s>x", "</s>", "<|end|>"}
+    spec["added_tokens"][3]["special"] = True
+    theirs = reference_of(spec)
+    assert theirs.encode(text).ids == ids(written)
+    theirs.encode_special_tokens = True
+    assert theirs.encode(text).ids == ids(plain)
+
+
+def marked(own: llama.Tokenizer, *parts: str) -> str:
+    """The text of the ids of parts, of which every other, from the first on, is the
+    template's; tokens in brackets."""
+    text = "".join(parts)
+    trusted = b"".join(bytes([1 - n % 2]) * len(part) for n, part in enumerate(parts))
+    written = own.written_tokens(text, trusted)
+    names = {i: name for name, i in (own.special_tokens | own.added_words).items()}
+    ids = own.encode_marked(text, trusted, written=written)
+    return "".join(f"[{names[i]}]" if i in names else chr(i) for i in ids)
+
+
+def test_a_control_token_is_found_where_all_of_it_is_trusted():
+    own = byte_tokenizer(["<s>", "<s>x", "</s>"], ["word", "<think>"])
+    assert marked(own, "<s>hi</s>") == "[<s>]hi[</s>]"
+    assert marked(own, "<s>", "<s>hi</s>", "</s>") == "[<s>]<s>hi</s>[</s>]"
+    assert marked(own, "<s", ">hi", "</s>") == "<s>hi[</s>]"
+    assert marked(own, "", "<", "s>", "</s", ">") == "<s></s>"
+    # A text cannot hide the token before it by going on as a longer one does.
+    assert marked(own, "<s>", "xy") == "[<s>]xy"
+    assert marked(own, "<s>x", "y") == "[<s>x]y"
+    assert marked(own, "", "<", "<s>") == "<[<s>]"
+    # A word is one whoever writes it, unless the template writes it itself.
+    assert marked(own, "<s>", "a word") == "[<s>]a [word]"
+    assert marked(own, "<s>w", "ord") == "[<s>][word]"
+    assert marked(own, "word", " and word <think>") == "[word] and word [<think>]"
+    assert marked(own, "<think>", "</s><think>") == "[<think>]</s><think>"
+
+
+def test_what_is_trusted_stays_so_in_normalised_text(tmp_path):
+    """Tokens that are looked for in the normalised text."""
+    spec = added_spec() | {"normalizer": {"type": "NFC"}}
+    for token in spec["added_tokens"]:
+        token |= {"normalized": True, "special": True}
+    own = llama.Tokenizer.from_folder(write_tokenizer(tmp_path, spec))
+    token = own.special_tokens["é1"]
+    for text in ("é1", "e\u03011"):
+        assert own.encode_marked(text, b"\1" * len(text)) == [token]
+        assert token not in own.encode(text)
+        after = own.encode_marked(text + "e\u0301", b"\1" * len(text) + b"\0\0")
+        assert after == [token, *own.encode("é")]
+    # An accent of the user's on a letter of the template's: no token is found.
+    assert token not in own.encode_marked("e\u03011", b"\1\0\1")
+    assert token not in own.encode_marked("e\u0301e\u03011", b"\1\0\1\1\1")
+
+
+def test_a_space_goes_before_each_text_as_the_vocabulary_has_it(tmp_path):
+    """Old files put one before every text between two tokens, newer ones only at the
+    start; and where a text goes on there is none."""
+    spec = fallback_spec("")
+    replaced = spec["normalizer"]
+    spec["model"]["vocab"]["<s>"] = 501
+    spec["added_tokens"] = [{"id": 501, "content": "<s>", "special": True}]
+    steps = [{"type": "Prepend", "prepend": "▁"}, replaced]
+    always = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always"}
+    for normalizer, step, wanted in [
+        ({"type": "Sequence", "normalizers": steps}, None, "▁a<s>▁b<s>▁▁a"),
+        (None, always, "▁a<s>▁b<s>▁a"),
+        (None, always | {"prepend_scheme": "first"}, "▁a<s>b<s>▁a"),
+        (replaced, None, "a<s>b<s>▁a"),
+    ]:
+        spec |= {"normalizer": normalizer, "pre_tokenizer": step}
+        own = llama.Tokenizer.from_folder(write_tokenizer(tmp_path, spec))
+        text = "a<s>b<s> a"
+        ids = own.encode_marked(text, b"\1" * len(text))
+        names = {256: "▁", 257: "a", 258: "b", 501: "<s>"}
+        assert "".join(names[i] for i in ids) == wanted
+        assert reference_of(spec).encode(text).ids == ids
+        later = own.encode_marked(text, b"\1" * len(text), first=False)
+        assert later == ids[wanted[0] == "▁" :]
+
+
+def test_added_tokens_are_read_wherever_they_are_declared(tmp_path):
+    spec = small_spec()  # its </s> has the id 0, and its vocabulary ends at 257
+    spec["added_tokens"].append({"id": 258, "content": "<a>", "special": False})
+    config = {"lstrip": True, "special": False, "normalized": False, "rstrip": False}
+    folder = write_tokenizer(
+        tmp_path,
+        spec,
+        added_tokens={"<a>": 258, "<b>": 259, "<c>": 260, "ab": 7},
+        special_tokens_map={"pad_token": "<b>", "bos_token": {"content": "x"}},
+        tokenizer_config={
+            "added_tokens_decoder": {
+                "258": {"content": "<a>", **config},
+                "261": {"content": "<d>", **config, "special": True},
+            },
+            "additional_special_tokens": ["<c>", {"content": "<e>", "rstrip": True}],
+            "bos_token": "</s>",
+            "unk_token": None,
+        },
+        config={"vocab_size": 400},
+    )
+    settings = llama.tokenizer_settings(folder, None)
+    found = {token.content: token for token in settings["added"]}
+    token = llama.AddedToken
+    assert found == {
+        "</s>": token("</s>", 0, special=True),
+        "<a>": token("<a>", 258, lstrip=True),
+        "<d>": token("<d>", 261, special=True, lstrip=True),
+        "<b>": token("<b>", 259, special=True),
+        "<c>": token("<c>", 260, special=True),
+        "ab": token("ab", 257, normalized=True),  # its id is the vocabulary's
+        "<e>": token("<e>", 262, special=True, rstrip=True),
+    }
+    own = llama.Tokenizer.from_folder(folder)
+    assert own.added_words == {"<a>": 258, "ab": 257} and own.bos == 0
+
+
+def test_transformers_reads_the_same_added_tokens(tmp_path):
+    transformers = peer("transformers")
+    spec = json.loads((STORIES / "tokenizer.json").read_bytes())
+    size = 1 + max(spec["model"]["vocab"].values())
+    flags = {"single_word": False, "rstrip": False, "lstrip": True}
+    entry = {"content": "<a>", "special": False, "normalized": False, **flags}
+    other = {"__type": "AddedToken", "content": "<d>", "special": True}
+    named = ["<c>", other | flags | {"normalized": False}]
+    for files in [
+        {
+            "tokenizer_config": {
+                "added_tokens_decoder": {str(size): entry},
+                "additional_special_tokens": named,
+            }
+        },
+        {
+            "added_tokens": {"<a>": size, "<b>": size + 1},
+            "special_tokens_map": {"additional_special_tokens": named[:1]},
+        },
+    ]:
+        folder = tmp_path / str(len(files))
+        write_tokenizer(folder, spec, **{"tokenizer_config": {}} | files)
+        theirs = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+        own = llama.Tokenizer.from_folder(folder)
+        for text in ("x <a> y", "a <b><c>  <d> z"):
+            wanted = theirs.encode(text, add_special_tokens=False)
+            assert own.encode_marked(text, b"\1" * len(text)) == wanted
+
+
+def test_a_token_that_the_model_has_no_row_for_is_never_used(tmp_path):
+    """Models with a pad token beyond their embedding are common."""
+    spec = small_spec()
+    spec["added_tokens"] += [
+        {"id": 258, "content": "<pad>", "special": True},
+        {"id": 259, "content": "word"},
+    ]
+    folder = write_tokenizer(tmp_path, spec, config={"vocab_size": 258})
+    own = llama.Tokenizer.from_folder(folder)
+    assert max(own.encode("a <pad> word")) < 258
+    with pytest.raises(ValueError, match="'<pad>' has the id 258, the model 258 ids"):
+        own.encode_marked("<pad>", b"\1" * 5)
+
+
+def test_a_control_token_is_no_piece_of_a_text_even_where_merges_make_it(tmp_path):
+    for changes in ({}, {"pre_tokenizer": split_spec("c", "x")["pre_tokenizer"]}):
+        spec = merged_spec(["a b", "ab c"], "xy", ignore_merges=True) | changes
+        spec["added_tokens"] = [
+            {"id": spec["model"]["vocab"][piece], "content": piece, "special": True}
+            for piece in ("ab", "xy", "q")
+        ]
+        own = llama.Tokenizer.from_folder(write_tokenizer(tmp_path, spec))
+        controls = {*own.special_tokens.values()} - {own.special_tokens["q"]}
+        for text in ("ab", "xy", "abc", "xyab", "q"):
+            assert own.decode(own.encode(text)) == text.replace("q", "")
+            assert not controls & {*own.encode(text)}
+
+
+def test_thousands_of_added_tokens_are_found_quickly():
+    own = byte_tokenizer([f"<|extra_{n}|>" for n in range(5000)], ["<|word|>"])
+    text = "<|extra_4999|> <|extra <| <div> " * 3000
+    began = time.monotonic()
+    ids = own.encode_marked(text, b"\1" * len(text))
+    assert own.encode(text) == [*text.encode()]
+    assert time.monotonic() - began < 10
+    assert ids.count(256 + 4999) == 3000
+
+
+def test_a_long_text_is_cut_by_steps_in_a_few_seconds(tmp_path):
+    spec = split_spec(r"\p{N}{1,3}", r"\s?\p{L}+", llama.QWEN2_SPLIT)
+    own = llama.Tokenizer.from_folder(write_tokenizer(tmp_path, spec))
+    for text in ("word 12345, ", "a", " ", "\n", "é"):
+        text = text * (300_000 // len(text))
+        assert own.decode(own.encode(text)) == text
+
+
+def test_known_names_end_a_reply_where_they_are_control_tokens(tmp_path):
+    names = (
+        "<|end_of_turn|> <|EOT|> <|end|> <｜end▁of▁sentence｜> <|im_end|> <|eot_id|>"
+    )
+    names = [*names.split(" "), "<end_of_turn>", "</s>", "<|eot|>"]
+    added = [{"id": 300 + n, "content": name} for n, name in enumerate(names)]
+    added += [{"id": 400, "content": "<|start|>", "special": True}]
+    folder = write_tokenizer(tmp_path, small_spec(added_tokens=added))
+    own = llama.Tokenizer.from_folder(folder)
+    assert own.stop_tokens == {300 + n for n in range(len(names))}
+    assert own.special_tokens.keys() == {*names, "<|start|>"}
 
 
 @pytest.mark.parametrize(
