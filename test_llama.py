@@ -33,8 +33,8 @@ import sys
 import threading
 import time
 import types
-import weakref
 import unicodedata
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 
