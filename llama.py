@@ -1740,25 +1740,26 @@ def read_args(config: dict) -> ModelArgs:
 # 12. Chat templates
 # A family of models has its own way of writing a conversation down, and publishes it as
 # a template in Jinja, a language for web pages. Text outside of tags is printed as it
-# stands, {{ }} prints a value, and {% %} holds a statement:
+# stands, {{ }} prints a value, {% %} holds a statement, and {# #} a comment:
 #
-#     {% for message in messages %}{{ '<|' + message.role + '|>' }}
+#     {% for message in messages %}
+#     {{ '<|' + message.role + '|>' }}
 #     {{ message.content | trim }}
 #     {% endfor %}
 #
-# A template comes with a model, so it may come from anyone, and it is never run as a
-# program. Translation writes it down as a Python program, one word a line,
+# A template comes with a model, so it may come from anyone, and is never run as a
+# program. Translation writes it down in the words of Python, each in a line of its own,
 #
 #     for (v_message) in [0 for (v_message) in (v_messages)]:
-#      ('<|' << v_message.v_role << '|>')
-#      '\n'
-#      (v_message.v_content.f_trim)
-#      '\n'
+#         ('<|' << v_message.v_role << '|>')
+#         '\n'
+#         (v_message.v_content.f_trim)
+#         '\n'
 #
-# so that Python's own parser reads it: ast.parse turns it into a tree of loops, sums and
-# names, and runs nothing. Rendering walks over the tree. It knows some twenty kinds of
-# node, and only values of its own: nothing in a template can reach a Python object. It
-# counts its steps, so that no template can take a machine's time or memory.
+# so that Python's own parser reads it: ast.parse makes a tree of loops, sums and names
+# of it, and runs nothing. Rendering walks over the tree. It knows some twenty kinds of
+# node, and values of a few kinds: nothing in a template can reach into Python. And it
+# pays for each step, so that no template takes much time or memory.
 #
 # What a template prints is more than text: <|user|> may be a control token above, but
 # must stay text if a user typed it. So each character of a Text knows who wrote it, the
@@ -1871,18 +1872,18 @@ class Text(str):
         return self.lstrip(characters).rstrip(characters)
 
     def lower(self) -> "Text":
-        return self._recased(super().lower())
+        return self.recased(super().lower())
 
     def upper(self) -> "Text":
-        return self._recased(super().upper())
+        return self.recased(super().upper())
 
     def title(self) -> "Text":
-        return self._recased(super().title())
+        return self.recased(super().title())
 
     def capitalize(self) -> "Text":
-        return self._recased(super().capitalize())
+        return self.recased(super().capitalize())
 
-    def _recased(self, text: str) -> "Text":
+    def recased(self, text: str) -> "Text":
         # A few letters become two; then nobody knows which came from where.
         return Text(text, self.marks) if len(text) == len(self) else Text.of(text)
 
@@ -1898,7 +1899,7 @@ def few(characters: str | None) -> str | None:
 
 
 class Undefined:
-    """What a name or a key without a value gives: it prints as nothing, and is false."""
+    """What a name or a key without a value gives: false, and printed as nothing."""
 
     def __init__(self, name: str):
         self.name = name
@@ -1982,9 +1983,11 @@ CONSTANTS = {"true": "True", "false": "False", "none": "None"}
 CONSTANTS |= {word: word for word in CONSTANTS.values()}
 # In Jinja ~ binds tighter than + and -; in Python + does so than << and >>.
 SUMS = {"+": "<<", "-": ">>", "~": "+"}
-# Our own names, which no template can write: a block's text, and what an if without else
-# gives.
-BLOCK, ELSE = "v_0block", "v_0else"
+# Names that no template can write: a block's text, what an `if` without else gives, and
+# what a call block would need.
+BLOCK, ELSE, CALL = "v_0block", "v_0else", "v_0call"
+# What may follow a test and is no argument of it.
+NO_ARGUMENT = ("and", "or", "else", "(")
 # Where Jinja reads -x|f and x|f.a otherwise than Python reads -x.f and x.f.a.
 UNCLEAR = (("-", "|"), ("-", "is"), ("|", "."), ("|", "["))
 
@@ -2028,7 +2031,7 @@ class Translation:
             self.statement(at, ascii(text))
 
     def trimmed(self, at: int, tag: re.Match) -> str:
-        """Return the text from `at` to a tag, less the white space that the tag eats."""
+        """Return the text from `at` to a tag, without the white space the tag eats."""
         text = self.source[at : tag.start()]
         if tag[2] == "-":
             return text.rstrip()
@@ -2129,10 +2132,8 @@ class Translation:
         elif name == "generation" and not rest:
             return (f"with ({BLOCK}):",)
         elif name == "call":
-            return ("with (yield):",)  # not known here, which is said where it runs
-        raise self.error(
-            at, f"no tag {name or 'without a name':.80} is known in this place"
-        )
+            return (f"with ({CALL}):",)  # not known, as is said if it is evaluated
+        raise self.error(at, f"the tag {name:.80} is not known in this place")
 
     def loop(self, at: int, words: list[Word]) -> Sequence:
         """Return how a loop begins: over a list of what passes its `if`, in Python."""
@@ -2168,11 +2169,11 @@ class Translation:
             if value in ("|", "is"):
                 last, n = "|", self.filter_or_test(words, n)
             elif value == ".":
-                index = words[n].kind == "number"
+                member, n = words[n], n + 1
+                index = member.kind == "number"
                 self.write(
-                    at, f"[{words[n].value}]" if index else f".v_{self.name(words[n])}"
+                    at, f"[{member.value}]" if index else f".v_{self.name(member)}"
                 )
-                n += 1
             elif kind == "bracket":
                 after_value = True
                 self.write(at, value, inner or "", BRACKETS[value])
@@ -2224,12 +2225,7 @@ class Translation:
 
 def is_argument(word: Word) -> bool:
     """Return whether a word after a test is an argument without brackets."""
-    return word.kind not in ("sign", "end") and word.value not in (
-        "and",
-        "or",
-        "else",
-        "(",
-    )
+    return word.kind not in ("sign", "end") and word.value not in NO_ARGUMENT
 
 
 def unescaped(text: str) -> str:
@@ -2250,11 +2246,11 @@ def index_of(value: str, words: list[Word]) -> int | None:
     return next((n for n, word in enumerate(words) if word.value == value), None)
 
 
-# What can be done with values. Filters and tests get the Rendering first, then the value
-# that stands before them.
+# What can be done with values. Filters and tests get the Rendering first, and then the
+# value that stands before them. A bare TypeError says that the values do not fit.
 
 
-def times(left, right):
+def product(left, right):
     if not (isinstance(left, (int, float)) and isinstance(right, (int, float))):
         raise TypeError
     if abs(left * right) > LARGEST:
@@ -2262,7 +2258,7 @@ def times(left, right):
     return left * right
 
 
-def modulo(left, right):
+def remainder(left, right):
     if isinstance(left, str):  # Python's % would fill in a form
         raise TypeError
     return left % right
@@ -2271,10 +2267,10 @@ def modulo(left, right):
 SIGNS = {
     ast.LShift: operator.add,  # Jinja's +
     ast.RShift: operator.sub,  # Jinja's -
-    ast.Mult: times,
+    ast.Mult: product,
     ast.Div: operator.truediv,
     ast.FloorDiv: operator.floordiv,
-    ast.Mod: modulo,
+    ast.Mod: remainder,
     ast.USub: operator.neg,
     ast.UAdd: operator.pos,
     ast.Not: operator.not_,
@@ -2305,9 +2301,8 @@ def filter_map(run, values, *args, attribute=None, default=None):
         if args:
             return run.use(FILTERS, args[0], item, *args[1:])
         found = pick(run, item, attribute)
-        return (
-            default if isinstance(found, Undefined) and default is not None else found
-        )
+        missing = isinstance(found, Undefined) and default is not None
+        return default if missing else found
 
     return iter([change(item) for item in run.items(values or ())])
 
@@ -2347,7 +2342,7 @@ def filter_last(run, values):
 def filter_title(run, value):
     words = re.split(r"([-\s({\[<]+)", run.text(value))
     text = "".join(word[:1].upper() + word[1:].lower() for word in words)
-    return run.text(value)._recased(text)
+    return run.text(value).recased(text)
 
 
 def filter_tojson(run, value, ensure_ascii=False):
@@ -2436,7 +2431,16 @@ GLOBALS = {
     "strftime_now": global_strftime_now,
 }
 # What Jinja knows under these names, no chat template uses.
-NOT_KNOWN = ("cycler", "dict", "joiner", "kwargs", "lipsum", "self", "varargs")
+NOT_KNOWN = (
+    CALL[2:],
+    "cycler",
+    "dict",
+    "joiner",
+    "kwargs",
+    "lipsum",
+    "self",
+    "varargs",
+)
 
 
 # Second, a walk over the program's tree.
@@ -2445,8 +2449,8 @@ NOT_KNOWN = ("cycler", "dict", "joiner", "kwargs", "lipsum", "self", "varargs")
 class Rendering:
     """A walk over the tree of a template: its variables, its output, and its cost.
 
-    Values are texts, numbers, lists and the like, Undefined, Fields, and functions, which
-    get the Rendering first. What can be done with them is in the tables above.
+    Values are texts, numbers, lists and the like, Undefined, Fields, and functions,
+    which get the Rendering first. What can be done with them is in the tables above.
     """
 
     def __init__(self, template: Translation, variables: dict, steps: int):
@@ -2564,7 +2568,7 @@ class Rendering:
         if name in self.scope:
             return self.scope[name]
         if name in NOT_KNOWN:
-            raise ValueError(f"{name} is not known here")
+            raise ValueError(f"{name.lstrip('0')} is not known here")
         return Undefined(name.lstrip("0"))
 
     def member(self, node: ast.Attribute, args: Sequence = (), options: Sequence = ()):
@@ -2584,8 +2588,6 @@ class Rendering:
                 values += self.items(self.visit(arg.value))
             else:
                 values.append(self.visit(arg))
-        if any(option.arg is None for option in options):
-            raise ValueError("** is not known here")
         return values, {option.arg[2:]: self.visit(option.value) for option in options}
 
     def call(self, node: ast.Call):
@@ -2629,13 +2631,13 @@ class Rendering:
             left = right
         return result
 
-    def sum(self, node: ast.BinOp):
+    def calculate(self, node: ast.BinOp):
         left, right = self.visit(node.left), self.visit(node.right)
         if isinstance(node.op, ast.Add):  # Jinja's ~
             return self.text(left) + self.text(right)
         return SIGNS[type(node.op)](defined(left), defined(right))
 
-    def slice(self, node: ast.Slice) -> slice:
+    def bounds(self, node: ast.Slice) -> slice:
         bounds = (node.lower, node.upper, node.step)
         return slice(*[bound and self.visit(bound) for bound in bounds])
 
@@ -2648,10 +2650,10 @@ class Rendering:
             result[name] = self.visit(value)
         return result
 
-    def print(self, node: ast.Expr) -> None:
+    def show(self, node: ast.Expr) -> None:
         value = node.value
-        # Printed, the filter safe changes nothing. Elsewhere it is not known here: Jinja
-        # would escape for HTML what is added to its text.
+        # Printed, the filter safe changes nothing. Elsewhere it is not known here,
+        # since Jinja escapes for HTML what is added to a safe text.
         if isinstance(value, ast.Attribute) and value.attr == "f_safe":
             value = value.value
         self.output.append(self.text(self.visit(value)))
@@ -2741,13 +2743,6 @@ class Rendering:
         self.scope = scope
 
 
-def leave(signal: type) -> Callable:
-    def act(run: Rendering, node: ast.stmt) -> None:
-        raise signal
-
-    return act
-
-
 def loop_fields(items: list, n: int) -> Loop:
     """Return the value of `loop` in round n."""
     rest = len(items) - n - 1
@@ -2793,8 +2788,8 @@ NODES = {
     ast.Subscript: lambda run, node: run.item(
         run.visit(node.value), run.visit(node.slice)
     ),
-    ast.Slice: Rendering.slice,
-    ast.BinOp: Rendering.sum,
+    ast.Slice: Rendering.bounds,
+    ast.BinOp: Rendering.calculate,
     ast.UnaryOp: lambda run, node: SIGNS[type(node.op)](run.visit(node.operand)),
     ast.BoolOp: Rendering.logic,
     ast.Compare: Rendering.comparison,
@@ -2804,7 +2799,7 @@ NODES = {
     ast.List: lambda run, node: [run.visit(item) for item in node.elts],
     ast.Tuple: lambda run, node: tuple([run.visit(item) for item in node.elts]),
     ast.Dict: Rendering.mapping,
-    ast.Expr: Rendering.print,
+    ast.Expr: Rendering.show,
     ast.If: Rendering.choose,
     ast.For: Rendering.loop,
     ast.Assign: lambda run, node: run.assign(node.targets[0], run.visit(node.value)),
@@ -2822,8 +2817,9 @@ class ChatTemplate:
     def __init__(self, source: str):
         """Raises TemplateError, with line and column, for what does not parse."""
         if len(source) > LONGEST_TEMPLATE:
+            size, most = len(source), LONGEST_TEMPLATE
             raise TemplateError(
-                f"a template may have {LONGEST_TEMPLATE:,} characters, not {len(source):,}"
+                f"a template may have {most:,} characters, not {size:,}"
             )
         source = source.replace("\r\n", "\n").replace("\r", "\n").removesuffix("\n")
         try:
@@ -2842,9 +2838,9 @@ class ChatTemplate:
     ) -> Text:
         """Return a conversation as the template writes it.
 
-        names: texts that count as the template's own, such as bos_token. variables: what
-        else the template may ask for, such as enable_thinking; their texts are trusted
-        no more than a message.
+        messages: [{"role": text, "content": text or list, ...}, ...]. names: texts that
+        count as the template's own, such as bos_token. variables: what else a template
+        may ask for, such as enable_thinking; their texts have no known writer.
         Raises RaisedByTemplate where the template does, TemplateError for what fails.
         """
         own = [own_value(message, n) for n, message in enumerate(messages)]
@@ -2870,7 +2866,7 @@ def own_value(value, writer: int, depth: int = 0):
         return Text.by(writer, value)
     if isinstance(value, (list, tuple)):
         return [own_value(item, writer, depth + 1) for item in value]
-    if isinstance(value, Mapping):
+    if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
         own = {
             Text.by(UNKNOWN, key): own_value(item, writer, depth + 1)
             for key, item in value.items()
@@ -2880,21 +2876,23 @@ def own_value(value, writer: int, depth: int = 0):
         return own
     if value is None or isinstance(value, (bool, int, float)):
         return value
-    raise ValueError(f"a message cannot hold {value!r:.80}")
+    raise ValueError(f"a message cannot hold a value like this {type(value).__name__}")
 
 
-# Templates by name, for models that come without one. The first part takes a system
-# message from the conversation, the second goes through the turns and checks their order.
-SYSTEM = """{% set system, turns = none, messages %}
+# Templates by name, for models that come without one. START takes the system message
+# from a conversation; TURN begins a turn, where user and assistant must alternate.
+START = """{% set system, turns = none, messages %}
 {% if messages[0].role == 'system' %}
 {% set system, turns = messages[0].content, messages[1:] %}
 {% endif %}
 """
-TURNS = """{% for message in turns %}
+TURN = """{% for message in turns %}
 {% if message.role != ['user', 'assistant'][loop.index0 % 2] %}
 {{ raise_exception('user and assistant must alternate') }}
 {% elif message.role == 'user' %}
 """
+MISTRAL = START + r"{% set system = '' if system is none else system + '\n\n' %}"
+MISTRAL += "{{ bos_token }}" + TURN
 BUILT_IN = {
     # Part One writes this one by hand; the ids are the same.
     "llama3": """{{ bos_token }}
@@ -2907,7 +2905,7 @@ BUILT_IN = {
 <|start_header_id|>assistant<|end_header_id|>
 
 {% endif %}""",
-    "llama3.1": SYSTEM
+    "llama3.1": START
     + """{{ bos_token }}<|start_header_id|>system<|end_header_id|>
 
 Cutting Knowledge Date: December 2023
@@ -2923,13 +2921,14 @@ Today Date: {{ strftime_now('%d %b %Y') }}
 <|start_header_id|>assistant<|end_header_id|>
 
 {% endif %}""",
-    "llama2": SYSTEM
+    "llama2": START
     + r"""{% if system is not none %}
 {% set system = '<<SYS>>\n' + system + '\n<</SYS>>\n\n' %}
 {% endif %}
 """
-    + TURNS
-    + """{{ bos_token }}[INST] {{ ((system or '' if loop.first) ~ message.content) | trim }} [/INST]
+    + TURN
+    + """{% set content = (system or '' if loop.first) ~ message.content %}
+{{ bos_token }}[INST] {{ content | trim }} [/INST]
 {%- else %}
 {{ ' ' + message.content | trim + ' ' + eos_token }}
 {%- endif %}
@@ -2948,18 +2947,14 @@ Today Date: {{ strftime_now('%d %b %Y') }}
 {% if add_generation_prompt %}
 <|assistant|>
 {% endif %}""",
-    "mistral": SYSTEM
-    + "{{ bos_token }}"
-    + TURNS
-    + r"""[INST] {{ (system + '\n\n' if loop.first and system is not none) ~ message.content }} [/INST]
+    "mistral": MISTRAL
+    + """[INST] {{ (system if loop.first) ~ message.content }} [/INST]
 {%- else %}
 {{ message.content + eos_token }}
 {%- endif %}
 {% endfor %}""",
-    "mistral-v3": SYSTEM
-    + "{{ bos_token }}"
-    + TURNS
-    + r"""[INST] {{ (system + '\n\n' if loop.last and system is not none) ~ message.content }}[/INST]
+    "mistral-v3": MISTRAL
+    + """[INST] {{ (system if loop.last) ~ message.content }}[/INST]
 {%- else %}
 {{ ' ' + message.content | trim + eos_token }}
 {%- endif %}

@@ -34,6 +34,7 @@ import threading
 import time
 import types
 import unicodedata
+import warnings
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
@@ -2557,7 +2558,10 @@ MEANINGS = [
     ("{{ messages[0].nope | upper }}{{ messages[0].get('nope', 1) }}", "1"),
     ("{% for i in nope %}x{% else %}none{% endfor %}", "none"),
     (
-        "{% for i in [1, 2, 3] if i != 2 %}{{ loop.index }}/{{ loop.length }} {% endfor %}",
+        (
+            "{% for i in [1, 2, 3] if i != 2 %}"
+            "{{ loop.index }}/{{ loop.length }} {% endfor %}"
+        ),
         "1/2 2/2 ",
     ),
     ("{% for a, b in {'x': 1}.items() %}{{ a }}{{ b }}{% endfor %}", "x1"),
@@ -2567,19 +2571,24 @@ MEANINGS = [
     ),
     (
         (
-            "{% for i in range(9) %}{% if i == 1 %}{% continue %}{% elif i == 3 %}{% break %}"
+            "{% for i in range(9) %}{% if i == 1 %}{% continue %}"
+            "{% elif i == 3 %}{% break %}"
             "{% endif %}{{ i }}{% endfor %}"
         ),
         "02",
     ),
     ("{% for i in [1] %}{% continue %}{% else %}else{% endfor %}", "else"),
     (
-        "{% set x = 1 %}{% for i in [1, 2] %}{% set x = x + i %}{{ x }}{% endfor %}{{ x }}",
+        (
+            "{% set x = 1 %}{% for i in [1, 2] %}"
+            "{% set x = x + i %}{{ x }}{% endfor %}{{ x }}"
+        ),
         "231",
     ),
     (
         (
-            "{% set ns = namespace(x=1) %}{% for i in [1, 2] %}{% set ns.x = ns.x + i %}"
+            "{% set ns = namespace(x=1) %}{% for i in [1, 2] %}"
+            "{% set ns.x = ns.x + i %}"
             "{% endfor %}{{ ns.x }}"
         ),
         "4",
@@ -2593,7 +2602,10 @@ MEANINGS = [
         "123 213 23",
     ),
     (
-        "{% set x | upper %}a{% endset %}{{ x }}{% filter upper | trim %} b {% endfilter %}",
+        (
+            "{% set x | upper %}a{% endset %}{{ x }}"
+            "{% filter upper | trim %} b {% endfilter %}"
+        ),
         "AB",
     ),
     ("{% generation %}a{% endgeneration %}", "a"),
@@ -2606,11 +2618,23 @@ MEANINGS = [
         "{{ (messages | rejectattr('role', 'in', ['user']) | list)[-1].role }}",
         "assistant",
     ),
-    ("{{ 'yes' if messages | select }}", "yes"),  # a stream is true, whatever it gives
+    (
+        "{{ 'yes' if messages | select('none') }}",
+        "yes",
+    ),  # a stream is true, whatever it gives
+    ("{{ 'user' in messages | map(attribute='role') }}", "True"),
+    ("{{ '-'.join(messages | map(attribute='role')) }}", "system-user-assistant-user"),
+    ("{% if 1 if 0 %}{% endif %}", None),
+    ("{% macro f(a) %}{% endmacro %}{{ f(1, 2) }}", None),
+    ("{% set a, b = [1] %}", None),
+    ("{{ messages | select | last }}", None),  # and it has no last item
+    ("{{ -1 | string }}{{ (-1) | string }}", None),  # Python has another order here
+    ("{{ 'a' | list.x }}", None),  # a filter named list.x, in Jinja
+    ("{{ range(100001) | length }}", None),
     ("{{ messages[0].items is defined }}", None),  # Python's method, in Jinja
     ("{{ 'tom-o (bed)' | title }}{{ 'tom-o' | capitalize }}", "Tom-O (Bed)Tom-o"),
     ("{{ ['a', 1, {'b': none}] | tojson }}", '["a", 1, {"b": null}]'),
-    ("{{ messages | tojson | safe }}"[:0] + "{{ 'a<b' | safe }}", "a<b"),
+    ("{{ 'a<b' | safe }}", "a<b"),
     ("{{ strftime_now('%Y') == year }}", "True"),
 ]
 
@@ -2624,14 +2648,20 @@ def test_templates_mean_what_they_mean_in_jinja(source, wanted):
         assert render(source, year=time.strftime("%Y")) == wanted
 
 
+def test_a_backslash_that_means_nothing_stays_without_a_warning():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert render(r"{{ 'a\d\\d\n' }}") == "a\\d\\d\n"
+
+
 ERRORS = [
     ("a\n {{ 1 + }}", "line 2, column 8: this does not parse"),
     (
         "{% if 1 %}\n{% endfor %}",
-        "line 2, column 1: no tag endfor is known in this place",
+        "line 2, column 1: the tag endfor is not known in this place",
     ),
     ("{% for x in [1] %}", "line 1, column 19: wanted endfor, got the end"),
-    ("{% break %}", "line 1, column 1: no tag break is known in this place"),
+    ("{% break %}", "line 1, column 1: the tag break is not known in this place"),
     ("{{ a | }}", "line 1, column 7: wanted a name, got the end"),
     ("{{ a ? b }}", "line 1, column 6: this is no word of the language"),
     ("{{ 'a }}", "line 1, column 4: this is no word of the language"),
@@ -2644,6 +2674,10 @@ ERRORS = [
     (
         "{{ 'a'.zfill(3) }}",
         "line 1, column 4: zfill is not known here: 'a'.zfill(3) }}",
+    ),
+    (
+        "{% macro 'f'() %}{% endmacro %}",
+        "line 1, column 10: wanted a name, got 'f'",
     ),
     ("{{ nope() }}", "line 1, column 4: nope is undefined: nope() }}"),
     ("{{ raise_exception('Roles\n must alternate') }}", "Roles must alternate"),
@@ -2661,6 +2695,17 @@ def test_errors_say_where_they_are(source, message):
     )
 
 
+def test_a_message_may_hold_lists_but_none_without_end():
+    parts = [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}]
+    text = render("{{ messages[0].content[0].text }}", parts)
+    assert list(text.runs()) == [("Hi", 0)]
+    for _ in range(5000):
+        parts = [parts]
+    for content in (parts, b"Hi", {1: 2}):
+        with pytest.raises(ValueError, match=r"nested|cannot hold"):
+            render("", [{"role": "user", "content": content}])
+
+
 DATE = time.strftime("%d %b %Y")
 WRITTEN = {
     "llama3": "<s><|start_header_id|>system<|end_header_id|>\n\nS<|eot_id|>"
@@ -2674,7 +2719,8 @@ WRITTEN = {
     "<|start_header_id|>assistant<|end_header_id|>\n\nB<|eot_id|>"
     "<|start_header_id|>user<|end_header_id|>\n\nC<|eot_id|>"
     "<|start_header_id|>assistant<|end_header_id|>\n\n",
-    "llama2": "<s>[INST] <<SYS>>\n S \n<</SYS>>\n\n A [/INST] B </s><s>[INST] C [/INST]",
+    "llama2": "<s>[INST] <<SYS>>\n S \n<</SYS>>\n\n A [/INST] B </s>"
+    "<s>[INST] C [/INST]",
     "chatml": "<|im_start|>system\n S <|im_end|>\n<|im_start|>user\n A <|im_end|>\n"
     "<|im_start|>assistant\n B <|im_end|>\n<|im_start|>user\n C <|im_end|>\n"
     "<|im_start|>assistant\n",
