@@ -2880,7 +2880,8 @@ def own_value(value, writer: int, depth: int = 0):
 
 
 # Templates by name, for models that come without one. START takes the system message
-# from a conversation; TURN begins a turn, where user and assistant must alternate.
+# from a conversation, LLAMA3_TURNS writes the others, and TURN begins a turn where user
+# and assistant must alternate.
 START = """{% set system, turns = none, messages %}
 {% if messages[0].role == 'system' %}
 {% set system, turns = messages[0].content, messages[1:] %}
@@ -2891,27 +2892,7 @@ TURN = """{% for message in turns %}
 {{ raise_exception('user and assistant must alternate') }}
 {% elif message.role == 'user' %}
 """
-MISTRAL = START + r"{% set system = '' if system is none else system + '\n\n' %}"
-MISTRAL += "{{ bos_token }}" + TURN
-BUILT_IN = {
-    # Part One writes this one by hand; the ids are the same.
-    "llama3": """{{ bos_token }}
-{%- for message in messages %}
-<|start_header_id|>{{ message.role }}<|end_header_id|>
-
-{{ message.content | trim }}<|eot_id|>
-{%- endfor %}
-{% if add_generation_prompt %}
-<|start_header_id|>assistant<|end_header_id|>
-
-{% endif %}""",
-    "llama3.1": START
-    + """{{ bos_token }}<|start_header_id|>system<|end_header_id|>
-
-Cutting Knowledge Date: December 2023
-Today Date: {{ strftime_now('%d %b %Y') }}
-
-{{ (system or '') | trim }}<|eot_id|>
+LLAMA3_TURNS = """
 {%- for message in turns %}
 <|start_header_id|>{{ message.role }}<|end_header_id|>
 
@@ -2920,7 +2901,20 @@ Today Date: {{ strftime_now('%d %b %Y') }}
 {% if add_generation_prompt %}
 <|start_header_id|>assistant<|end_header_id|>
 
-{% endif %}""",
+{% endif %}"""
+MISTRAL = START + r"{% set system = '' if system is none else system + '\n\n' %}"
+MISTRAL += "{{ bos_token }}" + TURN
+BUILT_IN = {
+    # Part One writes this one by hand; the ids are the same.
+    "llama3": "{% set turns = messages %}{{ bos_token }}" + LLAMA3_TURNS,
+    "llama3.1": START
+    + """{{ bos_token }}<|start_header_id|>system<|end_header_id|>
+
+Cutting Knowledge Date: December 2023
+Today Date: {{ strftime_now('%d %b %Y') }}
+
+{{ (system or '') | trim }}<|eot_id|>"""
+    + LLAMA3_TURNS,
     "llama2": START
     + r"""{% if system is not none %}
 {% set system = '<<SYS>>\n' + system + '\n<</SYS>>\n\n' %}
@@ -3199,7 +3193,7 @@ def cut_words(text: str, cuts: Iterable[Cut]) -> list[str]:
     return pieces
 
 
-UNKNOWN_LETTER = "\0"  # stands for a letter that is not in the vocabulary
+MISSING = "\0"  # stands for a letter that is not in the vocabulary
 
 
 @dataclass(frozen=True)
@@ -3231,11 +3225,8 @@ class WordTokenizer(ByteLevelTokenizer):
         for word in cut_words(text, own.cuts):
             if word not in ids_of:
                 known = word.translate(own.unknown)
-                known = (
-                    re.sub(f"{UNKNOWN_LETTER}+", UNKNOWN_LETTER, known)
-                    if own.fused
-                    else known
-                )
+                if own.fused:
+                    known = re.sub(f"{MISSING}+", MISSING, known)
                 ids_of[word] = super().encode(known)
             ids += ids_of[word]
         return ids
@@ -3437,8 +3428,8 @@ def byte_level_vocabulary(spec: dict) -> SpelledVocabulary:
     lacking = [letter for letter in letters if letter not in vocab]
     if lacking and (model.get("byte_fallback") or unknown not in (None, *vocab)):
         raise ValueError(
-            f"the vocabulary lacks {len(lacking)} bytes, among them {lacking[0]!r}, and "
-            f"what stands for them: byte_fallback, unk_token {unknown!r:.80}"
+            f"the vocabulary lacks {len(lacking)} bytes, among them {lacking[0]!r}, "
+            f"and what stands for them: byte_fallback, unk_token {unknown!r:.80}"
         )
     pairs, at_once, all_pieces = merge_pieces(model, characters)
     split, foreign = one_expression(cuts) or ("", any_foreign(cuts))
@@ -3454,13 +3445,10 @@ def byte_level_vocabulary(spec: dict) -> SpelledVocabulary:
             text[i] = bytes(map(letters.get, piece)) if known else piece.encode()
     by_words, words = not (split and all_pieces), None
     if by_words or lacking:
-        table = dict.fromkeys(
-            map(ord, lacking), "" if unknown is None else UNKNOWN_LETTER
-        )
-        vocab = (
-            vocab if unknown is None else vocab | {UNKNOWN_LETTER: vocab.get(unknown)}
-        )
-        ranks, ids = rank_characters([*characters, UNKNOWN_LETTER], made, vocab)
+        table = dict.fromkeys(map(ord, lacking), "" if unknown is None else MISSING)
+        if unknown is not None:
+            vocab = vocab | {MISSING: vocab.get(unknown)}
+        ranks, ids = rank_characters([*characters, MISSING], made, vocab)
         settings = cuts, table, bool(model.get("fuse_unk"))
         at_once = {word: [vocab[word]] for word in at_once}
         words = WordVocabulary(ranks, ANY_TEXT, ids, text, *settings, at_once)
@@ -3577,8 +3565,8 @@ def rank_file(file: Path, tokens: int) -> tuple[SpelledVocabulary, list[dict], s
         raise ValueError(f"{file}: wanted the ranks 0 to {size - 1}, each once")
     if size != LLAMA3_RANKS:  # such a file does not say how it splits
         raise ValueError(
-            f"{file}: wanted the {LLAMA3_RANKS:,} ranks of Llama 3, got {size:,}; other "
-            "models need their tokenizer.json"
+            f"{file}: wanted the {LLAMA3_RANKS:,} ranks of Llama 3, got {size:,}; "
+            "other models need their tokenizer.json"
         )
     places = LLAMA3_TOKENS.items()
     added = [{"content": t, "id": size + n, "special": True} for t, n in places]
@@ -3676,13 +3664,37 @@ class TokenTable:
     def __init__(self, tokens: Mapping[str, AddedToken]):
         """tokens: by what is looked for."""
         self.tokens = {text: token for text, token in tokens.items() if text}
-        # Python tries alternatives one by one, so those that begin alike are grouped.
-        groups = collections.defaultdict(list)
-        for text in sorted(self.tokens, key=len, reverse=True):
-            groups[text[:2]].append(re.escape(text[2:]))
-        heads = sorted(groups, key=len, reverse=True)
-        ways = [f"{re.escape(head)}(?:{'|'.join(groups[head])})" for head in heads]
-        self.expression = re.compile("|".join(ways) or r"(?!)")
+        sizes = collections.defaultdict(set)
+        for text in self.tokens:
+            sizes[text[:2]].add(len(text))
+        self.sizes = {head: sorted(sizes[head], reverse=True) for head in sizes}
+        first = "".join(sorted({re.escape(text[0]) for text in self.tokens}))
+        self.first = re.compile(f"[{first}]" if first else "(?!)")
+
+    def longest(self, text: str, start: int, end: int) -> str:
+        """Return the longest of what is looked for that begins at `start` and does not
+        pass `end`; "" if there is none."""
+        for head in (text[start : start + 2], text[start]):
+            for size in self.sizes.get(head, ()):
+                name = text[start : start + size]
+                if start + size <= end and name in self.tokens:
+                    return name
+        return ""
+
+    def find(
+        self, text: str, start: int, trusted: Sequence[int], control: Collection[str]
+    ) -> tuple[str, int]:
+        """Return what is found at `start`, or "", and from where to look further."""
+        name = self.longest(text, start, len(text))
+        end = start + max(len(name), 1)
+        mask = trusted[start:end]
+        if not name or self.tokens[name].content not in control or 0 not in mask:
+            return name, end
+        # A text that goes on where a control token ends must not hide it.
+        name = self.longest(text, start, start + mask.index(0))
+        if any(mask):
+            end = start + max(len(name), 1)
+        return name, end
 
     def split(
         self, text: str, trusted: Sequence[int], control: Collection[str]
@@ -3691,17 +3703,12 @@ class TokenTable:
         end). trusted: not 0 for each character that may be one of a control token.
         control: the contents of the tokens which need that."""
         done = at = 0
-        while found := self.expression.search(text, at):
-            token, (start, end) = self.tokens[found[0]], found.span()
-            mask = trusted[start:end]
-            if token.content in control and 0 in mask:
-                at = start + 1 if any(mask) else end
-                # A text that goes on where a control token ends must not hide it.
-                last = start + mask.index(0)
-                if not (found := self.expression.match(text, start, last)):
-                    continue
-                token, end = self.tokens[found[0]], found.end()
-            at = end
+        while found := self.first.search(text, at):
+            start = found.start()
+            name, at = self.find(text, start, trusted, control)
+            if not name:
+                continue
+            token, end = self.tokens[name], at
             if token.single_word and not stands_alone(text, start, end):
                 continue
             if token.lstrip:
@@ -3752,10 +3759,20 @@ def read_template(folder: Path, settings: dict, limit: int) -> str | None:
     """
     template, file = settings.get("chat_template"), folder / "chat_template.jinja"
     if file.exists():
-        return read_bounded(file, limit).decode()
+        return read_bounded(file, limit).decode("utf-8-sig")
     if isinstance(template, list):  # several, by name
         template = {entry["name"]: entry["template"] for entry in template}["default"]
     return template
+
+
+def token_names(settings: dict) -> dict[str, str]:
+    """Return what chat templates call control tokens, from tokenizer_config.json: from
+    bos_token and the like to a token's text."""
+    named = {key: settings[key] for key in settings if key.endswith("_token")}
+    texts = {k: v["content"] if isinstance(v, dict) else v for k, v in named.items()}
+    return {
+        name: text for name, text in texts.items() if text and isinstance(text, str)
+    }
 
 
 def tokenizer_settings(folder: Path, template: str | None) -> dict:
@@ -3781,15 +3798,14 @@ def tokenizer_settings(folder: Path, template: str | None) -> dict:
         raise ValueError(f"token ids must be whole numbers, got {ids!r:.200}")
     if (size := max(vocabulary.text) + 1) > rows:
         raise ValueError(f"the tokenizer has {size} ids, the model {rows}")
-    named = {key: settings[key] for key in settings if key.endswith("_token")}
-    names = {k: v["content"] if isinstance(v, dict) else v for k, v in named.items()}
+    names = token_names(settings)
     if template is None:
         source = read_template(folder, settings, JSON_BYTES)
     else:  # which needs its tokens, also where a folder does not name them
         source = BUILT_IN[template]
         texts = {token.id: token.content for token in added}
         ends = {"bos_token": texts.get(bos), "eos_token": texts.get(eos)}
-        names = ends | {k: v for k, v in names.items() if v}
+        names = {name: text for name, text in ends.items() if text} | names
     return {
         "vocabulary": vocabulary,
         "added": added,
@@ -3799,7 +3815,7 @@ def tokenizer_settings(folder: Path, template: str | None) -> dict:
         "stop_tokens": stops,
         "adds_bos": settings.get("add_bos_token", first is not None),
         "template": source,
-        "token_names": {k: v for k, v in names.items() if isinstance(v, str)},
+        "token_names": names,
         "source": str(folder),
     }
 
@@ -4091,9 +4107,15 @@ class Tokenizer(ByteLevelTokenizer):
             raise NoTemplate(f"{self.source}: chat template: {error}") from None
 
     def render(self, messages: list[dict[str, str]], **variables) -> Text:
-        """Return a conversation as the template writes it; see ChatTemplate.render."""
+        """Return a conversation as the template writes it; see ChatTemplate.render.
+
+        Raises NoTemplate if no template can write it, and ValueError in the template's
+        own words if it refuses this conversation.
+        """
         try:
             return self.chat_template.render(messages, self.token_names, **variables)
+        except RaisedByTemplate as error:
+            raise ValueError(f"{self.source}: chat template: {error}") from None
         except TemplateError as error:
             raise NoTemplate(f"{self.source}: chat template: {error}") from None
 
@@ -4112,7 +4134,7 @@ class Tokenizer(ByteLevelTokenizer):
         same text could get other ids than the cache holds. variables: what else the
         template may ask for, as enable_thinking.
         Raises ValueError for messages that are none, or that the template refuses, and
-        NoTemplate where no template is known.
+        NoTemplate where no template can write them.
         """
         check_conversation(messages)
         prompt = self.render(messages, **variables)
@@ -4130,7 +4152,8 @@ class Tokenizer(ByteLevelTokenizer):
             message = messages[writer] if writer >= 0 else {}
             if message == {"role": "assistant", "content": run} and run in replies:
                 # What precedes a reply is encoded as when it had not been written.
-                ids += encode(at, self.reply_start(text, start, replies[run]))
+                begin = self.reply_start(text, start, replies[run])
+                ids += encode(at, max(begin, at))
                 ids += replies[run]
                 at = end
         return ids + encode(at, None)
@@ -4150,7 +4173,7 @@ class Tokenizer(ByteLevelTokenizer):
         talk = [{"role": "user", "content": "?"}, reply]
         try:
             prompt = self.render(talk, add_generation_prompt=False)
-        except NoTemplate:
+        except ValueError:
             return set()
         after = ""
         for run, writer in prompt.runs():
@@ -6235,7 +6258,7 @@ def advice(error: Exception) -> str:
 
 
 def error_line(error: Exception) -> str:
-    """Return an error as one line, with advice; one of the system's without its number."""
+    """Return an error as one line, with advice; the system's without their numbers."""
     text = str(error)
     if isinstance(error, OSError) and error.strerror:
         about = "" if error.filename is None else f"{error.filename}: "
@@ -6710,7 +6733,7 @@ def layer_kinds(model: Llama) -> dict[str, int]:
 def made_up_exchange(tokenizer: Tokenizer) -> str | None:
     """Return a conversation as the model will read it, None for a base model.
 
-    With instructions, or without if the template takes none. Raises NoTemplate if it
+    With instructions, or without if the template takes none. Raises ValueError if it
     takes no conversation.
     """
     contents = ["Be brief.", "Hello!", "Hi!", "How are you?"]
@@ -6720,7 +6743,7 @@ def made_up_exchange(tokenizer: Tokenizer) -> str | None:
         return None
     try:
         return str(tokenizer.render(talk))
-    except NoTemplate:
+    except ValueError:
         return str(tokenizer.render(talk[1:]))
 
 

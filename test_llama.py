@@ -4004,13 +4004,43 @@ def test_messages_out_of_order_are_refused(messages, error):
         (None, "is a base model"),
         ("{% if %}", "chat template: line 1, column 1"),
         ("{{ messages[0].content.format() }}", "chat template: line 1, column "),
-        ("{{ raise_exception('Not today.') }}", "chat template: Not today."),
     ],
 )
 def test_a_conversation_needs_a_template_that_works(template, error):
     with pytest.raises(llama.NoTemplate, match=f"this tokenizer.*{error}") as caught:
         byte_tokenizer(template=template).encode_chat(TURNS[:1])
     assert re.search("--raw.*--template.*llama3.1", llama.advice(caught.value))
+
+
+def test_a_template_refuses_a_conversation_in_its_own_words():
+    """Another template would not help against that, so none is advised."""
+    own = byte_tokenizer(template="{{ raise_exception('Not  today.') }}")
+    with pytest.raises(
+        ValueError, match=r"^this tokenizer: chat .*: Not today\.$"
+    ) as e:
+        own.encode_chat(TURNS[:1])
+    assert llama.advice(e.value) == ""
+
+
+def test_a_byte_order_mark_is_no_part_of_a_template(tmp_path):
+    folder = write_tokenizer(tmp_path, small_spec())
+    (folder / "chat_template.jinja").write_bytes(b"\xef\xbb\xbf{{ 'a' }}")
+    own = llama.Tokenizer.from_folder(folder)
+    assert own.render(TURNS[:1]) == "a"
+
+
+def test_a_space_between_two_replies_belongs_to_one_of_them():
+    """Both may begin with one that is not printed; ids are never taken twice."""
+    text = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    vocabulary = dataclasses.replace(byte_tokenizer().vocabulary, prefix="missing")
+    own = llama.Tokenizer(vocabulary, template=text)
+    talk = [
+        {"role": "assistant", "content": "a "},
+        {"role": "assistant", "content": "b"},
+    ]
+    replies = {"a ": [*b" a "], "b": [*b" b"]}
+    ids = own.encode_chat([*talk, {"role": "user", "content": "c"}], replies=replies)
+    assert ids == [*b" a ", *b" b", *b"c"]
 
 
 # -----------------------------------------------------------------------------

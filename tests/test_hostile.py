@@ -1,6 +1,7 @@
 """Hostile and damaged folders: each is used, or refused in one line."""
 
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -209,6 +210,58 @@ def test_no_splice_of_control_tokens_becomes_one(name):
             assert skeleton(own, texts) == wanted, texts
             assert not controls_of(own) & {*own.encode(texts[0])}
     assert seen >= 1
+
+
+@pytest.mark.parametrize("file", ["added_tokens", "special_tokens_map"])
+def test_whatever_is_in_a_file_of_tokens_is_used_or_refused(file, tmp_path):
+    write_tokenizer(tmp_path, small_spec(), tokenizer_config={})
+    values = [
+        None,
+        7,
+        -1,
+        2**40,
+        1.5,
+        True,
+        "x",
+        "",
+        [],
+        {},
+        [7],
+        ["x"],
+        [{}],
+        {"x": 1},
+    ]
+    values += [{"content": "x"}, {"content": 7}, {"content": []}, "\ud800", "ab" * 9999]
+    keys = ["x", "", "\ud800", "bos_token", "additional_special_tokens", "y" * 99999]
+    keys += ["extra_special_tokens", "added_tokens_decoder", "259"]
+    used = 0
+    for key, value in itertools.product(keys, values):
+        (tmp_path / f"{file}.json").write_text(json.dumps({key: value}))
+        try:
+            own = llama.Tokenizer.from_folder(tmp_path)
+        except ValueError as error:
+            assert str(tmp_path) in str(error)
+            continue
+        used += 1
+        ids, controls = own.encode("ab x"), {*own.special_tokens.values()}
+        # A token behind all others can get the id of ab, which is 257 of 257. Then it
+        # is a control token's, and no text has it.
+        assert not controls.intersection(ids) or "x" in own.special_tokens
+        if 257 not in controls:
+            assert ids[0] in (257, *own.added_words.values())
+    assert used > len(keys)
+
+
+def test_many_and_long_added_tokens_are_read_at_once(tmp_path):
+    """As many as a file of the largest size may have."""
+    spec = small_spec()
+    spec["added_tokens"] += [
+        {"id": 300 + n, "content": f"<|{n}|>" + "x" * (n % 300)} for n in range(60_000)
+    ]
+    began = time.monotonic()
+    own = llama.Tokenizer.from_folder(write_tokenizer(tmp_path, spec))
+    assert own.encode("<|59999|>" + "x" * 299) == [60_299]
+    assert time.monotonic() - began < 10
 
 
 @pytest.mark.parametrize("wrong", [-1, 2**31, 1.5, True])

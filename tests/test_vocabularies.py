@@ -2,8 +2,9 @@
 
 LLAMA_TEST_VOCABULARIES names a folder of folders, each with a tokenizer.json, as
 make_vocabularies.py writes them; those of LLAMA_TEST_DATA are compared as well. With
-LLAMA_TEST_TEXTS=N each vocabulary meets N random texts. `python -m pytest -s
-tests/test_vocabularies.py` prints how many texts and ids were compared.
+LLAMA_TEST_TEXTS=N each vocabulary meets N random texts, with LLAMA_TEST_SEEDS=N there
+are N random vocabularies. `python -m pytest -s tests/test_vocabularies.py` prints how
+many texts and ids were compared.
 """
 
 import json
@@ -14,7 +15,14 @@ from pathlib import Path
 import pytest
 
 import llama
-from tests.support import DATA, VOCABULARIES, needs_data, peer, vocabulary_folder
+from tests.support import (
+    DATA,
+    VOCABULARIES,
+    needs_data,
+    peer,
+    vocabulary_folder,
+    write_tokenizer,
+)
 
 MADE = Path(os.environ.get("LLAMA_TEST_VOCABULARIES", "") or "/nonexistent")
 COUNT = int(os.environ.get("LLAMA_TEST_TEXTS", "400"))
@@ -128,7 +136,218 @@ def test_real_vocabularies_give_texts_back(folder):
         assert found.removeprefix(" ") == wanted.removeprefix(" "), text
 
 
+@pytest.mark.skipif(not MADE.is_dir(), reason="LLAMA_TEST_VOCABULARIES names no folder")
+def test_metas_rank_files_are_read_or_refused():
+    ranks = llama.Tokenizer.from_folder(MADE / "llama3-ranks")
+    own = llama.Tokenizer.from_folder(MADE / "llama3")
+    for text in [*TEXTS, *random_texts(own, 100)]:
+        assert ranks.encode(text) == own.encode(text), text
+
+
 def test_there_are_vocabularies_to_compare():
     if not MADE.is_dir():
         pytest.skip("LLAMA_TEST_VOCABULARIES names no folder of vocabularies")
     assert len(FOLDERS) > len(VOCABULARIES) and DATA.is_dir()
+
+
+def split(regex: str, behavior: str = "Isolated", kind: str = "Regex") -> dict:
+    """A step of a pre_tokenizer."""
+    pattern = {"pattern": {kind: regex}, "invert": behavior == "Removed"}
+    return {"type": "Split", "behavior": behavior, **pattern}
+
+
+def byte_level(use_regex: bool, prefix: bool = False) -> dict:
+    """The step that writes bytes as letters."""
+    step = {"add_prefix_space": prefix, "trim_offsets": True, "use_regex": use_regex}
+    return {"type": "ByteLevel", **step}
+
+
+def digits(individual: bool) -> dict:
+    return {"type": "Digits", "individual_digits": individual}
+
+
+KANA = "[一-龥ࠀ-一가-퟿]+"
+O200K = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# The steps of published pre_tokenizers, some with shorter classes of letters.
+PUBLISHED = {
+    "DeepSeek LLM": [
+        split("[\r\n]"),
+        split(r"\s?[A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-Ֆﬀ-ﬆＡ-Ｚａ-ｚ]+"),
+        split(r"\s?[!-/:-~！-／：-～‘-‟　-。]+"),
+        split(r"\s+$"),
+        split(KANA),
+        digits(True),
+        byte_level(False),
+    ],
+    "DeepSeek Coder": [
+        split("[\r\n]"),
+        split(r"\s?\p{L}+"),
+        split(r"\s?\p{P}+"),
+        split(KANA),
+        digits(True),
+        byte_level(False),
+    ],
+    "StarCoder, granite-code, SmolLM": [digits(True), byte_level(True)],
+    "digits together": [digits(False), byte_level(True)],
+    "Falcon": [
+        {"type": "Punctuation", "behavior": "Contiguous"},
+        byte_level(True),
+        digits(False),
+        split("[0-9][0-9][0-9]"),
+    ],
+    "Viking": [
+        split(r" ?[^(\s|[.,!?…。，、।۔،])]+"),
+        digits(True),
+        byte_level(False),
+    ],
+    "MiniCPM": [split(r"\p{N}{1,3}"), byte_level(True)],
+    "literals that match nothing": [split(r"\p{L}+", kind="String"), byte_level(False)],
+    "GPT-4o": [split(O200K, "Removed"), byte_level(False)],
+    "Tekken": [split(O200K.replace("{1,3}", "")), byte_level(False)],
+    "all behaviours": [
+        split(r"\p{L}+", "Contiguous"),
+        split("e", "MergedWithNext", "String"),
+        split(r"[aio]\w?".replace(r"\w", "[a-z]"), "MergedWithPrevious"),
+        {"type": "Punctuation", "behavior": "MergedWithPrevious"},
+        byte_level(False),
+    ],
+    "a space first": [byte_level(True, prefix=True)],
+    "one word": [byte_level(False)],
+}
+
+
+@needs_data
+@pytest.mark.parametrize("lacking", ["", "Ċā4ĠÃ"])
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_steps_give_the_ids_of_hugging_face(name, lacking, tmp_path):
+    """With all bytes in the vocabulary, and without some that texts have."""
+    file = vocabulary_folder("gpt2-digits") / "tokenizer.json"
+    spec = json.loads(file.read_bytes())
+    steps = {"type": "Sequence", "pretokenizers": PUBLISHED[name]}
+    model = spec["model"]
+    vocab = {p: i for p, i in model["vocab"].items() if not {*p} & {*lacking}}
+    merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
+    merges = [merge for merge in merges if not {*"".join(merge)} & {*lacking}]
+    model |= {"vocab": vocab, "merges": merges}
+    spec |= {"pre_tokenizer": steps, "added_tokens": []}
+    write_tokenizer(tmp_path, spec)
+    own = llama.Tokenizer.from_folder(tmp_path)
+    theirs = peer("tokenizers").Tokenizer.from_str(json.dumps(spec))
+    for text in [*TEXTS, *random_texts(own, COUNT // 4)]:
+        wanted = theirs.encode(text, add_special_tokens=False).ids
+        assert own.encode(text) == wanted, text
+
+
+# Parts of the texts and of the vocabularies of the test below.
+LETTERS = ["abc ", "ab", "abé1 ", "abc ñ\n9日!"]
+PIECES = [*"ab \n1!x_\t", "<s>", "<|x|>", "ab", "23", "?!", "é", "e\u0301", "日", "'s"]
+PIECES += ["  ", "\x01", "\x02\U000f0000", "▁"]
+EXPRESSIONS = [r"\p{N}{1,3}", "[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", r"\p{L}+|\p{N}"]
+EXPRESSIONS += [r" ?\p{L}+", "[a-c]{1,2}", r"\s+$", "b", "a"]
+
+
+def random_merges(rng: random.Random, letters: list[str]) -> list[list[str]]:
+    """Merges in an order that no training gives, some of which make nothing."""
+    pieces, merges = [*letters], []
+    for _ in range(rng.randint(1, 25)):
+        left, right = rng.choice(pieces), rng.choice(pieces)
+        if len(left + right) <= 8:
+            merges.append([left, right])
+            pieces.append(left + right)
+    merges = merges or [[letters[0], letters[0]]]
+    if rng.random() < 0.4:
+        rng.shuffle(merges)
+    return merges
+
+
+def random_model(rng: random.Random, letters: list[str], vocab: list[str]) -> dict:
+    """A model with these letters, whose vocabulary begins with `vocab`."""
+    merges = random_merges(rng, letters)
+    pieces = [*vocab, *letters, *("".join(merge) for merge in merges)]
+    if rng.random() < 0.4:
+        pieces += ["".join(rng.choices(letters, k=rng.randint(2, 5))) for _ in range(6)]
+    ids = {piece: n for n, piece in enumerate(dict.fromkeys(pieces))}
+    whole = rng.random() < 0.5
+    return {"type": "BPE", "vocab": ids, "merges": merges, "ignore_merges": whole}
+
+
+def random_byte_level(rng: random.Random) -> dict:
+    letters = {byte: letter for letter, byte in llama.byte_letters().items()}
+    used = [*rng.choice(LETTERS).encode()]
+    if rng.random() < 0.4:  # a vocabulary that lacks some bytes
+        for byte in rng.sample([*used[1:], 1, 2, 0xF3], 2):
+            letters.pop(byte, None)
+    own = [letters[byte] for byte in used if byte in letters]
+    model = random_model(rng, own, [*letters.values(), "<unk>"])
+    if rng.random() < 0.3:
+        model |= {"unk_token": "<unk>", "fuse_unk": rng.random() < 0.5}
+    between = [{"type": "Punctuation", "behavior": rng.choice(llama.BETWEEN)}]
+    between += [digits(rng.random() < 0.5)]
+    between += [
+        split(rng.choice(EXPRESSIONS), rng.choice(llama.BETWEEN), kind)
+        for kind in ("Regex", "Regex", "String")
+    ]
+    steps = rng.sample(between, rng.randint(0, 3))
+    last = byte_level(rng.random() < 0.5)
+    steps.insert(rng.choice([len(steps), rng.randint(0, len(steps))]), last)
+    forms = [None, {"type": "NFC"}, {"normalizers": []}, {"prepend": "a"}]
+    replaced = {"type": "Replace", "pattern": {"String": "b"}, "content": "cc"}
+    forms.append({"type": "Sequence", "normalizers": [{"type": "NFD"}, replaced]})
+    steps = {"type": "Sequence", "pretokenizers": steps}
+    return {"model": model, "pre_tokenizer": steps, "normalizer": rng.choice(forms)}
+
+
+def random_sentencepiece(rng: random.Random) -> dict:
+    letters = ["▁", "b", *rng.sample([*"aé日\n"], 3)]
+    model = random_model(rng, letters, [f"<0x{byte:02X}>" for byte in range(256)])
+    model["byte_fallback"] = True
+    spaces = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    both = {"normalizers": [{"type": "Prepend", "prepend": "▁"}, spaces]}
+    step = {"type": "Metaspace", "replacement": "▁"}
+    step |= {"prepend_scheme": rng.choice(["always", "first", "never"])}
+    step |= {"split": rng.random() < 0.5}
+    gemma = split(" ", "MergedWithPrevious", "String")
+    cut = {"type": "Sequence", "pretokenizers": [digits(True), split("▁+")]}
+    normalizer, steps = rng.choice(
+        [(both, None), (spaces, None), (None, step), ({"type": "NFKC"}, step)]
+        + [(spaces, gemma), (both, cut)]
+    )
+    return {"model": model, "pre_tokenizer": steps, "normalizer": normalizer}
+
+
+def random_added(rng: random.Random, vocab: dict) -> list[dict]:
+    """Added tokens with random fields. None is a control token and in the vocabulary
+    as well: its pieces are no pieces to us."""
+    names = ["<s>", "<s>x", "s>", "ab", "a", " b", "<|x|>", "<|", "b ", "é", "▁<s>"]
+    added = []
+    for content in rng.sample(names, rng.randint(0, 5)):
+        known = content in vocab
+        fields = {"special": not known and rng.random() < 0.5, "content": content}
+        fields |= {
+            key: rng.random() < 0.3
+            for key in ("lstrip", "rstrip", "single_word", "normalized")
+        }
+        new = len(vocab) + sum(token["content"] not in vocab for token in added)
+        added.append(fields | {"id": vocab[content] if known else new})
+    return added
+
+
+@pytest.mark.parametrize("seed", range(int(os.environ.get("LLAMA_TEST_SEEDS", "60"))))
+def test_random_vocabularies_give_the_ids_of_hugging_face(seed, tmp_path):
+    rng = random.Random(seed)
+    spec = rng.choice([random_byte_level, random_sentencepiece])(rng)
+    added = random_added(rng, spec["model"]["vocab"])
+    spec |= {"version": "1.0", "added_tokens": added}
+    theirs = peer("tokenizers").Tokenizer.from_str(json.dumps(spec))
+    own = llama.Tokenizer.from_folder(write_tokenizer(tmp_path, spec))
+    for _ in range(30):
+        text = "".join(rng.choices(PIECES, k=rng.randint(1, 14)))
+        theirs.encode_special_tokens = True
+        assert own.encode(text) == theirs.encode(text, add_special_tokens=False).ids
+        theirs.encode_special_tokens = False
+        found = own.encode_marked(text, b"\1" * len(text))
+        assert found == theirs.encode(text, add_special_tokens=False).ids
