@@ -4152,8 +4152,7 @@ class Tokenizer(ByteLevelTokenizer):
             message = messages[writer] if writer >= 0 else {}
             if message == {"role": "assistant", "content": run} and run in replies:
                 # What precedes a reply is encoded as when it had not been written.
-                begin = self.reply_start(text, start, replies[run])
-                ids += encode(at, max(begin, at))
+                ids += encode(at, self.reply_start(text, start, replies[run]))
                 ids += replies[run]
                 at = end
         return ids + encode(at, None)
