@@ -5390,7 +5390,7 @@ def accelerate(model: Llama, group: Group | None = None) -> None:
         return
     if not shared:
         fuse(model)
-        compile_blocks(model)
+    compile_blocks(model)
     arrange_steps(model)
 
 

@@ -9,12 +9,15 @@ noisy machine. Needs mlx-lm; run it with nothing else on the machine.
     python benchmarks/bench.py lookup 8b                prompt lookup, on copying and on free text
 
 MODEL is a preset, whose random weights both tools share, or a folder, which each loads.
+`mlx.launch -n 2 -- python benchmarks/bench.py speed 8b` measures two ranks of a preset.
 Speeds are tokens/s: prefill to the first token, decode from the first to the last.
 """
 
 import argparse
 import collections
+import contextlib
 import dataclasses
+import os
 import re
 import statistics
 import sys
@@ -45,21 +48,33 @@ def loaded(folder):
 
 
 def both_models(options):
-    """Return llama.py's model, as its engine would run it, and mlx-lm's."""
+    """Return llama.py's model, as its engine would run it, and mlx-lm's.
+
+    Ranks that mlx.launch has started share a preset between them, as each tool shares
+    it; then the weights of the two differ.
+    """
     if options.model not in llama.PRESETS:
         folder = llama.find_folder(options.model)
         model = loaded(folder)
         llama.accelerate(model)
         return model, load_model(folder)[0]
-    args = llama.PRESETS[options.model]
-    model = llama.random_model(args, options.bits)
-    llama.accelerate(model)  # first, since it may put packed weights in other places
+    args, group = llama.PRESETS[options.model], llama.join_ranks()
+    share = llama.rank_args(args, group.size()) if group else args
+    model = llama.random_model(share, options.bits)
+    llama.accelerate(model, group)  # first, as it may put packed weights elsewhere
     other = peer.Model(
         peer.ModelArgs.from_dict(dataclasses.asdict(args) | {"model_type": "llama"})
     )
     if options.bits:
         nn.quantize(other, group_size=64, bits=options.bits)
-    other.load_weights(tree_flatten(model.parameters()))
+    if group is None:
+        other.load_weights(tree_flatten(model.parameters()))
+        return model, other
+    other.set_dtype(mx.bfloat16)
+    other.shard(group)
+    for layer in other.model.layers:  # one by one, since each is made whole first
+        mx.eval(layer.parameters())
+        mx.clear_cache()
     return model, other
 
 
@@ -338,8 +353,14 @@ def main():
     bits = f"{options.bits}-bit" if options.bits else "bf16"
     preset = options.model in llama.PRESETS
     options.name = f"{options.model} {bits}" if preset else Path(options.model).name
-    mx.random.seed(0)
-    globals()[options.what](options)
+    group = llama.join_ranks()
+    if group and (not preset or options.what != "speed"):
+        parser.error("ranks measure the speed of a preset, and nothing else")
+    mx.random.seed(0)  # all ranks read the same tokens
+    # Every rank measures, and one says so.
+    with open(os.devnull, "w") if group and group.rank() else sys.stdout as out:
+        with contextlib.redirect_stdout(out):
+            globals()[options.what](options)
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ from tests.support import (
     four_bit_model,
     load_model,
     on_the_cpu,
+    peer,
     random_folder,
     start,
     turns,
@@ -440,6 +441,25 @@ def test_info_measures_all_ranks_together(folder, tmp_path):
     _, share = llama.rank_share(*llama.examine(folder), rank_of(0, 2))
     assert found["weights_gb"] == llama.memory_of(share.values(), mx.float32) / 1e9
     assert found["ranks"] == 2
+
+
+# The benchmark with a preset that two ranks on a CPU measure within seconds.
+SMALL_BENCHMARK = """
+import runpy, sys, llama
+llama.PRESETS["1b"] = llama.llama3_args(128, 256, 2, 8)
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_a_benchmark_of_ranks_prints_one_table(tmp_path):
+    peer("mlx_lm")
+    bench = HERE / "benchmarks" / "bench.py"
+    few = ("--prompt-tokens", 5, "--generation-tokens", 6, "--trials", 1)
+    words = ("-c", SMALL_BENCHMARK, bench, "speed", "1b", "--bits", 4, *few)
+    (status, out, error), other = in_ranks(2, tmp_path, *words)
+    assert (status, error) == (0, "") and other == (0, "", "")
+    assert len(out.splitlines()) == 1 and out.startswith("| 1b 4-bit | 5 |"), out
 
 
 def launcher(path: Path, *words: object) -> list[str]:

@@ -99,7 +99,7 @@ def test_both_sides_of_a_benchmark_share_their_weights(monkeypatch):
     peer("mlx_lm")
     bench = imported(HERE / "benchmarks" / "bench.py")
 
-    def accelerate(model):
+    def accelerate(model, group):
         for layer in model.modules():
             if isinstance(layer, llama.QuantizedLinear):
                 layer.weight = layer.weight + 0
