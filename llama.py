@@ -89,6 +89,7 @@ import collections
 import contextlib
 import copy
 import difflib
+import fcntl
 import functools
 import hashlib
 import itertools
@@ -219,6 +220,9 @@ class ModelArgs:
 # still in memory. (This holds for a tensor that starts at a multiple of its item size,
 # and is not cast to another dtype.) A GPU with memory of its own needs one copy, and so
 # does MLX's CPU build, which adopts no foreign memory.
+#
+# To adopt pages is not to read them: the disk would be waited for when the model first
+# runs, and the first prompt would seem slow. So every page is touched here.
 # uses: none
 # needs: Iterable, Iterator, Path, dataclass, json, mmap, mx
 # -----------------------------------------------------------------------------
@@ -245,7 +249,8 @@ def adopt(mapping: memoryview, start: int, size: int, items: int) -> mx.array | 
 
     Metal adopts only whole pages. So the array begins at the page boundary before
     `start` and ends at the one behind the items, or with the file, whose last page MLX
-    may have to copy. Slices and views of it copy nothing.
+    may have to copy. Slices and views of it copy nothing. Nothing is ever written into
+    it: since 0.32.4 MLX makes no result in the memory of an adopted array.
     """
     first, end = start - start % mmap.PAGESIZE, start + items * size
     last = min(end + (-end % mmap.PAGESIZE), len(mapping))
@@ -254,6 +259,10 @@ def adopt(mapping: memoryview, start: int, size: int, items: int) -> mx.array | 
         pages = mx.asarray(mapping[first:last].cast(LETTERS[size]), copy=False)
     except ValueError:
         return None
+    # Ask for all of it, since a disk is fast when it knows what comes; then wait for it
+    # by reading one byte of each page.
+    mapping.obj.madvise(mmap.MADV_WILLNEED, first, last - first)
+    bytes(mapping[first : last : mmap.PAGESIZE])
     return pages[(start - first) // size :][:items]
 
 
@@ -4607,17 +4616,34 @@ def default_prefill_step() -> int:
 
 def default_drafts() -> int:
     """Return how many tokens to draft at a time here: none on a CPU, which takes 16
-    times as long for 16 tokens as for one."""
-    return 0 if mx.default_device() == mx.cpu else 15
+    times as long for 16 tokens as for one. MLX's kernels for Metal that multiply a
+    matrix by a vector take up to 8 rows, a token and 7 drafts."""
+    if mx.default_device() == mx.cpu:
+        return 0
+    return 15 if mx.cuda.is_available() else 7
+
+
+def is_cast(info: TensorInfo, dtype: mx.Dtype | None) -> bool:
+    """Return whether a tensor is cast when it is read; dtype: see read_weights."""
+    kind = DTYPES[info.dtype]
+    return dtype is not None and kind != dtype and mx.issubdtype(kind, mx.floating)
 
 
 def memory_of(tensors: Iterable[TensorInfo], dtype: mx.Dtype | None) -> int:
     """Return the bytes that tensors take loaded; dtype: see read_weights."""
-    total = 0
-    for info in tensors:
-        cast = dtype is not None and mx.issubdtype(DTYPES[info.dtype], mx.floating)
-        total += math.prod(info.shape) * dtype.size if cast else info.nbytes
-    return total
+    return sum(
+        math.prod(info.shape) * dtype.size if is_cast(info, dtype) else info.nbytes
+        for info in tensors
+    )
+
+
+def adopted_bytes(tensors: Iterable[TensorInfo], dtype: mx.Dtype | None) -> int:
+    """Return the bytes of tensors from which a model computes in place, as Metal can;
+    dtype: see read_weights."""
+    if not mx.metal.is_available() or mx.default_device() == mx.cpu:
+        return 0
+    in_place = [t for t in tensors if t.adoptable and not is_cast(t, dtype)]
+    return sum(info.nbytes for info in in_place)
 
 
 def cache_item_size(tensors: Mapping[str, TensorInfo], dtype: mx.Dtype | None) -> int:
@@ -5024,7 +5050,16 @@ class FusedMLP(MLP):
 
 
 LONG = 128  # tokens of a prompt, from which on each block is launched by itself
-LARGE = 32_000_000  # bytes of a layer's cache, from which on a step has two halves
+
+
+def large_cache() -> int:
+    """Return from how many bytes of a layer's cache on a step is launched in halves.
+
+    It is where copying begins to count beside reading the weights. On CUDA that was
+    measured; on Metal, which copies ten times slower, and of a small model reads a few
+    MB a layer, it is computed.
+    """
+    return 32_000_000 if mx.cuda.is_available() else 1_000_000
 
 
 class LaunchedBlock(TransformerBlock):
@@ -5066,7 +5101,7 @@ class Launcher:
         """Launch what gives a block its input x, or wait for what came before it."""
         long = x.shape[1] >= LONG
         if block == 0:
-            large = cache.keys is not None and 2 * cache.keys.nbytes >= LARGE
+            large = cache.keys is not None and 2 * cache.keys.nbytes >= large_cache()
             self.halved = large and not long
             if not self.halved:
                 self.forget()  # what came before, which may have failed
@@ -5468,7 +5503,7 @@ def join_ranks() -> Group | None:
 # the file takes as long as the disk. A file is replaced whole or not at all, is checked
 # for damage, and belongs to one model.
 # uses: 1-7, 11-14
-# needs: Callable, Mapping, Path, hashlib, json, mx, os, zlib
+# needs: Callable, Mapping, Path, contextlib, fcntl, hashlib, json, mx, os, zlib
 # -----------------------------------------------------------------------------
 
 
@@ -5503,6 +5538,16 @@ def are_ids(value: object) -> bool:
     return type(value) is list and all(type(i) is int and 0 <= i < 2**31 for i in value)
 
 
+def flush(descriptor: int) -> None:
+    """Have what was written to a file reach the disk. On macOS fsync leaves it in the
+    memory of the disk itself, from which F_FULLFSYNC writes it down."""
+    with contextlib.suppress(OSError):  # a disk of the network may not know it
+        if hasattr(fcntl, "F_FULLFSYNC"):
+            fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
+            return
+    os.fsync(descriptor)
+
+
 def replace_file(file: Path, write: Callable[[Path], None]) -> None:
     """Have `write` write a file under another name, and put it in the place of `file`
     when it is on the disk: a crash leaves the old one."""
@@ -5512,14 +5557,14 @@ def replace_file(file: Path, write: Callable[[Path], None]) -> None:
     try:
         write(draft)
         with open(draft, "rb") as stream:
-            os.fsync(stream.fileno())
+            flush(stream.fileno())
         os.replace(draft, file)
     except RuntimeError as error:  # MLX's, of a full disk, say
         raise OSError(f"{file} cannot be written: {error}") from None
     finally:
         draft.unlink(missing_ok=True)
     folder = os.open(file.parent, os.O_RDONLY)
-    os.fsync(folder)
+    flush(folder)
     os.close(folder)
 
 
@@ -5619,6 +5664,7 @@ class Stats:
     context_used: int = 0  # tokens in the cache
     context: int = 0  # tokens it can hold
     peak_memory: int = 0
+    adopted_memory: int = 0  # weights that are used where the file is mapped
     finish_reason: str = ""  # stop, length, context, cancelled or error
     ranks: int = 1  # processes that share the model
 
@@ -5721,7 +5767,8 @@ def wired_memory(nbytes: int) -> Iterator[None]:
         yield
     finally:
         if limit:
-            mx.synchronize()  # nothing may be running that counts on it
+            with contextlib.suppress(RuntimeError):  # which the caller has heard of
+                mx.synchronize()  # nothing may be running that counts on it
             mx.set_wired_limit(before)
 
 
@@ -5751,23 +5798,23 @@ class Worker(threading.Thread):
     def run(self) -> None:
         try:
             self.load()
-            with wired_memory(self.nbytes):
-                while (request := self.next_request()) is not None:
-                    if not isinstance(request, Request):
-                        request()
-                        continue
-                    try:
+            while (request := self.next_request()) is not None:
+                if not isinstance(request, Request):
+                    request()
+                    continue
+                try:
+                    with wired_memory(self.nbytes):  # an idle chat keeps it from nobody
                         self.serve(request)
-                    except Exception as error:  # for whoever asked; the next may work
-                        # What the failed step made may be all the memory there is, and
-                        # the error refers to it as long as somebody keeps the error.
-                        traceback.clear_frames(error.__traceback__)
-                        self.forget()
-                        mx.clear_cache()
-                        request.finish(error)
-                        if self.group and not isinstance(error, ValueError):
-                            raise  # only a ValueError is the same on all ranks
-                    request = None  # what it holds is not needed until the next
+                except Exception as error:  # for whoever asked; the next may work
+                    # What the failed step made may be all the memory there is, and the
+                    # error refers to it as long as somebody keeps the error.
+                    traceback.clear_frames(error.__traceback__)
+                    self.forget()
+                    mx.clear_cache()
+                    request.finish(error)
+                    if self.group and not isinstance(error, ValueError):
+                        raise  # only a ValueError is the same on all ranks
+                request = None  # what it holds is not needed until the next
         except Exception as error:
             self.failure = error
             self.events.put(error)
@@ -5819,6 +5866,7 @@ class Worker(threading.Thread):
         warnings = warning, require_memory(weights, cache)
         self.warnings = [text for text in warnings if text]
         self.nbytes = weights + cache
+        self.adopted = adopted_bytes(tensors.values(), dtype)
         total = sum(info.nbytes for info in tensors.values())
         for done in read_weights(model, tensors, dtype):
             self.events.put(Progress(done, total))
@@ -5932,6 +5980,7 @@ class Worker(threading.Thread):
             context_used=self.cache[0].offset,
             context=self.context,
             peak_memory=mx.get_peak_memory(),
+            adopted_memory=self.adopted,
             ranks=self.group.size() if self.group else 1,
         )
 
@@ -6594,21 +6643,24 @@ def measured(options: argparse.Namespace, found: dict) -> Iterator[dict[str, flo
     args = rank_args(args, group.size() if group else 1)
     if found["folder"] is None:
         item_size = (dtype or mx.bfloat16).size
-        size = weight_bytes(Llama(args), options.bits or 16, item_size)
-        require_memory(size, total * kv_bytes_per_token(args, item_size))
+        weights = weight_bytes(Llama(args), options.bits or 16, item_size)
+        cache = total * kv_bytes_per_token(args, item_size)
+        require_memory(weights, cache)
         model = random_model(args, options.bits)
     else:
         model, tensors = rank_share(*examine(found["folder"]), group)
         item_size = cache_item_size(tensors, dtype)
         cache = total * kv_bytes_per_token(args, item_size)
-        require_memory(memory_of(tensors.values(), dtype), cache)
+        weights = memory_of(tensors.values(), dtype)
+        require_memory(weights, cache)
         progress = ProgressLine("loading")
         size = sum(info.nbytes for info in tensors.values())
         for done in read_weights(model, tensors, dtype):
             progress(done, size)
         progress.clear()
     accelerate(model, group)
-    yield from measure(model, options.prompt_tokens, options.generation_tokens)
+    with wired_memory(weights + cache):
+        yield from measure(model, options.prompt_tokens, options.generation_tokens)
 
 
 def measured_rows(name: str, device: str, found: dict) -> list[tuple[str, str]]:
@@ -6862,6 +6914,7 @@ def early_end(stats: Stats, limit: str, longest: int) -> str | None:
 def stats_lines(stats: Stats, seed: int) -> str:
     """Return statistics as lines that fit a terminal."""
     copied = f", {stats.accepted_tokens} looked up" if stats.accepted_tokens else ""
+    adopted = f", {gigabytes(stats.adopted_memory)} of the weights not copied"
     return (
         f"prompt {stats.prompt_tokens} (reused {stats.reused_tokens}) at "
         f"{stats.prefill_tps:.0f} tokens/s, reply {stats.generation_tokens} at "
@@ -6869,6 +6922,7 @@ def stats_lines(stats: Stats, seed: int) -> str:
         f"{stats.time_to_first_token_s:.2f} s, context {stats.context_used} of "
         f"{stats.context}, peak {gigabytes(stats.peak_memory)}, seed {seed}"
         + (f", {stats.ranks} ranks" if stats.ranks > 1 else "")
+        + (adopted if stats.adopted_memory else "")
     )
 
 

@@ -613,6 +613,32 @@ def test_a_tensor_at_the_end_of_a_file_is_adopted_up_to_its_last_item(
     assert [bytes(pages) for pages in adopted] == [file.read_bytes()]
 
 
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs Linux's smaps")
+def test_the_pages_of_an_adopted_tensor_are_in_memory_when_it_is_given(
+    tmp_path, monkeypatch
+):
+    """Or the first prompt would wait for the disk, after the load is said to be over."""
+    monkeypatch.setattr(mx, "asarray", lambda data, copy=None: mx.zeros(len(data)))
+    size = 64 * mmap.PAGESIZE
+    header = {
+        name: entry("F32", [size // 4], k * size, (k + 1) * size)
+        for k, name in enumerate("abc")
+    }
+    file = written(tmp_path, file_of(header, bytes(3 * size)))
+    mapping = llama.map_file(file)
+    before = resident(file)
+    llama.read_header(file)["b"].read(mapping)
+    assert before < mmap.PAGESIZE and size <= resident(file) < 3 * size
+
+
+def resident(file):
+    """The bytes of a mapped file that are in this process's memory."""
+    lines = Path("/proc/self/smaps").read_text().splitlines()
+    start = next(n for n, line in enumerate(lines) if line.endswith(str(file)))
+    line = next(line for line in lines[start:] if line.startswith("Rss:"))
+    return 1024 * int(line.split()[1])
+
+
 @pytest.mark.parametrize(("kind", "size"), [("F32", 4), ("BF16", 2), ("I64", 8)])
 def test_a_tensor_off_its_alignment_is_copied(tmp_path, adopted, kind, size):
     bits = np.arange(2000, dtype=f"<u{size}")
@@ -4422,8 +4448,8 @@ def test_a_gpu_gives_the_logits_of_numpy_in_parts_of_any_length(
     tokens = random_tokens(WIDE, length=200)
     wanted, tokens = numpy_llama(WIDE, dense, tokens[0]), mx.array(tokens)
     assert_close(model(tokens)[0], wanted, GPU_TOLERANCE)
-    for large in (llama.LARGE, 1):  # the cache from which a token is launched in halves
-        monkeypatch.setattr(llama, "LARGE", large)
+    for large in (llama.large_cache(), 1):  # from which a token is launched in halves
+        monkeypatch.setattr(llama, "large_cache", lambda n=large: n)
         # 150 layer by layer, 20 at once, 13 in few rows, and one by one
         got = in_parts(model, tokens, (150, 170, 183, *range(184, 200)))
         assert_close(got[0], wanted, GPU_TOLERANCE)
@@ -4607,6 +4633,60 @@ def test_wired_memory_is_what_is_needed_and_2_gb_and_is_given_back(monkeypatch):
     with llama.wired_memory(7 * 10**9):
         pass
     assert asked == [3 * 10**9, 77, 8 * 10**9, 77]
+
+
+def test_wired_memory_is_held_only_while_something_is_generated(
+    folder, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(llama, "wired_limit", lambda: 8 * 10**9)
+    asked, held = [], []
+    monkeypatch.setattr(mx, "set_wired_limit", lambda n: asked.append(n) or 77)
+    prefill = llama.prefill
+
+    def noting(*args):
+        held.append(asked[-1])
+        return prefill(*args)
+
+    monkeypatch.setattr(llama, "prefill", noting)
+    with llama.Engine(folder) as engine:
+        assert asked == []
+        "".join(engine.chat(USER, max_tokens=2))
+        engine.save(tmp_path / "talk", {})  # after what the worker does with a reply
+        assert asked[1:] == [77] and held == asked[:1] and asked[0] > 2 * 10**9
+    few = ["--prompt-tokens", "4", "--generation-tokens", "2"]
+    assert llama.main(["info", str(folder), "--measure", *few]) == 0
+    assert asked[3:] == [77] and set(held[1:]) == {asked[2]}
+
+
+def test_metal_computes_in_place_from_tensors_that_are_aligned_and_not_cast(
+    tmp_path, monkeypatch, folder
+):
+    """On Metal, which is not at hand: what is said of it."""
+    data = [("F32", 0), ("BF16", 8), ("F32", 13)]  # the last one starts off its items
+    infos = [
+        llama.TensorInfo("w", kind, (1,), tmp_path, start, 2**30)
+        for kind, start in data
+    ]
+    assert llama.adopted_bytes(infos, None) == 0
+    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+    monkeypatch.setattr(mx, "default_device", lambda: mx.gpu)
+    assert llama.adopted_bytes(infos, None) == 2 * 2**30
+    assert llama.adopted_bytes(infos, mx.float32) == 2**30
+    lines = llama.stats_lines(llama.Stats(adopted_memory=3 * 10**9), 1)
+    assert lines.endswith(", 3.00 GB of the weights not copied")
+    assert "copied" not in llama.stats_lines(llama.Stats(), 1)
+
+
+@pytest.mark.parametrize(
+    ("device", "cuda", "drafts", "large"),
+    [("cpu", False, 0, 10**6), ("gpu", True, 15, 32 * 10**6), ("gpu", False, 7, 10**6)],
+)
+def test_each_kind_of_device_has_its_own_thresholds(
+    device, cuda, drafts, large, monkeypatch
+):
+    monkeypatch.setattr(mx, "default_device", lambda: getattr(mx, device))
+    monkeypatch.setattr(mx.cuda, "is_available", lambda: cuda)
+    assert (llama.default_drafts(), llama.large_cache()) == (drafts, large)
 
 
 def test_memory_is_refused_or_warned_of_before_anything_is_read(monkeypatch):

@@ -4,6 +4,7 @@ noisy machine. Needs mlx-lm; run it with nothing else on the machine.
     python benchmarks/bench.py speed 8b --bits 4        prefill, decode and peak memory of both
     python benchmarks/bench.py steps 8b --bits 4        what one decode step is made of, in both
     python benchmarks/bench.py context 8b --bits 4      prefill, decode, memory as the context grows
+    python benchmarks/bench.py capacity 1b --bits 4     a token over a large cache, whole and in halves
     python benchmarks/bench.py turns stories            what each turn of a chat reads anew
     python benchmarks/bench.py memory FOLDER            weights, load, cache, peak, Python's own: MB
     python benchmarks/bench.py lookup 8b                prompt lookup, on copying and on free text
@@ -17,7 +18,8 @@ import argparse
 import collections
 import contextlib
 import dataclasses
-import os
+import io
+import math
 import re
 import statistics
 import sys
@@ -255,6 +257,30 @@ def context(options):
         )
 
 
+def capacity(options):
+    """A short prompt in a small and in a large cache, whose tokens are launched whole or
+    in halves, turn about: does a step copy what the last one still reads?"""
+    model, _ = both_models(options)
+    ids, count = random_ids(model, 16), options.generation_tokens
+    ways = [(512, "whole"), (options.context, "whole"), (options.context, "halves")]
+    runs, large_cache = {way: [] for way in ways}, llama.large_cache
+    for _ in range(options.trials + 1):
+        for slots, way in ways:
+            limit = math.inf if way == "whole" else 0
+            llama.large_cache = lambda limit=limit: limit
+            runs[slots, way].append(ours(model, ids, count, model.make_cache(slots)))
+    llama.large_cache = large_cache
+    for slots, way in ways:
+        _, decode, peak = zip(*runs[slots, way][1:])
+        ratio = median(a[1] / b[1] for a, b in zip(runs[slots, way], runs[ways[0]]))
+        nbytes = slots * 2 * model.args.num_key_value_heads * model.args.head_dim
+        print(
+            f"| {options.name} | {way} | {slots:,} | {nbytes * 2 / 1e6:,.1f} | "
+            f"{median(decode):,.1f} | {ratio:.2f} | {max(peak):.2f} |",
+            flush=True,
+        )
+
+
 def turns(options):
     """What each turn of a chat reads, and what of it is new."""
     messages = []
@@ -340,7 +366,9 @@ def main():
     )
     parser.add_argument(
         "what",
-        choices=[f.__name__ for f in (speed, steps, context, turns, memory, lookup)],
+        choices=[
+            f.__name__ for f in (speed, steps, context, capacity, turns, memory, lookup)
+        ],
     )
     parser.add_argument("model")
     parser.add_argument("--bits", type=int, choices=(4, 8), help="of a preset; else 16")
@@ -358,9 +386,9 @@ def main():
         parser.error("ranks measure the speed of a preset, and nothing else")
     mx.random.seed(0)  # all ranks read the same tokens
     # Every rank measures, and one says so.
-    with open(os.devnull, "w") if group and group.rank() else sys.stdout as out:
-        with contextlib.redirect_stdout(out):
-            globals()[options.what](options)
+    out = io.StringIO() if group and group.rank() else sys.stdout
+    with contextlib.redirect_stdout(out):
+        globals()[options.what](options)
 
 
 if __name__ == "__main__":

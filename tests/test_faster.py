@@ -323,7 +323,7 @@ def test_a_token_over_a_large_cache_is_launched_in_halves_behind_the_last(
     cache, got = model.make_cache(12), []
     for n in range(12):
         if n == 10:
-            monkeypatch.setattr(llama, "LARGE", 1)
+            monkeypatch.setattr(llama, "large_cache", lambda: 1)
         got.append(model(tokens[:, n : n + 1], cache))
         assert len(launched) == 3 * max(n - 9, 0)  # not over a small cache
     assert_close(mx.concatenate(got, axis=1), wanted, 1e-5)
@@ -350,7 +350,7 @@ def test_a_cache_is_large_by_its_bytes(launched, monkeypatch):
     model = filled(DEEP)
     llama.launch_in_pieces(model)
     for large, steps in ((65_536, 3), (65_537, 0)):
-        monkeypatch.setattr(llama, "LARGE", large)
+        monkeypatch.setattr(llama, "large_cache", lambda n=large: n)
         cache = model.make_cache(12)
         model(mx.array([[1, 2]]), cache)  # there is no cache yet to be large
         assert launched == []
@@ -367,7 +367,7 @@ def test_stacks_of_few_layers_are_launched_in_pieces_too(monkeypatch, layers, la
     tokens = mx.array(random_tokens(config, length=150))
     wanted, model = np.array(filled(config)(tokens)), filled(config)
     llama.launch_in_pieces(model)
-    monkeypatch.setattr(llama, "LARGE", large)
+    monkeypatch.setattr(llama, "large_cache", lambda n=large: n)
     assert_close(in_parts(model, tokens, (130, 140, 141, 142)), wanted, 1e-5)
 
 
@@ -404,8 +404,8 @@ def test_all_that_is_put_into_a_model_gives_the_same(monkeypatch, packed, on_cud
         few = type(block.block.self_attn) is llama.PaddedAttention
         many = type(block.block.mlp.up_proj) is llama.UnpackedLinear
         assert (few, many) == (on_cuda, on_cuda and packed)
-    for large in (llama.LARGE, 1):
-        monkeypatch.setattr(llama, "LARGE", large)
+    for large in (llama.large_cache(), 1):
+        monkeypatch.setattr(llama, "large_cache", lambda n=large: n)
         cuts = (150, 170, 183, *range(184, 200), 205)
         assert_close(in_parts(model, tokens, cuts), wanted, 1e-4)
     assert [name for name, _ in tree_flatten(model.parameters())] == names
@@ -423,7 +423,7 @@ def test_an_accelerated_model_gives_on_a_gpu_what_a_plain_one_gives(
     plain = np.array(make()(tokens))
     llama.accelerate(model)
     assert {type(block) for block in model.model.layers} == {llama.LaunchedBlock}
-    for large in (llama.LARGE, 1):
-        monkeypatch.setattr(llama, "LARGE", large)
+    for large in (llama.large_cache(), 1):
+        monkeypatch.setattr(llama, "large_cache", lambda n=large: n)
         got = in_parts(model, tokens, (150, 170, 183, *range(184, 200), 205))
         assert_close(got, plain, GPU_TOLERANCE)

@@ -2,6 +2,7 @@
 
 import collections
 import errno
+import fcntl
 import json
 import math
 import os
@@ -474,6 +475,27 @@ def test_a_full_disk_leaves_the_last_session_complete(folder, tmp_path, monkeypa
         with pytest.raises(OSError, match=r"talk cannot be written: \[write\] Unable"):
             engine.save(file, {})
     assert file.read_bytes() == saved and os.listdir(tmp_path) == ["talk"]
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_session_is_on_the_disk_itself_before_it_replaces_another(
+    known, folder, tmp_path, monkeypatch
+):
+    """On macOS fsync leaves it in the disk's own memory; some disks know nothing else."""
+    flushed, synced = [], []
+
+    def fcntl_of_macos(descriptor, command):
+        flushed.append(command)
+        if not known:
+            raise OSError(errno.ENOTSUP, "Operation not supported")
+
+    monkeypatch.setattr(fcntl, "F_FULLFSYNC", 51, raising=False)
+    monkeypatch.setattr(fcntl, "fcntl", fcntl_of_macos)
+    monkeypatch.setattr(os, "fsync", synced.append)
+    with llama.Engine(folder) as engine:
+        "".join(engine.chat(USER, max_tokens=2))
+        engine.save(tmp_path / "talk", {})
+    assert flushed == [51, 51] and len(synced) == (0 if known else 2)
 
 
 def test_a_restore_that_fails_halfway_leaves_an_engine_that_answers(

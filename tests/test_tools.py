@@ -44,6 +44,7 @@ BENCHMARKS = {
     "speed": (("--prompt-tokens", 5, 20), 2, 12),
     "steps": ((), 2, 8),
     "context": (("--prompt-tokens", 5, 20), 2, 9),
+    "capacity": (("--context", 1024), 3, 7),
     "turns": ((), 10, 4),
     "memory": (("--prompt-tokens", 5, "--context", 256), 1, 6),
     "lookup": (("--prompt-tokens", 20), 2, 6),
