@@ -628,7 +628,7 @@ def test_the_pages_of_an_adopted_tensor_are_in_memory_when_it_is_given(
     mapping = llama.map_file(file)
     before = resident(file)
     llama.read_header(file)["b"].read(mapping)
-    assert before < mmap.PAGESIZE and size <= resident(file) < 3 * size
+    assert before < size <= resident(file)
 
 
 def resident(file):
