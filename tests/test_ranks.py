@@ -247,7 +247,7 @@ def test_what_ranks_cannot_share_is_named(tmp_path):
 
 def test_a_rank_alone_has_its_layers_fused_and_several_sum_what_theirs_give(kernels):
     alone = (llama.FusedBlock, llama.UnpackedLinear)
-    shared = (llama.TransformerBlock, llama.SummedLinear)
+    shared = (llama.CompiledBlock, llama.SummedLinear)
     cases = ((None, alone), (rank_of(0, 1), alone), (rank_of(1, 2), shared))
     for group, wanted in cases:
         model = four_bit_model(True, num_hidden_layers=1)
