@@ -2959,8 +2959,8 @@ Today Date: {{ strftime_now('%d %b %Y') }}
 # -----------------------------------------------------------------------------
 # 13. Other vocabularies
 # Section 7 reads Llama 3's kind of vocabulary. Others cut a text into words in another
-# way, or in several steps; merge characters instead of bytes (SentencePiece [8], Llama 2
-# and Mistral); put a space before a text; or lack some bytes. And every folder adds
+# way, or in several steps; merge characters instead of bytes (SentencePiece [8], Llama
+# 2 and Mistral); put a space before a text; or lack some bytes. And every folder adds
 # tokens to its vocabulary: control tokens, and whole words. A text goes this way, and
 # gets the ids that Hugging Face's tokenizers give it:
 #
@@ -2972,7 +2972,7 @@ Today Date: {{ strftime_now('%d %b %Y') }}
 # or refused by its name: a wrong split would only show as slightly worse text.
 # uses: 1, 4, 7, 11, 12
 # needs: Callable, Collection, Iterable, Iterator, Mapping, NamedTuple, Path, Sequence,
-#     base64, collections, dataclass, field, functools, itertools, json, re, replace,
+#     base64, collections, dataclass, field, functools, itertools, json, operator, re,
 #     sys, unicodedata
 # -----------------------------------------------------------------------------
 
@@ -3100,7 +3100,7 @@ def read_step(step: dict) -> list[Step]:
     raise ValueError(f"unknown pre_tokenizer {json.dumps(step):.200}")
 
 
-def read_pre_tokenizer(spec: dict) -> tuple[tuple[Step, ...], str, str | None]:
+def read_pre_tokenizer(spec: dict) -> tuple[list[Step], str, str | None]:
     """Return the steps of a tokenizer.json's pre_tokenizer, what it writes a space as,
     and where it puts one before a text (see SpelledVocabulary)."""
     steps, space, prefix = [], " ", None
@@ -3121,44 +3121,45 @@ def read_pre_tokenizer(spec: dict) -> tuple[tuple[Step, ...], str, str | None]:
             space = SPACE
         elif step.get("add_prefix_space"):
             prefix = "missing"
-    return (*steps,), space, prefix
+    return steps, space, prefix
 
 
-def read_normalizer(spec: dict) -> tuple[tuple[str, ...], ...]:
-    """Return the steps of a tokenizer.json's normalizer: their kinds and strings.
+def read_normalizer(spec: dict) -> tuple[str, list[Callable[[str], str]]]:
+    """Return what a tokenizer.json's normalizer puts before a text, and its other steps.
 
-    Raises ValueError for one that is not known.
+    Raises ValueError for what is not known.
     """
-    found, whole = [], spec.get("normalizer") or {}
+    prepend, steps, whole = "", [], spec.get("normalizer") or {}
     for step in whole.get("normalizers", [whole] if whole else []):
-        pattern, kind = step.get("pattern") or {}, step.get("type")
-        if kind is None:  # as in the oldest files
-            kind = "Prepend" if "prepend" in step else "Replace"
-        strings = [] if kind in ("NFC", "NFD", "NFKC", "NFKD") else [None]
-        if kind == "Prepend":
-            strings = [step.get("prepend")]
-        elif kind == "Replace":
-            strings = [pattern.get("String"), step.get("content")]
-        if not all(isinstance(text, str) for text in strings) or strings[:1] == [""]:
+        kind, pattern = step.get("type"), step.get("pattern") or {}
+        texts = [pattern.get("String"), step.get("content")]
+        # The oldest files leave the type out.
+        if kind in ("Prepend", None) and "prepend" in step and not steps:
+            prepend += str(step["prepend"])
+        elif kind in ("Replace", None) and all(isinstance(t, str) for t in texts):
+            steps.append(operator.methodcaller("replace", *texts))
+        elif kind in ("NFC", "NFD", "NFKC", "NFKD"):
+            steps.append(functools.partial(unicodedata.normalize, kind))
+        else:
             raise ValueError(f"unknown normalizer {json.dumps(step):.200}")
-        found.append((kind, *strings))
-    return (*found,)
+    return prepend, steps
 
 
 @dataclass(frozen=True)
 class SpelledVocabulary(Vocabulary):
     """A vocabulary of words of letters, and how a text becomes such words."""
 
-    normalizer: tuple[tuple[str, ...], ...] = ()  # steps: a kind, and its strings
-    steps: tuple[Step, ...] = ()  # how it is cut into words
+    prepend: str = ""  # what the normalizer puts before it
+    normalizer: Sequence[Callable[[str], str]] = ()  # its other steps
+    steps: Sequence[Step] = ()  # how it is cut into words
     space: str = " "  # what a space is written as
     # Where a space is put before a text: "missing": unless the text begins with one;
     # "start": as "missing", but only at the start of a document; None: nowhere.
     prefix: str | None = None
     letters: frozenset[str] = frozenset()
-    # The ids of other letters in a row. None: they are left out, and what stands beside
-    # them is merged.
-    unknown: Callable[[str], list[int]] | None = None
+    # Other letters become the tokens of their bytes. Without such tokens they are left
+    # out, so that what stands beside them is merged.
+    byte_ids: Sequence[int] = ()
     at_once: Mapping[str, int] = field(
         default_factory=dict
     )  # words that are not merged
@@ -3169,20 +3170,15 @@ class SpelledVocabulary(Vocabulary):
 
         prefix: whether to put before it what the normalizer puts before a text.
         """
-        for kind, *values in self.normalizer:
-            if kind == "Prepend":
-                text = values[0] + text if text and prefix else text
-            elif kind == "Replace":
-                text = text.replace(*values)
-            else:
-                text = unicodedata.normalize(kind, text)
+        text = self.prepend + text if text and prefix else text
+        for step in self.normalizer:
+            text = step(text)
         return text
 
     @property
     def spaced(self) -> bool:
         """Whether a space may be put before a text."""
-        kinds = [step[0] for step in self.normalizer]
-        return self.prefix is not None or "Prepend" in kinds
+        return self.prefix is not None or self.prepend != ""
 
     def cut(self, text: str, prefix: bool) -> list[str]:
         """Return the words of a normalised text.
@@ -3226,10 +3222,7 @@ class Merging:
         # What is left is little: what no text makes, or has a part of a higher rank.
         others = {left + right for left, right in self.ranks} - self.made.keys()
         if sum(len(piece) ** 2 for piece in others) > MOST_WORK:
-            raise ValueError(
-                f"the merges may not arrive at {len(others):,} pieces of the "
-                "vocabulary, which are too many"
-            )
+            raise ValueError(f"{len(others):,} pieces that no merges may arrive at")
         for piece in others:
             parts = self.last_parts(piece)
             if parts in self.ranks:
@@ -3294,39 +3287,23 @@ def read_merges(model: dict) -> list[list[str]]:
 
     Raises ValueError for what is inconsistent or unknown.
     """
-    # "a b" before tokenizers 0.20, ["a", "b"] since
-    merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
-    merges = [merge for merge in merges if merge[:1] != ["#version:"]]
+    vocab, ids = model["vocab"], {*model["vocab"].values()}
     extras = ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
     # The oldest files leave the type out.
     if model.get("type", "BPE") != "BPE" or any(map(model.get, extras)):
         raise ValueError(f"wanted plain BPE, got type {model.get('type')!r:.80}")
-    if not merges:
-        raise ValueError("no merges")
+    whole = all(type(i) is int and 0 <= i < NO_RANK for i in ids)
+    if len(ids) < len(vocab) or not whole:
+        raise ValueError("the ids of the vocabulary must be whole numbers, each once")
+    # "a b" before tokenizers 0.20, ["a", "b"] since
+    merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
+    merges = [merge for merge in merges if merge[:1] != ["#version:"]]
     for merge in merges:
-        if len(merge) != 2:
-            raise ValueError(f"a merge must be of two pieces, got {merge!r:.80}")
-    if len({*map(tuple, merges)}) < len(merges):
-        raise ValueError("a merge comes twice")
-    pieces = {piece for a, b in merges for piece in (a, b, a + b)}
-    for piece in sorted(pieces - model["vocab"].keys()):
-        raise ValueError(f"merges of {piece!r:.80}, not in the vocabulary")
+        if len(merge) != 2 or not vocab.keys() >= {*merge, "".join(merge)}:
+            raise ValueError(f"a merge must be of two known pieces, got {merge!r:.80}")
+    if not merges or len({*map(tuple, merges)}) < len(merges):
+        raise ValueError("wanted merges, each once")
     return merges
-
-
-def unknown_bytes(model: dict, lacking: list[str]) -> Callable[[str], list[int]] | None:
-    """Return what letters that a byte-level vocabulary lacks become: the file's token
-    for what is unknown; None: they are left out."""
-    vocab, unknown = model["vocab"], model.get("unk_token")
-    if lacking and (model.get("byte_fallback") or unknown not in (None, *vocab)):
-        raise ValueError(
-            f"the vocabulary lacks {len(lacking)} bytes, among them {lacking[0]!r}, "
-            f"and what stands for them: byte_fallback, unk_token {unknown!r:.80}"
-        )
-    if unknown is None:
-        return None
-    one = [vocab.get(unknown)]
-    return lambda letters: one if model.get("fuse_unk") else one * len(letters)
 
 
 def read_vocabulary(spec: dict) -> SpelledVocabulary:
@@ -3337,18 +3314,18 @@ def read_vocabulary(spec: dict) -> SpelledVocabulary:
     Raises ValueError for what is inconsistent or unknown.
     """
     model, vocab = spec["model"], spec["model"]["vocab"]
-    merges, lacking = read_merges(model), []
-    ids = {*vocab.values()}
-    if len(ids) < len(vocab) or not all(
-        type(i) is int and 0 <= i < NO_RANK for i in ids
-    ):
-        raise ValueError("the ids of the vocabulary must be whole numbers, each once")
+    merges = read_merges(model)
+    prepend, normalizer = read_normalizer(spec)
     steps, space, prefix = read_pre_tokenizer(spec)
+    letters, byte_ids, lacking = [p for p in vocab if len(p) == 1], [], b""
     if spell in steps:
         bytes_of = byte_letters()
         letters = [letter for letter in bytes_of if letter in vocab]
-        lacking = [letter for letter in bytes_of if letter not in vocab]
-        unknown, text = unknown_bytes(model, lacking), {}
+        lacking = bytes(bytes_of[letter] for letter in bytes_of if letter not in vocab)
+        if lacking and (model.get("byte_fallback") or model.get("unk_token")):
+            unknown = {key: model.get(key) for key in ("byte_fallback", "unk_token")}
+            raise ValueError(f"bytes that no token has, and for them {unknown!r:.200}")
+        text = {}
         for piece, i in vocab.items():  # a control token may be spelled as it is
             known = bytes_of.keys() >= {*piece}
             text[i] = bytes(map(bytes_of.get, piece)) if known else piece.encode()
@@ -3356,8 +3333,6 @@ def read_vocabulary(spec: dict) -> SpelledVocabulary:
         byte_ids = [vocab.get(f"<0x{byte:02X}>") for byte in range(256)]
         if None in byte_ids:
             raise ValueError(f"the vocabulary lacks <0x{byte_ids.index(None):02X}>")
-        letters = [piece for piece in vocab if len(piece) == 1]
-        unknown = lambda part: [byte_ids[byte] for byte in part.encode()]
         text = {i: piece.replace(SPACE, " ").encode() for piece, i in vocab.items()}
         text |= {i: bytes([byte]) for byte, i in enumerate(byte_ids)}
     else:
@@ -3369,14 +3344,15 @@ def read_vocabulary(spec: dict) -> SpelledVocabulary:
         ANY_TEXT,
         ids,
         text,
-        normalizer=read_normalizer(spec),
+        prepend=prepend,
+        normalizer=normalizer,
         steps=steps,
         space=space,
         prefix=prefix,
         letters=frozenset(letters),
-        unknown=unknown,
+        byte_ids=byte_ids,
         at_once=vocab if model.get("ignore_merges") else {},
-        lacking=bytes(byte_letters()[letter] for letter in lacking),
+        lacking=lacking,
     )
 
 
@@ -3482,11 +3458,10 @@ def read_added(
 
 
 def stands_alone(text: str, start: int, end: int) -> bool:
-    r"""Return whether no letter or digit, as Unicode's \w has them, stands beside a part
-    of a text."""
-    of_words = r"[\p{L}\p{M}\p{Nd}\p{Nl}\p{Pc}\u200c\u200dⒶ-ⓩ🄰-🅉🅐-🅩🅰-🆉]"
+    """Return whether no letter or digit stands beside a part of a text."""
+    of_words = r"\p{L}\p{M}\p{Nd}\p{Nl}\p{Pc}\u200c\u200dⒶ-ⓩ🄰-🅉🅐-🅩🅰-🆉"
     beside = text[max(start - 1, 0) : start] + text[end : end + 1]
-    return not compile_split(of_words).search(beside)
+    return not compile_split(f"[{of_words}]").search(beside)
 
 
 class TokenTable:
@@ -3543,20 +3518,6 @@ class TokenTable:
             done = end
         if done < len(text):
             yield None, done, len(text)
-
-
-def without_ids(vocabulary: SpelledVocabulary, ids: set[int]) -> SpelledVocabulary:
-    """Return a vocabulary whose merges arrive at none of some ids, those of control
-    tokens. What merging begins with keeps its rank: every text must have ids."""
-
-    def kept(piece: bytes, rank: int) -> bool:
-        return (
-            vocabulary.ids[rank] not in ids or len(piece.decode(errors="replace")) < 2
-        )
-
-    ranks = {p: rank for p, rank in vocabulary.ranks.items() if kept(p, rank)}
-    at_once = {word: i for word, i in vocabulary.at_once.items() if i not in ids}
-    return replace(vocabulary, ranks=ranks, at_once=at_once)
 
 
 def read_tokenizer(
@@ -3713,7 +3674,8 @@ class Tokenizer(ByteLevelTokenizer):
         ends |= {*stop_tokens}
         control = [token for token in added if token.special or token.id in ends]
         names = {token.content: token.id for token in control}
-        super().__init__(without_ids(vocabulary, {*names.values()}), names)
+        super().__init__(vocabulary, names)
+        self._control = {*names.values()}
         self.bos, self.eos, self.source, self.rows = bos, eos, source, rows
         self.stop_tokens |= ends
         self.bos_prefix = [bos] if adds_bos and bos is not None else []
@@ -3842,14 +3804,26 @@ class Tokenizer(ByteLevelTokenizer):
 
     def _encode_word(self, word: str) -> list[int]:
         """Return the ids of a word of letters."""
-        own, ids = self.vocabulary, []
+        own = self.vocabulary
         if word in own.at_once:
-            return [own.at_once[word]]
-        if own.unknown is None:
-            word = "".join(filter(own.letters.__contains__, word))
+            ids = [own.at_once[word]]
+        else:
+            ids = self._merge(word)
+        if self._control.isdisjoint(ids):
+            return ids
+        # A text that spells a control token: letter by letter it is none.
+        return [i for letter in word for i in self._merge(letter)]
+
+    def _merge(self, word: str) -> list[int]:
+        own, ids = self.vocabulary, []
+        if not own.byte_ids:
+            word = "".join(letter for letter in word if letter in own.letters)
         for known, run in itertools.groupby(word, own.letters.__contains__):
             part = "".join(run)
-            ids += super().encode(part) if known else own.unknown(part)
+            if known:
+                ids += super().encode(part)
+            else:
+                ids += [own.byte_ids[byte] for byte in part.encode()]
         return ids
 
     @functools.cached_property
