@@ -2973,7 +2973,7 @@ Today Date: {{ strftime_now('%d %b %Y') }}
 # uses: 1, 4, 7, 11, 12
 # needs: Callable, Collection, Iterable, Iterator, Mapping, NamedTuple, Path, Sequence,
 #     base64, collections, dataclass, field, functools, itertools, json, operator, re,
-#     sys, unicodedata
+#     tiktoken, unicodedata
 # -----------------------------------------------------------------------------
 
 # How a text is cut into words: GPT-2's way, Llama 3's, and SentencePiece's, which
@@ -3002,7 +3002,7 @@ WHITE_SPACE += "".join(map(chr, range(0x2000, 0x200B)))
 # The regular expressions that are read. They mean the same to `re` and to Hugging
 # Face's tokenizers, and none takes for ever: in a row of characters at most two repeat,
 # and nothing must follow these.
-CHAR = r"(?:\\[^\w\s<>]|\\[rnt]|[&~|](?![&~|])|[^\\\[\]&~|-])"
+CHAR = r"(?:\\[^\w\s<>]|\\[rnt]|&(?!&)|~(?!~)|\|(?!\|)|[^\\\[\]&~|-])"
 CATEGORY = r"\\s|\\p\{(?:[LMNPSZ]|L[ultmo]|M[nce]|N[dlo])\}"
 CHAR_CLASS = rf"\[\^?(?:{CHAR}(?:-{CHAR})?|{CATEGORY})+\]"
 ATOM = rf"(?:{CHAR_CLASS}|{CATEGORY}|\\[^\w\s<>]|\\[rnt]|[^\\\[\](){{}}|?*+^$.])"
@@ -3018,30 +3018,34 @@ NESTED = {r" ?[^(\s|[.,!?…。，、।۔،])]+": r" ?[^(\s|.,!?…。，、।
 
 
 @functools.cache
-def unicode_categories() -> dict[str, str]:
-    """Return the characters of each category of Unicode (L, Lu, ...), spelled as in a
-    class of a regular expression."""
-    found = collections.defaultdict(str)
-    characters = map(chr, range(sys.maxunicode + 1))
-    for name, run in itertools.groupby(characters, unicodedata.category):
-        run = [*run]
-        span = f"{re.escape(run[0])}-{re.escape(run[-1])}"
-        found[name] += span
-        found[name[0]] += span
-    return found
+def characters_of(escape: str) -> str:
+    r"""Return the characters that an escape, as \p{L}, stands for, spelled as in a class
+    of a regular expression.
+
+    tiktoken's engine knows them: it drops what an expression does not match. Python's
+    own Unicode is older.
+    """
+    planes = [*range(0xD800), *range(0xE000, 0x40000), *range(0xE0000, 0xE1000)]
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    every = tiktoken.Encoding(
+        "escape", pat_str=f"{escape}+", mergeable_ranks=ranks, special_tokens={}
+    )
+    ids = every.encode("".join(map(chr, planes)), disallowed_special=())
+    spans, numbered = [], enumerate(map(ord, every.decode(ids)))
+    for _, run in itertools.groupby(numbered, lambda item: item[1] - item[0]):
+        codes = [code for _, code in run]
+        spans.append(f"{re.escape(chr(codes[0]))}-{re.escape(chr(codes[-1]))}")
+    return "".join(spans)
 
 
 @functools.lru_cache
 def compile_split(regex: str) -> re.Pattern:
     r"""Return a readable expression as a group for `re`, which has no \p{L}."""
-
-    def spell_class(found: re.Match) -> str:
-        return unicode_categories()[found[1]] if found[1] else WHITE_SPACE
-
     outside = rf"({CHAR_CLASS}|\\[^psS])|(\\p\{{\w+\}}|\\s)"
     regex = regex.replace(r"(?!\S)", r"(?![^\s])")
     regex = re.sub(outside, lambda found: found[1] or f"[{found[2]}]", regex)
-    regex = re.sub(r"(?<!\\)\\(?:p\{(\w+)\}|s)", spell_class, regex)
+    inside = r"(\\[^ps])|(\\p\{\w+\}|\\s)"
+    regex = re.sub(inside, lambda found: found[1] or characters_of(found[2]), regex)
     return re.compile(f"({regex})", re.MULTILINE)
 
 
@@ -3459,9 +3463,9 @@ def read_added(
 
 def stands_alone(text: str, start: int, end: int) -> bool:
     """Return whether no letter or digit stands beside a part of a text."""
-    of_words = r"\p{L}\p{M}\p{Nd}\p{Nl}\p{Pc}\u200c\u200dⒶ-ⓩ🄰-🅉🅐-🅩🅰-🆉"
     beside = text[max(start - 1, 0) : start] + text[end : end + 1]
-    return not compile_split(f"[{of_words}]").search(beside)
+    letters = characters_of(r"\w")
+    return not re.search(f"[{letters}]", beside)
 
 
 class TokenTable:

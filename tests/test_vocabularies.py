@@ -285,10 +285,10 @@ def random_byte_level(rng: random.Random) -> dict:
     model = random_model(rng, own, [*letters.values(), "<unk>"])
     if rng.random() < 0.3:
         model |= {"unk_token": "<unk>", "fuse_unk": rng.random() < 0.5}
-    between = [{"type": "Punctuation", "behavior": rng.choice(llama.BETWEEN)}]
+    between = [{"type": "Punctuation", "behavior": rng.choice(["Isolated", "Contiguous"])}]
     between += [digits(rng.random() < 0.5)]
     between += [
-        split(rng.choice(EXPRESSIONS), rng.choice(llama.BETWEEN), kind)
+        split(rng.choice(EXPRESSIONS), "Isolated", kind)
         for kind in ("Regex", "Regex", "String")
     ]
     steps = rng.sample(between, rng.randint(0, 3))
