@@ -3052,7 +3052,7 @@ def compile_split(regex: str) -> re.Pattern:
 def read_split(regex: str) -> re.Pattern:
     """Return a folder's regular expression. Raises ValueError for one whose meaning, or
     whose time, is not sure."""
-    error = f"unknown split of {len(regex):,} characters: {regex!r:.80}"
+    error = f"unknown split: {regex!r:.80}"
     regex = NESTED.get(regex, regex)
     if len(regex) > LONGEST_SPLIT or not READABLE.fullmatch(regex):
         raise ValueError(error)
