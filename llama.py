@@ -2999,9 +2999,9 @@ MOST_WORK = 10_000_000  # steps to merge pieces one by one; Llama 3 needs 100,00
 WHITE_SPACE = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000"
 WHITE_SPACE += "".join(map(chr, range(0x2000, 0x200B)))
 
-# The regular expressions that are read. They mean the same to `re` and to Hugging
-# Face's tokenizers, and none takes for ever: in a row of characters at most two repeat,
-# and nothing must follow these.
+# The regular expressions that are read: up to twelve rows of characters. They mean the
+# same to `re` and to Hugging Face's tokenizers; and since only the last two of a row
+# repeat, their time grows at most with the square of a text's length.
 CHAR = r"(?:\\[^\w\s<>]|\\[rnt]|&(?!&)|~(?!~)|\|(?!\|)|[^\\\[\]&~|-])"
 CATEGORY = r"\\s|\\p\{(?:[LMNPSZ]|L[ultmo]|M[nce]|N[dlo])\}"
 CHAR_CLASS = rf"\[\^?(?:{CHAR}(?:-{CHAR})?|{CATEGORY})+\]"
@@ -3012,15 +3012,15 @@ BRANCH = (
     rf"(?:(?:{ATOM}\?)?{ATOM}*(?:{REPEATED}){{0,2}}(?:{CONTRACTIONS}\?)?"
     rf"|{ATOM}\+(?:\(\?!\\S\)|\$)|{CONTRACTIONS})"
 )
-READABLE = re.compile(rf"{BRANCH}(?:\|{BRANCH})*")
+READABLE = re.compile(rf"{BRANCH}(?:\|{BRANCH}){{0,11}}")
 # The one with a class within a class (Viking), which `re` does not know.
 NESTED = {r" ?[^(\s|[.,!?…。，、।۔،])]+": r" ?[^(\s|.,!?…。，、।۔،)]+"}
 
 
 @functools.cache
 def characters_of(escape: str) -> str:
-    r"""Return the characters that an escape, as \p{L}, stands for, spelled as in a class
-    of a regular expression.
+    r"""Return the characters that an escape, as \p{L}, stands for, as they are spelled
+    in a class of a regular expression.
 
     tiktoken's engine knows them: it drops what an expression does not match. Python's
     own Unicode is older.
@@ -3049,20 +3049,25 @@ def compile_split(regex: str) -> re.Pattern:
     return re.compile(f"({regex})", re.MULTILINE)
 
 
-def read_split(regex: str) -> re.Pattern:
-    """Return a folder's regular expression. Raises ValueError for one whose meaning, or
-    whose time, is not sure."""
-    error = f"unknown split: {regex!r:.80}"
-    regex = NESTED.get(regex, regex)
-    if len(regex) > LONGEST_SPLIT or not READABLE.fullmatch(regex):
-        raise ValueError(error)
-    try:
-        pattern = compile_split(regex)
-    except re.error:
-        raise ValueError(error) from None
-    if pattern.fullmatch(""):
-        raise ValueError(f"the split {regex!r:.80} matches no text")
-    return pattern
+def read_split(pattern: dict) -> re.Pattern:
+    """Return what a folder splits at.
+
+    Raises ValueError for an expression whose meaning, or whose time, is not sure.
+    """
+    if "String" in pattern:
+        found = re.compile(f"({re.escape(pattern['String'])})")
+    else:
+        regex = NESTED.get(pattern["Regex"], pattern["Regex"])
+        readable = len(regex) <= LONGEST_SPLIT and READABLE.fullmatch(regex)
+        try:
+            found = compile_split(regex) if readable else None
+        except re.error:  # a range that goes backwards
+            found = None
+        if found is None:
+            raise ValueError(f"unknown split: {regex!r:.80}")
+    if found.fullmatch(""):
+        raise ValueError(f"the split {pattern!r:.80} matches no text")
+    return found
 
 
 LETTER_OF = {byte: letter for letter, byte in byte_letters().items()}
@@ -3094,9 +3099,7 @@ def read_step(step: dict) -> list[Step]:
         repeated = "+" if behavior == "Contiguous" else ""
         return [compile_split(PUNCTUATION + repeated).split]
     if kind == "Split" and behavior in ("Isolated", "Removed"):
-        pattern = step["pattern"]
-        literal = re.compile(f"({re.escape(pattern.get('String') or 'x')})")
-        found = read_split(pattern["Regex"]) if "Regex" in pattern else literal
+        found = read_split(step["pattern"])
         if behavior == "Isolated":
             return [found.split]
         if step.get("invert"):  # what is between two matches is removed
@@ -3129,19 +3132,21 @@ def read_pre_tokenizer(spec: dict) -> tuple[list[Step], str, str | None]:
 
 
 def read_normalizer(spec: dict) -> tuple[str, list[Callable[[str], str]]]:
-    """Return what a tokenizer.json's normalizer puts before a text, and its other steps.
+    """Return what a tokenizer.json's normalizer puts before a text, and its other
+    steps.
 
     Raises ValueError for what is not known.
     """
     prepend, steps, whole = "", [], spec.get("normalizer") or {}
     for step in whole.get("normalizers", [whole] if whole else []):
         kind, pattern = step.get("type"), step.get("pattern") or {}
-        texts = [pattern.get("String"), step.get("content")]
+        texts = [pattern.get("String"), step.get("content"), step.get("prepend")]
+        kinds = [type(text) for text in texts]
         # The oldest files leave the type out.
-        if kind in ("Prepend", None) and "prepend" in step and not steps:
-            prepend += str(step["prepend"])
-        elif kind in ("Replace", None) and all(isinstance(t, str) for t in texts):
-            steps.append(operator.methodcaller("replace", *texts))
+        if kind in ("Prepend", None) and kinds[2] is str and not steps:
+            prepend = step["prepend"] + prepend
+        elif kind in ("Replace", None) and kinds[:2] == [str, str] and texts[0]:
+            steps.append(operator.methodcaller("replace", *texts[:2]))
         elif kind in ("NFC", "NFD", "NFKC", "NFKD"):
             steps.append(functools.partial(unicodedata.normalize, kind))
         else:
@@ -3164,9 +3169,8 @@ class SpelledVocabulary(Vocabulary):
     # Other letters become the tokens of their bytes. Without such tokens they are left
     # out, so that what stands beside them is merged.
     byte_ids: Sequence[int] = ()
-    at_once: Mapping[str, int] = field(
-        default_factory=dict
-    )  # words that are not merged
+    # Words that are not merged, with their ids.
+    at_once: Mapping[str, int] = field(default_factory=dict)
     lacking: bytes = b""  # of a byte-level vocabulary: the bytes without a letter
 
     def normalize(self, text: str, prefix: bool = True) -> str:
@@ -3304,10 +3308,26 @@ def read_merges(model: dict) -> list[list[str]]:
     merges = [merge for merge in merges if merge[:1] != ["#version:"]]
     for merge in merges:
         if len(merge) != 2 or not vocab.keys() >= {*merge, "".join(merge)}:
-            raise ValueError(f"a merge must be of two known pieces, got {merge!r:.80}")
+            raise ValueError(
+                f"wanted merges of two pieces, all known, got {merge!r:.80}"
+            )
     if not merges or len({*map(tuple, merges)}) < len(merges):
         raise ValueError("wanted merges, each once")
     return merges
+
+
+def read_texts(
+    vocab: Mapping[str, int], letters: Mapping[str, int]
+) -> dict[int, bytes]:
+    """Return the text of each id. letters: the byte that a letter stands for, {} if
+    letters are characters."""
+    texts = {}
+    for piece, i in vocab.items():
+        if letters.keys() >= {*piece}:
+            texts[i] = bytes(letters[letter] for letter in piece)
+        else:  # a byte-level vocabulary may spell a control token as it is
+            texts[i] = (piece if letters else piece.replace(SPACE, " ")).encode()
+    return texts
 
 
 def read_vocabulary(spec: dict) -> SpelledVocabulary:
@@ -3321,27 +3341,24 @@ def read_vocabulary(spec: dict) -> SpelledVocabulary:
     merges = read_merges(model)
     prepend, normalizer = read_normalizer(spec)
     steps, space, prefix = read_pre_tokenizer(spec)
-    letters, byte_ids, lacking = [p for p in vocab if len(p) == 1], [], b""
     if spell in steps:
-        bytes_of = byte_letters()
-        letters = [letter for letter in bytes_of if letter in vocab]
-        lacking = bytes(bytes_of[letter] for letter in bytes_of if letter not in vocab)
+        letters, byte_ids = byte_letters(), []
+        text = read_texts(vocab, letters)
+        lacking = bytes(letters[letter] for letter in letters if letter not in vocab)
         if lacking and (model.get("byte_fallback") or model.get("unk_token")):
             unknown = {key: model.get(key) for key in ("byte_fallback", "unk_token")}
             raise ValueError(f"bytes that no token has, and for them {unknown!r:.200}")
-        text = {}
-        for piece, i in vocab.items():  # a control token may be spelled as it is
-            known = bytes_of.keys() >= {*piece}
-            text[i] = bytes(map(bytes_of.get, piece)) if known else piece.encode()
     elif model.get("byte_fallback"):
+        letters, lacking = [piece for piece in vocab if len(piece) == 1], b""
         byte_ids = [vocab.get(f"<0x{byte:02X}>") for byte in range(256)]
         if None in byte_ids:
             raise ValueError(f"the vocabulary lacks <0x{byte_ids.index(None):02X}>")
-        text = {i: piece.replace(SPACE, " ").encode() for piece, i in vocab.items()}
+        text = read_texts(vocab, {})
         text |= {i: bytes([byte]) for byte, i in enumerate(byte_ids)}
     else:
         known = json.dumps(spec.get("pre_tokenizer"))
         raise ValueError(f"unknown pre_tokenizer {known:.200}, without byte_fallback")
+    letters = [letter for letter in letters if letter in vocab]
     ranks, ids = rank_letters(letters, Merging(letters, merges).pieces(), vocab)
     return SpelledVocabulary(
         ranks,

@@ -3367,10 +3367,10 @@ def test_known_names_end_a_reply_where_they_are_control_tokens(tmp_path):
         ({"model": {"type": "Unigram"}}, "wanted plain BPE, got type 'Unigram'"),
         ({"model": {"merges": []}}, "wanted merges, each once"),
         ({"model": {"merges": ["a b", ["a", "b"]]}}, "wanted merges, each once"),
-        ({"model": {"merges": [["a", "?!"]]}}, r"two known pieces, got \['a', '\?!'\]"),
+        ({"model": {"merges": [["a", "?!"]]}}, r"all known, got \['a', '\?!'\]"),
         (
             {"model": {"merges": ["a b c"]}},
-            "a merge must be of two known pieces, got .",
+            "merges of two pieces, all known, got .",
         ),
         (
             {"model": {"vocab": {"a": 1, "b": 2, "ab": 3}, "unk_token": "a"}},
@@ -3381,6 +3381,8 @@ def test_known_names_end_a_reply_where_they_are_control_tokens(tmp_path):
             "bytes that no token has, and for them .*byte_fallback': True",
         ),
         ({"normalizer": {"normalizers": [{"type": "NFC"}, {"prepend": "a"}]}}, "pend"),
+        ({"normalizer": {"prepend": None}}, "unknown normalizer"),
+        ({"normalizer": {"pattern": {"String": ""}, "content": "a"}}, "unknown norm"),
         ({"model": {"vocab": {"a": 1, "b": 1, "ab": 3}}}, "each once"),
         ({"model": {"vocab": {"a": 1, "b": "2", "ab": 3}}}, "whole numbers"),
         ({"model": {"vocab": None}}, "tokenizer files: AttributeError"),
