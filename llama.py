@@ -3010,7 +3010,7 @@ REPEATED = rf"{ATOM}(?:[*+]|\{{\d(?:,\d)?\}})"
 CONTRACTIONS = re.escape("(?i:'s|'t|'re|'ve|'m|'ll|'d)")
 BRANCH = (
     rf"(?:(?:{ATOM}\?)?{ATOM}*(?:{REPEATED}){{0,2}}(?:{CONTRACTIONS}\?)?"
-    rf"|{ATOM}\+(?:\(\?!\\S\)|\$)|{CONTRACTIONS})"
+    rf"|\\s\+(?:\(\?!\\S\)|\$)|{CONTRACTIONS})"
 )
 READABLE = re.compile(rf"{BRANCH}(?:\|{BRANCH}){{0,11}}")
 # The one with a class within a class (Viking), which `re` does not know.
@@ -3107,9 +3107,9 @@ def read_step(step: dict) -> list[Step]:
     raise ValueError(f"unknown pre_tokenizer {json.dumps(step):.200}")
 
 
-def read_pre_tokenizer(spec: dict) -> tuple[list[Step], str, str | None]:
-    """Return the steps of a tokenizer.json's pre_tokenizer, what it writes a space as,
-    and where it puts one before a text (see SpelledVocabulary)."""
+def read_pre_tokenizer(spec: dict) -> dict:
+    """Return what a tokenizer.json's pre_tokenizer does, as fields of a
+    SpelledVocabulary."""
     steps, space, prefix = [], " ", None
     whole = spec.get("pre_tokenizer") or {}
     parts = whole.get("pretokenizers", [whole] if whole else [])
@@ -3128,12 +3128,11 @@ def read_pre_tokenizer(spec: dict) -> tuple[list[Step], str, str | None]:
             space = SPACE
         elif step.get("add_prefix_space"):
             prefix = "missing"
-    return steps, space, prefix
+    return {"steps": steps, "space": space, "prefix": prefix}
 
 
-def read_normalizer(spec: dict) -> tuple[str, list[Callable[[str], str]]]:
-    """Return what a tokenizer.json's normalizer puts before a text, and its other
-    steps.
+def read_normalizer(spec: dict) -> dict:
+    """Return what a tokenizer.json's normalizer does, as fields of a SpelledVocabulary.
 
     Raises ValueError for what is not known.
     """
@@ -3151,7 +3150,7 @@ def read_normalizer(spec: dict) -> tuple[str, list[Callable[[str], str]]]:
             steps.append(functools.partial(unicodedata.normalize, kind))
         else:
             raise ValueError(f"unknown normalizer {json.dumps(step):.200}")
-    return prepend, steps
+    return {"prepend": prepend, "normalizer": steps}
 
 
 @dataclass(frozen=True)
@@ -3339,9 +3338,8 @@ def read_vocabulary(spec: dict) -> SpelledVocabulary:
     """
     model, vocab = spec["model"], spec["model"]["vocab"]
     merges = read_merges(model)
-    prepend, normalizer = read_normalizer(spec)
-    steps, space, prefix = read_pre_tokenizer(spec)
-    if spell in steps:
+    spelling = read_normalizer(spec) | read_pre_tokenizer(spec)
+    if spell in spelling["steps"]:
         letters, byte_ids = byte_letters(), []
         text = read_texts(vocab, letters)
         lacking = bytes(letters[letter] for letter in letters if letter not in vocab)
@@ -3365,15 +3363,11 @@ def read_vocabulary(spec: dict) -> SpelledVocabulary:
         ANY_TEXT,
         ids,
         text,
-        prepend=prepend,
-        normalizer=normalizer,
-        steps=steps,
-        space=space,
-        prefix=prefix,
         letters=frozenset(letters),
         byte_ids=byte_ids,
         at_once=vocab if model.get("ignore_merges") else {},
         lacking=lacking,
+        **spelling,
     )
 
 

@@ -3533,6 +3533,8 @@ def test_a_class_has_the_characters_that_unicode_gives_it():
         "a?a?a?b",
         "(?:a?){15}a{15}(?=b)|.",
         "a+(?!b)",
+        r"a+(?!\S)",
+        "a+$",
         "a" * 1001,
     ],
 )
@@ -3568,11 +3570,14 @@ def test_an_expression_that_matches_no_text_is_refused(regex, tmp_path):
         llama.Tokenizer.from_folder(write_tokenizer(tmp_path, split_spec(regex)))
 
 
-@pytest.mark.parametrize("regex", [r"\s*[\r\n]+", "a?[ab]*b+", "[ab]+(?!\\S)", "a+$"])
+@pytest.mark.parametrize(
+    "regex", [r"\s*[\r\n]+", r"\s+(?!\S)", r"\s+$", "a?[ab]*b+", "a*[bc]+"]
+)
 def test_no_expression_that_is_read_takes_for_ever(regex, tmp_path):
+    regex = "|".join([regex] * 5 + ["c"])
     own = llama.Tokenizer.from_folder(write_tokenizer(tmp_path, split_spec(regex)))
     began = time.monotonic()
-    for text in ("a" * 10_000, " " * 10_000, "ab" * 5_000):
+    for text in ("a" * 2_000, " " * 2_000, "ab" * 1_000):
         assert own.decode(own.encode(text + "x")) == text + "x"
     assert time.monotonic() - began < 10
 
