@@ -3819,17 +3819,15 @@ class Tokenizer(ByteLevelTokenizer):
 
     def _encode_word(self, word: str) -> list[int]:
         """Return the ids of a word of letters."""
-        own = self.vocabulary
-        if word in own.at_once:
-            ids = [own.at_once[word]]
-        else:
-            ids = self._merge(word)
+        at_once = self.vocabulary.at_once.get(word)
+        ids = self._merge(word) if at_once is None else [at_once]
         if self._control.isdisjoint(ids):
             return ids
         # A text that spells a control token: letter by letter it is none.
         return [i for letter in word for i in self._merge(letter)]
 
     def _merge(self, word: str) -> list[int]:
+        """Return the ids of what the merges make of a word."""
         own, ids = self.vocabulary, []
         if not own.byte_ids:
             word = "".join(letter for letter in word if letter in own.letters)
