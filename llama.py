@@ -3690,7 +3690,6 @@ class Tokenizer(ByteLevelTokenizer):
         control = [token for token in added if token.special or token.id in ends]
         names = {token.content: token.id for token in control}
         super().__init__(vocabulary, names)
-        self._control = {*names.values()}
         self.bos, self.eos, self.source, self.rows = bos, eos, source, rows
         self.stop_tokens |= ends
         self.bos_prefix = [bos] if adds_bos and bos is not None else []
@@ -3707,6 +3706,7 @@ class Tokenizer(ByteLevelTokenizer):
         )
         self._word_ids = functools.lru_cache(100_000)(self._encode_word)
         self.stop_tokens |= self.written_after_a_reply()
+        self._control = {*self.special_tokens.values()}
 
     @classmethod
     def from_folder(
