@@ -2968,40 +2968,248 @@ Today Date: {{ strftime_now('%d %b %Y') }}
 # -----------------------------------------------------------------------------
 # 13. Other vocabularies
 # Section 7 reads Llama 3's kind of vocabulary. Others cut a text into words in another
-# way, merge characters instead of bytes (SentencePiece [8], Llama 2 and Mistral), put a
-# space before a text, lack some bytes, or come as Meta's file of ranks. Each is turned
-# into ranks for tiktoken, so that one encoder serves all. And every folder adds tokens
-# to its vocabulary: control tokens, and whole words. A text goes this way, and gets the
-# ids that Hugging Face's tokenizers give it:
+# way, or in several steps; merge characters instead of bytes (SentencePiece [8], Llama
+# 2 and Mistral); put a space before a text; or lack some bytes. And every folder adds
+# tokens to its vocabulary: control tokens, and whole words. A text goes this way, and
+# gets the ids that Hugging Face's tokenizers give it:
 #
 #     added tokens are found -> the text between them is normalised -> it is cut into
-#     words -> the letters of each word are merged
+#     words -> the letters of each word are merged, by section 7
+#
+# A byte-level vocabulary writes each byte as a letter, so its words have letters like
+# any other's, and one way of merging serves all. What a file asks for is read exactly,
+# or refused by its name: a wrong split would only show as slightly worse text.
 # uses: 1, 4, 7, 11, 12
 # needs: Callable, Collection, Iterable, Iterator, Mapping, NamedTuple, Path, Sequence,
-#     base64, collections, dataclass, field, functools, itertools, json, queue, re,
-#     replace, threading, tiktoken, unicodedata
+#     base64, collections, dataclass, field, functools, itertools, json, operator, re,
+#     tiktoken, unicodedata
 # -----------------------------------------------------------------------------
 
-# How byte-level vocabularies split text before they merge: GPT-2's way, and Llama 3's.
+# How a text is cut into words: GPT-2's way, Llama 3's, and SentencePiece's, which
+# writes a space as a letter of its own. PUNCTUATION is one character.
 GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-QWEN2_SPLIT = LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
-DIGIT, PUNCTUATION = r"\p{N}", r"[\p{P}$+<=>^`|~]"
-SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # how SentencePiece writes a space
-KNOWN_SPLITS = {GPT2_SPLIT, LLAMA3_SPLIT, QWEN2_SPLIT, DIGIT, PUNCTUATION, SPACE}
+SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
+SPACE_SPLIT = f"{SPACE}[^{SPACE}]*|[^{SPACE}]+"
+PUNCTUATION = r"[\p{P}$+<=>^`|~]"
 
-# tiktoken's regular expressions overflow their stack on a run of some 500,000 spaces,
-# so longer runs than this are cut; and a regular expression of 500,000 characters takes
-# minutes to compile, so a longer one than this is refused.
-LONGEST_RUN, LONGEST_SPLIT, MOST_CUTS = 65_536, 1_000, 20
 MOST_TOKENS = 262_144  # a larger vocabulary is not read
 BYTES_PER_TOKEN = 200  # in a tokenizer.json; Llama 3's has 60 to 160
-MOST_WORK = 10_000_000  # steps to merge pieces one by one; Llama 3 needs 100,000
+LONGEST_SPLIT, MOST_STEPS = 1_000, 20  # characters of an expression, and steps
 ANY_TEXT = "(?s:.+)"  # a text as one word
-EMPTY = 2**31  # the rank of b"": a split that matches no text asks tiktoken for it
+LONGEST_WORD = 100  # of those whose ids are remembered
+NO_RANK = 2**31
+MOST_WORK = 10_000_000  # steps to merge pieces one by one; Llama 3 needs 100,000
+
+# What Unicode calls white space. Python takes \x1c to \x1f for blanks as well.
+WHITE_SPACE = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000"
+WHITE_SPACE += "".join(map(chr, range(0x2000, 0x200B)))
+
+# The regular expressions that are read: up to twelve rows of characters. They mean the
+# same to `re` and to Hugging Face's tokenizers; and since only the last two of a row
+# repeat, their time grows at most with the square of a text's length.
+CHAR = r"(?:\\[^\w\s<>]|\\[rnt]|&(?!&)|~(?!~)|\|(?!\|)|[^\\\[\]&~|-])"
+CATEGORY = r"\\s|\\p\{(?:[LMNPSZ]|L[ultmo]|M[nce]|N[dlo])\}"
+CHAR_CLASS = rf"\[\^?(?:{CHAR}(?:-{CHAR})?|{CATEGORY})+\]"
+ATOM = rf"(?:{CHAR_CLASS}|{CATEGORY}|\\[^\w\s<>]|\\[rnt]|[^\\\[\](){{}}|?*+^$.])"
+REPEATED = rf"{ATOM}(?:[*+]|\{{\d(?:,\d)?\}})"
+CONTRACTIONS = re.escape("(?i:'s|'t|'re|'ve|'m|'ll|'d)")
+BRANCH = (
+    rf"(?:(?:{ATOM}\?)?{ATOM}*(?:{REPEATED}){{0,2}}(?:{CONTRACTIONS}\?)?"
+    rf"|\\s\+(?:\(\?!\\S\)|\$)|{CONTRACTIONS})"
+)
+READABLE = re.compile(rf"{BRANCH}(?:\|{BRANCH}){{0,11}}")
+# The one with a class within a class (Viking), which `re` does not know.
+NESTED = {r" ?[^(\s|[.,!?…。，、।۔،])]+": r" ?[^(\s|.,!?…。，、।۔،)]+"}
+
+
+@functools.cache
+def characters_of(escape: str) -> str:
+    r"""Return the characters that an escape, as \p{L}, stands for, as they are spelled
+    in a class of a regular expression.
+
+    tiktoken's engine knows them: it drops what an expression does not match. Python's
+    own Unicode is older.
+    """
+    planes = [*range(0xD800), *range(0xE000, 0x40000), *range(0xE0000, 0xE1000)]
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    every = tiktoken.Encoding(
+        "escape", pat_str=f"{escape}+", mergeable_ranks=ranks, special_tokens={}
+    )
+    ids = every.encode("".join(map(chr, planes)), disallowed_special=())
+    spans, numbered = [], enumerate(map(ord, every.decode(ids)))
+    for _, run in itertools.groupby(numbered, lambda item: item[1] - item[0]):
+        codes = [code for _, code in run]
+        spans.append(f"{re.escape(chr(codes[0]))}-{re.escape(chr(codes[-1]))}")
+    return "".join(spans)
+
+
+@functools.lru_cache
+def compile_split(regex: str) -> re.Pattern:
+    r"""Return a readable expression as a group for `re`, which has no \p{L}."""
+    outside = rf"({CHAR_CLASS}|\\[^psS])|(\\p\{{\w+\}}|\\s)"
+    regex = regex.replace(r"(?!\S)", r"(?![^\s])")
+    regex = re.sub(outside, lambda found: found[1] or f"[{found[2]}]", regex)
+    inside = r"(\\[^ps])|(\\p\{\w+\}|\\s)"
+    regex = re.sub(inside, lambda found: found[1] or characters_of(found[2]), regex)
+    return re.compile(f"({regex})", re.MULTILINE)
+
+
+def read_split(pattern: dict) -> re.Pattern:
+    """Return what a folder splits at.
+
+    Raises ValueError for an expression whose meaning, or whose time, is not sure.
+    """
+    if "String" in pattern:
+        found = re.compile(f"({re.escape(pattern['String'])})")
+    else:
+        regex = NESTED.get(pattern["Regex"], pattern["Regex"])
+        readable = len(regex) <= LONGEST_SPLIT and READABLE.fullmatch(regex)
+        try:
+            found = compile_split(regex) if readable else None
+        except re.error:  # a range that goes backwards
+            found = None
+        if found is None:
+            raise ValueError(f"unknown split: {regex!r:.80}")
+    if found.fullmatch(""):
+        raise ValueError(f"the split {pattern!r:.80} matches no text")
+    return found
+
+
+LETTER_OF = {byte: letter for letter, byte in byte_letters().items()}
+
+
+def spell(text: str | bytes) -> list[str]:
+    """Return a text as one word, whose letters stand for its bytes."""
+    encoded = text.encode() if isinstance(text, str) else text
+    return [encoded.decode("latin-1").translate(LETTER_OF)]
+
+
+# A step of a pre_tokenizer makes smaller pieces of a piece of a text.
+Step = Callable[[str], list[str]]
+
+
+def read_step(step: dict) -> list[Step]:
+    """Return what a step of a pre_tokenizer does. Raises ValueError for what is not
+    known."""
+    kind, behavior = step.get("type"), step.get("behavior", "Isolated")
+    if kind == "ByteLevel":
+        words = step.get("use_regex", True)
+        return [compile_split(GPT2_SPLIT).split, spell] if words else [spell]
+    if kind == "Metaspace" and step["replacement"] == SPACE:
+        return [compile_split(SPACE_SPLIT).split] if step.get("split", True) else []
+    if kind == "Digits":
+        each = step["individual_digits"]
+        return [compile_split(r"\p{N}" if each else r"\p{N}+").split]
+    if kind == "Punctuation" and behavior in ("Isolated", "Contiguous"):
+        repeated = "+" if behavior == "Contiguous" else ""
+        return [compile_split(PUNCTUATION + repeated).split]
+    if kind == "Split" and behavior in ("Isolated", "Removed"):
+        found = read_split(step["pattern"])
+        if behavior == "Isolated":
+            return [found.split]
+        if step.get("invert"):  # what is between two matches is removed
+            return [found.findall]
+    raise ValueError(f"unknown pre_tokenizer {json.dumps(step):.200}")
+
+
+def read_pre_tokenizer(spec: dict) -> dict:
+    """Return what a tokenizer.json's pre_tokenizer does, as fields of a
+    SpelledVocabulary."""
+    steps, space, prefix = [], " ", None
+    whole = spec.get("pre_tokenizer") or {}
+    parts = whole.get("pretokenizers", [whole] if whole else [])
+    if len(parts) > MOST_STEPS:
+        raise ValueError(f"{len(parts)} steps of splitting, wanted up to {MOST_STEPS}")
+    for n, step in enumerate(parts):
+        steps += read_step(step)
+        spaces = step["type"] == "Metaspace"
+        if n and (spaces or step.get("add_prefix_space")):
+            raise ValueError(f"unknown pre_tokenizer {json.dumps(whole):.200}")
+        if spaces:
+            # Older files have add_prefix_space in place of a scheme.
+            scheme = "always" if step.get("add_prefix_space", True) else "never"
+            scheme = step.get("prepend_scheme", scheme)
+            prefix = {"always": "missing", "first": "start", "never": None}[scheme]
+            space = SPACE
+        elif step.get("add_prefix_space"):
+            prefix = "missing"
+    return {"steps": steps, "space": space, "prefix": prefix}
+
+
+def read_normalizer(spec: dict) -> dict:
+    """Return what a tokenizer.json's normalizer does, as fields of a SpelledVocabulary.
+
+    Raises ValueError for what is not known.
+    """
+    prepend, steps, whole = "", [], spec.get("normalizer") or {}
+    for step in whole.get("normalizers", [whole] if whole else []):
+        kind, pattern = step.get("type"), step.get("pattern") or {}
+        texts = [pattern.get("String"), step.get("content"), step.get("prepend")]
+        kinds = [type(text) for text in texts]
+        # The oldest files leave the type out.
+        if kind in ("Prepend", None) and kinds[2] is str and not steps:
+            prepend = step["prepend"] + prepend
+        elif kind in ("Replace", None) and kinds[:2] == [str, str] and texts[0]:
+            steps.append(operator.methodcaller("replace", *texts[:2]))
+        elif kind in ("NFC", "NFD", "NFKC", "NFKD"):
+            steps.append(functools.partial(unicodedata.normalize, kind))
+        else:
+            raise ValueError(f"unknown normalizer {json.dumps(step):.200}")
+    return {"prepend": prepend, "normalizer": steps}
+
+
+@dataclass(frozen=True)
+class SpelledVocabulary(Vocabulary):
+    """A vocabulary of words of letters, and how a text becomes such words."""
+
+    prepend: str = ""  # what the normalizer puts before it
+    normalizer: Sequence[Callable[[str], str]] = ()  # its other steps
+    steps: Sequence[Step] = ()  # how it is cut into words
+    space: str = " "  # what a space is written as
+    # Where a space is put before a text: "missing": unless the text begins with one;
+    # "start": as "missing", but only at the start of a document; None: nowhere.
+    prefix: str | None = None
+    letters: frozenset[str] = frozenset()
+    # Other letters become the tokens of their bytes. Without such tokens they are left
+    # out, so that what stands beside them is merged.
+    byte_ids: Sequence[int] = ()
+    # Words that are not merged, with their ids.
+    at_once: Mapping[str, int] = field(default_factory=dict)
+    lacking: bytes = b""  # of a byte-level vocabulary: the bytes without a letter
+
+    def normalize(self, text: str, prefix: bool = True) -> str:
+        """Return a text in the form that the vocabulary was made from.
+
+        prefix: whether to put before it what the normalizer puts before a text.
+        """
+        text = self.prepend + text if text and prefix else text
+        for step in self.normalizer:
+            text = step(text)
+        return text
+
+    @property
+    def spaced(self) -> bool:
+        """Whether a space may be put before a text."""
+        return self.prefix is not None or self.prepend != ""
+
+    def cut(self, text: str, prefix: bool) -> list[str]:
+        """Return the words of a normalised text.
+
+        prefix: whether a space is put before it, if that is missing.
+        """
+        # Half of a character that UTF-16 writes as two is no character.
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        text = text.replace(" ", self.space)
+        if prefix and self.prefix is not None and not text.startswith(self.space):
+            text = self.space + text
+        words = [text]
+        for step in self.steps:
+            words = [part for word in words for part in step(word) if part]
+        return words
 
 
 class Merging:
@@ -3016,26 +3224,25 @@ class Merging:
     With the merges "b c", "a b" and "ab c", abc becomes a bc: nothing arrives at abc.
 
     made: from every such piece to the rank and the two parts of its last merge; of a
-    letter, -1 and the letter. left: from other pieces to how many parts remain.
+    letter, -1 and the letter.
     """
 
     def __init__(self, letters: Iterable[str], pairs: Sequence[Sequence[str]]):
         self.ranks = {(left, right): rank for rank, (left, right) in enumerate(pairs)}
         self.made = {letter: (-1, letter, letter) for letter in letters}
-        self.left, others = {}, []
-        merges = self.ranks.items()
-        if len(merges) < len(pairs):  # of a pair that comes twice, the last counts
-            merges = sorted(merges, key=lambda merge: merge[1])
-        for (left, right), rank in merges:
-            piece = left + right
-            if piece in self.made:
-                continue
-            known = left in self.made and right in self.made
+        for (left, right), rank in self.ranks.items():
+            new = left + right not in self.made
+            known = new and left in self.made and right in self.made
             if known and not self.crossed(left, right):
-                self.made[piece] = rank, left, right
-            else:
-                others.append(piece)
-        self.merge_alone(others)
+                self.made[left + right] = rank, left, right
+        # What is left is little: what no text makes, or has a part of a higher rank.
+        others = {left + right for left, right in self.ranks} - self.made.keys()
+        if sum(len(piece) ** 2 for piece in others) > MOST_WORK:
+            raise ValueError(f"{len(others):,} pieces that no merges may arrive at")
+        for piece in others:
+            parts = self.last_parts(piece)
+            if parts in self.ranks:
+                self.made[piece] = self.ranks[parts], *parts
 
     def crossed(self, left: str, right: str) -> bool:
         """Return whether a merge across the boundary of two parts precedes theirs.
@@ -3056,366 +3263,33 @@ class Merging:
                 return True
         return False
 
-    def merge_alone(self, pieces: Iterable[str]) -> None:
-        """Find out about pieces that are not known to be made, by merging each.
+    def last_parts(self, piece: str) -> tuple[str, ...]:
+        """Return what merging makes of the letters of a piece, down to two parts."""
+        parts = [*piece]
+        while len(parts) > 2:
+            pairs = [*itertools.pairwise(parts)]
+            pair = min(pairs, key=lambda pair: self.ranks.get(pair, NO_RANK))
+            if pair not in self.ranks:
+                break
+            at = pairs.index(pair)
+            parts[at : at + 2] = [pair[0] + pair[1]]
+        return (*parts,)
 
-        They are few: those that no text makes, or with a part of a higher rank.
-        Raises ValueError if they are more than any published vocabulary has.
-        """
-        pieces = [piece for piece in dict.fromkeys(pieces) if piece not in self.made]
-        if sum(len(piece) ** 2 for piece in pieces) > MOST_WORK:
-            raise ValueError(
-                f"the merges may not arrive at {len(pieces):,} pieces of the "
-                "vocabulary, which are too many"
-            )
-        for piece in pieces:
-            parts = [*piece]
-            while pairs := [*itertools.pairwise(parts)]:
-                pair = min(pairs, key=lambda pair: self.ranks.get(pair, EMPTY))
-                if pair not in self.ranks:
-                    break
-                if len(parts) == 2:
-                    self.made[piece] = self.ranks[pair], *pair
-                at = pairs.index(pair)
-                parts[at : at + 2] = [pair[0] + pair[1]]
-            if len(parts) > 1:
-                self.left[piece] = len(parts)
-
-    def pairs(self) -> list[tuple[str, str]]:
-        """Return the last merge of each piece, in order of rank."""
-        merges = sorted(self.made.values())
-        return [(left, right) for rank, left, right in merges if rank >= 0]
+    def pieces(self) -> list[str]:
+        """Return the pieces in the order of their ranks."""
+        return sorted(self.made, key=lambda piece: self.made[piece][0])
 
 
-class Cut(NamedTuple):
-    """A step of a pre_tokenizer: pieces of a text are cut where `regex` matches.
-
-    behavior says what becomes a piece. Isolated: each match, and each text between two.
-    Contiguous: matches without a text between them are one piece. MergedWithPrevious,
-    MergedWithNext: a match, and the text before it or behind it. Removed: each match;
-    a text between two is dropped.
-    """
-
-    regex: str
-    behavior: str = "Isolated"
-
-
-SPELLED = Cut("", "Letters")  # the step that writes the bytes of a text as letters
-
-# What means the same in the regular expressions of tiktoken and of Hugging Face's
-# tokenizers: first what matches one character. A class may have classes in it.
-ESCAPE = r"\\(?:[pP]\{\^?\w+\}|x\{[0-9a-fA-F]+\}|u[0-9a-fA-F]{4}|[sSdDnrtfv]|[^\w\s<>])"
-IN_CLASS = rf"(?:{ESCAPE}|[^\\\[\]&~-]|&(?!&)|-(?!-)|~(?!~))"
-CLASS = rf"\[\^?(?:{IN_CLASS}|\[(?!:)\^?{IN_CLASS}+\])+\]"
-REGEX_PARTS = (
-    rf"(?P<one>{ESCAPE}|{CLASS}|[^\\\[(){{}}|?*+^$])",
-    r"\(\?(?:i:|[:>=!])|\((?!\?)|[)|]",  # groups, alternatives, looking ahead
-    r"[?*+][?+]?(?!\{)|\{\d+(?:,\d*)?\}(?![?*+{])",  # how often
-    r"\$",
-)
-REGEX_PART = re.compile("|".join(REGEX_PARTS), re.DOTALL)
-MARKS = [*map(chr, range(0xFDD0, 0xFDF0))]  # Unicode will never assign them
-
-
-def translate(regex: str, mark: str = "") -> str:
-    """Return a folder's regular expression as tiktoken's engine is to read it.
-
-    mark: a character that the text has between its characters; it is matched only
-    together with the character behind it.
-    Raises ValueError for what the two engines may understand in different ways.
-    """
-    size, counts = len(regex), len(re.findall(r"\{\d", regex))
-    if size > LONGEST_SPLIT or counts > 2:  # compiled, these swell
-        raise ValueError(
-            f"the split's {size:,} characters and {counts} counted repeats are too many"
-        )
-    parts, at = [], 0
-    while at < size:
-        part = REGEX_PART.match(regex, at)
-        if not part:
-            raise ValueError(f"unknown split: {regex[at:]!r:.40} in {regex!r:.80}")
-        at, text = part.end(), part[0]
-        if text == "$":  # the end of a line
-            text = rf"(?=(?:{mark})?\n|\z)"
-        elif mark and part["one"]:
-            text = r"[^\n]" if text == "." else text
-            text = f"[{text}&&[^{mark}]]" if len(text) > 1 else text
-            text = f"(?:{mark}?{text})"
-        parts.append(text)
-    return "".join(parts)
-
-
-@functools.lru_cache  # compiling an expression takes a few milliseconds
-def make_cutter(step: Cut, mark: str, end: str) -> tiktoken.Encoding:
-    """Return an encoding whose tokens are bytes, and which drops marks (see cut)."""
-    match = f"(?:{translate(step.regex, mark)})"
-    # A character outside of matches takes the mark behind it, if no match comes next.
-    other = f"(?s:.)(?:{mark}(?!{match}))?"
-    ways = {
-        "Isolated": f"{match}|{other}",
-        "Contiguous": f"{match}+|{other}",
-        "MergedWithPrevious": f"{match}|(?s:.){mark}?",
-        "MergedWithNext": f"{match}(?:{mark}(?!{match}))?|{other}",
-        "Removed": match,
-    }
-    return tiktoken.Encoding(
-        "cutter",
-        pat_str=f"(?!{mark})(?:{ways[step.behavior]})",
-        mergeable_ranks={b"": EMPTY} | {bytes([byte]): byte for byte in range(256)},
-        special_tokens={end: 256},
-    )
-
-
-def cut(pieces: list[str], step: Cut, mark: str, end: str) -> list[str]:
-    """Return the smaller pieces of which a step makes pieces of a text.
-
-    tiktoken has the engine for this, but does not tell where it cuts. It does drop what
-    an expression does not match. So a mark is put between all characters, and the
-    expression takes a mark within a piece only: where one is missing, a piece ends. Cut
-    at digits, a-b-1-2-c comes back as a-b12c, which is ab, 1, 2, c.
-
-    mark, end: characters that no piece has; `end` separates the pieces.
-    Raises ValueError if the expression matches without a character.
-    """
-    cutter = make_cutter(step, mark, end)
-    marked = end.join(map(mark.join, pieces))
-    ids = cutter.encode(marked, allowed_special={end}, disallowed_special=())
-    if EMPTY in ids:
-        raise ValueError("it matches no text")
-    found = re.findall(f"(?s)[^{end}](?:{mark}.)*", cutter.decode(ids))
-    return [piece.replace(mark, "") for piece in found]
-
-
-def cut_words(text: str, cuts: Iterable[Cut]) -> list[str]:
-    """Return the words of a text, cut by one step after the other."""
-    # Half of a character that UTF-16 writes as two: tiktoken makes it U+FFFD as well.
-    text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    free = [mark for mark in MARKS if mark not in text][:2]
-    if len(free) < 2:
-        raise ValueError("the text has all noncharacters from U+FDD0 to U+FDEF")
-    letters, pieces = {byte: letter for letter, byte in byte_letters().items()}, [text]
-    for step in cuts:
-        if step is SPELLED:
-            pieces = [p.encode().decode("latin-1").translate(letters) for p in pieces]
-        else:
-            pieces = cut(pieces, step, *free)
-    return pieces
-
-
-MISSING = "\0"  # stands for a letter that is not in the vocabulary
-
-
-@dataclass(frozen=True)
-class WordVocabulary(Vocabulary):
-    """The vocabulary of words that are cut out of a text by steps.
-
-    unknown: what letters become that are in no token. fused: several of them in a row
-    count as one. at_once: words that are not merged, with their ids.
-    """
-
-    cuts: tuple[Cut, ...]
-    unknown: dict[int, str] = field(default_factory=dict)
-    fused: bool = False
-    at_once: dict[str, list[int]] = field(default_factory=dict)
-
-
-class WordTokenizer(ByteLevelTokenizer):
-    """Text to ids, one word after the other."""
-
-    def __init__(self, vocabulary: WordVocabulary):
-        super().__init__(vocabulary, {})
-        for step in vocabulary.cuts:  # an expression that is none is found out now
-            if step is not SPELLED:
-                make_cutter(step, *MARKS[:2])
-
-    def encode(self, text: str) -> list[int]:
-        own = self.vocabulary
-        ids, ids_of = [], {**own.at_once}
-        for word in cut_words(text, own.cuts):
-            if word not in ids_of:
-                known = word.translate(own.unknown)
-                if own.fused:
-                    known = re.sub(f"{MISSING}+", MISSING, known)
-                ids_of[word] = super().encode(known)
-            ids += ids_of[word]
-        return ids
-
-
-@dataclass(frozen=True)
-class SpelledVocabulary(Vocabulary):
-    """A vocabulary, and what is done to a text before its words are merged."""
-
-    normalizer: tuple[tuple[str, ...], ...] = ()  # steps: a kind, and its strings
-    space: str = " "  # what a space is written as
-    # Where a space is put before a text: "missing": unless the text begins with one;
-    # "start": as "missing", but only at the start of a document; None: nowhere.
-    prefix: str | None = None
-    # Ids made up here for the beginning of a character, each with the ids of its bytes.
-    parts: dict[int, list[int]] = field(default_factory=dict)
-    foreign: bool = False  # an expression that splits is the folder's own
-    # For texts whose words `split` does not find: all texts, if by_words, or else those
-    # that have a byte which is in no token.
-    words: WordVocabulary | None = None
-    by_words: bool = False
-    lacking: bytes = b""
-
-    def normalize(self, text: str, prefix: bool = True) -> str:
-        """Return a text in the form that the vocabulary was made from.
-
-        prefix: whether to put before it what the normalizer puts before a text.
-        """
-        for kind, *values in self.normalizer:
-            if kind == "Prepend":
-                text = values[0] + text if text and prefix else text
-            elif kind == "Replace":
-                text = text.replace(*values)
-            else:
-                text = unicodedata.normalize(kind, text)
-        return text
-
-    @property
-    def spaced(self) -> bool:
-        """Whether a space may be put before a text."""
-        return self.prefix is not None or any(
-            step[0] == "Prepend" for step in self.normalizer
-        )
-
-
-def read_normalizer(spec: dict) -> tuple[tuple[str, ...], ...]:
-    """Return the steps of a tokenizer.json's normalizer: their kinds and strings.
-
-    Raises ValueError for one that is not known.
-    """
-    found, whole = [], spec.get("normalizer") or {}
-    for step in whole.get("normalizers", [whole] if whole else []):
-        pattern, kind = step.get("pattern") or {}, step.get("type")
-        if kind is None:  # as in the oldest files
-            kind = "Prepend" if "prepend" in step else "Replace"
-        strings = [] if kind in ("NFC", "NFD", "NFKC", "NFKD") else [None]
-        if kind == "Prepend":
-            strings = [step.get("prepend")]
-        elif kind == "Replace":
-            strings = [pattern.get("String"), step.get("content")]
-        if not all(isinstance(text, str) for text in strings) or strings[:1] == [""]:
-            raise ValueError(f"unknown normalizer {json.dumps(step):.200}")
-        found.append((kind, *strings))
-    return (*found,)
-
-
-WORDS = Cut(SPACE, "MergedWithNext")  # as Metaspace has it
-BETWEEN = ("Isolated", "Contiguous", "MergedWithPrevious", "MergedWithNext")
-
-
-def read_step(step: dict) -> list[Cut]:
-    """Return what a step of a pre_tokenizer does, as cuts.
-
-    Raises ValueError for what is not known, rather than guess: a wrong split would only
-    show as slightly worse text.
-    """
-    kind, behavior = step.get("type"), step.get("behavior", "Isolated")
-    if kind == "ByteLevel":
-        return [Cut(GPT2_SPLIT), SPELLED] if step.get("use_regex", True) else [SPELLED]
-    if kind == "Metaspace" and step["replacement"] == SPACE:
-        return [WORDS] if step.get("split", True) else []
-    if kind == "Digits":
-        return [Cut(DIGIT, "Isolated" if step["individual_digits"] else "Contiguous")]
-    if kind == "Punctuation" and behavior in BETWEEN:
-        return [Cut(PUNCTUATION, behavior)]
-    # Inverted, the text between two matches counts as the match.
-    if kind == "Split" and behavior in (
-        ("Isolated", "Removed") if step.get("invert") else BETWEEN
-    ):
-        text = step["pattern"].get("String", "")
-        literal = re.sub(r"[]\\[(){}|?*+^$.]", r"\\\g<0>", text)
-        return [Cut(step["pattern"].get("Regex", literal), behavior)]
-    raise ValueError(f"unknown pre_tokenizer {json.dumps(step):.200}")
-
-
-def read_cuts(spec: dict) -> tuple[tuple[Cut, ...], str, str | None]:
-    """Return the cuts of a tokenizer.json's pre_tokenizer, what it writes a space as,
-    and where it puts one before a text (see SpelledVocabulary).
-
-    Raises ValueError for what is not known.
-    """
-    cuts, space, prefix = [], " ", None
-    whole = spec.get("pre_tokenizer") or {}
-    for n, step in enumerate(whole.get("pretokenizers", [whole] if whole else [])):
-        cuts += read_step(step)
-        spaces = step["type"] == "Metaspace"
-        if n and (spaces or step.get("add_prefix_space")):
-            raise ValueError(f"unknown pre_tokenizer {json.dumps(whole):.200}")
-        if spaces:
-            # Older files have add_prefix_space in place of a scheme.
-            scheme = "always" if step.get("add_prefix_space", True) else "never"
-            scheme = step.get("prepend_scheme", scheme)
-            prefix = {"always": "missing", "first": "start", "never": None}[scheme]
-            space = SPACE
-        elif step.get("add_prefix_space"):
-            prefix = "missing"
-    if len(cuts) > MOST_CUTS:
-        raise ValueError(f"{len(cuts)} steps of splitting, wanted at most {MOST_CUTS}")
-    return (*cuts,), space, prefix
-
-
-def any_foreign(cuts: Iterable[Cut]) -> bool:
-    """Return whether an expression in some steps is the folder's own."""
-    return any(cut is not SPELLED and cut.regex not in KNOWN_SPLITS for cut in cuts)
-
-
-def one_expression(cuts: Sequence[Cut]) -> tuple[str, bool] | None:
-    """Return the regular expression that splits as these cuts of a byte-level
-    vocabulary do, and whether it is the folder's own; None if none is known to."""
-    *before, last = cuts
-    if last is not SPELLED or SPELLED in before:
-        return None
-    if not before:
-        return ANY_TEXT, False
-    regex, behavior = before[0]
-    if regex == DIGIT and before[1:] == [Cut(GPT2_SPLIT)]:
-        # Digits are cut out first, so the text before one is split as if it ended
-        # there.
-        digits = {"Isolated": DIGIT, "Contiguous": DIGIT + "+"}.get(behavior)
-        rest = GPT2_SPLIT.replace(r"| ?\p{N}+", "")
-        rest = rest.replace(r"(?!\S)", r"(?![^\s\p{N}])")
-        return (f"{digits}|{rest}", False) if digits else None
-    if before[1:] or behavior not in ("Isolated", "Removed"):
-        return None
-    if regex in (GPT2_SPLIT, LLAMA3_SPLIT, QWEN2_SPLIT):  # they match every text
-        return regex, False
-    regex = translate(regex)
-    # tiktoken drops the text between matches. To keep it, this matches it too.
-    between = f"|(?:(?!{regex})(?s:.))+" if behavior == "Isolated" else ""
-    return regex + between, True
-
-
-def merge_pieces(
-    model: dict, letters: Collection[str]
-) -> tuple[list[tuple[str, str]], list[str], bool]:
-    """Return the merges of a tokenizer.json's model that make a piece, the words that
-    are taken at once, and whether these may be pieces for tiktoken.
-
-    With ignore_merges, a word that is in the vocabulary is not merged. As a piece it
-    would be made of two neighbours in other words, if merging leaves two parts of it.
-    """
-    merging, vocab = Merging(letters, model["merges"]), model["vocab"]
-    if not model.get("ignore_merges"):
-        return merging.pairs(), [], True
-    others, known = vocab.keys() - merging.made, {*letters}
-    merging.merge_alone(piece for piece in others if known.issuperset(piece))
-    at_once = sorted(merging.left, key=vocab.get)
-    return merging.pairs(), at_once, 2 not in merging.left.values()
-
-
-def rank_characters(
-    characters: Iterable[str], pieces: Iterable[str], vocab: Mapping[str, int]
+def rank_letters(
+    letters: Iterable[str], pieces: Iterable[str], vocab: Mapping[str, int]
 ) -> tuple[dict[bytes, int], list[int | None]]:
-    """Return ranks that merge characters instead of bytes, and the id of each rank.
+    """Return ranks that merge letters instead of bytes, and the id of each rank.
 
-    The ranks are: the bytes; the beginnings of multi-byte characters, so that the bytes
-    of a character join before all else; the characters; the pieces. The id of a byte or
+    The ranks are: the bytes; the beginnings of letters of several bytes, so that the
+    bytes of a letter join before all else; the letters; the pieces. The id of a byte or
     a beginning is None, if it is no token.
     """
-    encoded = [character.encode() for character in characters]
+    encoded = [letter.encode() for letter in letters]
     ordered = [bytes([byte]) for byte in range(256)]
     ordered += [c[:end] for c in encoded for end in range(2, len(c))]
     ordered += encoded + [piece.encode() for piece in pieces]
@@ -3424,131 +3298,86 @@ def rank_characters(
     return ranks, [ids.get(piece) for piece in ranks]
 
 
-def byte_level_vocabulary(spec: dict) -> SpelledVocabulary:
-    """Return the vocabulary of a byte-level tokenizer.json (Llama 3, GPT-2, Qwen).
+def read_merges(model: dict) -> list[list[str]]:
+    """Return the merges of a tokenizer.json's model.
 
-    Words that are cut out by steps are merged as the file spells them, in letters. What
-    of the 256 letters is not in the vocabulary is left out of a word before it is
-    merged, or becomes the token that the file has for what is unknown.
+    Raises ValueError for what is inconsistent or unknown.
     """
-    model, letters, (cuts, _, prefix) = spec["model"], byte_letters(), read_cuts(spec)
-    vocab, unknown = model["vocab"], model.get("unk_token")
-    characters = [letter for letter in letters if letter in vocab]
-    lacking = [letter for letter in letters if letter not in vocab]
-    if lacking and (model.get("byte_fallback") or unknown not in (None, *vocab)):
-        raise ValueError(
-            f"the vocabulary lacks {len(lacking)} bytes, among them {lacking[0]!r}, "
-            f"and what stands for them: byte_fallback, unk_token {unknown!r:.80}"
-        )
-    pairs, at_once, all_pieces = merge_pieces(model, characters)
-    split, foreign = one_expression(cuts) or ("", any_foreign(cuts))
-    # Section 7 wants an id for every byte. Those made up here are never used.
-    ids = {letter: EMPTY + n for n, letter in enumerate(lacking)}
-    made = [left + right for left, right in pairs]
-    ids |= {piece: vocab[piece] for piece in characters + made + at_once}
-    own = byte_level(model | {"vocab": ids, "merges": pairs}, split)
-    text = {i: piece for i, piece in own.text.items() if i < EMPTY}
+    vocab, ids = model["vocab"], {*model["vocab"].values()}
+    extras = ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
+    # The oldest files leave the type out.
+    if model.get("type", "BPE") != "BPE" or any(map(model.get, extras)):
+        raise ValueError(f"wanted plain BPE, got type {model.get('type')!r:.80}")
+    whole = all(type(i) is int and 0 <= i < NO_RANK for i in ids)
+    if len(ids) < len(vocab) or not whole:
+        raise ValueError("the ids of the vocabulary must be whole numbers, each once")
+    # "a b" before tokenizers 0.20, ["a", "b"] since
+    merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
+    merges = [merge for merge in merges if merge[:1] != ["#version:"]]
+    for merge in merges:
+        if len(merge) != 2 or not vocab.keys() >= {*merge, "".join(merge)}:
+            raise ValueError(
+                f"wanted merges of two pieces, all known, got {merge!r:.80}"
+            )
+    if not merges or len({*map(tuple, merges)}) < len(merges):
+        raise ValueError("wanted merges, each once")
+    return merges
+
+
+def read_texts(
+    vocab: Mapping[str, int], letters: Mapping[str, int]
+) -> dict[int, bytes]:
+    """Return the text of each id. letters: the byte that a letter stands for, {} if
+    letters are characters."""
+    texts = {}
     for piece, i in vocab.items():
-        if i not in text:  # no merge makes it; a control token, say
-            known = letters.keys() >= {*piece}
-            text[i] = bytes(map(letters.get, piece)) if known else piece.encode()
-    by_words, words = not (split and all_pieces), None
-    if by_words or lacking:
-        table = dict.fromkeys(map(ord, lacking), "" if unknown is None else MISSING)
-        if unknown is not None:
-            vocab = vocab | {MISSING: vocab.get(unknown)}
-        ranks, ids = rank_characters([*characters, MISSING], made, vocab)
-        settings = cuts, table, bool(model.get("fuse_unk"))
-        at_once = {word: [vocab[word]] for word in at_once}
-        words = WordVocabulary(ranks, ANY_TEXT, ids, text, *settings, at_once)
-    return SpelledVocabulary(
-        ({} if by_words else own.ranks) | {b"": EMPTY},
-        own.split or ANY_TEXT,
-        own.ids,
-        text,
-        read_normalizer(spec),
-        prefix=prefix,
-        foreign=foreign,
-        words=words,
-        by_words=by_words,
-        lacking=bytes(letters[letter] for letter in lacking),
-    )
-
-
-def byte_fallback_vocabulary(spec: dict) -> SpelledVocabulary:
-    """Return the vocabulary of a SentencePiece-style tokenizer.json [8] (Llama 2).
-
-    Characters are merged, not bytes, and one that is not in the vocabulary becomes its
-    bytes' tokens <0xNN>.
-    """
-    model, vocab = spec["model"], spec["model"]["vocab"]
-    byte_ids = [vocab.get(f"<0x{byte:02X}>") for byte in range(256)]
-    if None in byte_ids:
-        raise ValueError(f"the vocabulary lacks <0x{byte_ids.index(None):02X}>")
-    characters = [piece for piece in vocab if len(piece) == 1]
-    pairs, at_once, _ = merge_pieces(model, characters)
-    made = [left + right for left, right in pairs]
-    ranks, ids = rank_characters(characters, made, vocab)
-    parts = {}
-    for rank, piece in enumerate(ranks):
-        if ids[rank] is None and len(piece) == 1:
-            ids[rank] = byte_ids[piece[0]]
-        elif ids[rank] is None:  # the beginning of a character, all that a text has
-            ids[rank] = EMPTY + len(parts)
-            parts[ids[rank]] = [byte_ids[byte] for byte in piece]
-    text = {i: piece.replace(SPACE, " ").encode() for piece, i in vocab.items()}
-    text |= {i: bytes([byte]) for byte, i in enumerate(byte_ids)}
-    cuts, space, prefix = read_cuts(spec)
-    splits = {(): ANY_TEXT, (WORDS,): f"{SPACE}[^{SPACE}]*|[^{SPACE}]+"}
-    by_words = cuts not in splits or bool(at_once)
-    at_once = {word: [vocab[word]] for word in at_once}
-    words = WordVocabulary(ranks, ANY_TEXT, ids, text, cuts, at_once=at_once)
-    return SpelledVocabulary(
-        {b"": EMPTY} if by_words else ranks,
-        splits.get(cuts, ANY_TEXT),
-        ids,
-        text,
-        read_normalizer(spec),
-        space,
-        prefix,
-        parts,
-        any_foreign(cuts),
-        words if by_words else None,
-        by_words,
-    )
+        if letters.keys() >= {*piece}:
+            texts[i] = bytes(letters[letter] for letter in piece)
+        else:  # a byte-level vocabulary may spell a control token as it is
+            texts[i] = (piece if letters else piece.replace(SPACE, " ")).encode()
+    return texts
 
 
 def read_vocabulary(spec: dict) -> SpelledVocabulary:
     """Return the vocabulary that a tokenizer.json describes.
 
+    Letters stand for bytes (Llama 3, GPT-2, Qwen); or they are characters, and one that
+    is not in the vocabulary becomes its bytes' tokens <0xNN> (Llama 2, Mistral).
     Raises ValueError for what is inconsistent or unknown.
     """
     model, vocab = spec["model"], spec["model"]["vocab"]
-    # "a b" before tokenizers 0.20, ["a", "b"] since
-    merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
-    merges = [merge for merge in merges if merge[:1] != ["#version:"]]
-    extras = ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
-    # The oldest files leave the type out.
-    if model.get("type", "BPE") != "BPE" or any(map(model.get, extras)):
-        raise ValueError(f"wanted plain BPE, got type {model.get('type')!r:.80}")
-    if not merges:
-        raise ValueError("no merges")
-    for merge in merges:
-        if len(merge) != 2:
-            raise ValueError(f"a merge must be of two pieces, got {merge!r:.80}")
-    pieces = {piece for a, b in merges for piece in (a, b, a + b)}
-    for piece in sorted(pieces - vocab.keys()):
-        raise ValueError(f"merges of {piece!r:.80}, not in the vocabulary")
-    ids = set(vocab.values())
-    if len(ids) < len(vocab) or not all(type(i) is int and 0 <= i < EMPTY for i in ids):
-        raise ValueError("the ids of the vocabulary must be whole numbers, each once")
-    spec = spec | {"model": model | {"merges": merges}}
-    if SPELLED in read_cuts(spec)[0]:
-        return byte_level_vocabulary(spec)
-    if model.get("byte_fallback"):
-        return byte_fallback_vocabulary(spec)
-    steps = json.dumps(spec.get("pre_tokenizer"))
-    raise ValueError(f"unknown pre_tokenizer {steps:.200}, without byte_fallback")
+    merges = read_merges(model)
+    spelling = read_normalizer(spec) | read_pre_tokenizer(spec)
+    if spell in spelling["steps"]:
+        letters, byte_ids = byte_letters(), []
+        text = read_texts(vocab, letters)
+        lacking = bytes(letters[letter] for letter in letters if letter not in vocab)
+        if lacking and (model.get("byte_fallback") or model.get("unk_token")):
+            unknown = {key: model.get(key) for key in ("byte_fallback", "unk_token")}
+            raise ValueError(f"bytes that no token has, and for them {unknown!r:.200}")
+    elif model.get("byte_fallback"):
+        letters, lacking = [piece for piece in vocab if len(piece) == 1], b""
+        byte_ids = [vocab.get(f"<0x{byte:02X}>") for byte in range(256)]
+        if None in byte_ids:
+            raise ValueError(f"the vocabulary lacks <0x{byte_ids.index(None):02X}>")
+        text = read_texts(vocab, {})
+        text |= {i: bytes([byte]) for byte, i in enumerate(byte_ids)}
+    else:
+        known = json.dumps(spec.get("pre_tokenizer"))
+        raise ValueError(f"unknown pre_tokenizer {known:.200}, without byte_fallback")
+    letters = [letter for letter in letters if letter in vocab]
+    ranks, ids = rank_letters(letters, Merging(letters, merges).pieces(), vocab)
+    return SpelledVocabulary(
+        ranks,
+        ANY_TEXT,
+        ids,
+        text,
+        letters=frozenset(letters),
+        byte_ids=byte_ids,
+        at_once=vocab if model.get("ignore_merges") else {},
+        lacking=lacking,
+        **spelling,
+    )
 
 
 # The control tokens behind the ranks of Meta's tokenizer.model: their places among 256.
@@ -3569,8 +3398,9 @@ def rank_file(file: Path, tokens: int) -> tuple[SpelledVocabulary, list[dict], s
             f"{file}: wanted lines of base64 and rank; a SentencePiece model is not "
             "read, it needs its tokenizer.json"
         ) from None
-    ranks, size = {token: rank for rank, token in text.items()}, len(lines)
-    if sorted(ranks.values()) != list(range(size)):
+    size = len(lines)
+    vocab = {spell(text[rank])[0]: rank for rank in sorted(text)}
+    if [*vocab.values()] != [*range(size)]:
         raise ValueError(f"{file}: wanted the ranks 0 to {size - 1}, each once")
     if size != LLAMA3_RANKS:  # such a file does not say how it splits
         raise ValueError(
@@ -3579,7 +3409,11 @@ def rank_file(file: Path, tokens: int) -> tuple[SpelledVocabulary, list[dict], s
         )
     places = LLAMA3_TOKENS.items()
     added = [{"content": t, "id": size + n, "special": True} for t, n in places]
-    vocabulary = SpelledVocabulary(ranks, LLAMA3_SPLIT, [*range(size)], text)
+    letters, steps = byte_letters(), (compile_split(LLAMA3_SPLIT).split, spell)
+    ranks, ids = rank_letters(letters, vocab, vocab)
+    vocabulary = SpelledVocabulary(
+        ranks, ANY_TEXT, ids, text, steps=steps, letters=frozenset(letters)
+    )
     return vocabulary, added, "<|begin_of_text|>"
 
 
@@ -3647,24 +3481,11 @@ def read_added(
     return found
 
 
-WHITE_SPACE = re.compile(
-    "[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]*"
-)  # as Unicode has them; Python takes \x1c to \x1f for blanks as well
-
-
-@functools.cache
-def word_characters() -> tiktoken.Encoding:
-    r"""Return an encoding that gives no ids for characters which \w does not match."""
-    ranks = {bytes([byte]): byte for byte in range(256)}
-    return tiktoken.Encoding(
-        "word", pat_str=r"\w", mergeable_ranks=ranks, special_tokens={}
-    )
-
-
 def stands_alone(text: str, start: int, end: int) -> bool:
     """Return whether no letter or digit stands beside a part of a text."""
     beside = text[max(start - 1, 0) : start] + text[end : end + 1]
-    return not word_characters().encode(beside, disallowed_special=())
+    letters = characters_of(r"\w")
+    return not re.search(f"[{letters}]", beside)
 
 
 class TokenTable:
@@ -3675,35 +3496,19 @@ class TokenTable:
         self.tokens = {text: token for text, token in tokens.items() if text}
         sizes = collections.defaultdict(set)
         for text in self.tokens:
-            sizes[text[:2]].add(len(text))
-        self.sizes = {head: sorted(sizes[head], reverse=True) for head in sizes}
-        first = "".join(sorted({re.escape(text[0]) for text in self.tokens}))
+            sizes[text[0]].add(len(text))
+        self.sizes = {first: sorted(sizes[first], reverse=True) for first in sizes}
+        first = "".join(map(re.escape, self.sizes))
         self.first = re.compile(f"[{first}]" if first else "(?!)")
 
     def longest(self, text: str, start: int, end: int) -> str:
         """Return the longest of what is looked for that begins at `start` and does not
         pass `end`; "" if there is none."""
-        for head in (text[start : start + 2], text[start]):
-            for size in self.sizes.get(head, ()):
-                name = text[start : start + size]
-                if start + size <= end and name in self.tokens:
-                    return name
+        for size in self.sizes[text[start]]:
+            name = text[start : start + size]
+            if start + size <= end and name in self.tokens:
+                return name
         return ""
-
-    def find(
-        self, text: str, start: int, trusted: Sequence[int], control: Collection[str]
-    ) -> tuple[str, int]:
-        """Return what is found at `start`, or "", and from where to look further."""
-        name = self.longest(text, start, len(text))
-        end = start + max(len(name), 1)
-        mask = trusted[start:end]
-        if not name or self.tokens[name].content not in control or 0 not in mask:
-            return name, end
-        # A text that goes on where a control token ends must not hide it.
-        name = self.longest(text, start, start + mask.index(0))
-        if any(mask):
-            end = start + max(len(name), 1)
-        return name, end
 
     def split(
         self, text: str, trusted: Sequence[int], control: Collection[str]
@@ -3714,26 +3519,29 @@ class TokenTable:
         done = at = 0
         while found := self.first.search(text, at):
             start = found.start()
-            name, at = self.find(text, start, trusted, control)
+            name = self.longest(text, start, len(text))
+            at = start + max(len(name), 1)
+            mask = trusted[start:at]
+            if name and self.tokens[name].content in control and 0 in mask:
+                # A text that goes on where a control token ends must not hide it.
+                name = self.longest(text, start, start + mask.index(0))
+                if any(mask):
+                    at = start + max(len(name), 1)
             if not name:
                 continue
             token, end = self.tokens[name], at
             if token.single_word and not stands_alone(text, start, end):
                 continue
             if token.lstrip:
-                before = text[done:start]
-                start -= WHITE_SPACE.match(before[::-1]).end()
+                start = done + len(text[done:start].rstrip(WHITE_SPACE))
             if token.rstrip:
-                end = WHITE_SPACE.match(text, end).end()
+                end = len(text) - len(text[end:].lstrip(WHITE_SPACE))
             if done < start:
                 yield None, done, start
             yield token, start, end
             done = end
         if done < len(text):
             yield None, done, len(text)
-
-
-NO_TOKENS = TokenTable({})
 
 
 def read_tokenizer(
@@ -3829,42 +3637,6 @@ def tokenizer_settings(folder: Path, template: str | None) -> dict:
     }
 
 
-def within(seconds: float, task: Callable[[], list[int]]) -> list[int]:
-    """Return what a task returns. Raises ValueError after so many seconds: a regular
-    expression that takes for ever cannot be stopped, so its thread is left running."""
-    outcome = queue.SimpleQueue()
-
-    def attempt() -> None:
-        try:
-            outcome.put(task())
-        except (IndexError, ValueError) as error:
-            outcome.put(error)
-
-    threading.Thread(target=attempt, daemon=True).start()
-    try:
-        result = outcome.get(timeout=seconds)
-    except queue.Empty:
-        raise ValueError(f"it takes longer than {seconds:.1f} s") from None
-    if isinstance(result, Exception):
-        raise result
-    return result
-
-
-def without_ids(vocabulary: Vocabulary, ids: set[int]) -> Vocabulary:
-    """Return a vocabulary whose merges arrive at none of some ids, those of control
-    tokens. What merging begins with keeps its rank: every text must have ids."""
-    if not ids.intersection(vocabulary.ids):
-        return vocabulary
-    letters = vocabulary.ids[0] is None  # no byte is a token
-
-    def needed(piece: bytes) -> bool:
-        return len(piece) < 2 or (letters and len(piece.decode()) < 2)
-
-    ranks = vocabulary.ranks.items()
-    kept = {p: r for p, r in ranks if needed(p) or vocabulary.ids[r] not in ids}
-    return replace(vocabulary, ranks=kept)
-
-
 class NoTemplate(ValueError):
     """A conversation cannot be written down for a model."""
 
@@ -3917,7 +3689,7 @@ class Tokenizer(ByteLevelTokenizer):
         eos: int | None = None,
         stop_tokens: Collection[int] = (),
         adds_bos: bool = False,
-        rows: int = EMPTY,
+        rows: int = NO_RANK,
         template: str | None = None,
         token_names: Mapping[str, str] = {},
         source: str = "this tokenizer",
@@ -3925,15 +3697,13 @@ class Tokenizer(ByteLevelTokenizer):
         ends = {token.id for token in added if token.content in STOP_NAMES}
         ends |= {*stop_tokens}
         control = [token for token in added if token.special or token.id in ends]
-        never = {token.id for token in control}
         names = {token.content: token.id for token in control}
-        super().__init__(without_ids(vocabulary, never), names)
+        super().__init__(vocabulary, names)
         self.bos, self.eos, self.source, self.rows = bos, eos, source, rows
         self.stop_tokens |= ends
         self.bos_prefix = [bos] if adds_bos and bos is not None else []
         self.template, self.token_names = template, token_names
         # A word beyond the rows of a model is no word to it.
-        names = self.special_tokens
         words = [t for t in added if t.content not in names and t.id < rows]
         self.added_words = {token.content: token.id for token in words}
         self._text |= {token.id: token.content.encode() for token in words}
@@ -3943,12 +3713,9 @@ class Tokenizer(ByteLevelTokenizer):
         self._normalized = TokenTable(
             {vocabulary.normalize(t.content): t for t in known if t.normalized}
         )
-        self._words = None
-        if own := vocabulary.words:
-            at_once = {w: i for w, i in own.at_once.items() if never.isdisjoint(i)}
-            own = replace(without_ids(own, never), at_once=at_once)
-            self._words = WordTokenizer(own)
+        self._word_ids = functools.lru_cache(100_000)(self._encode_word)
         self.stop_tokens |= self.written_after_a_reply()
+        self._control = {*self.special_tokens.values()}
 
     @classmethod
     def from_folder(
@@ -4000,7 +3767,10 @@ class Tokenizer(ByteLevelTokenizer):
         ids, control = [], self.special_tokens.keys() | {*written}
         for token, piece, prefix in self._split(text, trusted, first, control):
             if token is None:
-                ids += self._encode_piece(piece, prefix)
+                for word in self.vocabulary.cut(piece, prefix):
+                    # The words of a text come again; a text that is one word does not.
+                    short = len(word) <= LONGEST_WORD
+                    ids += self._word_ids(word) if short else self._encode_word(word)
             elif token.id < self.rows:
                 ids.append(token.id)
             else:
@@ -4025,18 +3795,14 @@ class Tokenizer(ByteLevelTokenizer):
     ) -> Iterator[tuple[AddedToken | None, str, bool]]:
         """Yield the parts of a text: (token, its text, _) or (None, a normalised text,
         whether a space is to be put before it)."""
-        if not self.added_words and not any(trusted):  # then there are none to find
-            tables = NO_TOKENS, NO_TOKENS
-        else:
-            tables = self._raw, self._normalized
-        for token, start, end in tables[0].split(text, trusted, control):
+        for token, start, end in self._raw.split(text, trusted, control):
             if token is not None:
                 yield token, text[start:end], False
                 continue
             piece, mask = self._normalize(
                 text[start:end], trusted[start:end], first or start > 0
             )
-            for token, at, stop in tables[1].split(piece, mask, control):
+            for token, at, stop in self._normalized.split(piece, mask, control):
                 begins = start == at == 0
                 prefix = first if begins else self.vocabulary.prefix == "missing"
                 yield token, piece[at:stop], prefix
@@ -4060,50 +3826,27 @@ class Tokenizer(ByteLevelTokenizer):
             start = end
         return whole, mask if "".join(parts) == whole else bytes(len(whole))
 
-    def _encode_piece(self, text: str, prefix: bool) -> list[int]:
-        """Return the ids of a normalised text without added tokens.
-
-        prefix: whether a space is put before it, if that is missing.
-        """
-        own = self.vocabulary
-        text = text.replace(" ", own.space)
-        if prefix and own.prefix is not None and not text.startswith(own.space):
-            text = own.space + text
-        ids = self._encode_foreign(text) if own.foreign else self._encode_cut(text)
-        if not own.parts:
+    def _encode_word(self, word: str) -> list[int]:
+        """Return the ids of a word of letters."""
+        at_once = self.vocabulary.at_once.get(word)
+        ids = self._merge(word) if at_once is None else [at_once]
+        if self._control.isdisjoint(ids):
             return ids
-        return [i for token in ids for i in own.parts.get(token, (token,))]
+        # A text that spells a control token: letter by letter it is none.
+        return [i for letter in word for i in self._merge(letter)]
 
-    def _encode_cut(self, text: str) -> list[int]:
-        """Return the ids of a text with its longest runs of blanks cut."""
-        cuts = [0]
-        for run in re.finditer(r"\s+", text):
-            cuts += range(run.start() + LONGEST_RUN, run.end(), LONGEST_RUN)
-        ids, own = [], self.vocabulary
-        for start, end in zip(cuts, [*cuts[1:], None]):
-            part, by_words = text[start:end], own.by_words
-            encoded = part.encode("utf-8", "surrogatepass")
-            if own.lacking and not by_words:
-                by_words = len(encoded.translate(None, own.lacking)) < len(encoded)
-            if by_words:
-                ids += self._words.encode(part)
-                continue
-            found = super().encode(part)
-            # A match of nothing can make tiktoken skip the character that follows it.
-            if own.foreign and sum(len(own.text[i]) for i in found) != len(encoded):
-                raise ValueError("it loses a part of the text")
-            ids += found
+    def _merge(self, word: str) -> list[int]:
+        """Return the ids of what the merges make of a word."""
+        own, ids = self.vocabulary, []
+        if not own.byte_ids:
+            word = "".join(letter for letter in word if letter in own.letters)
+        for known, run in itertools.groupby(word, own.letters.__contains__):
+            part = "".join(run)
+            if known:
+                ids += super().encode(part)
+            else:
+                ids += [own.byte_ids[byte] for byte in part.encode()]
         return ids
-
-    def _encode_foreign(self, text: str) -> list[int]:
-        """Return the ids of a text, split by an expression that may take for ever."""
-        try:
-            return within(3 + len(text) / 100_000, lambda: self._encode_cut(text))
-        except IndexError:  # the rank of no bytes
-            reason = "it matches no text"
-        except ValueError as error:
-            reason = str(error)
-        raise ValueError(f"{self.source}: the split fails: {reason}")
 
     @functools.cached_property
     def chat_template(self) -> ChatTemplate:

@@ -36,14 +36,13 @@ import types
 import unicodedata
 import warnings
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import pytest
 import safetensors.numpy
-import tiktoken
 from mlx import nn
 from mlx.utils import tree_flatten, tree_unflatten
 
@@ -1414,9 +1413,16 @@ def byte_tokenizer(
     special: Sequence[str] = (), words: Sequence[str] = (), **other
 ) -> llama.Tokenizer:
     """A tokenizer whose ids are bytes, with control tokens and words from 256 on."""
-    ranks = {bytes([b]): b for b in range(256)}
-    text = {b: bytes([b]) for b in range(256)}
-    vocabulary = llama.SpelledVocabulary(ranks, "(?s:.+)", [*range(256)], text)
+    letters = llama.byte_letters()
+    ranks, ids = llama.rank_letters(letters, [], letters)
+    vocabulary = llama.SpelledVocabulary(
+        ranks,
+        llama.ANY_TEXT,
+        ids,
+        {b: bytes([b]) for b in range(256)},
+        steps=[llama.spell],
+        letters=frozenset(letters),
+    )
     added = [
         llama.AddedToken(name, 256 + n, special=name in special)
         for n, name in enumerate([*special, *words])
@@ -2955,8 +2961,7 @@ MERGES = [
     (["a a", "aa aa", "a aaaa"], [], "aaaaa", "aaaa a"),  # the left is merged first
     (["a b", "c d", "b c", "ab cd"], [], "abcd", "abcd"),
     (["b c", "a b", "c d", "ab cd"], [], "abcd", "a bc d"),
-    (["a b", "b c", "a b"], [], "abc", "a bc"),  # of two places, the last counts
-    (["b c", "a b", "a b"], ["xyz"], "xyzabc", "x y z a bc"),
+    (["b c", "a b"], ["xyz"], "xyzabc", "x y z a bc"),
 ]
 
 
@@ -3004,37 +3009,30 @@ def test_merges_that_arrive_nowhere_take_no_time():
     """Each piece is merged alone; a vocabulary with so many of them is refused."""
     merges = [["a", "b" * n] for n in range(2, 400)]
     began = time.monotonic()
-    with pytest.raises(ValueError, match="may not arrive at 398 pieces"):
+    with pytest.raises(ValueError, match="398 pieces that no merges may arrive at"):
         llama.Merging("ab", merges)
     assert time.monotonic() - began < 1
-    assert llama.Merging("ab", merges[:50]).left["abb"] == 3
+    assert llama.Merging("ab", merges[:50]).pieces() == ["a", "b"]
 
 
 @pytest.mark.parametrize("oracle", [False, True])
 @pytest.mark.parametrize(
-    ("text", "model", "wanted"),
+    ("text", "wanted"),
     [
-        ("a\x01b", {}, ["ab"]),  # it is dropped, and its neighbours are merged
-        ("\x01", {}, []),
-        ("\x01\x01a\x01", {}, ["a"]),
-        ("a\x02b", {}, ["a", "Ă", "b"]),  # one that is there
-        ("é", {}, ["©"]),  # half of a character
-        ("aéb", {}, ["a", "©", "b"]),
-        ("a\x01b", {"unk_token": "<unk>"}, ["a", "<unk>", "b"]),
-        ("a\x01\x01b", {"unk_token": "<unk>"}, ["a", "<unk>", "<unk>", "b"]),
-        (
-            "a\x01éb",
-            {"unk_token": "<unk>", "fuse_unk": True},
-            ["a", "<unk>", "©", "b"],
-        ),
+        ("a\x01b", ["ab"]),  # it is dropped, and its neighbours are merged
+        ("\x01", []),
+        ("\x01\x01a\x01", ["a"]),
+        ("a\x02b", ["a", "Ă", "b"]),  # one that is there
+        ("é", ["©"]),  # half of a character
+        ("aéb", ["a", "©", "b"]),
     ],
 )
 def test_a_byte_that_no_token_has_is_dropped_before_the_merges(
-    text, model, wanted, oracle, tmp_path
+    text, wanted, oracle, tmp_path
 ):
     spec = small_spec(added_tokens=[], pre_tokenizer=BYTES)
     vocab = without(spec["model"]["vocab"], "ā", "Ã") | {"<unk>": 900}
-    spec["model"] |= {"vocab": vocab} | model
+    spec["model"] |= {"vocab": vocab}
     ids = [vocab[piece] for piece in wanted]
     if oracle:
         assert reference_of(spec).encode(text).ids == ids
@@ -3042,9 +3040,6 @@ def test_a_byte_that_no_token_has_is_dropped_before_the_merges(
     own = llama.Tokenizer.from_folder(write_tokenizer(tmp_path, spec))
     assert own.encode(text) == ids
     assert own.vocabulary.lacking == b"\xc3\x01"
-    # A text without such bytes needs no words to be cut.
-    own._words = None
-    assert own.encode("ab cab") == [vocab[piece] for piece in ("ab", "Ġ", "c", "ab")]
 
 
 @pytest.mark.parametrize(("text", "pieces"), [("a\x01b", "a b"), ("a\x01 b", "a b")])
@@ -3372,7 +3367,7 @@ def test_thousands_of_added_tokens_are_found_quickly():
 
 
 def test_a_long_text_is_cut_by_steps_in_a_few_seconds(tmp_path):
-    spec = split_spec(r"\p{N}{1,3}", r"\s?\p{L}+", llama.QWEN2_SPLIT)
+    spec = split_spec(r"\p{N}{1,3}", r"\s?\p{L}+", llama.LLAMA3_SPLIT)
     own = llama.Tokenizer.from_folder(write_tokenizer(tmp_path, spec))
     for text in ("word 12345, ", "a", " ", "\n", "é"):
         text = text * (300_000 // len(text))
@@ -3396,13 +3391,24 @@ def test_known_names_end_a_reply_where_they_are_control_tokens(tmp_path):
     ("change", "error"),
     [
         ({"model": {"type": "Unigram"}}, "wanted plain BPE, got type 'Unigram'"),
-        ({"model": {"merges": []}}, "no merges"),
-        ({"model": {"merges": [["a", "?!"]]}}, "merges of '.!', not in the vocabulary"),
-        ({"model": {"merges": ["a b c"]}}, "a merge must be of two pieces, got ."),
+        ({"model": {"merges": []}}, "wanted merges, each once"),
+        ({"model": {"merges": ["a b", ["a", "b"]]}}, "wanted merges, each once"),
+        ({"model": {"merges": [["a", "?!"]]}}, r"all known, got \['a', '\?!'\]"),
         (
-            {"model": {"vocab": {"a": 1, "b": 2, "ab": 3}, "unk_token": "?"}},
-            "lacks 254 bytes, among them '!', and what stands for them: .*unk_token '.'",
+            {"model": {"merges": ["a b c"]}},
+            "merges of two pieces, all known, got .",
         ),
+        (
+            {"model": {"vocab": {"a": 1, "b": 2, "ab": 3}, "unk_token": "a"}},
+            "bytes that no token has, and for them .*unk_token': 'a'",
+        ),
+        (
+            {"model": {"vocab": {"a": 1, "b": 2, "ab": 3}, "byte_fallback": True}},
+            "bytes that no token has, and for them .*byte_fallback': True",
+        ),
+        ({"normalizer": {"normalizers": [{"type": "NFC"}, {"prepend": "a"}]}}, "pend"),
+        ({"normalizer": {"prepend": None}}, "unknown normalizer"),
+        ({"normalizer": {"pattern": {"String": ""}, "content": "a"}}, "unknown norm"),
         ({"model": {"vocab": {"a": 1, "b": 1, "ab": 3}}}, "each once"),
         ({"model": {"vocab": {"a": 1, "b": "2", "ab": 3}}}, "whole numbers"),
         ({"model": {"vocab": None}}, "tokenizer files: AttributeError"),
@@ -3442,7 +3448,7 @@ def test_a_folder_of_a_short_name_is_named_too(tmp_path, monkeypatch):
     """Wherever its letters stand in an error already."""
     monkeypatch.chdir(tmp_path)
     changes = ({"added_tokens": [{"id": 3}]}, {"model": {"merges": []}})
-    for change, error in zip(changes, ("KeyError", "no merges"), strict=True):
+    for change, error in zip(changes, ("KeyError", "wanted merges"), strict=True):
         folder = write_tokenizer(Path("e"), small_spec(**change))
         with pytest.raises(ValueError, match=f"^e: tokenizer files: {error}"):
             llama.Tokenizer.from_folder(f"./{folder}")
@@ -3459,21 +3465,6 @@ STEPS = [
     ({"type": "Split", "pattern": {"String": "a|b"}}, "aba|bb", "ab/a|b/b"),
     ({"type": "Split", "pattern": {"Regex": r"\s+$"}}, "a \nb  ", "a/ /\nb/  "),
     (
-        {"type": "Split", "pattern": {"String": "-"}, "behavior": "MergedWithNext"},
-        "the-final--countdown",
-        "the/-final/-/-countdown",
-    ),
-    (
-        {"type": "Split", "pattern": {"String": "-"}, "behavior": "MergedWithPrevious"},
-        "the-final--countdown",
-        "the-/final-/-/countdown",
-    ),
-    (
-        {"type": "Split", "pattern": {"Regex": "."}, "behavior": "Contiguous"},
-        "a\n\nbc",
-        "a/\n\n/bc",
-    ),
-    (
         {"type": "Split", "pattern": {"Regex": "b+"}, "behavior": "Removed"}
         | {"invert": True},
         "aabbcab",
@@ -3482,52 +3473,69 @@ STEPS = [
 ]
 
 
+def cut_words(text: str, *steps: Callable[[str], list[str]]) -> list[str]:
+    """The words of a text, cut by steps of a pre_tokenizer."""
+    return llama.SpelledVocabulary({}, "", [], {}, steps=steps).cut(text, prefix=False)
+
+
 @pytest.mark.parametrize(("step", "text", "pieces"), STEPS)
 def test_a_step_cuts_as_hugging_face_does(step, text, pieces):
     step = {"behavior": "Isolated", "invert": False} | step
-    cuts = llama.read_step(step)
-    assert llama.cut_words(text, cuts) == pieces.split("/")
+    assert cut_words(text, *llama.read_step(step)) == pieces.split("/")
     tokenizers = peer("tokenizers")
     spec = {"version": "1.0", "pre_tokenizer": step, "added_tokens": []}
     spec["model"] = {"type": "BPE", "vocab": {}, "merges": []}
     reference = tokenizers.Tokenizer.from_str(json.dumps(spec)).pre_tokenizer
     split = reference.pre_tokenize_str(text)
-    assert [text[a:b] for _, (a, b) in split] == llama.cut_words(text, cuts)
+    assert [text[a:b] for _, (a, b) in split] == pieces.split("/")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"behavior": "MergedWithNext"},
+        {"behavior": "MergedWithPrevious"},
+        {"behavior": "Contiguous"},
+        {"behavior": "Removed"},
+        {"type": "Punctuation", "behavior": "MergedWithNext"},
+        {"type": "WhitespaceSplit"},
+        {"type": "Metaspace", "replacement": "_"},
+    ],
+)
+def test_a_step_that_no_known_vocabulary_has_is_refused_by_its_name(change):
+    step = {"type": "Split", "pattern": {"String": "-"}} | change
+    with pytest.raises(ValueError, match="unknown pre_tokenizer") as caught:
+        llama.read_step(step)
+    assert json.dumps(step) in str(caught.value)
 
 
 def test_steps_cut_what_the_ones_before_them_made():
     """Each sees the end of a piece as the end of the text."""
-    digits, spaces = llama.Cut("[0-9]{1,2}"), llama.Cut(r"\s+(?!\S)|\s+")
-    assert llama.cut_words("a  b 123", [spaces]) == ["a", " ", " ", "b", " ", "123"]
-    assert llama.cut_words("a  b  123", [digits, spaces]) == [
+    digits, spaces, lead = (
+        llama.compile_split(regex).split
+        for regex in ("[0-9]{1,2}", r"\s+(?!\S)|\s+", "Ã")
+    )
+    assert cut_words("a  b 123", spaces) == ["a", " ", " ", "b", " ", "123"]
+    assert cut_words("a  b  123", digits, spaces) == [
         *["a", " ", " ", "b", "  ", "12", "3"]
     ]
-    assert llama.cut_words("é1", [digits, llama.SPELLED, llama.Cut("Ã")]) == [
-        *["Ã", "©", "1"]
+    assert cut_words("é1", digits, llama.spell, lead) == ["Ã", "©", "1"]
+    assert cut_words("", digits) == []
+
+
+def test_a_class_has_the_characters_that_unicode_gives_it():
+    """Also those that Python's own Unicode does not know yet, and no others."""
+    wide = "aŁª日𝒜\U0001e4d0"  # of Nag Mundari, new in Unicode 15
+    assert cut_words(f"{wide}1½٣_", llama.compile_split(r"\p{L}+").split) == [
+        *[wide, "1½٣_"]
     ]
-    assert llama.cut_words("", [digits]) == []
-
-
-def test_a_text_may_have_the_characters_that_mark_where_it_is_cut():
-    marks = "".join(llama.MARKS)
-    assert llama.cut_words(f"1{marks[:5]}2", [llama.Cut("1|2")]) == [
-        *["1", marks[:5], "2"]
+    assert cut_words("a1½٣_", llama.compile_split(r"\p{N}+").split) == ["a", "1½٣", "_"]
+    blanks = "\t\n\v\f\r \x85\xa0\u1680\u2000\u200a\u2028\u2029\u202f\u205f\u3000"
+    found = cut_words(f"{blanks}\x1c\x1f\u200b", llama.compile_split(r"\s+").split)
+    assert found == [blanks, "\x1c\x1f\u200b"]
+    assert cut_words(r"a\s-]b", llama.compile_split(r"[\\s\-\]]").split) == [
+        *["a", "\\", "s", "-", "]", "b"]
     ]
-    with pytest.raises(ValueError, match="has all noncharacters"):
-        llama.cut_words(marks, [llama.Cut("1|2")])
-
-
-def test_one_expression_splits_as_digits_and_gpt2_after_each_other_do():
-    steps = llama.Cut(llama.DIGIT), llama.Cut(llama.GPT2_SPLIT), llama.SPELLED
-    draw = random.Random(0)
-    for behavior in ("Isolated", "Contiguous"):
-        steps = (llama.Cut(llama.DIGIT, behavior), *steps[1:])
-        pattern, foreign = llama.one_expression(steps)
-        assert not foreign
-        for _ in range(100):
-            text = "".join(draw.choices(ODD, k=draw.randint(1, 8)))
-            found = tiktoken_pieces(pattern, text[:40])
-            assert found == llama.cut_words(text[:40], steps[:2])
 
 
 @pytest.mark.parametrize(
@@ -3543,20 +3551,30 @@ def test_one_expression_splits_as_digits_and_gpt2_after_each_other_do():
         "(?s:.)",
         "a{,2}",
     ]
-    + [r"\Aa", r"\x41", "[+--]", "a{1}{2}", "(?a", r"\<"],
+    + [r"\Aa", r"\x41", "[+--]", "a{1}{2}", "(?a", r"\<", r"[\p{L}-z]", "[a-]"]
+    # What could take for ever.
+    + [
+        "(?:a|aa)+",
+        "a*a*b",
+        "a?a?a?b",
+        "(?:a?){15}a{15}(?=b)|.",
+        "a+(?!b)",
+        r"a+(?!\S)",
+        "a+$",
+        "a" * 1001,
+    ],
 )
 def test_an_expression_that_might_mean_something_else_is_refused(regex, tmp_path):
-    for spec in (split_spec(regex), split_spec(regex, r"\p{N}")):
-        folder = write_tokenizer(tmp_path, spec)
-        with pytest.raises(ValueError, match="tokenizer files: unknown split: "):
-            llama.Tokenizer.from_folder(folder)
+    folder = write_tokenizer(tmp_path, split_spec(regex))
+    with pytest.raises(ValueError, match="tokenizer files: unknown split: "):
+        llama.Tokenizer.from_folder(folder)
 
 
-@pytest.mark.parametrize("regex", ["a)", r"\p{Foo}", "(a", "a{9999999}", "*"])
+@pytest.mark.parametrize("regex", ["a)", r"\p{Foo}", "(a", "a{9999999}", "*", "[b-a]"])
 def test_an_expression_that_is_none_is_refused_when_it_is_read(regex, tmp_path):
-    for spec in (split_spec(regex), split_spec(regex, r"\p{N}")):
-        with pytest.raises(ValueError, match="tokenizer files: "):
-            llama.Tokenizer.from_folder(write_tokenizer(tmp_path, spec))
+    folder = write_tokenizer(tmp_path, split_spec(regex))
+    with pytest.raises(ValueError, match="tokenizer files: unknown split: "):
+        llama.Tokenizer.from_folder(folder)
 
 
 def split_spec(*regexes: str) -> dict:
@@ -3570,82 +3588,24 @@ def split_spec(*regexes: str) -> dict:
     )
 
 
-def digits_spec(individual: bool) -> dict:
-    """A tokenizer.json that cuts digits out, then splits as GPT-2 does."""
-    step = {"type": "Digits", "individual_digits": individual}
-    last = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
-    both = {"type": "Sequence", "pretokenizers": [step, last]}
-    return small_spec(pre_tokenizer=both)
+@pytest.mark.parametrize("regex", ["b*", "a|b*", r"\s*[\r\n]*"])
+def test_an_expression_that_matches_no_text_is_refused(regex, tmp_path):
+    with pytest.raises(
+        ValueError, match="tokenizer files: the split .* matches no text"
+    ):
+        llama.Tokenizer.from_folder(write_tokenizer(tmp_path, split_spec(regex)))
 
 
 @pytest.mark.parametrize(
-    ("spec", "foreign"),
-    [
-        pytest.param(small_spec(), False, id="GPT-2"),
-        pytest.param(split_spec(llama.LLAMA3_SPLIT), False, id="Llama 3"),
-        pytest.param(split_spec(llama.QWEN2_SPLIT), False, id="Qwen2"),
-        pytest.param(digits_spec(True), False, id="digit by digit"),
-        pytest.param(digits_spec(False), False, id="digits"),
-        pytest.param(split_spec(r"\p{L}+|\p{N}"), True, id="a folder's own"),
-        pytest.param(split_spec(llama.LLAMA3_SPLIT + "|x"), True, id="nearly Llama 3"),
-        pytest.param(split_spec(r"\p{N}", "x"), True, id="one after another"),
-        pytest.param(split_spec(r"\p{N}", llama.QWEN2_SPLIT), False, id="known ones"),
-        pytest.param(small_spec(pre_tokenizer=BYTES), False, id="none"),
-    ],
+    "regex", [r"\s*[\r\n]+", r"\s+(?!\S)", r"\s+$", "a?[ab]*b+", "a*[bc]+"]
 )
-def test_only_a_foreign_split_runs_in_a_thread_with_a_limit(
-    spec, foreign, tmp_path, monkeypatch
-):
-    own = llama.Tokenizer.from_folder(write_tokenizer(tmp_path, spec))
-    threads, limits, within = [], [], llama.within
-    encode = llama.ByteLevelTokenizer.encode
-
-    def recorded(self, text):
-        threads.append(threading.current_thread())
-        return encode(self, text)
-
-    monkeypatch.setattr(llama.ByteLevelTokenizer, "encode", recorded)
-    spy = lambda seconds, task: limits.append(seconds) or within(seconds, task)
-    monkeypatch.setattr(llama, "within", spy)
-    text = "ab 12  cab!" * 1000
-    assert own.decode(own.encode(text)) == text
-    here = threading.current_thread()
-    assert {thread is not here for thread in threads} == {foreign}
-    assert limits == ([3 + 11_000 / 100_000] if foreign else [])
-
-
-@pytest.mark.parametrize(
-    ("regex", "text", "words"),
-    [
-        ("(?=a)", "aab", "it matches no text"),
-        ("b*", "aab", "it matches no text"),
-        # It backtracks through 2 ** 15 ways at every letter.
-        ("(?:a?){15}a{15}(?=b)|.", "a" * 300, r"it takes longer than 0\.1 s"),
-    ],
-)
-def test_a_split_that_fails_or_never_ends_is_refused(
-    regex, text, words, tmp_path, monkeypatch
-):
+def test_no_expression_that_is_read_takes_for_ever(regex, tmp_path):
+    regex = "|".join([regex] * 5 + ["c"])
     own = llama.Tokenizer.from_folder(write_tokenizer(tmp_path, split_spec(regex)))
-    within = llama.within
-    monkeypatch.setattr(llama, "within", lambda _seconds, task: within(0.1, task))
     began = time.monotonic()
-    with pytest.raises(ValueError, match=f"the split fails: {words}") as caught:
-        own.encode(text)
-    assert time.monotonic() - began < 1
-    assert str(caught.value).startswith(f"{tmp_path}: ")
-
-
-def tiktoken_pieces(pattern: str, text: str) -> list[str]:
-    """What a pattern makes of a text: with all its parts as tokens, the pieces."""
-    ranks = {bytes([b]): b for b in range(256)}
-    for length in range(1, len(text) + 1):
-        for at in range(len(text) - length + 1):
-            ranks.setdefault(text[at : at + length].encode(), len(ranks))
-    bpe = tiktoken.Encoding(
-        "test", pat_str=pattern, mergeable_ranks=ranks, special_tokens={}
-    )
-    return [bpe.decode([rank]) for rank in bpe.encode_ordinary(text)]
+    for text in ("a" * 2_000, " " * 2_000, "ab" * 1_000):
+        assert own.decode(own.encode(text + "x")) == text + "x"
+    assert time.monotonic() - began < 10
 
 
 def test_a_split_that_looks_around_is_refused(tmp_path):
@@ -3653,20 +3613,6 @@ def test_a_split_that_looks_around_is_refused(tmp_path):
     for regex in (r"\b", "(?<=a)"):
         with pytest.raises(ValueError, match="unknown split"):
             llama.Tokenizer.from_folder(write_tokenizer(tmp_path, split_spec(regex)))
-
-
-@pytest.mark.parametrize(
-    ("regex", "text"),
-    [("(?=a)", "bab"), ("(?=a)|b", "xab"), ("a|", "a b"), ("a*", "bab")],
-)
-def test_a_split_never_loses_a_part_of_a_text(regex, text, tmp_path):
-    own = llama.Tokenizer.from_folder(write_tokenizer(tmp_path, split_spec(regex)))
-    try:
-        ids = own.encode(text)
-    except ValueError as error:
-        assert "the split fails" in str(error)
-    else:
-        assert own.decode(ids) == text
 
 
 def fallback_spec(characters: str) -> dict:
@@ -3709,20 +3655,6 @@ def test_characters_that_are_not_in_a_vocabulary_become_their_bytes(
     own = llama.Tokenizer.from_folder(write_tokenizer(tmp_path, spec))
     assert own.encode(text) == ids
     assert own.decode(ids) == text
-
-
-def test_the_beginnings_of_characters_are_parts_with_ids_of_their_own(tmp_path):
-    """A character's bytes are joined one after another, so tiktoken may come out with
-    a beginning alone; its id becomes those of the bytes."""
-    spec = fallback_spec("".join(KNOWN))
-    own = llama.Tokenizer.from_folder(write_tokenizer(tmp_path, spec)).vocabulary
-    beginnings = [
-        letter.encode()[:n] for letter, n in [("▁", 2), ("日", 2), ("🙂", 2), ("🙂", 3)]
-    ]
-    assert sorted(own.parts.values()) == sorted([*part] for part in beginnings)
-    assert min(own.parts) > max(own.text)  # so they are no id of a token
-    for part in beginnings:
-        assert own.parts[own.ids[own.ranks[part]]] == [*part]
 
 
 @pytest.mark.parametrize(("text", "ids"), FALLBACK)

@@ -83,7 +83,7 @@ def test_a_tokenizer_json_as_large_as_the_largest_vocabularies_have_it_is_read(
     write_tokenizer(tmp_path, {}, config=config)
     (tmp_path / "tokenizer.json").write_text(text)
     with pytest.raises(
-        ValueError, match="not in the vocabulary"
+        ValueError, match="wanted merges of two pieces, all known"
     ):  # it is read and judged
         llama.Tokenizer.from_folder(tmp_path)
     write_tokenizer(tmp_path, {}, config={"vocab_size": 32_000})
@@ -879,23 +879,22 @@ def test_other_files_of_a_tokenizer_have_limits_too(name, folder, tmp_path):
         llama.Tokenizer.from_folder(spoilt)
 
 
-# What tiktoken, asked in another way, panics over: Rust then prints lines of its own.
+# What engines panic over, or run for minutes.
 UNFIT_SPLITS = [
-    ("(?=a)", "it matches no text"),
-    (r"\b", "unknown split"),
-    ("(?:a|aa)+$(?<!a)", "unknown split"),
-    ("(?:" * 100, "Pattern too deeply nested"),
-    (r"\p{L}{1000}", "error building NFA"),
-    ("(?=a)" * 100_000, "the split's 500,000 characters"),
-    (r"(?=\p{L}{60})" * 30, "30 counted repeats"),  # 230 MB
-    ("(?:a?){15}a{15}(?=b)|.", "it takes longer than 3.0 s"),  # some 6 ms a character
+    "(?=a)",
+    r"\b",
+    "(?:a|aa)+$(?<!a)",
+    "(?:" * 100,
+    r"\p{L}{1000}",
+    "(?=a)" * 100_000,
+    "[" + r"\]" * 400,
+    r"a?\p{L}*" * 100,
+    "(?:a?){15}a{15}(?=b)|.",
 ]
 
 
-@pytest.mark.parametrize(("regex", "words"), UNFIT_SPLITS)
-def test_a_split_that_tiktoken_cannot_run_is_told_in_one_line(
-    regex, words, folder, tmp_path
-):
+@pytest.mark.parametrize("regex", UNFIT_SPLITS)
+def test_a_split_that_is_not_read_is_told_in_one_line(regex, folder, tmp_path):
     spoilt = shutil.copytree(folder, tmp_path / "m")
     step = {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated"}
     last = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
@@ -905,7 +904,7 @@ def test_a_split_that_tiktoken_cannot_run_is_told_in_one_line(
     with within(5):
         done = command("chat", spoilt, *typed)
     [line] = done.stderr.decode().splitlines()
-    assert line.startswith("llama.py: error: ") and words in line
+    assert line.startswith("llama.py: error: ") and "unknown split: " in line
     assert (done.returncode, done.stdout) == (1, b"")
 
 

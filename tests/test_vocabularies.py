@@ -208,13 +208,6 @@ PUBLISHED = {
     "literals that match nothing": [split(r"\p{L}+", kind="String"), byte_level(False)],
     "GPT-4o": [split(O200K, "Removed"), byte_level(False)],
     "Tekken": [split(O200K.replace("{1,3}", "")), byte_level(False)],
-    "all behaviours": [
-        split(r"\p{L}+", "Contiguous"),
-        split("e", "MergedWithNext", "String"),
-        split(r"[aio]\w?".replace(r"\w", "[a-z]"), "MergedWithPrevious"),
-        {"type": "Punctuation", "behavior": "MergedWithPrevious"},
-        byte_level(False),
-    ],
     "a space first": [byte_level(True, prefix=True)],
     "one word": [byte_level(False)],
 }
@@ -259,6 +252,7 @@ def random_merges(rng: random.Random, letters: list[str]) -> list[list[str]]:
             merges.append([left, right])
             pieces.append(left + right)
     merges = merges or [[letters[0], letters[0]]]
+    merges = [[*pair] for pair in dict.fromkeys(map(tuple, merges))]
     if rng.random() < 0.4:
         rng.shuffle(merges)
     return merges
@@ -283,12 +277,12 @@ def random_byte_level(rng: random.Random) -> dict:
             letters.pop(byte, None)
     own = [letters[byte] for byte in used if byte in letters]
     model = random_model(rng, own, [*letters.values(), "<unk>"])
-    if rng.random() < 0.3:
-        model |= {"unk_token": "<unk>", "fuse_unk": rng.random() < 0.5}
-    between = [{"type": "Punctuation", "behavior": rng.choice(llama.BETWEEN)}]
+    between = [
+        {"type": "Punctuation", "behavior": rng.choice(["Isolated", "Contiguous"])}
+    ]
     between += [digits(rng.random() < 0.5)]
     between += [
-        split(rng.choice(EXPRESSIONS), rng.choice(llama.BETWEEN), kind)
+        split(rng.choice(EXPRESSIONS), "Isolated", kind)
         for kind in ("Regex", "Regex", "String")
     ]
     steps = rng.sample(between, rng.randint(0, 3))
@@ -310,11 +304,10 @@ def random_sentencepiece(rng: random.Random) -> dict:
     step = {"type": "Metaspace", "replacement": "▁"}
     step |= {"prepend_scheme": rng.choice(["always", "first", "never"])}
     step |= {"split": rng.random() < 0.5}
-    gemma = split(" ", "MergedWithPrevious", "String")
     cut = {"type": "Sequence", "pretokenizers": [digits(True), split("▁+")]}
     normalizer, steps = rng.choice(
         [(both, None), (spaces, None), (None, step), ({"type": "NFKC"}, step)]
-        + [(spaces, gemma), (both, cut)]
+        + [(both, cut)]
     )
     return {"model": model, "pre_tokenizer": steps, "normalizer": normalizer}
 
