@@ -4211,8 +4211,8 @@ class Tokenizer(ByteLevelTokenizer):
 # read. Model folders come from strangers, so everything is checked here, and trusted
 # after this.
 # uses: 1-7, 11-13
-# needs: Callable, Iterable, Iterator, Mapping, Path, difflib, math, mx, os, re,
-#     safetensors, tree_flatten
+# needs: Callable, Iterable, Iterator, Mapping, Path, dataclass, difflib, math, mx, os,
+#     re, safetensors, tree_flatten
 # -----------------------------------------------------------------------------
 
 
@@ -4694,17 +4694,94 @@ def choose_context(args: ModelArgs, wanted: int | None) -> tuple[int, str | None
     return context, None
 
 
+GROUP_SIZE = 64  # of what is quantized while it is read, as MLX's converter has it
+
+
+@dataclass(frozen=True)
+class PackedInfo(TensorInfo):
+    """The packed weights, the scales or the biases of a matrix that is quantized while
+    it is read.
+
+    The first of the three to be read reads the matrix, quantizes it, and leaves the
+    other two in `ready`. So the matrix itself is in memory only for that moment.
+    """
+
+    matrix: TensorInfo
+    bits: int
+    ready: dict[str, mx.array]  # shared by the three, whose names end in its keys
+
+    def read(self, mapping: memoryview) -> mx.array:
+        part = self.name.rpartition(".")[2]
+        if part not in self.ready:
+            arrays = mx.quantize(self.matrix.read(mapping), GROUP_SIZE, self.bits)
+            mx.eval(arrays)
+            mx.clear_cache()  # or MLX keeps the memory of the matrix for later arrays
+            self.ready.update(zip(("weight", "scales", "biases"), arrays))
+        return self.ready.pop(part)
+
+
+def packed_parts(matrix: TensorInfo, bits: int) -> dict[str, PackedInfo]:
+    """Return what takes the place of a matrix that is to be quantized, by name."""
+    rows, columns = matrix.shape
+    path, parts, ready = matrix.name.removesuffix(".weight"), {}, {}
+    for part, dtype, width in (
+        ("weight", "U32", columns * bits // 32),
+        ("scales", matrix.dtype, columns // GROUP_SIZE),
+        ("biases", matrix.dtype, columns // GROUP_SIZE),
+    ):
+        name, nbytes = f"{path}.{part}", rows * width * DTYPES[dtype].size
+        place = matrix.file, matrix.start, nbytes
+        more = matrix, bits, ready
+        parts[name] = PackedInfo(name, dtype, (rows, width), *place, *more)
+    return parts
+
+
+def quantizable(model: Llama) -> set[str]:
+    """Return the names of the matrices that can be cut into groups. The others stay
+    dense, as MLX's converter leaves them."""
+    layers = dense_layers(model)
+    fitting = [path for path, m in layers if m.weight.shape[1] % GROUP_SIZE == 0]
+    return {f"{path}.weight" for path in fitting}
+
+
+def quantized(
+    model: Llama, tensors: Mapping[str, TensorInfo], bits: int | None
+) -> tuple[Llama, Mapping[str, TensorInfo]]:
+    """Return a model without its weights, and where these lie, for `read_weights` to
+    quantize each matrix as soon as it is read. bits: None leaves all as it is.
+
+    Raises ValueError if the weights are quantized already, or none can be.
+    """
+    if bits is None:
+        return model, tensors
+    known, chosen = QUANTIZATION_MODES["affine"][1], quantizable(model)
+    if bits not in known:
+        raise ValueError(f"bits must be one of {known}, got {bits}")
+    if packed := [info for name, info in tensors.items() if name.endswith(".scales")]:
+        wanted = f"wanted dense ones for bits {bits}"
+        raise ValueError(f"{packed[0].file}: already quantized, {wanted}")
+    if not chosen:
+        file, width = next(iter(tensors.values())).file, model.args.hidden_size
+        wanted = f"wanted matrices of a multiple of {GROUP_SIZE} columns"
+        raise ValueError(f"{file}: nothing to quantize: {wanted}, got {width}")
+    parts = {}
+    for name, info in tensors.items():
+        parts |= packed_parts(info, bits) if name in chosen else {name: info}
+    return build_model(model.args, parts), parts
+
+
 def load(
-    folder: str | Path, *, dtype: mx.Dtype | None = None
+    folder: str | Path, *, dtype: mx.Dtype | None = None, bits: int | None = None
 ) -> tuple[Llama, Tokenizer]:
     """Return the model and the tokenizer of a folder, or of org/name.
 
     dtype: of activations, and of weights that are not packed; None: default_dtype.
+    bits: quantize a dense model while it is read; None takes it as it is.
     They may be used in another thread than this one, but in one at a time.
     Raises FileNotFoundError or ValueError that names the file at fault.
     """
     folder, dtype = find_folder(folder), dtype or default_dtype()
-    model, tensors = examine(folder)
+    model, tensors = quantized(*examine(folder), bits)
     tokenizer = Tokenizer.from_folder(folder)
     require_memory(memory_of(tensors.values(), dtype), 0)
     for _ in read_weights(model, tensors, dtype):
@@ -5358,20 +5435,31 @@ def rank_tensor(info: TensorInfo, rank: int, n: int) -> TensorInfo:
 
 
 def rank_share(
-    model: Llama, tensors: Mapping[str, TensorInfo], group: Group | None
-) -> tuple[Llama, dict[str, TensorInfo]]:
+    model: Llama,
+    tensors: Mapping[str, TensorInfo],
+    group: Group | None,
+    bits: int | None = None,
+) -> tuple[Llama, Mapping[str, TensorInfo]]:
     """Return what this rank runs of a model, without weights, and where these lie.
 
     q, k, v, gate and up are cut by rows, which are outputs; o and down, which take
-    those in, by columns; the rest is whole. group: None is a rank alone.
+    those in, by columns; the rest is whole. group: None is a rank alone. bits: see
+    load; what a rank quantizes is its part of the matrix, and the same groups of it.
     Raises ValueError if the ranks cannot share it.
     """
     if group is None:
-        return model, tensors
+        return quantized(model, tensors, bits)
     rank, n = group.rank(), group.size()
     args = rank_args(model.args, n)
     share = {name: rank_tensor(info, rank, n) for name, info in tensors.items()}
-    return build_model(args, share), share
+    part = build_model(args, share)
+    if bits and (cut := quantizable(model) - quantizable(part)):
+        shape = list(tensors[min(cut)].shape)
+        raise ValueError(
+            f"{n} ranks cannot share {min(cut)}, {shape}, between groups of "
+            f"{GROUP_SIZE}, to quantize it"
+        )
+    return quantized(part, share, bits)
 
 
 def accelerate(model: Llama, group: Group | None = None) -> None:
@@ -5395,14 +5483,18 @@ def accelerate(model: Llama, group: Group | None = None) -> None:
 
 
 def load_rank(
-    folder: str | Path, group: Group | None, dtype: mx.Dtype | None = None
+    folder: str | Path,
+    group: Group | None,
+    dtype: mx.Dtype | None = None,
+    bits: int | None = None,
 ) -> Llama:
     """Return a rank's share of a folder's model, which is all that it reads.
 
     It takes tokens, and gives logits, as the whole does; all ranks must call it with
-    the same tokens. Its cache is that of its own heads. dtype: see load.
+    the same tokens. Its cache is that of its own heads. dtype, bits: see
+    load.
     """
-    model, tensors = rank_share(*examine(folder), group)
+    model, tensors = rank_share(*examine(folder), group, bits)
     for _ in read_weights(model, tensors, dtype or default_dtype()):
         pass
     accelerate(model, group)
@@ -5738,11 +5830,13 @@ class Worker(threading.Thread):
         context: int | None,
         group: Group | None,
         dtype: mx.Dtype | None,
+        bits: int | None,
         prefill_step: int | None,
     ):
         super().__init__(name="llama worker", daemon=True)
         self.folder, self.tokenizer, self.context = folder, tokenizer, context
-        self.group, self.dtype, self.prefill_step = group, dtype, prefill_step
+        self.group, self.prefill_step = group, prefill_step
+        self.dtype, self.bits = dtype, bits
         self.failure = None
         self.events = queue.SimpleQueue()  # of the load: Progress; ModelArgs or error
         self.requests = queue.SimpleQueue()  # Request or function; None to end
@@ -5805,12 +5899,10 @@ class Worker(threading.Thread):
 
     def load(self) -> None:
         """Load the model; report Progress, and in the end its ModelArgs."""
-        model, whole = examine(self.folder)
+        model, tensors = examine(self.folder)
         args = model.args
         self.context, warning = choose_context(args, self.context)
-        tensors = whole
-        if self.group:
-            model, tensors = rank_share(model, whole, self.group)
+        model, tensors = rank_share(model, tensors, self.group, self.bits)
         dtype, self.drafts = self.dtype or default_dtype(), default_drafts()
         self.prefill_step = self.prefill_step or default_prefill_step()
         item_size = cache_item_size(tensors, dtype)
@@ -5825,7 +5917,7 @@ class Worker(threading.Thread):
             if self.closing.is_set():
                 raise RuntimeError("the engine was closed while loading")
         accelerate(model, self.group)
-        self.model, self.tensors = model, whole
+        self.model, self.tensors = model, tensors
         self.forget()
         self.events.put(args)
 
@@ -6021,8 +6113,8 @@ class Engine(contextlib.AbstractContextManager):
     """A model and a worker thread that answers with it; a context manager.
 
     model: a folder or org/name. tokenizer: None is the folder's. context: tokens of
-    cache, allocated once; None is the model's longest, at most 8192. dtype: see load.
-    prefill_step: see prefill; None is default_prefill_step(). progress: called with the
+    cache, allocated once; None is the model's longest, at most 8192. dtype, bits: see
+    load. prefill_step: see prefill; None is default_prefill_step(). progress: called with the
     bytes loaded, and in all. group: ranks that share the model, from join_ranks; rank 0
     is asked, the others answer with it until it closes its engine.
     Returns when the model is loaded; raises what Tokenizer.from_folder and load raise.
@@ -6038,6 +6130,7 @@ class Engine(contextlib.AbstractContextManager):
         tokenizer: Tokenizer | None = None,
         context: int | None = None,
         dtype: mx.Dtype | None = None,
+        bits: int | None = None,
         prefill_step: int | None = None,
         progress: Callable[[int, int], None] | None = None,
         group: Group | None = None,
@@ -6049,7 +6142,7 @@ class Engine(contextlib.AbstractContextManager):
         self._taken = collections.deque(maxlen=256)  # the Piece of each past reply
         self._lock = threading.Lock()
         self._worker = Worker(
-            folder, self.tokenizer, context, group, dtype, prefill_step
+            folder, self.tokenizer, context, group, dtype, bits, prefill_step
         )
         # Also when the engine is dropped, and at exit: a thread that is still in MLX
         # when the interpreter goes makes the process abort.
@@ -6243,7 +6336,7 @@ def advice(error: Exception) -> str:
     """Return which options may help against an error; "" if none does."""
     if isinstance(error, MemoryTooSmall):
         if error.weights > error.there:
-            return "; quantized weights need less (of info, a preset's: --bits 4)"
+            return "; quantized weights need less, see --bits"
         return "; --ctx (of info: --prompt-tokens) sets the size of the cache"
     if isinstance(error, PromptTooLong):
         return larger_context(error.tokens, error.context, error.longest)
@@ -6598,7 +6691,7 @@ def measured(options: argparse.Namespace, found: dict) -> Iterator[dict[str, flo
         require_memory(size, total * kv_bytes_per_token(args, item_size))
         model = random_model(args, options.bits)
     else:
-        model, tensors = rank_share(*examine(found["folder"]), group)
+        model, tensors = rank_share(*examine(found["folder"]), group, options.bits)
         item_size = cache_item_size(tensors, dtype)
         cache = total * kv_bytes_per_token(args, item_size)
         require_memory(memory_of(tensors.values(), dtype), cache)
@@ -6673,8 +6766,8 @@ def info_rows(found: dict) -> list[tuple[str, str]]:
 def cmd_info(options: argparse.Namespace) -> int:
     """Print what a preset or a model is, what it needs, and what fits here."""
     found = describe(options.model)
-    if options.bits and (found["folder"] or not options.measure):
-        options.usage("--bits is for --measure of one of " + ", ".join(PRESETS))
+    if options.bits and not options.measure:
+        options.usage("--bits is for --measure")
     # With several ranks, rank 0 tells it.
     ranks = options.group.size() if options.group else 1
     shown = not options.json and not (options.group and options.group.rank())
@@ -7736,6 +7829,7 @@ def cmd_chat(options: argparse.Namespace) -> int:
         tokenizer=tokenizer,
         context=options.ctx,
         dtype=options.dtype and getattr(mx, options.dtype),
+        bits=options.bits,
         prefill_step=options.prefill_step,
         progress=None if follower else progress,
         group=options.group,
@@ -7791,7 +7885,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--prompt-tokens", metavar="N", type=size, default=512, help=text)
     text = "of --measure, at least 2; default: 128"
     add("--generation-tokens", metavar="N", type=size, default=128, help=text)
-    text = "of random weights, 4 or 8; default: 16"
+    text = "of --measure: quantize to 4 or 8; default: as stored, 16"
     add("--bits", metavar="N", type=int, choices=(4, 8), help=text)
     add("--json", action="store_true", help="print JSON instead of text")
 
@@ -7811,7 +7905,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--session", metavar="FILE", help="resume a conversation, and save it there")
     add("--raw", action="store_true", help="continue the text, with no chat format")
-    text = f"{', '.join(BUILT_IN)}; default: the model's"
+    text = "a built-in format, like chatml; default: the model's"
     add("--template", metavar="NAME", choices=BUILT_IN, help=text)
     text = "longest reply, tokens; default: no limit"
     add("--max-tokens", metavar="N", type=number, help=text)
@@ -7835,6 +7929,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--prefill-step", metavar="N", type=count, help=text)
     text = f"{' '.join(FLOATS)}; default: file's, CPU float32"
     add("--dtype", metavar="D", choices=FLOATS, help=text)
+    text = "quantize to 4 or 8 while loading; default: as stored"
+    add("--bits", metavar="N", type=int, choices=(4, 8), help=text)
     add("--stats", action="store_true", help="print speed and memory to stderr")
     add("--json", action="store_true", help="print JSON instead of text")
     return parser

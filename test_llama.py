@@ -4659,6 +4659,128 @@ def test_a_context_is_longer_than_in_training_with_a_warning(
     assert words is None or re.search(words, warning)
 
 
+def dense_and_packed(tmp_path, dtype, bits, config):
+    """A folder of dense weights, and the same with each matrix quantized as a whole."""
+    weights = {k: mx.array(v).astype(dtype) for k, v in random_weights(config).items()}
+    packed, how = dict(weights), {"group_size": 64, "bits": bits}
+    for name, weight in weights.items():
+        if weight.ndim == 2 and weight.shape[1] % 64 == 0:
+            path, parts = name.removesuffix(".weight"), mx.quantize(weight, **how)
+            names = (f"{path}.{part}" for part in ("weight", "scales", "biases"))
+            packed |= dict(zip(names, parts))
+    (tmp_path / "dense").mkdir()
+    (tmp_path / "packed").mkdir()
+    return (
+        write_model(tmp_path / "dense", config, weights, shards=2),
+        write_model(tmp_path / "packed", config | {"quantization": how}, packed),
+    )
+
+
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16, mx.float32])
+@pytest.mark.parametrize(("bits", "F"), [(4, 320), (8, 320), (4, 176), (3, 320)])
+def test_quantizing_while_loading_gives_what_the_whole_quantized_gives(
+    tmp_path, dtype, bits, F
+):
+    """No group divides an F of 176, so down_proj stays as it is."""
+    config = WIDE | {"intermediate_size": F}
+    dense, packed = dense_and_packed(tmp_path, dtype, bits, config)
+    ours, wanted = load_model(dense, bits=bits), load_model(packed)
+    down_proj = ours.model.layers[1].mlp.down_proj
+    assert isinstance(down_proj, nn.Linear) == (F == 176)
+    arrays, expected = (dict(tree_flatten(m.parameters())) for m in (ours, wanted))
+    assert arrays.keys() == expected.keys()
+    for name, array in arrays.items():
+        assert array.dtype == expected[name].dtype
+        assert mx.array_equal(array, expected[name]), name
+    tokens = mx.array(random_tokens(WIDE))
+    assert mx.array_equal(ours(tokens), wanted(tokens))
+    _, tensors = llama.quantized(*llama.examine(dense), bits)
+    sizes = [array.nbytes for array in arrays.values()]
+    assert llama.memory_of(tensors.values(), llama.default_dtype()) == sum(sizes)
+
+
+@on_the_cpu
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+def test_quantizing_while_loading_gives_what_mlx_lm_converts_to(tmp_path, family):
+    peer("mlx_lm")
+    from mlx_lm import utils
+
+    config = WIDE | {"model_type": family, "num_attention_heads": 4}
+    config["tie_word_embeddings"] = family in ("llama", "qwen2")
+    name = "llama" if family == "mistral" else family
+    theirs = importlib.import_module(f"mlx_lm.models.{name}")
+    mx.random.seed(0)
+    model = theirs.Model(theirs.ModelArgs.from_dict(config))
+    model.set_dtype(mx.bfloat16)
+    for folder in ("dense", "packed"):
+        if folder == "packed":
+            model, config = utils.quantize_model(model, config, 64, 4)
+        utils.save_model(tmp_path / folder, model)
+        utils.save_config(config, tmp_path / folder / "config.json")
+    ours = dict(tree_flatten(load_model(tmp_path / "dense", bits=4).parameters()))
+    wanted = dict(tree_flatten(load_model(tmp_path / "packed").parameters()))
+    assert ours.keys() == wanted.keys()
+    assert all(mx.array_equal(ours[name], wanted[name]) for name in ours)
+
+
+@on_the_cpu
+def test_quantizing_while_loading_holds_one_dense_matrix_at_most(tmp_path):
+    config = WIDE | {"num_hidden_layers": 8, "hidden_size": 256, "vocab_size": 6000}
+    weights = {k: mx.array(v) for k, v in random_weights(config).items()}
+    weights = {k: v.astype(mx.bfloat16) for k, v in weights.items()}
+    largest = max(array.nbytes for array in weights.values())
+    folder = write_model(tmp_path, config, weights)
+    del weights
+    model, tensors = llama.quantized(*llama.examine(folder), 4)
+    gc.collect()
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    for done in llama.read_weights(model, tensors, mx.bfloat16):
+        # What was read is there packed; of the last matrix all three parts are.
+        extra = mx.get_active_memory() - before - done
+        assert extra <= largest / 2, done
+    packed = sum(info.nbytes for info in tensors.values())
+    assert abs(mx.get_active_memory() - before - packed) < 2**16
+    assert done == packed and mx.get_cache_memory() < largest
+    assert mx.get_peak_memory() - before < packed + largest + 2**16
+    assert all(not info.ready for info in tensors.values() if hasattr(info, "ready"))
+
+
+def test_what_cannot_be_quantized_while_loading_is_refused(tmp_path):
+    dense = random_folder(tmp_path / "dense", width=64)
+    for bits in (0, 1, 7, 16, True):
+        words = rf"bits must be one of \(2, 3, 4, 5, 6, 8\), got {bits}"
+        with pytest.raises(ValueError, match=words):
+            llama.load(dense, bits=bits)
+    words = r"m/model.safetensors: nothing to quantize: wanted matrices of a multiple"
+    with pytest.raises(ValueError, match=f"{words} of 64 columns, got 32"):
+        narrow = random_folder(tmp_path / "m", intermediate_size=48)
+        llama.load(narrow, bits=4)
+    words = "stories/model.safetensors: already quantized, wanted dense ones for bits 4"
+    for loaded in (
+        llama.load,
+        llama.Engine,
+        functools.partial(llama.load_rank, group=None),
+    ):
+        with pytest.raises(ValueError, match=words):
+            loaded(STORIES, bits=4)
+
+
+def test_the_memory_check_counts_what_is_quantized_while_loading(tmp_path, monkeypatch):
+    folder = random_folder(tmp_path / "m", width=128)
+    model, _ = llama.load(folder, bits=4)
+    packed = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
+    monkeypatch.setattr(llama, "machine_memory", lambda: packed)
+    llama.load(folder, bits=4)
+    with pytest.raises(llama.MemoryTooSmall):
+        llama.load(folder)
+    monkeypatch.setattr(llama, "machine_memory", lambda: packed - 1)
+    with pytest.raises(llama.MemoryTooSmall) as error:
+        llama.load(folder, bits=4)
+    assert error.value.weights == packed
+
+
 def test_a_context_is_never_longer_than_the_window():
     args = llama.read_args(CONFIG | {"model_type": "mistral", "sliding_window": 64})
     words = r"\[1, 64\], the model's sliding window, got 65"
@@ -5556,8 +5678,9 @@ def test_random_models_are_made_in_no_more_than_their_own_memory(bits, monkeypat
     assert 0.01 < mx.std(logits).item() < 10  # neither nothing nor noise
 
 
-@pytest.mark.parametrize("what", ["preset", "folder"])
-def test_measuring_tells_the_speed_of_this_machine(what, folder, monkeypatch, capsys):
+@pytest.mark.parametrize("what", ["preset", "folder", "folder in 4 bits"])
+def test_measuring_tells_the_speed_of_this_machine(what, tmp_path, monkeypatch, capsys):
+    folder = random_folder(tmp_path / "m", width=128)
     small = llama.ModelArgs(128, 256, 2, 4, 320, num_key_value_heads=2)
     monkeypatch.setitem(llama.PRESETS, "8b", small)
     accelerated = []
@@ -5566,7 +5689,7 @@ def test_measuring_tells_the_speed_of_this_machine(what, folder, monkeypatch, ca
     monkeypatch.setattr(llama, "accelerate", spy)
     words = ["info", "8b" if what == "preset" else str(folder), "--measure"]
     words += ["--prompt-tokens", "20", "--generation-tokens", "5"]
-    bits = ["--bits", "4"] if what == "preset" else []
+    bits = [] if what == "folder" else ["--bits", "4"]
     started = time.perf_counter()
     assert llama.main([*words, *bits, "--json"]) == 0
     elapsed = time.perf_counter() - started
@@ -5586,6 +5709,10 @@ def test_measuring_tells_the_speed_of_this_machine(what, folder, monkeypatch, ca
         assert 0 < weights <= found["weights_gb"] * 1e9 * 1.001
     assert 0 < found["bandwidth_share"] < 1
     assert found["weights_gb"] <= found["active_gb"] <= found["peak_gb"]
+    if what != "preset":
+        model, _ = llama.load(folder, bits=4 if bits else None)
+        size = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
+        assert found["weights_gb"] == size / 1e9
     assert llama.main([*words, *bits]) == 0
     out = capsys.readouterr().out.splitlines()
     row = next(line for line in out if line.startswith("as a row"))
@@ -5644,7 +5771,11 @@ def test_measuring_refuses_what_does_not_fit(monkeypatch, capsys):
     assert llama.main(["info", "8b", *words]) == 1
     first, last = capsys.readouterr().err.splitlines()
     assert first.startswith("the context is 131200 tokens, more") and "fit" in last
+    capsys.readouterr()
     assert llama.main(["info", "8b", "--bits", "8"]) == 2
+    assert "--bits is for --measure" in capsys.readouterr().err
+    assert llama.main(["info", str(STORIES), "--measure", "--bits", "4"]) == 1
+    assert "already quantized" in capsys.readouterr().err
 
 
 def test_inspect_lists_what_a_folder_holds(folder, capsys):
@@ -5806,6 +5937,30 @@ def test_one_reply_that_fills_the_context_names_no_command(folder):
     done = command("chat", folder, "--prompt", "x", "--temperature", "0")
     assert b"the context of 512 tokens is full]" in done.stderr
     assert done.returncode == 0 and b"/undo" not in done.stderr
+
+
+@on_the_cpu
+def test_a_dense_model_is_quantized_while_the_chat_loads_it(
+    tmp_path, monkeypatch, capsys
+):
+    """It says what the folder says that is written in these bits."""
+    dense = random_folder(tmp_path / "dense", width=128)
+    packed = shutil.copytree(dense, tmp_path / "packed")
+    model, _ = llama.load(dense)
+    llama.quantize(model, bits=8)
+    config = json.loads((dense / "config.json").read_text())
+    config["quantization"] = {"group_size": 64, "bits": 8}
+    write_model(packed, config, dict(tree_flatten(model.parameters())))
+    words = ("--prompt", "x", "--seed", "1", "--max-tokens", "20", "--json")
+    said = []
+    for folder, bits in ((dense, ()), (dense, ("--bits", "8")), (packed, ())):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"")))
+        assert llama.main(["chat", str(folder), *bits, *words]) == 0
+        said.append(json.loads(capsys.readouterr().out)["text"])
+    assert said[0] != said[1] == said[2]
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"")))
+    assert llama.main(["chat", str(packed), "--bits", "8", *words]) == 1
+    assert "already quantized" in capsys.readouterr().err
 
 
 def test_a_reply_as_json(folder):
