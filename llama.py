@@ -104,6 +104,7 @@ import signal
 import statistics
 import sys
 import termios
+import textwrap
 import threading
 import time
 import traceback
@@ -4231,7 +4232,7 @@ def snapshots_of(repo: Path) -> list[Path]:
     its branch main, or without one those of all revisions that were downloaded."""
     main, found = repo / "refs" / "main", (repo / "snapshots").glob("*")
     if main.is_file():
-        found = [repo / "snapshots" / main.read_text("utf-8").strip()]
+        found = [repo / "snapshots" / main.read_text("utf-8", "replace").strip()]
     return sorted(path for path in found if path.is_dir())
 
 
@@ -4460,13 +4461,16 @@ def same_data(one: TensorInfo, other: TensorInfo) -> bool:
     return left[: one.nbytes] == right[: one.nbytes]
 
 
-def wrong_head(config: dict, tensors: Mapping[str, TensorInfo]) -> Iterator[str]:
-    """Yield how the head contradicts what config.json says of it."""
+def heads_of(tensors: Mapping[str, TensorInfo]) -> list[str]:
+    """Return the names of the tensors of a head that is not the embedding."""
+    return [name for name in tensors if name.startswith("lm_head.")]
+
+
+def untied_head(config: dict, tensors: Mapping[str, TensorInfo]) -> Iterator[str]:
+    """Yield which tensors of the head differ from the embedding's, if config.json says
+    that the head is the embedding. Reads them."""
     tied = config.get("tie_word_embeddings")
-    heads = [name for name in tensors if name.startswith("lm_head.")]
-    if tied is False and not heads:
-        yield "tie_word_embeddings is false, but there is no lm_head.weight"
-    for name in heads if tied else ():
+    for name in heads_of(tensors) if tied else ():
         other = tensors.get(name.replace("lm_head", "model.embed_tokens"))
         if other is None or not same_data(tensors[name], other):
             yield f"tie_word_embeddings is true, but {name} is not the embedding's"
@@ -4534,11 +4538,11 @@ def checked_model(
     return model
 
 
-def check_folder(
+def check_headers(
     folder: Path,
 ) -> tuple[Llama | None, dict[str, TensorInfo], list[Exception]]:
-    """Return a folder's model without its weights, where these lie, and all that is
-    wrong with the folder, most of it found without reading a weight.
+    """Return a folder's model without its weights, where these lie, and what is wrong
+    with the folder, as far as config.json and the headers of its files tell.
 
     The model is None where it cannot be built. A problem is an OSError or a ValueError
     that names the file at fault.
@@ -4570,8 +4574,20 @@ def check_folder(
     if model and sound:
         differences = [*mismatches(model, tensors, wanted_extras(*settings))]
         wrong += ["; ".join(differences)] if differences else []
-        wrong += wrong_head(settings[0], tensors)
+        if settings[0].get("tie_word_embeddings") is False and not heads_of(tensors):
+            wrong.append("tie_word_embeddings is false, but there is no lm_head.weight")
     problems += [ValueError(f"{folder}: {text}") for text in wrong]
+    return model, tensors, problems
+
+
+def check_folder(
+    folder: Path,
+) -> tuple[Llama | None, dict[str, TensorInfo], list[Exception]]:
+    """Return what `check_headers` does, and all else that is wrong with the weights."""
+    model, tensors, problems = check_headers(folder)
+    if model:
+        wrong = untied_head(read_settings(folder)[0], tensors)
+        problems += [ValueError(f"{folder}: {text}") for text in wrong]
     return model, tensors, problems
 
 
@@ -6290,9 +6306,9 @@ class Engine(contextlib.AbstractContextManager):
 # progress to stderr, and escapes only to a terminal; what comes from a model or a file
 # is made printable first.
 # uses: 1-9, 11-20
-# needs: Collection, Iterable, Iterator, Path, TextIO, argparse, asdict, collections,
-#     json, math, mx, nn, os, re, signal, statistics, sys, time, tree_flatten,
-#     tree_unflatten
+# needs: Collection, Iterable, Iterator, Mapping, Path, TextIO, argparse, asdict,
+#     collections, contextlib, json, math, mx, nn, os, re, signal, statistics, sys,
+#     textwrap, time, tree_flatten, tree_unflatten
 # -----------------------------------------------------------------------------
 
 # Characters that move the cursor, repaint lines or reorder text: the C0 and C1 controls
@@ -6505,20 +6521,39 @@ def reading_speed(bits: int) -> float:
     return len(vectors) * nbytes / best
 
 
-def verdict(
-    weights: int, cache: int, longest: int, memory: int, speed: float
-) -> tuple[int, str]:
-    """Return the longest context that fits, and in words whether a model does.
+def fitting(weights: int, cache: int, longest: int, memory: int) -> tuple[int, str]:
+    """Return the longest context that fits, and in a word or two whether a model does.
 
-    weights: bytes, all read for every token, at speed. cache: bytes a token.
+    weights: bytes. cache: bytes a token.
     """
     context = max(0, min((memory - weights) // cache, longest))
     if context == 0:
-        return 0, f"does not fit, {gigabytes(weights)} in memory"
+        return 0, "does not fit"
     usual = weights + cache * min(longest, DEFAULT_CONTEXT)
-    word = "fits" if usual <= 0.8 * memory else "tight"
+    return context, "fits" if usual <= 0.8 * memory else "tight"
+
+
+def verdict(
+    weights: int, cache: int, longest: int, memory: int, speed: float
+) -> tuple[int, str]:
+    """Return what `fitting` does, with more words. All weights are read for every
+    token, at `speed` in bytes per second."""
+    context, word = fitting(weights, cache, longest, memory)
+    if context == 0:
+        return 0, f"{word}, {gigabytes(weights)} in memory"
     rate = f"up to {speed / weights:,.1f} tokens/s"
     return context, f"{word}, context {context:,}, {rate}"
+
+
+def stored_bits(model: Llama, tensors: Mapping[str, TensorInfo]) -> int:
+    """Return in how many bits the files hold a weight, in most of their bytes."""
+    sizes = collections.Counter()
+    for path, layer in model.named_modules():
+        if isinstance(layer, (QuantizedMatrix, nn.Linear, nn.Embedding)):
+            info = tensors[f"{path}.weight"]
+            bits = getattr(layer, "bits", 8 * DTYPES[info.dtype].size)
+            sizes[bits] += info.nbytes
+    return sizes.most_common(1)[0][0]
 
 
 PARTS = {  # where parameters are, by what their names contain
@@ -6532,6 +6567,7 @@ PARTS = {  # where parameters are, by what their names contain
 def describe(model: str | None) -> dict:
     """Return what `info` tells of a preset or a model."""
     args, stored, folder, unpacked = PRESETS.get(model), None, None, {}
+    bits_stored = None
     # In memory: the CPU computes in float32, so all that is not packed doubles.
     item_size = 4 if mx.default_device() == mx.cpu else 2
     if args is None:
@@ -6545,6 +6581,7 @@ def describe(model: str | None) -> dict:
             ) from None
         skeleton, tensors = examine(folder)
         args, stored = skeleton.args, sum(info.nbytes for info in tensors.values())
+        bits_stored = stored_bits(skeleton, tensors)
         unpacked = {n: t for n, t in tensors.items() if not n.endswith(".scales")}
     dense = build_model(args, unpacked) if unpacked else Llama(args)
     parts = collections.Counter()
@@ -6563,6 +6600,7 @@ def describe(model: str | None) -> dict:
         "parameters_of": dict(parts.most_common()),
         "weight_bytes": {bits: weight_bytes(dense, bits) for bits in verdicts},
         "stored_bytes": stored,
+        "stored_bits": bits_stored,
         "kv_bytes_per_token": cache,
         "memory_bytes": memory,
         "device": mx.default_device().type.name,
@@ -6755,19 +6793,103 @@ def info_rows(found: dict) -> list[tuple[str, str]]:
         ("cache", f"{kv:,} bytes a token, {gigabytes(kv * usual)} for {usual:,}"),
         ("memory here", f"{gigabytes(found['memory_bytes'])}, {found['device']}"),
     ]
-    if found["stored_bytes"] is not None:
-        rows.append(("stored", gigabytes(found["stored_bytes"])))
+    stored = found["stored_bits"]
+    if stored is not None:
+        size = gigabytes(found["stored_bytes"])
+        rows.append(("stored", f"{size}, the weights in {stored} bits"))
     for bits, nbytes in found["weight_bytes"].items():
+        name = "as stored" if bits == stored else "weights"
         words = found["verdict"][bits]
-        rows.append(("weights", f"{bits:2} bits {gigabytes(nbytes):>9}: {words}"))
+        rows.append((name, f"{bits:2} bits {gigabytes(nbytes):>9}: {words}"))
     return rows
 
 
+def listed(name: str, entry: Path) -> dict:
+    """Return what the list of models tells of one. Of weights only headers are read,
+    and no tokenizer, so the list is quick; `inspect` finds everything.
+
+    entry: a folder, or a model's entry in the Hugging Face cache.
+    """
+    found = {"model": name, "disk_bytes": 0, "bits": None, "context": 0}
+    folder, dtype = entry, default_dtype()
+    try:
+        # Links to files that are counted themselves have next to no size.
+        sizes = [path.lstat().st_size for path in entry.rglob("*") if path.is_file()]
+        found["disk_bytes"] = sum(sizes)
+        revisions = snapshots_of(entry) or [entry]
+        if len(revisions) > 1:
+            raise ValueError(f"{len(revisions)} revisions, and none of them is main")
+        folder = revisions[0]
+        model, tensors, problems = check_headers(folder)
+        if problems:
+            raise problems[0]
+        if not any((folder / f"tokenizer.{end}").exists() for end in ("json", "model")):
+            raise FileNotFoundError("no tokenizer.json and no tokenizer.model")
+        item_size, bits = cache_item_size(tensors, dtype), stored_bits(model, tensors)
+        cache = kv_bytes_per_token(model.args, item_size)
+        room = cache, model.args.longest_context, machine_memory()
+        context, word = fitting(memory_of(tensors.values(), dtype), *room)
+        if context == 0 and bits >= 16:
+            context, _ = fitting(weight_bytes(model, 4, item_size), *room)
+            word = "with --bits 4" if context else word
+        found |= {"bits": bits, "context": context}
+        return found | {"verdict": word, "problem": None}
+    except (MemoryError, OSError, RuntimeError, ValueError) as error:
+        where = printable(str(folder))
+        reason = error_line(error).replace(f"{where}/", "")
+        reason = reason.removeprefix(f"{where}: ")
+        return found | {"verdict": "refused", "problem": reason}
+
+
+def models_here() -> list[dict]:
+    """Return what is listed of the built-in model and of the Hugging Face cache; what
+    can be chatted with comes first."""
+    found = []
+    with contextlib.suppress(FileNotFoundError):
+        found.append(listed("stories (built in)", choose_folder(None)))
+    entries = hub_folder().glob("models--*")
+    for entry in sorted(entries, key=lambda path: path.name.lower()):
+        name = entry.name.removeprefix("models--").replace("--", "/", 1)
+        found.append(listed(name, entry))
+    return sorted(found, key=lambda model: model["problem"] is not None)
+
+
+def print_models(models: list[dict], width: int = 40) -> None:
+    """Print the list of models in 80 columns; width: of the names that share a line
+    with the rest."""
+    print(f"{'MODEL':{width}} {'SIZE':>9} BITS   CONTEXT  VERDICT")
+    for model in models:
+        name, bits = printable(model["model"]), model["bits"] or ""
+        context = f"{model['context']:,}" if model["context"] else ""
+        if len(name) > width:
+            print(name)
+            name = ""
+        row = f"{name:{width}} {gigabytes(model['disk_bytes']):>9} {bits:>4}"
+        print(f"{row} {context:>9}  {model['verdict']}", flush=True)
+        if model["problem"]:
+            indent = {"initial_indent": "    ", "subsequent_indent": "    "}
+            few = {"max_lines": 2, "placeholder": " ..."} | indent
+            print(textwrap.fill(model["problem"], 80, **few))
+    rows = [("presets", f"{' '.join(PRESETS)}, shapes without weights: see info 8b")]
+    rows.append(("cache", str(hub_folder())))
+    if len(models) < 2:
+        rows.append(("to get one", "hf download HuggingFaceTB/SmolLM2-135M-Instruct"))
+    print_table(rows)
+
+
 def cmd_info(options: argparse.Namespace) -> int:
-    """Print what a preset or a model is, what it needs, and what fits here."""
-    found = describe(options.model)
+    """Print what a preset or a model is, what it needs, and what fits here; without
+    MODEL, what models there are."""
     if options.bits and not options.measure:
         options.usage("--bits is for --measure")
+    if options.model is None and not options.measure:
+        found = {"models": models_here(), "presets": [*PRESETS]}
+        if options.json:
+            print(json.dumps(found | {"cache": str(hub_folder())}, indent=2))
+        else:
+            print_models(found["models"])
+        return 0
+    found = describe(options.model)
     # With several ranks, rank 0 tells it.
     ranks = options.group.size() if options.group else 1
     shown = not options.json and not (options.group and options.group.rank())
@@ -7878,14 +8000,15 @@ def build_parser() -> argparse.ArgumentParser:
     where = "a folder, or org/name as downloaded; default: stories/"
 
     add = options["info"]
-    add("model", nargs="?", metavar="MODEL", help=f"{', '.join(PRESETS)}, {where}")
+    text = f"{', '.join(PRESETS)}, {where}".replace("default", "default of --measure")
+    add("model", nargs="?", metavar="MODEL", help=text)
     text = "run it here; a preset with random weights"
     add("--measure", action="store_true", help=text)
     text = "of --measure, at least 2; default: 512"
     add("--prompt-tokens", metavar="N", type=size, default=512, help=text)
     text = "of --measure, at least 2; default: 128"
     add("--generation-tokens", metavar="N", type=size, default=128, help=text)
-    text = "of --measure: quantize to 4 or 8; default: as stored, 16"
+    text = "of --measure, 4 or 8; default: as stored, a preset's 16"
     add("--bits", metavar="N", type=int, choices=(4, 8), help=text)
     add("--json", action="store_true", help="print JSON instead of text")
 

@@ -5518,10 +5518,13 @@ def test_on_a_cpu_a_reply_goes_through_the_functions_of_part_one(folder, monkeyp
 
 
 def test_info_and_inspect_take_the_built_in_model():
-    found = json.loads(command("info", "--json").stdout)
-    assert found["parameters"] == 3_476_224 and found["model"] == "stories"
+    found = json.loads(command("info", STORIES, "--json").stdout)
+    assert found["parameters"] == 3_476_224 and found["folder"] == str(STORIES)
     cache = 10.49 if ITEM_SIZE == 4 else 5.24
-    assert b"%.2f MB for 2,048" % cache in command("info").stdout
+    assert b"%.2f MB for 2,048" % cache in command("info", STORIES).stdout
+    few = ("--prompt-tokens", 4, "--generation-tokens", 2)
+    found = json.loads(command("info", "--measure", *few, "--json").stdout)
+    assert found["model"] == "stories" and found["measured"]["decode_tps"] > 0
     found = json.loads(command("inspect", "--json", "--check").stdout)
     assert found["problems"] == []
     assert "Be brief.<|eot_id|><|start_header_id|>user" in found["exchange"]
@@ -5624,6 +5627,180 @@ def test_no_message_above_part_five_names_an_option_or_a_command_of_the_chat():
         assert [text for text in texts if named.search(text)] == []
         checked += len(texts)
     assert checked > 500
+
+
+@pytest.mark.parametrize(
+    ("dtype", "bits", "stored"),
+    [(mx.bfloat16, None, 16), (mx.float32, None, 32), (mx.bfloat16, 8, 8)],
+)
+def test_info_marks_the_bits_that_are_stored(dtype, bits, stored, tmp_path, capsys):
+    folder = random_folder(tmp_path / "m", width=128)
+    model, _ = llama.load(folder, dtype=dtype)
+    config = json.loads((folder / "config.json").read_text())
+    if bits:  # one layer is in others
+        llama.quantize(model.model.layers[0].self_attn, bits=4)
+        llama.quantize(model, bits=bits)
+    write_model(folder, config, dict(tree_flatten(model.parameters())))
+    assert llama.main(["info", str(folder)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    size = (folder / "model.safetensors").stat().st_size / 1e6
+    row = next(line for line in lines if line.startswith("stored"))
+    said = re.fullmatch(r"stored      (.*) MB, the weights in (\d+) bits", row)
+    assert float(said[1]) == pytest.approx(size, abs=0.02) and said[2] == str(stored)
+    marked = [line for line in lines if line.startswith("as stored")]
+    assert [line[:19] for line in marked] == [
+        f"as stored   {n:2} bits" for n in (16, 8, 4) if n == stored
+    ]
+
+
+def test_bits_are_those_of_most_bytes_in_whatever_order(tmp_path):
+    packed, _ = packed_and_dense(lambda path: FOUR if "layers.0" in path else EIGHT)
+    model, tensors = llama.examine(write_model(tmp_path, WIDE, packed))
+    assert llama.stored_bits(model, tensors) == 8
+    packed, _ = packed_and_dense(lambda path: FOUR if "q_proj" in path else None)
+    model, tensors = llama.examine(write_model(tmp_path, WIDE, packed))
+    assert llama.stored_bits(model, tensors) == 32
+
+
+def in_the_cache(hub, name, folder=None, **files):
+    """Put a model into a Hugging Face cache, as it lies there; return its snapshot."""
+    repo = hub / f"models--{name.replace('/', '--')}"
+    for part in ("refs", "blobs", "snapshots/abc"):
+        (repo / part).mkdir(parents=True)
+    (repo / "refs" / "main").write_text("abc")
+    for file in folder.iterdir() if folder else ():
+        shutil.copy(file, repo / "blobs" / file.name)
+        (repo / "snapshots" / "abc" / file.name).symlink_to(
+            Path("../../blobs") / file.name
+        )
+    return repo / "snapshots" / "abc"
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    (tmp_path / "hub").mkdir()
+    return tmp_path / "hub"
+
+
+def replaced(file, content):
+    """The file is another than the blob that it was a link to."""
+    file.unlink()
+    file.write_bytes(content)
+
+
+def test_info_lists_what_can_be_chatted_with(
+    folder, hub, tmp_path, monkeypatch, capsys
+):
+    wide, long = random_folder(tmp_path / "wide", width=128), "org/" + 50 * "n"
+    for name, source in (("org/narrow", folder), ("Beta/wide", wide), (long, wide)):
+        in_the_cache(hub, name, source)
+    config = json.loads((folder / "config.json").read_text())
+    red = in_the_cache(hub, "a/red\x1b[31m", folder) / "config.json"
+    replaced(red, json.dumps(config | {"hidden_act": "gelu"}).encode())
+    in_the_cache(hub, "a/nothing")
+    (in_the_cache(hub, "z/words", folder) / "tokenizer.json").unlink()
+    (hub / "datasets--a--b").mkdir()
+    # Neither weights nor tokenizers are read.
+    for name in ("map_file", "read_tensors", "Tokenizer", "reading_speed"):
+        monkeypatch.setattr(llama, name, None)
+    assert llama.main(["info", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["cache"] == str(hub) and found["presets"] == [*llama.PRESETS]
+    names = [model["model"] for model in found["models"]]
+    usable = ["stories (built in)", "Beta/wide", "org/narrow", long]
+    refused = ["a/nothing", "a/red\x1b[31m", "z/words"]
+    assert [{*names[:4]}, names[4:]] == [{*usable}, refused]
+    assert names[1] == "Beta/wide"  # large and small letters are alike
+    for model in found["models"][:4]:
+        assert (model["problem"], model["verdict"]) == (None, "fits")
+        assert model["bits"] == (8 if "stories" in model["model"] else 32)
+        assert model["context"] == (2048 if "stories" in model["model"] else 512)
+    size = sum(file.stat().st_size for file in wide.iterdir())
+    beta = found["models"][1]["disk_bytes"]
+    assert size <= beta < size + 1000  # the links, and refs/main
+    nothing, red, words = found["models"][4:]
+    assert nothing["problem"] == "no model.safetensors; download incomplete?"
+    assert red["problem"].startswith("config.json: hidden_act must be")
+    assert words["problem"] == "no tokenizer.json and no tokenizer.model"
+    assert llama.main(["info"]) == 0
+    out = capsys.readouterr().out
+    lines = out.splitlines()
+    assert max(map(len, lines[:-1])) <= 80 and "\x1b" not in out  # the last: a path
+    assert re.search(
+        r"^Beta/wide +\d+\.\d\d MB   32       512  fits$", out, re.MULTILINE
+    )
+    assert re.search(
+        rf"^{long}\n +\d+\.\d\d MB   32       512  fits$", out, re.MULTILINE
+    )
+    assert re.search(
+        r"^z/words +\d+\.\d\d MB +refused\n    no tokenizer.json", out, re.MULTILINE
+    )
+    assert "1b 3b 8b 70b 405b" in out and "hf download" not in out
+
+
+def test_a_model_that_fits_only_quantized_is_listed_so(hub, tmp_path, monkeypatch):
+    dense = random_folder(tmp_path / "wide", width=128)
+    in_the_cache(hub, "org/dense", dense)
+    packed = in_the_cache(hub, "org/packed")
+    model, _ = llama.load(dense)
+    config = json.loads((dense / "config.json").read_text())
+    llama.quantize(model, bits=8)
+    write_model(packed, config, dict(tree_flatten(model.parameters())))
+    (packed / "tokenizer.json").write_text("{}")
+    eight = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
+    monkeypatch.setattr(llama, "choose_folder", lambda _: dense)
+    for memory, dense_, packed_ in (
+        (10**10, "fits", "fits"),
+        (eight - 1, "with --bits 4", "does not fit"),
+        (100, "does not fit", "does not fit"),
+    ):
+        monkeypatch.setattr(llama, "machine_memory", lambda memory=memory: memory)
+        found = {model["model"]: model for model in llama.models_here()}
+        assert found["org/dense"]["verdict"] == dense_
+        assert found["org/packed"]["verdict"] == packed_
+        assert (found["org/dense"]["context"] > 0) == (dense_ != "does not fit")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    {
+        "no main": lambda repo: (repo / "refs/main").unlink(),
+        "main is no text": lambda repo: (repo / "refs/main").write_bytes(b"\xff\0"),
+        "main is elsewhere": lambda repo: (repo / "refs/main").write_text("../../.."),
+        "no snapshot": lambda repo: shutil.rmtree(repo / "snapshots"),
+        "a file": lambda repo: shutil.rmtree(repo) or repo.write_text("x"),
+        "a loop": lambda repo: shutil.rmtree(repo) or repo.symlink_to(repo.name),
+        "no blob": lambda repo: shutil.rmtree(repo / "blobs"),
+        "nested JSON": lambda repo: replaced(
+            repo / "snapshots/abc/config.json", b"[" * 10**5
+        ),
+        "a header that ends": lambda repo: replaced(
+            repo / "snapshots/abc/model.safetensors", b"\xff"
+        ),
+        "a folder for a file": lambda repo: (
+            (repo / "snapshots/abc/model.safetensors").unlink()
+            or (repo / "snapshots/abc/model.safetensors").mkdir()
+        ),
+    }.items(),
+    ids=lambda entry: entry[0],
+)
+def test_a_broken_folder_never_breaks_the_list(damage, folder, hub, capsys):
+    for name in ("a/first", "b/broken", "c/last"):
+        in_the_cache(hub, name, folder)
+    other = in_the_cache(hub, "b/broken2", folder).with_name("def")
+    shutil.copytree(folder, other)
+    (hub / "models--b--broken2" / "refs" / "main").unlink()
+    damage[1](hub / "models--b--broken")
+    assert llama.main(["info"]) == 0
+    assert max(map(len, capsys.readouterr().out.splitlines()[:-1])) <= 80
+    assert llama.main(["info", "--json"]) == 0
+    models = json.loads(capsys.readouterr().out)["models"]
+    problems = {model["model"]: model["problem"] for model in models}
+    assert problems.pop("b/broken2") == "2 revisions, and none of them is main"
+    if damage[0] != "no main":  # the only snapshot is taken
+        assert re.match(r"no model|config|model", problems.pop("b/broken"))
+    assert problems == dict.fromkeys(problems) and len(problems) >= 3
 
 
 def test_info_shows_where_the_bytes_are(capsys):
@@ -6016,13 +6193,19 @@ def test_control_tokens_that_a_user_types_are_text(folder, monkeypatch, capsys):
 def test_a_copy_of_the_file_alone_asks_for_a_model(tmp_path):
     shutil.copy(HERE / "llama.py", tmp_path)
     words = (sys.executable, tmp_path / "llama.py")
-    for name in ("chat", "info", "inspect"):
+    for name in ("chat", "inspect"):
         done = subprocess.run(
             [*words, name], input=b"", capture_output=True, check=False
         )
         assert done.returncode == 1 and done.stderr.count(b"\n") == 1
         assert b"no MODEL: give a folder or org/name, as in: llama" in done.stderr
         assert b"llama.py chat mlx-community/Llama-3.2-1B-Instruct-4bit" in done.stderr
+    environment = os.environ | {"HF_HUB_CACHE": str(tmp_path / "none")}
+    done = subprocess.run(
+        [*words, "info"], env=environment, capture_output=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, b"") and b"stories" not in done.stdout
+    assert b"to get one  hf download HuggingFaceTB/SmolLM2" in done.stdout
 
 
 def test_org_name_is_found_in_the_hugging_face_cache(folder, tmp_path, monkeypatch):
