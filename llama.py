@@ -6944,17 +6944,21 @@ def layer_kinds(model: Llama) -> dict[str, int]:
     return dict(kinds)
 
 
-def made_up_exchange(tokenizer: Tokenizer) -> str | None:
-    """Return a conversation as the model will read it, None for a base model.
+def made_up_exchange(tokenizer: Tokenizer) -> str:
+    """Return a conversation as the model will read it.
 
     With instructions, or without if the template takes none. Raises ValueError if it
-    takes no conversation.
+    takes no conversation, or writes what the model cannot read.
     """
     contents = ["Be brief.", "Hello!", "Hi!", "How are you?"]
     roles = ["system", "user", "assistant", "user"]
     talk = [{"role": r, "content": text} for r, text in zip(roles, contents)]
-    if tokenizer.template is None:
-        return None
+    bos, rows = max(tokenizer.bos_prefix, default=0), tokenizer.rows
+    if bos >= rows:  # what every text begins with
+        raise ValueError(f"{tokenizer.source}: bos has the id {bos}, the model {rows}")
+    for messages in (talk[1:2], talk[1:]):
+        if not tokenizer.encode_chat(messages):
+            raise ValueError(f"{tokenizer.source}: the chat template writes nothing")
     try:
         return str(tokenizer.render(talk))
     except ValueError:
@@ -6977,7 +6981,7 @@ def inspection(folder: Path, check: bool) -> dict:
         exchange = made_up_exchange(tokenizer) if tokenizer else None
     except ValueError as error:
         exchange = None
-        problems.append(error)
+        problems.append(ValueError(f"{error}{advice(error)}"))
     if check:
         problems += not_finite(tensors.values())
     found = {
@@ -7034,13 +7038,14 @@ def cmd_inspect(options: argparse.Namespace) -> int:
     if "tokenizer_size" in found:
         names = {i: text for text, i in found["special_tokens"].items()}
         stops = ", ".join(f"{i} {names.get(i, '')}" for i in found["stop_tokens"])
-        exchange = found["exchange"] or "none, a base model: chat with --raw"
         added = len(names) + len(found["added_words"])
         size = f"{found['tokenizer_size']:,} ids, {added} of them added"
         if lacking := found["lacking_bytes"]:
             size += f"; {lacking} of the 256 bytes are in no token"
         rows += [("tokenizer", size), ("stops at", stops)]
-        rows += [("it reads", line) for line in exchange.split("\n")]
+        if found["exchange"] is not None:
+            lines = found["exchange"].split("\n")
+            rows += [("it reads", line) for line in lines]
     sampling = found["sampling"].items()
     sampling = ", ".join(f"{name} {'off' if n is None else n}" for name, n in sampling)
     rows.append(("sampling", sampling))

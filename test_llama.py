@@ -6001,6 +6001,68 @@ def test_inspect_shows_all_problems_of_a_folder(folder, tmp_path, capsys):
     assert sum("config.json: not valid JSON" in problem for problem in problems) == 1
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "told"),
+    [
+        (
+            "tokenizer_config.json",
+            None,
+            "base model, it has no chat template: use --raw",
+        ),
+        (
+            "tokenizer_config.json",
+            "{}",
+            "base model, it has no chat template: use --raw",
+        ),
+        ("chat_template.jinja", "", "m: the chat template writes nothing"),
+        ("chat_template.jinja", "{{ a", "chat template: line 1, column 5"),
+        ("added_tokens.json", '{"Hello": 260}', None),  # a word that it has no row for
+        ("added_tokens.json", '{"<|im_start|>": 260}', None),  # tokenizer.json counts
+        ("config.json", None, "m: no config.json"),
+        ("tokenizer.json", None, "m: no tokenizer.json and no tokenizer.model"),
+        (
+            "generation_config.json",
+            '{"top_p": 2}',
+            "generation_config.json: top_p must",
+        ),
+    ],
+)
+def test_inspect_tells_what_chat_would_refuse(
+    name, text, told, folder, tmp_path, capsys
+):
+    own = shutil.copytree(folder, tmp_path / "m")
+    (own / name).unlink(missing_ok=True)
+    if text is not None:
+        (own / name).write_text(text)
+    assert llama.main(["inspect", str(own)]) == (told is not None)
+    out = capsys.readouterr().out
+    assert told in out if told else "problem     none found" in out
+    assert ("it reads" in out) == (
+        "template" not in str(told) and "no tok" not in str(told)
+    )
+
+
+@pytest.mark.parametrize(
+    ("token", "told"),
+    [
+        ("<|im_start|>", "'<|im_start|>' has the id 260, the model 260 ids"),
+        ("</s>", "bos has the id 260, the model 260"),
+    ],
+)
+def test_inspect_finds_control_tokens_that_the_model_has_no_row_for(
+    token, told, folder, tmp_path, capsys
+):
+    own = shutil.copytree(folder, tmp_path / "m")
+    spec = json.loads((own / "tokenizer.json").read_text())
+    for added in spec["added_tokens"]:
+        added["id"] = 260 if added["content"] == token else added["id"]
+    hostile(
+        tokenizer=spec, tokenizer_config={"bos_token": "</s>", "add_bos_token": True}
+    )(own)
+    assert llama.main(["inspect", str(own)]) == 1
+    assert told in capsys.readouterr().out
+
+
 def test_inspect_shows_a_folder_of_nothing(folder, tmp_path, capsys):
     broken = shutil.copytree(folder, tmp_path / "m")
     empty = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
