@@ -6016,6 +6016,11 @@ def test_inspect_shows_all_problems_of_a_folder(folder, tmp_path, capsys):
         ),
         ("chat_template.jinja", "", "m: the chat template writes nothing"),
         ("chat_template.jinja", "{{ a", "chat template: line 1, column 5"),
+        (
+            "chat_template.jinja",
+            "{% if messages | length < 2 %}{{ raise_exception('on') }}{% endif %}x",
+            "chat template: on",
+        ),
         ("added_tokens.json", '{"Hello": 260}', None),  # a word that it has no row for
         ("added_tokens.json", '{"<|im_start|>": 260}', None),  # tokenizer.json counts
         ("config.json", None, "m: no config.json"),
