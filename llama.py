@@ -4774,12 +4774,12 @@ def quantized(
     if bits not in known:
         raise ValueError(f"bits must be one of {known}, got {bits}")
     if packed := [info for name, info in tensors.items() if name.endswith(".scales")]:
-        wanted = f"wanted dense ones for bits {bits}"
-        raise ValueError(f"{packed[0].file}: already quantized, {wanted}")
+        again = f"they cannot be quantized to {bits} bits again"
+        raise ValueError(f"{packed[0].file}: the weights are quantized; {again}")
     if not chosen:
         file, width = next(iter(tensors.values())).file, model.args.hidden_size
-        wanted = f"wanted matrices of a multiple of {GROUP_SIZE} columns"
-        raise ValueError(f"{file}: nothing to quantize: {wanted}, got {width}")
+        wanted = f"wanted a multiple of {GROUP_SIZE} columns, got {width}"
+        raise ValueError(f"{file}: no matrix can be quantized: {wanted}")
     parts = {}
     for name, info in tensors.items():
         parts |= packed_parts(info, bits) if name in chosen else {name: info}
@@ -5472,8 +5472,8 @@ def rank_share(
     if bits and (cut := quantizable(model) - quantizable(part)):
         shape = list(tensors[min(cut)].shape)
         raise ValueError(
-            f"{n} ranks cannot share {min(cut)}, {shape}, between groups of "
-            f"{GROUP_SIZE}, to quantize it"
+            f"{n} ranks cannot share {min(cut)}, {shape}, to quantize it: each needs "
+            f"a multiple of {GROUP_SIZE} columns"
         )
     return quantized(part, share, bits)
 
@@ -5507,8 +5507,8 @@ def load_rank(
     """Return a rank's share of a folder's model, which is all that it reads.
 
     It takes tokens, and gives logits, as the whole does; all ranks must call it with
-    the same tokens. Its cache is that of its own heads. dtype, bits: see
-    load.
+    the same tokens. Its cache is that of its own heads. dtype and bits
+    are those of load.
     """
     model, tensors = rank_share(*examine(folder), group, bits)
     for _ in read_weights(model, tensors, dtype or default_dtype()):
@@ -6130,9 +6130,9 @@ class Engine(contextlib.AbstractContextManager):
 
     model: a folder or org/name. tokenizer: None is the folder's. context: tokens of
     cache, allocated once; None is the model's longest, at most 8192. dtype, bits: see
-    load. prefill_step: see prefill; None is default_prefill_step(). progress: called with the
-    bytes loaded, and in all. group: ranks that share the model, from join_ranks; rank 0
-    is asked, the others answer with it until it closes its engine.
+    load. prefill_step: see prefill; None is default_prefill_step(). progress: called
+    with the bytes loaded, and in all. group: ranks that share the model, from
+    join_ranks; rank 0 is asked, the others answer with it until it closes its engine.
     Returns when the model is loaded; raises what Tokenizer.from_folder and load raise.
 
     Attributes: tokenizer, args (a ModelArgs), context, defaults (make_sampler's
@@ -6833,6 +6833,11 @@ def listed(name: str, entry: Path) -> dict:
             context, _ = fitting(weight_bytes(model, 4, item_size), *room)
             word = "with --bits 4" if context else word
         found |= {"bits": bits, "context": context}
+        limit = JSON_BYTES + MOST_TOKENS * BYTES_PER_TOKEN
+        settings = read_json(folder / "tokenizer_config.json", limit)
+        own_file = (folder / "chat_template.jinja").exists()
+        if not own_file and not settings.get("chat_template"):
+            raise NoTemplate("a base model, it has no chat template")
         return found | {"verdict": word, "problem": None}
     except (MemoryError, OSError, RuntimeError, ValueError) as error:
         where = printable(str(folder))
@@ -8002,12 +8007,13 @@ def build_parser() -> argparse.ArgumentParser:
         options[name] = command.add_argument_group().add_argument  # a single list
         options[name]("-h", "--help", action="help", help=argparse.SUPPRESS)
     number, count, size = whole_number(0), whole_number(1), whole_number(2)
-    where = "a folder, or org/name as downloaded; default: stories/"
+    here = "a folder, or org/name as downloaded"
+    where = f"{here}; default: stories/"
 
     add = options["info"]
-    text = f"{', '.join(PRESETS)}, {where}".replace("default", "default of --measure")
+    text = f"{', '.join(PRESETS)}, {here}; default: list what is here"
     add("model", nargs="?", metavar="MODEL", help=text)
-    text = "run it here; a preset with random weights"
+    text = "run it, presets with random weights; default: stories/"
     add("--measure", action="store_true", help=text)
     text = "of --measure, at least 2; default: 512"
     add("--prompt-tokens", metavar="N", type=size, default=512, help=text)

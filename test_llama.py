@@ -4753,11 +4753,11 @@ def test_what_cannot_be_quantized_while_loading_is_refused(tmp_path):
         words = rf"bits must be one of \(2, 3, 4, 5, 6, 8\), got {bits}"
         with pytest.raises(ValueError, match=words):
             llama.load(dense, bits=bits)
-    words = r"m/model.safetensors: nothing to quantize: wanted matrices of a multiple"
-    with pytest.raises(ValueError, match=f"{words} of 64 columns, got 32"):
+    words = r"m/model.safetensors: no matrix can be quantized: wanted a multiple of 64"
+    with pytest.raises(ValueError, match=f"{words} columns, got 32"):
         narrow = random_folder(tmp_path / "m", intermediate_size=48)
         llama.load(narrow, bits=4)
-    words = "stories/model.safetensors: already quantized, wanted dense ones for bits 4"
+    words = "stories/model.safetensors: the weights are quantized; they cannot be quan"
     for loaded in (
         llama.load,
         llama.Engine,
@@ -5705,6 +5705,11 @@ def test_info_lists_what_can_be_chatted_with(
     (in_the_cache(hub, "z/words", folder) / "tokenizer.json").unlink()
     tied = in_the_cache(hub, "org/tied", folder) / "config.json"
     replaced(tied, json.dumps(config | {"tie_word_embeddings": True}).encode())
+    base = in_the_cache(hub, "z/base", folder) / "tokenizer_config.json"
+    replaced(base, b"{}")
+    own = in_the_cache(hub, "org/own", folder) / "tokenizer_config.json"
+    replaced(own, b"{}")
+    own.with_name("chat_template.jinja").write_text("x")
     (hub / "datasets--a--b").mkdir()
     # Neither weights nor tokenizers are read.
     for name in ("map_file", "read_tensors", "Tokenizer", "reading_speed"):
@@ -5713,19 +5718,30 @@ def test_info_lists_what_can_be_chatted_with(
     found = json.loads(capsys.readouterr().out)
     assert found["cache"] == str(hub) and found["presets"] == [*llama.PRESETS]
     names = [model["model"] for model in found["models"]]
-    usable = ["stories (built in)", "org/narrow", long, "org/tied", "Zeta/wide"]
-    refused = ["a/nothing", "a/red\x1b[31m", "z/words"]
+    usable = [
+        "stories (built in)",
+        "org/narrow",
+        long,
+        "org/own",
+        "org/tied",
+        "Zeta/wide",
+    ]
+    refused = ["a/nothing", "a/red\x1b[31m", "z/base", "z/words"]
     assert names == usable + refused  # large and small letters are alike
-    for model in found["models"][:5]:
+    for model in found["models"][:6]:
         assert (model["problem"], model["verdict"]) == (None, "fits")
         assert model["bits"] == (8 if "stories" in model["model"] else 32)
         assert model["context"] == (2048 if "stories" in model["model"] else 512)
     size = sum(file.stat().st_size for file in wide.iterdir())
-    zeta = found["models"][4]["disk_bytes"]
+    zeta = found["models"][5]["disk_bytes"]
     assert size <= zeta < size + 1000  # the links, and refs/main
-    nothing, red, words = found["models"][5:]
+    nothing, red, base, words = found["models"][6:]
     assert nothing["problem"] == "no model.safetensors; download incomplete?"
     assert red["problem"].startswith("config.json: hidden_act must be")
+    assert base["problem"].startswith(
+        "a base model, it has no chat template: use --raw"
+    )
+    assert (base["bits"], base["context"], base["verdict"]) == (32, 512, "refused")
     assert words["problem"] == "no tokenizer.json and no tokenizer.model"
     assert llama.main(["info"]) == 0
     out = capsys.readouterr().out
@@ -5751,7 +5767,8 @@ def test_a_model_that_fits_only_quantized_is_listed_so(hub, tmp_path, monkeypatc
     config = json.loads((dense / "config.json").read_text())
     llama.quantize(model, bits=8)
     write_model(packed, config, dict(tree_flatten(model.parameters())))
-    (packed / "tokenizer.json").write_text("{}")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(dense / name, packed / name)
     eight = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
     monkeypatch.setattr(llama, "choose_folder", lambda _: dense)
     for memory, dense_, packed_ in (
@@ -5956,7 +5973,7 @@ def test_measuring_refuses_what_does_not_fit(monkeypatch, capsys):
     assert llama.main(["info", "8b", "--bits", "8"]) == 2
     assert "--bits is for --measure" in capsys.readouterr().err
     assert llama.main(["info", str(STORIES), "--measure", "--bits", "4"]) == 1
-    assert "already quantized" in capsys.readouterr().err
+    assert "cannot be quantized to" in capsys.readouterr().err
 
 
 def test_inspect_lists_what_a_folder_holds(folder, capsys):
@@ -6208,7 +6225,7 @@ def test_a_dense_model_is_quantized_while_the_chat_loads_it(
     assert said[0] != said[1] == said[2]
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"")))
     assert llama.main(["chat", str(packed), "--bits", "8", *words]) == 1
-    assert "already quantized" in capsys.readouterr().err
+    assert "cannot be quantized to" in capsys.readouterr().err
 
 
 def test_a_reply_as_json(folder):

@@ -254,7 +254,7 @@ def test_a_rank_that_quantizes_its_share_has_that_of_the_whole_quantized(n, tmp_
     # Of o_proj, a row is 128 weights in two groups, and a group is not shared.
     dense = split_folder(tmp_path / "cut", head_dim=16)
     words = r"^4 ranks cannot share model\.layers\.0\.self_attn\.o_proj\.weight, "
-    words += r"\[96, 128\], between groups of 64"
+    words += r"\[96, 128\], to quantize it: each needs a multiple of 64 columns"
     if n == 4:
         with pytest.raises(ValueError, match=words):
             llama.rank_share(*llama.examine(dense), rank_of(0, n), 4)
