@@ -4726,6 +4726,10 @@ class PackedInfo(TensorInfo):
     bits: int
     ready: dict[str, mx.array]  # shared by the three, whose names end in its keys
 
+    @property
+    def adoptable(self) -> bool:
+        return False  # it is computed, and lies in no file
+
     def read(self, mapping: memoryview) -> mx.array:
         part = self.name.rpartition(".")[2]
         if part not in self.ready:

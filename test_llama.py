@@ -4743,8 +4743,10 @@ def test_quantizing_while_loading_holds_one_dense_matrix_at_most(tmp_path):
     packed = sum(info.nbytes for info in tensors.values())
     assert abs(mx.get_active_memory() - before - packed) < 2**16
     assert done == packed and mx.get_cache_memory() < largest
+    parts = [info for info in tensors.values() if isinstance(info, llama.PackedInfo)]
+    assert len(parts) == 3 * (2 + 8 * 7) and not any(info.adoptable for info in parts)
     assert mx.get_peak_memory() - before < packed + largest + 2**16
-    assert all(not info.ready for info in tensors.values() if hasattr(info, "ready"))
+    assert not any(info.ready for info in parts)
 
 
 def test_what_cannot_be_quantized_while_loading_is_refused(tmp_path):
