@@ -8043,7 +8043,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--session", metavar="FILE", help="resume a conversation, and save it there")
     add("--raw", action="store_true", help="continue the text, with no chat format")
-    text = "a built-in format, like chatml; default: the model's"
+    text = "such as chatml or llama3.1; default: the model's"
     add("--template", metavar="NAME", choices=BUILT_IN, help=text)
     text = "longest reply, tokens; default: no limit"
     add("--max-tokens", metavar="N", type=number, help=text)
