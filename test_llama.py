@@ -5880,7 +5880,7 @@ def test_random_models_are_made_in_no_more_than_their_own_memory(bits, monkeypat
 
 @pytest.mark.parametrize("what", ["preset", "folder", "folder in 4 bits"])
 def test_measuring_tells_the_speed_of_this_machine(what, tmp_path, monkeypatch, capsys):
-    folder = random_folder(tmp_path / "m", width=128)
+    folder = random_folder(tmp_path / "m", width=64)
     small = llama.ModelArgs(128, 256, 2, 4, 320, num_key_value_heads=2)
     monkeypatch.setitem(llama.PRESETS, "8b", small)
     accelerated = []
