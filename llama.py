@@ -105,6 +105,7 @@ import signal
 import statistics
 import sys
 import termios
+import textwrap
 import threading
 import time
 import traceback
@@ -3963,8 +3964,8 @@ class Tokenizer(ByteLevelTokenizer):
 # read. Model folders come from strangers, so everything is checked here, and trusted
 # after this.
 # uses: 1-7, 11-13
-# needs: Callable, Iterable, Iterator, Mapping, Path, difflib, math, mx, os, re,
-#     safetensors, tree_flatten
+# needs: Callable, Iterable, Iterator, Mapping, Path, dataclass, difflib, math, mx, os,
+#     re, safetensors, tree_flatten
 # -----------------------------------------------------------------------------
 
 
@@ -3983,7 +3984,7 @@ def snapshots_of(repo: Path) -> list[Path]:
     its branch main, or without one those of all revisions that were downloaded."""
     main, found = repo / "refs" / "main", (repo / "snapshots").glob("*")
     if main.is_file():
-        found = [repo / "snapshots" / main.read_text("utf-8").strip()]
+        found = [repo / "snapshots" / main.read_text("utf-8", "replace").strip()]
     return sorted(path for path in found if path.is_dir())
 
 
@@ -4212,13 +4213,16 @@ def same_data(one: TensorInfo, other: TensorInfo) -> bool:
     return left[: one.nbytes] == right[: one.nbytes]
 
 
-def wrong_head(config: dict, tensors: Mapping[str, TensorInfo]) -> Iterator[str]:
-    """Yield how the head contradicts what config.json says of it."""
+def heads_of(tensors: Mapping[str, TensorInfo]) -> list[str]:
+    """Return the names of the tensors of a head that is not the embedding."""
+    return [name for name in tensors if name.startswith("lm_head.")]
+
+
+def untied_head(config: dict, tensors: Mapping[str, TensorInfo]) -> Iterator[str]:
+    """Yield which tensors of the head differ from the embedding's, if config.json says
+    that the head is the embedding. Reads them."""
     tied = config.get("tie_word_embeddings")
-    heads = [name for name in tensors if name.startswith("lm_head.")]
-    if tied is False and not heads:
-        yield "tie_word_embeddings is false, but there is no lm_head.weight"
-    for name in heads if tied else ():
+    for name in heads_of(tensors) if tied else ():
         other = tensors.get(name.replace("lm_head", "model.embed_tokens"))
         if other is None or not same_data(tensors[name], other):
             yield f"tie_word_embeddings is true, but {name} is not the embedding's"
@@ -4286,11 +4290,11 @@ def checked_model(
     return model
 
 
-def check_folder(
+def check_headers(
     folder: Path,
 ) -> tuple[Llama | None, dict[str, TensorInfo], list[Exception]]:
-    """Return a folder's model without its weights, where these lie, and all that is
-    wrong with the folder, most of it found without reading a weight.
+    """Return a folder's model without its weights, where these lie, and what is wrong
+    with the folder, as far as config.json and the headers of its files tell.
 
     The model is None where it cannot be built. A problem is an OSError or a ValueError
     that names the file at fault.
@@ -4322,8 +4326,20 @@ def check_folder(
     if model and sound:
         differences = [*mismatches(model, tensors, wanted_extras(*settings))]
         wrong += ["; ".join(differences)] if differences else []
-        wrong += wrong_head(settings[0], tensors)
+        if settings[0].get("tie_word_embeddings") is False and not heads_of(tensors):
+            wrong.append("tie_word_embeddings is false, but there is no lm_head.weight")
     problems += [ValueError(f"{folder}: {text}") for text in wrong]
+    return model, tensors, problems
+
+
+def check_folder(
+    folder: Path,
+) -> tuple[Llama | None, dict[str, TensorInfo], list[Exception]]:
+    """Return what `check_headers` does, and all else that is wrong with the weights."""
+    model, tensors, problems = check_headers(folder)
+    if model:
+        wrong = untied_head(read_settings(folder)[0], tensors)
+        problems += [ValueError(f"{folder}: {text}") for text in wrong]
     return model, tensors, problems
 
 
@@ -4463,17 +4479,98 @@ def choose_context(args: ModelArgs, wanted: int | None) -> tuple[int, str | None
     return context, None
 
 
+GROUP_SIZE = 64  # of what is quantized while it is read, as MLX's converter has it
+
+
+@dataclass(frozen=True)
+class PackedInfo(TensorInfo):
+    """The packed weights, the scales or the biases of a matrix that is quantized while
+    it is read.
+
+    The first of the three to be read reads the matrix, quantizes it, and leaves the
+    other two in `ready`. So the matrix itself is in memory only for that moment.
+    """
+
+    matrix: TensorInfo
+    bits: int
+    ready: dict[str, mx.array]  # shared by the three, whose names end in its keys
+
+    @property
+    def adoptable(self) -> bool:
+        return False  # it is computed, and lies in no file
+
+    def read(self, mapping: memoryview) -> mx.array:
+        part = self.name.rpartition(".")[2]
+        if part not in self.ready:
+            arrays = mx.quantize(self.matrix.read(mapping), GROUP_SIZE, self.bits)
+            mx.eval(arrays)
+            mx.clear_cache()  # or MLX keeps the memory of the matrix for later arrays
+            self.ready.update(zip(("weight", "scales", "biases"), arrays))
+        return self.ready.pop(part)
+
+
+def packed_parts(matrix: TensorInfo, bits: int) -> dict[str, PackedInfo]:
+    """Return what takes the place of a matrix that is to be quantized, by name."""
+    rows, columns = matrix.shape
+    path, parts, ready = matrix.name.removesuffix(".weight"), {}, {}
+    for part, dtype, width in (
+        ("weight", "U32", columns * bits // 32),
+        ("scales", matrix.dtype, columns // GROUP_SIZE),
+        ("biases", matrix.dtype, columns // GROUP_SIZE),
+    ):
+        name, nbytes = f"{path}.{part}", rows * width * DTYPES[dtype].size
+        place = matrix.file, matrix.start, nbytes
+        more = matrix, bits, ready
+        parts[name] = PackedInfo(name, dtype, (rows, width), *place, *more)
+    return parts
+
+
+def quantizable(model: Llama) -> set[str]:
+    """Return the names of the matrices that can be cut into groups. The others stay
+    dense, as MLX's converter leaves them."""
+    layers = dense_layers(model)
+    fitting = [path for path, m in layers if m.weight.shape[1] % GROUP_SIZE == 0]
+    return {f"{path}.weight" for path in fitting}
+
+
+def quantized(
+    model: Llama, tensors: Mapping[str, TensorInfo], bits: int | None
+) -> tuple[Llama, Mapping[str, TensorInfo]]:
+    """Return a model without its weights, and where these lie, for `read_weights` to
+    quantize each matrix as soon as it is read. bits: None leaves all as it is.
+
+    Raises ValueError if the weights are quantized already, or none can be.
+    """
+    if bits is None:
+        return model, tensors
+    known, chosen = QUANTIZATION_MODES["affine"][1], quantizable(model)
+    if bits not in known:
+        raise ValueError(f"bits must be one of {known}, got {bits}")
+    if packed := [info for name, info in tensors.items() if name.endswith(".scales")]:
+        again = f"they cannot be quantized to {bits} bits again"
+        raise ValueError(f"{packed[0].file}: the weights are quantized; {again}")
+    if not chosen:
+        file, width = next(iter(tensors.values())).file, model.args.hidden_size
+        wanted = f"wanted a multiple of {GROUP_SIZE} columns, got {width}"
+        raise ValueError(f"{file}: no matrix can be quantized: {wanted}")
+    parts = {}
+    for name, info in tensors.items():
+        parts |= packed_parts(info, bits) if name in chosen else {name: info}
+    return build_model(model.args, parts), parts
+
+
 def load(
-    folder: str | Path, *, dtype: mx.Dtype | None = None
+    folder: str | Path, *, dtype: mx.Dtype | None = None, bits: int | None = None
 ) -> tuple[Llama, Tokenizer]:
     """Return the model and the tokenizer of a folder, or of org/name.
 
     dtype: of activations, and of weights that are not packed; None: default_dtype.
+    bits: quantize a dense model while it is read; None takes it as it is.
     They may be used in another thread than this one, but in one at a time.
     Raises FileNotFoundError or ValueError that names the file at fault.
     """
     folder, dtype = find_folder(folder), dtype or default_dtype()
-    model, tensors = examine(folder)
+    model, tensors = quantized(*examine(folder), bits)
     tokenizer = Tokenizer.from_folder(folder)
     require_memory(memory_of(tensors.values(), dtype), 0)
     for _ in read_weights(model, tensors, dtype):
@@ -5136,20 +5233,31 @@ def rank_tensor(info: TensorInfo, rank: int, n: int) -> TensorInfo:
 
 
 def rank_share(
-    model: Llama, tensors: Mapping[str, TensorInfo], group: Group | None
-) -> tuple[Llama, dict[str, TensorInfo]]:
+    model: Llama,
+    tensors: Mapping[str, TensorInfo],
+    group: Group | None,
+    bits: int | None = None,
+) -> tuple[Llama, Mapping[str, TensorInfo]]:
     """Return what this rank runs of a model, without weights, and where these lie.
 
     q, k, v, gate and up are cut by rows, which are outputs; o and down, which take
-    those in, by columns; the rest is whole. group: None is a rank alone.
+    those in, by columns; the rest is whole. group: None is a rank alone. bits: see
+    load; what a rank quantizes is its part of the matrix, and the same groups of it.
     Raises ValueError if the ranks cannot share it.
     """
     if group is None:
-        return model, tensors
+        return quantized(model, tensors, bits)
     rank, n = group.rank(), group.size()
     args = rank_args(model.args, n)
     share = {name: rank_tensor(info, rank, n) for name, info in tensors.items()}
-    return build_model(args, share), share
+    part = build_model(args, share)
+    if bits and (cut := quantizable(model) - quantizable(part)):
+        shape = list(tensors[min(cut)].shape)
+        raise ValueError(
+            f"{n} ranks cannot share {min(cut)}, {shape}, to quantize it: each needs "
+            f"a multiple of {GROUP_SIZE} columns"
+        )
+    return quantized(part, share, bits)
 
 
 def accelerate(model: Llama, group: Group | None = None) -> None:
@@ -5173,14 +5281,18 @@ def accelerate(model: Llama, group: Group | None = None) -> None:
 
 
 def load_rank(
-    folder: str | Path, group: Group | None, dtype: mx.Dtype | None = None
+    folder: str | Path,
+    group: Group | None,
+    dtype: mx.Dtype | None = None,
+    bits: int | None = None,
 ) -> Llama:
     """Return a rank's share of a folder's model, which is all that it reads.
 
     It takes tokens, and gives logits, as the whole does; all ranks must call it with
-    the same tokens. Its cache is that of its own heads. dtype: see load.
+    the same tokens. Its cache is that of its own heads. dtype and bits
+    are those of load.
     """
-    model, tensors = rank_share(*examine(folder), group)
+    model, tensors = rank_share(*examine(folder), group, bits)
     for _ in read_weights(model, tensors, dtype or default_dtype()):
         pass
     accelerate(model, group)
@@ -5528,11 +5640,13 @@ class Worker(threading.Thread):
         context: int | None,
         group: Group | None,
         dtype: mx.Dtype | None,
+        bits: int | None,
         prefill_step: int | None,
     ):
         super().__init__(name="llama worker", daemon=True)
         self.folder, self.tokenizer, self.context = folder, tokenizer, context
-        self.group, self.dtype, self.prefill_step = group, dtype, prefill_step
+        self.group, self.prefill_step = group, prefill_step
+        self.dtype, self.bits = dtype, bits
         self.failure = None
         self.events = queue.SimpleQueue()  # of the load: Progress; ModelArgs or error
         self.requests = queue.SimpleQueue()  # Request or function; None to end
@@ -5595,12 +5709,10 @@ class Worker(threading.Thread):
 
     def load(self) -> None:
         """Load the model; report Progress, and in the end its ModelArgs."""
-        model, whole = examine(self.folder)
+        model, tensors = examine(self.folder)
         args = model.args
         self.context, warning = choose_context(args, self.context)
-        tensors = whole
-        if self.group:
-            model, tensors = rank_share(model, whole, self.group)
+        model, tensors = rank_share(model, tensors, self.group, self.bits)
         dtype, self.drafts = self.dtype or default_dtype(), default_drafts()
         self.prefill_step = self.prefill_step or default_prefill_step()
         item_size = cache_item_size(tensors, dtype)
@@ -5616,7 +5728,7 @@ class Worker(threading.Thread):
             if self.closing.is_set():
                 raise RuntimeError("the engine was closed while loading")
         accelerate(model, self.group)
-        self.model, self.tensors = model, whole
+        self.model, self.tensors = model, tensors
         self.forget()
         self.events.put(args)
 
@@ -5813,10 +5925,10 @@ class Engine(contextlib.AbstractContextManager):
     """A model and a worker thread that answers with it; a context manager.
 
     model: a folder or org/name. tokenizer: None is the folder's. context: tokens of
-    cache, allocated once; None is the model's longest, at most 8192. dtype: see load.
-    prefill_step: see prefill; None is default_prefill_step(). progress: called with the
-    bytes loaded, and in all. group: ranks that share the model, from join_ranks; rank 0
-    is asked, the others answer with it until it closes its engine.
+    cache, allocated once; None is the model's longest, at most 8192. dtype, bits: see
+    load. prefill_step: see prefill; None is default_prefill_step(). progress: called
+    with the bytes loaded, and in all. group: ranks that share the model, from
+    join_ranks; rank 0 is asked, the others answer with it until it closes its engine.
     Returns when the model is loaded; raises what Tokenizer.from_folder and load raise.
 
     Attributes: tokenizer, args (a ModelArgs), context, defaults (make_sampler's
@@ -5830,6 +5942,7 @@ class Engine(contextlib.AbstractContextManager):
         tokenizer: Tokenizer | None = None,
         context: int | None = None,
         dtype: mx.Dtype | None = None,
+        bits: int | None = None,
         prefill_step: int | None = None,
         progress: Callable[[int, int], None] | None = None,
         group: Group | None = None,
@@ -5841,7 +5954,7 @@ class Engine(contextlib.AbstractContextManager):
         self._taken = collections.deque(maxlen=256)  # the Piece of each past reply
         self._lock = threading.Lock()
         self._worker = Worker(
-            folder, self.tokenizer, context, group, dtype, prefill_step
+            folder, self.tokenizer, context, group, dtype, bits, prefill_step
         )
         # Also when the engine is dropped, and at exit: a thread that is still in MLX
         # when the interpreter goes makes the process abort.
@@ -5989,9 +6102,9 @@ class Engine(contextlib.AbstractContextManager):
 # progress to stderr, and escapes only to a terminal; what comes from a model or a file
 # is made printable first.
 # uses: 1-9, 11-20
-# needs: Collection, Iterable, Iterator, Path, TextIO, argparse, asdict, collections,
-#     json, math, mx, nn, os, re, signal, statistics, sys, time, tree_flatten,
-#     tree_unflatten
+# needs: Collection, Iterable, Iterator, Mapping, Path, TextIO, argparse, asdict,
+#     collections, contextlib, json, math, mx, nn, os, re, signal, statistics, sys,
+#     textwrap, time, tree_flatten, tree_unflatten
 # -----------------------------------------------------------------------------
 
 # Characters that move the cursor, repaint lines or reorder text: the C0 and C1 controls
@@ -6035,7 +6148,7 @@ def advice(error: Exception) -> str:
     """Return which options may help against an error; "" if none does."""
     if isinstance(error, MemoryTooSmall):
         if error.weights > error.there:
-            return "; quantized weights need less (of info, a preset's: --bits 4)"
+            return "; quantized weights need less, see --bits"
         return "; --ctx (of info: --prompt-tokens) sets the size of the cache"
     if isinstance(error, PromptTooLong):
         return larger_context(error.tokens, error.context, error.longest)
@@ -6204,20 +6317,39 @@ def reading_speed(bits: int) -> float:
     return len(vectors) * nbytes / best
 
 
-def verdict(
-    weights: int, cache: int, longest: int, memory: int, speed: float
-) -> tuple[int, str]:
-    """Return the longest context that fits, and in words whether a model does.
+def fitting(weights: int, cache: int, longest: int, memory: int) -> tuple[int, str]:
+    """Return the longest context that fits, and in a word or two whether a model does.
 
-    weights: bytes, all read for every token, at speed. cache: bytes a token.
+    weights: bytes. cache: bytes a token.
     """
     context = max(0, min((memory - weights) // cache, longest))
     if context == 0:
-        return 0, f"does not fit, {gigabytes(weights)} in memory"
+        return 0, "does not fit"
     usual = weights + cache * min(longest, DEFAULT_CONTEXT)
-    word = "fits" if usual <= 0.8 * memory else "tight"
+    return context, "fits" if usual <= 0.8 * memory else "tight"
+
+
+def verdict(
+    weights: int, cache: int, longest: int, memory: int, speed: float
+) -> tuple[int, str]:
+    """Return what `fitting` does, with more words. All weights are read for every
+    token, at `speed` in bytes per second."""
+    context, word = fitting(weights, cache, longest, memory)
+    if context == 0:
+        return 0, f"{word}, {gigabytes(weights)} in memory"
     rate = f"up to {speed / weights:,.1f} tokens/s"
     return context, f"{word}, context {context:,}, {rate}"
+
+
+def stored_bits(model: Llama, tensors: Mapping[str, TensorInfo]) -> int:
+    """Return in how many bits the files hold a weight, in most of their bytes."""
+    sizes = collections.Counter()
+    for path, layer in model.named_modules():
+        if isinstance(layer, (QuantizedMatrix, nn.Linear, nn.Embedding)):
+            info = tensors[f"{path}.weight"]
+            bits = getattr(layer, "bits", 8 * DTYPES[info.dtype].size)
+            sizes[bits] += info.nbytes
+    return sizes.most_common(1)[0][0]
 
 
 PARTS = {  # where parameters are, by what their names contain
@@ -6231,6 +6363,7 @@ PARTS = {  # where parameters are, by what their names contain
 def describe(model: str | None) -> dict:
     """Return what `info` tells of a preset or a model."""
     args, stored, folder, unpacked = PRESETS.get(model), None, None, {}
+    bits_stored = None
     # In memory: the CPU computes in float32, so all that is not packed doubles.
     item_size = 4 if mx.default_device() == mx.cpu else 2
     if args is None:
@@ -6244,6 +6377,7 @@ def describe(model: str | None) -> dict:
             ) from None
         skeleton, tensors = examine(folder)
         args, stored = skeleton.args, sum(info.nbytes for info in tensors.values())
+        bits_stored = stored_bits(skeleton, tensors)
         unpacked = {n: t for n, t in tensors.items() if not n.endswith(".scales")}
     dense = build_model(args, unpacked) if unpacked else Llama(args)
     parts = collections.Counter()
@@ -6262,6 +6396,7 @@ def describe(model: str | None) -> dict:
         "parameters_of": dict(parts.most_common()),
         "weight_bytes": {bits: weight_bytes(dense, bits) for bits in verdicts},
         "stored_bytes": stored,
+        "stored_bits": bits_stored,
         "kv_bytes_per_token": cache,
         "memory_bytes": memory,
         "device": mx.default_device().type.name,
@@ -6391,7 +6526,7 @@ def measured(options: argparse.Namespace, found: dict) -> Iterator[dict[str, flo
         require_memory(weights, cache)
         model = random_model(args, options.bits)
     else:
-        model, tensors = rank_share(*examine(found["folder"]), group)
+        model, tensors = rank_share(*examine(found["folder"]), group, options.bits)
         item_size = cache_item_size(tensors, dtype)
         cache = total * kv_bytes_per_token(args, item_size)
         weights = memory_of(tensors.values(), dtype)
@@ -6457,19 +6592,108 @@ def info_rows(found: dict) -> list[tuple[str, str]]:
         ("cache", f"{kv:,} bytes a token, {gigabytes(kv * usual)} for {usual:,}"),
         ("memory here", f"{gigabytes(found['memory_bytes'])}, {found['device']}"),
     ]
-    if found["stored_bytes"] is not None:
-        rows.append(("stored", gigabytes(found["stored_bytes"])))
+    stored = found["stored_bits"]
+    if stored is not None:
+        size = gigabytes(found["stored_bytes"])
+        rows.append(("stored", f"{size}, the weights in {stored} bits"))
     for bits, nbytes in found["weight_bytes"].items():
+        name = "as stored" if bits == stored else "weights"
         words = found["verdict"][bits]
-        rows.append(("weights", f"{bits:2} bits {gigabytes(nbytes):>9}: {words}"))
+        rows.append((name, f"{bits:2} bits {gigabytes(nbytes):>9}: {words}"))
     return rows
 
 
+def listed(name: str, entry: Path) -> dict:
+    """Return what the list of models tells of one. Of weights only headers are read,
+    and no tokenizer, so the list is quick; `inspect` finds everything.
+
+    entry: a folder, or a model's entry in the Hugging Face cache.
+    """
+    found = {"model": name, "disk_bytes": 0, "bits": None, "context": 0}
+    folder, dtype = entry, default_dtype()
+    try:
+        # Links to files that are counted themselves have next to no size.
+        sizes = [path.lstat().st_size for path in entry.rglob("*") if path.is_file()]
+        found["disk_bytes"] = sum(sizes)
+        revisions = snapshots_of(entry) or [entry]
+        if len(revisions) > 1:
+            raise ValueError(f"{len(revisions)} revisions, and none of them is main")
+        folder = revisions[0]
+        model, tensors, problems = check_headers(folder)
+        if problems:
+            raise problems[0]
+        if not any((folder / f"tokenizer.{end}").exists() for end in ("json", "model")):
+            raise FileNotFoundError("no tokenizer.json and no tokenizer.model")
+        item_size, bits = cache_item_size(tensors, dtype), stored_bits(model, tensors)
+        cache = kv_bytes_per_token(model.args, item_size)
+        room = cache, model.args.longest_context, machine_memory()
+        context, word = fitting(memory_of(tensors.values(), dtype), *room)
+        if context == 0 and bits >= 16:
+            context, _ = fitting(weight_bytes(model, 4, item_size), *room)
+            word = "with --bits 4" if context else word
+        found |= {"bits": bits, "context": context}
+        limit = JSON_BYTES + MOST_TOKENS * BYTES_PER_TOKEN
+        settings = read_json(folder / "tokenizer_config.json", limit)
+        own_file = (folder / "chat_template.jinja").exists()
+        if not own_file and not settings.get("chat_template"):
+            raise NoTemplate("a base model, it has no chat template")
+        return found | {"verdict": word, "problem": None}
+    except (MemoryError, OSError, RuntimeError, ValueError) as error:
+        where = printable(str(folder))
+        reason = error_line(error).replace(f"{where}/", "")
+        reason = reason.removeprefix(f"{where}: ")
+        return found | {"verdict": "refused", "problem": reason}
+
+
+def models_here() -> list[dict]:
+    """Return what is listed of the built-in model and of the Hugging Face cache; what
+    can be chatted with comes first."""
+    found = []
+    with contextlib.suppress(FileNotFoundError):
+        found.append(listed("stories (built in)", choose_folder(None)))
+    entries = hub_folder().glob("models--*")
+    for entry in sorted(entries, key=lambda path: path.name.lower()):
+        name = entry.name.removeprefix("models--").replace("--", "/", 1)
+        found.append(listed(name, entry))
+    return sorted(found, key=lambda model: model["problem"] is not None)
+
+
+def print_models(models: list[dict], width: int = 40) -> None:
+    """Print the list of models in 80 columns; width: of the names that share a line
+    with the rest."""
+    print(f"{'MODEL':{width}} {'SIZE':>9} BITS   CONTEXT  VERDICT")
+    for model in models:
+        name, bits = printable(model["model"]), model["bits"] or ""
+        context = f"{model['context']:,}" if model["context"] else ""
+        if len(name) > width:
+            print(name)
+            name = ""
+        row = f"{name:{width}} {gigabytes(model['disk_bytes']):>9} {bits:>4}"
+        print(f"{row} {context:>9}  {model['verdict']}", flush=True)
+        if model["problem"]:
+            indent = {"initial_indent": "    ", "subsequent_indent": "    "}
+            few = {"max_lines": 2, "placeholder": " ..."} | indent
+            print(textwrap.fill(model["problem"], 80, **few))
+    rows = [("presets", f"{' '.join(PRESETS)}, shapes without weights: see info 8b")]
+    rows.append(("cache", str(hub_folder())))
+    if len(models) < 2:
+        rows.append(("to get one", "hf download HuggingFaceTB/SmolLM2-135M-Instruct"))
+    print_table(rows)
+
+
 def cmd_info(options: argparse.Namespace) -> int:
-    """Print what a preset or a model is, what it needs, and what fits here."""
+    """Print what a preset or a model is, what it needs, and what fits here; without
+    MODEL, what models there are."""
+    if options.bits and not options.measure:
+        options.usage("--bits is for --measure")
+    if options.model is None and not options.measure:
+        found = {"models": models_here(), "presets": [*PRESETS]}
+        if options.json:
+            print(json.dumps(found | {"cache": str(hub_folder())}, indent=2))
+        else:
+            print_models(found["models"])
+        return 0
     found = describe(options.model)
-    if options.bits and (found["folder"] or not options.measure):
-        options.usage("--bits is for --measure of one of " + ", ".join(PRESETS))
     # With several ranks, rank 0 tells it.
     ranks = options.group.size() if options.group else 1
     shown = not options.json and not (options.group and options.group.rank())
@@ -6524,17 +6748,21 @@ def layer_kinds(model: Llama) -> dict[str, int]:
     return dict(kinds)
 
 
-def made_up_exchange(tokenizer: Tokenizer) -> str | None:
-    """Return a conversation as the model will read it, None for a base model.
+def made_up_exchange(tokenizer: Tokenizer) -> str:
+    """Return a conversation as the model will read it.
 
     With instructions, or without if the template takes none. Raises ValueError if it
-    takes no conversation.
+    takes no conversation, or writes what the model cannot read.
     """
     contents = ["Be brief.", "Hello!", "Hi!", "How are you?"]
     roles = ["system", "user", "assistant", "user"]
     talk = [{"role": r, "content": text} for r, text in zip(roles, contents)]
-    if tokenizer.template is None:
-        return None
+    bos, rows = max(tokenizer.bos_prefix, default=0), tokenizer.rows
+    if bos >= rows:  # what every text begins with
+        raise ValueError(f"{tokenizer.source}: bos has the id {bos}, the model {rows}")
+    for messages in (talk[1:2], talk[1:]):
+        if not tokenizer.encode_chat(messages):
+            raise ValueError(f"{tokenizer.source}: the chat template writes nothing")
     try:
         return str(tokenizer.render(talk))
     except ValueError:
@@ -6557,7 +6785,7 @@ def inspection(folder: Path, check: bool) -> dict:
         exchange = made_up_exchange(tokenizer) if tokenizer else None
     except ValueError as error:
         exchange = None
-        problems.append(error)
+        problems.append(ValueError(f"{error}{advice(error)}"))
     if check:
         problems += not_finite(tensors.values())
     found = {
@@ -6614,13 +6842,14 @@ def cmd_inspect(options: argparse.Namespace) -> int:
     if "tokenizer_size" in found:
         names = {i: text for text, i in found["special_tokens"].items()}
         stops = ", ".join(f"{i} {names.get(i, '')}" for i in found["stop_tokens"])
-        exchange = found["exchange"] or "none, a base model: chat with --raw"
         added = len(names) + len(found["added_words"])
         size = f"{found['tokenizer_size']:,} ids, {added} of them added"
         if lacking := found["lacking_bytes"]:
             size += f"; {lacking} of the 256 bytes are in no token"
         rows += [("tokenizer", size), ("stops at", stops)]
-        rows += [("it reads", line) for line in exchange.split("\n")]
+        if found["exchange"] is not None:
+            lines = found["exchange"].split("\n")
+            rows += [("it reads", line) for line in lines]
     sampling = found["sampling"].items()
     sampling = ", ".join(f"{name} {'off' if n is None else n}" for name, n in sampling)
     rows.append(("sampling", sampling))
@@ -7533,6 +7762,7 @@ def cmd_chat(options: argparse.Namespace) -> int:
         tokenizer=tokenizer,
         context=options.ctx,
         dtype=options.dtype and getattr(mx, options.dtype),
+        bits=options.bits,
         prefill_step=options.prefill_step,
         progress=None if follower else progress,
         group=options.group,
@@ -7578,17 +7808,19 @@ def build_parser() -> argparse.ArgumentParser:
         options[name] = command.add_argument_group().add_argument  # a single list
         options[name]("-h", "--help", action="help", help=argparse.SUPPRESS)
     number, count, size = whole_number(0), whole_number(1), whole_number(2)
-    where = "a folder, or org/name as downloaded; default: stories/"
+    here = "a folder, or org/name as downloaded"
+    where = f"{here}; default: stories/"
 
     add = options["info"]
-    add("model", nargs="?", metavar="MODEL", help=f"{', '.join(PRESETS)}, {where}")
-    text = "run it here; a preset with random weights"
+    text = f"{', '.join(PRESETS)}, {here}; default: list what is here"
+    add("model", nargs="?", metavar="MODEL", help=text)
+    text = "run it, presets with random weights; default: stories/"
     add("--measure", action="store_true", help=text)
     text = "of --measure, at least 2; default: 512"
     add("--prompt-tokens", metavar="N", type=size, default=512, help=text)
     text = "of --measure, at least 2; default: 128"
     add("--generation-tokens", metavar="N", type=size, default=128, help=text)
-    text = "of random weights, 4 or 8; default: 16"
+    text = "of --measure, 4 or 8; default: as stored, a preset's 16"
     add("--bits", metavar="N", type=int, choices=(4, 8), help=text)
     add("--json", action="store_true", help="print JSON instead of text")
 
@@ -7608,7 +7840,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--session", metavar="FILE", help="resume a conversation, and save it there")
     add("--raw", action="store_true", help="continue the text, with no chat format")
-    text = f"{', '.join(BUILT_IN)}; default: the model's"
+    text = "such as chatml or llama3.1; default: the model's"
     add("--template", metavar="NAME", choices=BUILT_IN, help=text)
     text = "longest reply, tokens; default: no limit"
     add("--max-tokens", metavar="N", type=number, help=text)
@@ -7632,6 +7864,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--prefill-step", metavar="N", type=count, help=text)
     text = f"{' '.join(FLOATS)}; default: file's, CPU float32"
     add("--dtype", metavar="D", choices=FLOATS, help=text)
+    text = "quantize to 4 or 8 while loading; default: as stored"
+    add("--bits", metavar="N", type=int, choices=(4, 8), help=text)
     add("--stats", action="store_true", help="print speed and memory to stderr")
     add("--json", action="store_true", help="print JSON instead of text")
     return parser

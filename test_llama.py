@@ -4671,6 +4671,130 @@ def test_a_context_is_longer_than_in_training_with_a_warning(
     assert words is None or re.search(words, warning)
 
 
+def dense_and_packed(tmp_path, dtype, bits, config):
+    """A folder of dense weights, and the same with each matrix quantized as a whole."""
+    weights = {k: mx.array(v).astype(dtype) for k, v in random_weights(config).items()}
+    packed, how = dict(weights), {"group_size": 64, "bits": bits}
+    for name, weight in weights.items():
+        if weight.ndim == 2 and weight.shape[1] % 64 == 0:
+            path, parts = name.removesuffix(".weight"), mx.quantize(weight, **how)
+            names = (f"{path}.{part}" for part in ("weight", "scales", "biases"))
+            packed |= dict(zip(names, parts))
+    (tmp_path / "dense").mkdir()
+    (tmp_path / "packed").mkdir()
+    return (
+        write_model(tmp_path / "dense", config, weights, shards=2),
+        write_model(tmp_path / "packed", config | {"quantization": how}, packed),
+    )
+
+
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16, mx.float32])
+@pytest.mark.parametrize(("bits", "F"), [(4, 320), (8, 320), (4, 176), (3, 320)])
+def test_quantizing_while_loading_gives_what_the_whole_quantized_gives(
+    tmp_path, dtype, bits, F
+):
+    """No group divides an F of 176, so down_proj stays as it is."""
+    config = WIDE | {"intermediate_size": F}
+    dense, packed = dense_and_packed(tmp_path, dtype, bits, config)
+    ours, wanted = load_model(dense, bits=bits), load_model(packed)
+    down_proj = ours.model.layers[1].mlp.down_proj
+    assert isinstance(down_proj, nn.Linear) == (F == 176)
+    arrays, expected = (dict(tree_flatten(m.parameters())) for m in (ours, wanted))
+    assert arrays.keys() == expected.keys()
+    for name, array in arrays.items():
+        assert array.dtype == expected[name].dtype
+        assert mx.array_equal(array, expected[name]), name
+    tokens = mx.array(random_tokens(WIDE))
+    assert mx.array_equal(ours(tokens), wanted(tokens))
+    _, tensors = llama.quantized(*llama.examine(dense), bits)
+    sizes = [array.nbytes for array in arrays.values()]
+    assert llama.memory_of(tensors.values(), llama.default_dtype()) == sum(sizes)
+
+
+@on_the_cpu
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+def test_quantizing_while_loading_gives_what_mlx_lm_converts_to(tmp_path, family):
+    peer("mlx_lm")
+    from mlx_lm import utils
+
+    config = WIDE | {"model_type": family, "num_attention_heads": 4}
+    config["tie_word_embeddings"] = family in ("llama", "qwen2")
+    name = "llama" if family == "mistral" else family
+    theirs = importlib.import_module(f"mlx_lm.models.{name}")
+    mx.random.seed(0)
+    model = theirs.Model(theirs.ModelArgs.from_dict(config))
+    model.set_dtype(mx.bfloat16)
+    for folder in ("dense", "packed"):
+        if folder == "packed":
+            model, config = utils.quantize_model(model, config, 64, 4)
+        utils.save_model(tmp_path / folder, model)
+        utils.save_config(config, tmp_path / folder / "config.json")
+    ours = dict(tree_flatten(load_model(tmp_path / "dense", bits=4).parameters()))
+    wanted = dict(tree_flatten(load_model(tmp_path / "packed").parameters()))
+    assert ours.keys() == wanted.keys()
+    assert all(mx.array_equal(ours[name], wanted[name]) for name in ours)
+
+
+@on_the_cpu
+def test_quantizing_while_loading_holds_one_dense_matrix_at_most(tmp_path):
+    config = WIDE | {"num_hidden_layers": 8, "hidden_size": 256, "vocab_size": 6000}
+    weights = {k: mx.array(v) for k, v in random_weights(config).items()}
+    weights = {k: v.astype(mx.bfloat16) for k, v in weights.items()}
+    largest = max(array.nbytes for array in weights.values())
+    folder = write_model(tmp_path, config, weights)
+    del weights
+    model, tensors = llama.quantized(*llama.examine(folder), 4)
+    gc.collect()
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    for done in llama.read_weights(model, tensors, mx.bfloat16):
+        # What was read is there packed; of the last matrix all three parts are.
+        extra = mx.get_active_memory() - before - done
+        assert extra <= largest / 2, done
+    packed = sum(info.nbytes for info in tensors.values())
+    assert abs(mx.get_active_memory() - before - packed) < 2**16
+    assert done == packed and mx.get_cache_memory() < largest
+    parts = [info for info in tensors.values() if isinstance(info, llama.PackedInfo)]
+    assert len(parts) == 3 * (2 + 8 * 7) and not any(info.adoptable for info in parts)
+    assert mx.get_peak_memory() - before < packed + largest + 2**16
+    assert not any(info.ready for info in parts)
+
+
+def test_what_cannot_be_quantized_while_loading_is_refused(tmp_path):
+    dense = random_folder(tmp_path / "dense", width=64)
+    for bits in (0, 1, 7, 16, True):
+        words = rf"bits must be one of \(2, 3, 4, 5, 6, 8\), got {bits}"
+        with pytest.raises(ValueError, match=words):
+            llama.load(dense, bits=bits)
+    words = r"m/model.safetensors: no matrix can be quantized: wanted a multiple of 64"
+    with pytest.raises(ValueError, match=f"{words} columns, got 32"):
+        narrow = random_folder(tmp_path / "m", intermediate_size=48)
+        llama.load(narrow, bits=4)
+    words = "stories/model.safetensors: the weights are quantized; they cannot be quan"
+    for loaded in (
+        llama.load,
+        llama.Engine,
+        functools.partial(llama.load_rank, group=None),
+    ):
+        with pytest.raises(ValueError, match=words):
+            loaded(STORIES, bits=4)
+
+
+def test_the_memory_check_counts_what_is_quantized_while_loading(tmp_path, monkeypatch):
+    folder = random_folder(tmp_path / "m", width=128)
+    model, _ = llama.load(folder, bits=4)
+    packed = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
+    monkeypatch.setattr(llama, "machine_memory", lambda: packed)
+    llama.load(folder, bits=4)
+    with pytest.raises(llama.MemoryTooSmall):
+        llama.load(folder)
+    monkeypatch.setattr(llama, "machine_memory", lambda: packed - 1)
+    with pytest.raises(llama.MemoryTooSmall) as error:
+        llama.load(folder, bits=4)
+    assert error.value.weights == packed
+
+
 def test_a_context_is_never_longer_than_the_window():
     args = llama.read_args(CONFIG | {"model_type": "mistral", "sliding_window": 64})
     words = r"\[1, 64\], the model's sliding window, got 65"
@@ -5408,10 +5532,13 @@ def test_on_a_cpu_a_reply_goes_through_the_functions_of_part_one(folder, monkeyp
 
 
 def test_info_and_inspect_take_the_built_in_model():
-    found = json.loads(command("info", "--json").stdout)
-    assert found["parameters"] == 3_476_224 and found["model"] == "stories"
+    found = json.loads(command("info", STORIES, "--json").stdout)
+    assert found["parameters"] == 3_476_224 and found["folder"] == str(STORIES)
     cache = 10.49 if ITEM_SIZE == 4 else 5.24
-    assert b"%.2f MB for 2,048" % cache in command("info").stdout
+    assert b"%.2f MB for 2,048" % cache in command("info", STORIES).stdout
+    few = ("--prompt-tokens", 4, "--generation-tokens", 2)
+    found = json.loads(command("info", "--measure", *few, "--json").stdout)
+    assert found["model"] == "stories" and found["measured"]["decode_tps"] > 0
     found = json.loads(command("inspect", "--json", "--check").stdout)
     assert found["problems"] == []
     assert "Be brief.<|eot_id|><|start_header_id|>user" in found["exchange"]
@@ -5516,6 +5643,201 @@ def test_no_message_above_part_five_names_an_option_or_a_command_of_the_chat():
     assert checked > 500
 
 
+@pytest.mark.parametrize(
+    ("dtype", "bits", "stored"),
+    [(mx.bfloat16, None, 16), (mx.float32, None, 32), (mx.bfloat16, 8, 8)],
+)
+def test_info_marks_the_bits_that_are_stored(dtype, bits, stored, tmp_path, capsys):
+    folder = random_folder(tmp_path / "m", width=128)
+    model, _ = llama.load(folder, dtype=dtype)
+    config = json.loads((folder / "config.json").read_text())
+    if bits:  # one layer is in others
+        llama.quantize(model.model.layers[0].self_attn, bits=4)
+        llama.quantize(model, bits=bits)
+    write_model(folder, config, dict(tree_flatten(model.parameters())))
+    assert llama.main(["info", str(folder)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    size = (folder / "model.safetensors").stat().st_size / 1e6
+    row = next(line for line in lines if line.startswith("stored"))
+    said = re.fullmatch(r"stored      (.*) MB, the weights in (\d+) bits", row)
+    assert float(said[1]) == pytest.approx(size, abs=0.02) and said[2] == str(stored)
+    marked = [line for line in lines if line.startswith("as stored")]
+    assert [line[:19] for line in marked] == [
+        f"as stored   {n:2} bits" for n in (16, 8, 4) if n == stored
+    ]
+
+
+def test_the_bits_of_a_mixture_are_those_of_most_bytes(tmp_path):
+    """Of 16 matrices 6 are in the MLPs, but these are the large ones."""
+    packed, _ = packed_and_dense(lambda path: EIGHT if "mlp" in path else FOUR)
+    model, tensors = llama.examine(write_model(tmp_path, WIDE, packed))
+    assert llama.stored_bits(model, tensors) == 8
+    packed, _ = packed_and_dense(lambda path: FOUR if "q_proj" in path else None)
+    model, tensors = llama.examine(write_model(tmp_path, WIDE, packed))
+    assert llama.stored_bits(model, tensors) == 32
+
+
+def in_the_cache(hub, name, folder=None, **files):
+    """Put a model into a Hugging Face cache, as it lies there; return its snapshot."""
+    repo = hub / f"models--{name.replace('/', '--')}"
+    for part in ("refs", "blobs", "snapshots/abc"):
+        (repo / part).mkdir(parents=True)
+    (repo / "refs" / "main").write_text("abc")
+    for file in folder.iterdir() if folder else ():
+        shutil.copy(file, repo / "blobs" / file.name)
+        (repo / "snapshots" / "abc" / file.name).symlink_to(
+            Path("../../blobs") / file.name
+        )
+    return repo / "snapshots" / "abc"
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    (tmp_path / "hub").mkdir()
+    return tmp_path / "hub"
+
+
+def replaced(file, content):
+    """The file is another than the blob that it was a link to."""
+    file.unlink()
+    file.write_bytes(content)
+
+
+def test_info_lists_what_can_be_chatted_with(
+    folder, hub, tmp_path, monkeypatch, capsys
+):
+    assert llama.main(["info"]) == 0
+    assert "to get one  hf download HuggingFaceTB/SmolLM2" in capsys.readouterr().out
+    wide, long = random_folder(tmp_path / "wide", width=128), "org/" + 50 * "n"
+    for name, source in (("org/narrow", folder), ("Zeta/wide", wide), (long, wide)):
+        in_the_cache(hub, name, source)
+    config = json.loads((folder / "config.json").read_text())
+    red = in_the_cache(hub, "a/red\x1b[31m", folder) / "config.json"
+    replaced(red, json.dumps(config | {"hidden_act": "gelu"}).encode())
+    in_the_cache(hub, "a/nothing")
+    (in_the_cache(hub, "z/words", folder) / "tokenizer.json").unlink()
+    tied = in_the_cache(hub, "org/tied", folder) / "config.json"
+    replaced(tied, json.dumps(config | {"tie_word_embeddings": True}).encode())
+    base = in_the_cache(hub, "z/base", folder) / "tokenizer_config.json"
+    replaced(base, b"{}")
+    own = in_the_cache(hub, "org/own", folder) / "tokenizer_config.json"
+    replaced(own, b"{}")
+    own.with_name("chat_template.jinja").write_text("x")
+    (hub / "datasets--a--b").mkdir()
+    # Neither weights nor tokenizers are read.
+    for name in ("map_file", "read_tensors", "Tokenizer", "reading_speed"):
+        monkeypatch.setattr(llama, name, None)
+    assert llama.main(["info", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["cache"] == str(hub) and found["presets"] == [*llama.PRESETS]
+    names = [model["model"] for model in found["models"]]
+    usable = [
+        "stories (built in)",
+        "org/narrow",
+        long,
+        "org/own",
+        "org/tied",
+        "Zeta/wide",
+    ]
+    refused = ["a/nothing", "a/red\x1b[31m", "z/base", "z/words"]
+    assert names == usable + refused  # large and small letters are alike
+    for model in found["models"][:6]:
+        assert (model["problem"], model["verdict"]) == (None, "fits")
+        assert model["bits"] == (8 if "stories" in model["model"] else 32)
+        assert model["context"] == (2048 if "stories" in model["model"] else 512)
+    size = sum(file.stat().st_size for file in wide.iterdir())
+    zeta = found["models"][5]["disk_bytes"]
+    assert size <= zeta < size + 1000  # the links, and refs/main
+    nothing, red, base, words = found["models"][6:]
+    assert nothing["problem"] == "no model.safetensors; download incomplete?"
+    assert red["problem"].startswith("config.json: hidden_act must be")
+    assert base["problem"].startswith(
+        "a base model, it has no chat template: use --raw"
+    )
+    assert (base["bits"], base["context"], base["verdict"]) == (32, 512, "refused")
+    assert words["problem"] == "no tokenizer.json and no tokenizer.model"
+    assert llama.main(["info"]) == 0
+    out = capsys.readouterr().out
+    lines = out.splitlines()
+    assert max(map(len, lines[:-1])) <= 80 and "\x1b" not in out  # the last: a path
+    assert re.search(
+        r"^Zeta/wide +\d+\.\d\d MB   32       512  fits$", out, re.MULTILINE
+    )
+    assert re.search(
+        rf"^{long}\n +\d+\.\d\d MB   32       512  fits$", out, re.MULTILINE
+    )
+    assert re.search(
+        r"^z/words +\d+\.\d\d MB +refused\n    no tokenizer.json", out, re.MULTILINE
+    )
+    assert "1b 3b 8b 70b 405b" in out and "hf download" not in out
+
+
+def test_a_model_that_fits_only_quantized_is_listed_so(hub, tmp_path, monkeypatch):
+    dense = random_folder(tmp_path / "wide", width=128)
+    in_the_cache(hub, "org/dense", dense)
+    packed = in_the_cache(hub, "org/packed")
+    model, _ = llama.load(dense)
+    config = json.loads((dense / "config.json").read_text())
+    llama.quantize(model, bits=8)
+    write_model(packed, config, dict(tree_flatten(model.parameters())))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(dense / name, packed / name)
+    eight = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
+    monkeypatch.setattr(llama, "choose_folder", lambda _: dense)
+    for memory, dense_, packed_ in (
+        (10**10, "fits", "fits"),
+        (eight - 1, "with --bits 4", "does not fit"),
+        (100, "does not fit", "does not fit"),
+    ):
+        monkeypatch.setattr(llama, "machine_memory", lambda memory=memory: memory)
+        found = {model["model"]: model for model in llama.models_here()}
+        assert found["org/dense"]["verdict"] == dense_
+        assert found["org/packed"]["verdict"] == packed_
+        assert (found["org/dense"]["context"] > 0) == (dense_ != "does not fit")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    {
+        "no main": lambda repo: (repo / "refs/main").unlink(),
+        "main is no text": lambda repo: (repo / "refs/main").write_bytes(b"\xff\0"),
+        "main is elsewhere": lambda repo: (repo / "refs/main").write_text("../../.."),
+        "no snapshot": lambda repo: shutil.rmtree(repo / "snapshots"),
+        "a file": lambda repo: shutil.rmtree(repo) or repo.write_text("x"),
+        "a loop": lambda repo: shutil.rmtree(repo) or repo.symlink_to(repo.name),
+        "no blob": lambda repo: shutil.rmtree(repo / "blobs"),
+        "nested JSON": lambda repo: replaced(
+            repo / "snapshots/abc/config.json", b"[" * 10**5
+        ),
+        "a header that ends": lambda repo: replaced(
+            repo / "snapshots/abc/model.safetensors", b"\xff"
+        ),
+        "a folder for a file": lambda repo: (
+            (repo / "snapshots/abc/model.safetensors").unlink()
+            or (repo / "snapshots/abc/model.safetensors").mkdir()
+        ),
+    }.items(),
+    ids=lambda entry: entry[0],
+)
+def test_a_broken_folder_never_breaks_the_list(damage, folder, hub, capsys):
+    for name in ("a/first", "b/broken", "c/last"):
+        in_the_cache(hub, name, folder)
+    other = in_the_cache(hub, "b/broken2", folder).with_name("def")
+    shutil.copytree(folder, other)
+    (hub / "models--b--broken2" / "refs" / "main").unlink()
+    damage[1](hub / "models--b--broken")
+    assert llama.main(["info"]) == 0
+    assert max(map(len, capsys.readouterr().out.splitlines()[:-1])) <= 80
+    assert llama.main(["info", "--json"]) == 0
+    models = json.loads(capsys.readouterr().out)["models"]
+    problems = {model["model"]: model["problem"] for model in models}
+    assert problems.pop("b/broken2") == "2 revisions, and none of them is main"
+    if damage[0] != "no main":  # the only snapshot is taken
+        assert re.match(r"no model|config|model", problems.pop("b/broken"))
+    assert problems == dict.fromkeys(problems) and len(problems) >= 3
+
+
 def test_info_shows_where_the_bytes_are(capsys):
     assert llama.main(["info", "8b"]) == 0
     shares = re.findall(r"(\S+) +(\d+) % (#+)\n", capsys.readouterr().out)
@@ -5568,8 +5890,9 @@ def test_random_models_are_made_in_no_more_than_their_own_memory(bits, monkeypat
     assert 0.01 < mx.std(logits).item() < 10  # neither nothing nor noise
 
 
-@pytest.mark.parametrize("what", ["preset", "folder"])
-def test_measuring_tells_the_speed_of_this_machine(what, folder, monkeypatch, capsys):
+@pytest.mark.parametrize("what", ["preset", "folder", "folder in 4 bits"])
+def test_measuring_tells_the_speed_of_this_machine(what, tmp_path, monkeypatch, capsys):
+    folder = random_folder(tmp_path / "m", width=64)
     small = llama.ModelArgs(128, 256, 2, 4, 320, num_key_value_heads=2)
     monkeypatch.setitem(llama.PRESETS, "8b", small)
     accelerated = []
@@ -5578,7 +5901,7 @@ def test_measuring_tells_the_speed_of_this_machine(what, folder, monkeypatch, ca
     monkeypatch.setattr(llama, "accelerate", spy)
     words = ["info", "8b" if what == "preset" else str(folder), "--measure"]
     words += ["--prompt-tokens", "20", "--generation-tokens", "5"]
-    bits = ["--bits", "4"] if what == "preset" else []
+    bits = [] if what == "folder" else ["--bits", "4"]
     started = time.perf_counter()
     assert llama.main([*words, *bits, "--json"]) == 0
     elapsed = time.perf_counter() - started
@@ -5598,6 +5921,10 @@ def test_measuring_tells_the_speed_of_this_machine(what, folder, monkeypatch, ca
         assert 0 < weights <= found["weights_gb"] * 1e9 * 1.001
     assert 0 < found["bandwidth_share"] < 1
     assert found["weights_gb"] <= found["active_gb"] <= found["peak_gb"]
+    if what != "preset":
+        model, _ = llama.load(folder, bits=4 if bits else None)
+        size = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
+        assert found["weights_gb"] == size / 1e9
     assert llama.main([*words, *bits]) == 0
     out = capsys.readouterr().out.splitlines()
     row = next(line for line in out if line.startswith("as a row"))
@@ -5656,7 +5983,11 @@ def test_measuring_refuses_what_does_not_fit(monkeypatch, capsys):
     assert llama.main(["info", "8b", *words]) == 1
     first, last = capsys.readouterr().err.splitlines()
     assert first.startswith("the context is 131200 tokens, more") and "fit" in last
+    capsys.readouterr()
     assert llama.main(["info", "8b", "--bits", "8"]) == 2
+    assert "--bits is for --measure" in capsys.readouterr().err
+    assert llama.main(["info", str(STORIES), "--measure", "--bits", "4"]) == 1
+    assert "cannot be quantized to" in capsys.readouterr().err
 
 
 def test_inspect_lists_what_a_folder_holds(folder, capsys):
@@ -5699,6 +6030,73 @@ def test_inspect_shows_all_problems_of_a_folder(folder, tmp_path, capsys):
     assert llama.main(["inspect", str(broken), "--json"]) == 1
     problems = json.loads(capsys.readouterr().out)["problems"]
     assert sum("config.json: not valid JSON" in problem for problem in problems) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "told"),
+    [
+        (
+            "tokenizer_config.json",
+            None,
+            "base model, it has no chat template: use --raw",
+        ),
+        (
+            "tokenizer_config.json",
+            "{}",
+            "base model, it has no chat template: use --raw",
+        ),
+        ("chat_template.jinja", "", "m: the chat template writes nothing"),
+        ("chat_template.jinja", "{{ a", "chat template: line 1, column 5"),
+        (
+            "chat_template.jinja",
+            "{% if messages | length < 2 %}{{ raise_exception('on') }}{% endif %}x",
+            "chat template: on",
+        ),
+        ("added_tokens.json", '{"Hello": 260}', None),  # a word that it has no row for
+        ("added_tokens.json", '{"<|im_start|>": 260}', None),  # tokenizer.json counts
+        ("config.json", None, "m: no config.json"),
+        ("tokenizer.json", None, "m: no tokenizer.json and no tokenizer.model"),
+        (
+            "generation_config.json",
+            '{"top_p": 2}',
+            "generation_config.json: top_p must",
+        ),
+    ],
+)
+def test_inspect_tells_what_chat_would_refuse(
+    name, text, told, folder, tmp_path, capsys
+):
+    own = shutil.copytree(folder, tmp_path / "m")
+    (own / name).unlink(missing_ok=True)
+    if text is not None:
+        (own / name).write_text(text)
+    assert llama.main(["inspect", str(own)]) == (told is not None)
+    out = capsys.readouterr().out
+    assert told in out if told else "problem     none found" in out
+    assert ("it reads" in out) == (
+        "template" not in str(told) and "no tok" not in str(told)
+    )
+
+
+@pytest.mark.parametrize(
+    ("token", "told"),
+    [
+        ("<|im_start|>", "'<|im_start|>' has the id 260, the model 260 ids"),
+        ("</s>", "bos has the id 260, the model 260"),
+    ],
+)
+def test_inspect_finds_control_tokens_that_the_model_has_no_row_for(
+    token, told, folder, tmp_path, capsys
+):
+    own = shutil.copytree(folder, tmp_path / "m")
+    spec = json.loads((own / "tokenizer.json").read_text())
+    for added in spec["added_tokens"]:
+        added["id"] = 260 if added["content"] == token else added["id"]
+    hostile(
+        tokenizer=spec, tokenizer_config={"bos_token": "</s>", "add_bos_token": True}
+    )(own)
+    assert llama.main(["inspect", str(own)]) == 1
+    assert told in capsys.readouterr().out
 
 
 def test_inspect_shows_a_folder_of_nothing(folder, tmp_path, capsys):
@@ -5820,6 +6218,30 @@ def test_one_reply_that_fills_the_context_names_no_command(folder):
     assert done.returncode == 0 and b"/undo" not in done.stderr
 
 
+@on_the_cpu
+def test_a_dense_model_is_quantized_while_the_chat_loads_it(
+    tmp_path, monkeypatch, capsys
+):
+    """It says what the folder says that is written in these bits."""
+    dense = random_folder(tmp_path / "dense", width=128)
+    packed = shutil.copytree(dense, tmp_path / "packed")
+    model, _ = llama.load(dense)
+    llama.quantize(model, bits=8)
+    config = json.loads((dense / "config.json").read_text())
+    config["quantization"] = {"group_size": 64, "bits": 8}
+    write_model(packed, config, dict(tree_flatten(model.parameters())))
+    words = ("--prompt", "x", "--seed", "1", "--max-tokens", "20", "--json")
+    said = []
+    for folder, bits in ((dense, ()), (dense, ("--bits", "8")), (packed, ())):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"")))
+        assert llama.main(["chat", str(folder), *bits, *words]) == 0
+        said.append(json.loads(capsys.readouterr().out)["text"])
+    assert said[0] != said[1] == said[2]
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"")))
+    assert llama.main(["chat", str(packed), "--bits", "8", *words]) == 1
+    assert "cannot be quantized to" in capsys.readouterr().err
+
+
 def test_a_reply_as_json(folder):
     words = (
         "chat",
@@ -5873,13 +6295,19 @@ def test_control_tokens_that_a_user_types_are_text(folder, monkeypatch, capsys):
 def test_a_copy_of_the_file_alone_asks_for_a_model(tmp_path):
     shutil.copy(HERE / "llama.py", tmp_path)
     words = (sys.executable, tmp_path / "llama.py")
-    for name in ("chat", "info", "inspect"):
+    for name in ("chat", "inspect"):
         done = subprocess.run(
             [*words, name], input=b"", capture_output=True, check=False
         )
         assert done.returncode == 1 and done.stderr.count(b"\n") == 1
         assert b"no MODEL: give a folder or org/name, as in: llama" in done.stderr
         assert b"llama.py chat mlx-community/Llama-3.2-1B-Instruct-4bit" in done.stderr
+    environment = os.environ | {"HF_HUB_CACHE": str(tmp_path / "none")}
+    done = subprocess.run(
+        [*words, "info"], env=environment, capture_output=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, b"") and b"stories" not in done.stdout
+    assert b"to get one  hf download HuggingFaceTB/SmolLM2" in done.stdout
 
 
 def test_org_name_is_found_in_the_hugging_face_cache(folder, tmp_path, monkeypatch):

@@ -141,9 +141,9 @@ def tiny_model():
     return filled(CONFIG)
 
 
-def load_model(folder, dtype=None):
+def load_model(folder, dtype=None, bits=None):
     """The model of a folder, which needs no tokenizer."""
-    model, tensors = llama.examine(folder)
+    model, tensors = llama.quantized(*llama.examine(folder), bits)
     for _ in llama.read_weights(model, tensors, dtype or llama.default_dtype()):
         pass
     return model

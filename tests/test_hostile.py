@@ -1,5 +1,6 @@
 """Hostile and damaged folders: each is used, or refused in one line."""
 
+import collections
 import contextlib
 import itertools
 import json
@@ -784,6 +785,74 @@ def test_a_spoilt_folder_is_used_or_refused_in_one_line(
             refused += status
         shutil.rmtree(spoilt)
     assert refused > cases // 2
+
+
+# Two of these replace what is in each place of a folder's JSON files.
+MISPLACED = [None, -1, 10**6, "", "<|im_start|>", [], {}, [None]]
+
+SOUND = {  # beside what is there; SentencePiece-like settings, and those of others
+    "config": {"tie_word_embeddings": False, "bos_token_id": 1, "rope_scaling": None},
+    "generation_config": {"temperature": 1.0, "top_k": 5, "eos_token_id": [1]},
+    "tokenizer_config": {"bos_token": "</s>", "add_bos_token": True},
+    "tokenizer": {"post_processor": None},
+    "special_tokens_map": {"eos_token": "</s>"},
+    "added_tokens": {"<|im_end|>": 259},
+}
+
+
+def spoilt_files(folder: Path) -> Iterator[str]:
+    """Spoil a folder in one place after another; yield how each time."""
+    hostile(**SOUND)(folder)
+    rng = random.Random(0)
+    texts = [b"", b"{}", b"[1]", b"{{ x", b"{% raw %}", b"{{ raise_exception('no') }}"]
+    names = [f"{name}.json" for name in SOUND]
+    for name in [*names, "chat_template.jinja", "model.safetensors"]:
+        file = folder / name
+        sound = file.read_bytes() if file.exists() else None
+        for text in texts:
+            file.write_bytes(text)
+            yield f"{name}: {text}"
+        file.unlink()
+        yield f"no {name}"
+        if sound is not None:
+            file.write_bytes(sound)
+    for name in SOUND:
+        file = folder / f"{name}.json"
+        sound = file.read_bytes()
+        value = json.loads(sound)
+        for container, key in [*places(value)]:
+            kept = container[key]
+            if isinstance(key, str) and len(key) < 3 or key in ("a", 3):
+                continue  # of the vocabulary: one is like another
+            for other in rng.sample(MISPLACED, 2):
+                container[key] = other
+                file.write_text(json.dumps(value))
+                yield f"{name}: {key} is {other!r}"
+            container[key] = kept
+            if isinstance(key, str):
+                del container[key]
+                file.write_text(json.dumps(value))
+                yield f"{name}: no {key}"
+                container[key] = kept
+        file.write_bytes(sound)
+
+
+@on_the_cpu
+def test_inspect_refuses_whatever_chat_refuses(folder, tmp_path, capfd, monkeypatch):
+    """With --raw or without, and nothing else."""
+    spoilt = shutil.copytree(folder, tmp_path / "m")
+    typed = ["--prompt", "x", "--max-tokens", "1"]
+    seen = collections.Counter()
+    for how in spoilt_files(spoilt):
+        statuses = []
+        for words in (["inspect"], ["chat", *typed], ["chat", "--raw", *typed]):
+            monkeypatch.setattr(sys, "stdin", open(os.devnull))  # noqa: SIM115
+            statuses.append(llama.main([words[0], str(spoilt), *words[1:]]))
+        inspected, chat, raw = statuses
+        out, error = capfd.readouterr()
+        assert inspected == max(chat, raw), f"{how}: {out[-500:]}{error}"
+        seen[chat, raw] += 1
+    assert min(seen[0, 0], seen[1, 0], seen[1, 1]) > 5
 
 
 @pytest.mark.parametrize("size", [llama.JSON_BYTES - 100_000, 20_000_000])

@@ -222,6 +222,47 @@ def test_the_shares_of_all_ranks_make_up_the_file(bits, tmp_path):
             assert mx.array_equal(mx.concatenate(mine, axis), whole), info.name
 
 
+def quantized_folder(dense: Path, path: Path) -> Path:
+    """The folder with each matrix quantized as a whole, if 64 divides its width."""
+    weights, how = mx.load(str(dense / "model.safetensors")), {"bits": 4}
+    how["group_size"] = 64
+    for name in [name for name, array in weights.items() if array.ndim == 2]:
+        if weights[name].shape[1] % 64 == 0:
+            parts = mx.quantize(weights.pop(name), **how)
+            names = (name.replace("weight", part) for part in PACKED)
+            weights |= dict(zip(names, parts))
+    config = json.loads((dense / "config.json").read_text())
+    path.mkdir()
+    return write_model(path, config | {"quantization": how}, weights)
+
+
+@pytest.mark.parametrize("n", [1, 2, 4])
+def test_a_rank_that_quantizes_its_share_has_that_of_the_whole_quantized(n, tmp_path):
+    """D of 96 is in no groups, so only o_proj and down_proj are quantized, by columns;
+    with D of 128 the others are too, by rows."""
+    for width, extra in ((96, {}), (128, {"attention_bias": True, "mlp_bias": True})):
+        sizes = {"hidden_size": width, "head_dim": 32, **extra}
+        dense = split_folder(tmp_path / f"{width}", **sizes)
+        packed = quantized_folder(dense, tmp_path / f"{width} packed")
+        for rank in range(n):
+            own = llama.rank_share(*llama.examine(dense), rank_of(rank, n), 4)[1]
+            wanted = llama.rank_share(*llama.examine(packed), rank_of(rank, n))[1]
+            assert own.keys() == wanted.keys()
+            expected = {i.name: a for i, a in llama.read_tensors(wanted.values())}
+            for info, array in llama.read_tensors(own.values()):
+                assert (info.shape, info.nbytes) == (array.shape, array.nbytes)
+                assert mx.array_equal(array, expected[info.name]), info.name
+    # Of o_proj, a row is 128 weights in two groups, and a group is not shared.
+    dense = split_folder(tmp_path / "cut", head_dim=16)
+    words = r"^4 ranks cannot share model\.layers\.0\.self_attn\.o_proj\.weight, "
+    words += r"\[96, 128\], to quantize it: each needs a multiple of 64 columns"
+    if n == 4:
+        with pytest.raises(ValueError, match=words):
+            llama.rank_share(*llama.examine(dense), rank_of(0, n), 4)
+        return
+    llama.rank_share(*llama.examine(dense), rank_of(0, n), 4)
+
+
 def test_what_ranks_cannot_share_is_named(tmp_path):
     args = llama.ModelArgs.from_dict(SPLIT)
     with pytest.raises(ValueError, match=r"^3 ranks .* 8 heads, 4 key/value heads and"):

@@ -57,6 +57,21 @@ def test_a_fingerprint_is_of_every_tensor(tmp_path):
     assert len(found) == 4
 
 
+def test_a_session_belongs_to_the_bits_that_it_was_computed_in(tmp_path):
+    folder, file = random_folder(tmp_path / "m", width=64), tmp_path / "s"
+    for bits in (4, None):
+        with llama.Engine(folder, bits=bits) as engine:
+            collections.deque(engine.chat(USER, max_tokens=5), 0)
+            engine.save(file, {"bits": bits})
+        for other in (4, 8, None):
+            with llama.Engine(folder, bits=other) as engine:
+                if other == bits:
+                    assert engine.restore(file) == {"bits": bits}
+                    continue
+                with pytest.raises(ValueError, match="a session with another model"):
+                    engine.restore(file)
+
+
 def test_a_session_that_cannot_be_written_leaves_nothing_behind(engine, tmp_path):
     (tmp_path / "s").mkdir()  # in the way
     with pytest.raises(OSError, match="s"):
