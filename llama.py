@@ -979,6 +979,10 @@ class TextStream:
     def add(self, token: int) -> str:
         return self._decoder.decode(self._text.get(token, b""))
 
+    def is_whole(self) -> bool:
+        """Return whether the last token ended with a whole character."""
+        return not self._decoder.getstate()[0]
+
     def close(self) -> str:
         """Return what is left of an unfinished character."""
         return self._decoder.decode(b"", True)
@@ -5600,8 +5604,8 @@ def restore_session(
 # queues. So an interface never blocks, and any thread may ask. What the cache holds of
 # one conversation is kept: the next turn begins with the same ids, and reads its own.
 # uses: 1-9, 11-19
-# needs: Callable, Iterator, NamedTuple, Path, collections, contextlib, dataclass,
-#     field, functools, mx, queue, threading, time, traceback, weakref
+# needs: Callable, Iterator, NamedTuple, Path, Sequence, collections, contextlib,
+#     dataclass, field, functools, mx, queue, threading, time, traceback, weakref
 # -----------------------------------------------------------------------------
 
 
@@ -5638,6 +5642,63 @@ class Piece:
     ids: list[int] = field(default_factory=list)
 
 
+def check_stop(stop: Sequence[str]) -> None:
+    """Raise ValueError unless these are texts that a reply can end before."""
+    if isinstance(stop, str) or not all(isinstance(text, str) for text in stop):
+        raise ValueError(f"stop must be a list of texts, got {stop!r:.80}")
+    if "" in stop:
+        raise ValueError("stop must be texts of at least one character, got ''")
+
+
+class PieceMaker:
+    """Makes Pieces of the tokens of a reply, up to the first of the texts in stop.
+
+    A Piece is made of whole tokens and whole characters. So a token waits while a later
+    one may finish its last character, or while it may belong to a stop text.
+    """
+
+    def __init__(self, stream: TextStream, stop: Sequence[str]):
+        self.stream, self.stop = stream, stop
+        self.text, self.tokens = "", []  # those that wait
+        self.ends = []  # how many tokens make how much text, of whole characters
+
+    def add(self, token: int) -> None:
+        self.text += self.stream.add(token)
+        self.tokens.append(token)
+        if self.stream.is_whole():
+            self.ends.append((len(self.tokens), len(self.text)))
+
+    def stop_found(self) -> int | None:
+        """Return where a stop text begins; of several, the one that ends first."""
+        found = []
+        for text in self.stop:
+            at = self.text.find(text)
+            if at >= 0:
+                found.append((at + len(text), at))
+        return min(found)[1] if found else None
+
+    def decided(self) -> int:
+        """Return where a stop text may have begun, or else where the text ends."""
+        longest = max(map(len, self.stop), default=0)
+        end = len(self.text)
+        for at in range(max(end - longest, 0), end):
+            if any(text.startswith(self.text[at:]) for text in self.stop):
+                return at
+        return end
+
+    def take(self, end: int) -> Piece:
+        """Return the tokens that end there or before, which then wait no longer."""
+        n = cut = 0
+        for count, length in self.ends:
+            if length <= end:
+                n, cut = count, length
+        piece = Piece(self.text[:cut], self.tokens[:n])
+        self.text, self.tokens = self.text[cut:], self.tokens[n:]
+        later = [(count - n, length - cut) for count, length in self.ends]
+        self.ends = [(count, length) for count, length in later if count > 0]
+        return piece
+
+
 @dataclass
 class Request:
     """What the worker is to do; sampling is make_sampler's options."""
@@ -5647,6 +5708,7 @@ class Request:
     sampling: dict
     drafts: int  # tokens to draft at a time, 0 for none
     drop_space: bool  # see Tokenizer.stream
+    stop: list[str]  # texts to end before
     # What comes of it: Progress and Pieces, in the end Stats or an error.
     events: queue.SimpleQueue = field(default_factory=queue.SimpleQueue)
     stopped: threading.Event = field(default_factory=threading.Event)
@@ -5657,7 +5719,8 @@ class Request:
 
     def told(self) -> list:
         """Return what the other ranks are told, which make their own of it."""
-        return [self.ids, self.max_tokens, self.sampling, self.drafts, self.drop_space]
+        told = [self.ids, self.max_tokens, self.sampling, self.drafts]
+        return [*told, self.drop_space, self.stop]
 
     def finish(self, outcome: "Stats | Exception") -> None:
         """Send the last event, twice: a Ctrl-C can strike whoever waits for it between
@@ -5891,9 +5954,9 @@ class Worker(threading.Thread):
         cancelled: Callable[[], bool],
         lookup: Lookup | None,
     ) -> str:
-        """Put what is decoded into Pieces of whole characters; return why it ended."""
+        """Put what is decoded into Pieces; return why it ended."""
         stream = self.tokenizer.stream(drop_space=request.drop_space)
-        piece, reason, passes = Piece(), None, 0
+        maker, reason, passes = PieceMaker(stream, request.stop), None, 0
         while reason is None:
             try:
                 token = next(reply)
@@ -5902,20 +5965,34 @@ class Worker(threading.Thread):
                 break
             request.tokens.append(token)
             request.times.append(time.perf_counter())
-            piece.ids.append(token)
-            piece.text += stream.add(token)
-            if piece.text:
-                request.events.put(piece)
-                piece = Piece()
+            maker.add(token)
+            if maker.stop_found() is not None:
+                break
+            request.events.put(maker.take(maker.decided()))
             # Asked once for all tokens of a pass, since ranks ask by a sum over them.
             if lookup is None or lookup.passes > passes:
                 passes = lookup.passes if lookup else 0
                 if cancelled():
                     reason = "cancelled"
         reply.close()  # which trims the step that was launched ahead
-        piece.text += stream.close()
-        request.events.put(piece)
+        maker.text += stream.close()
+        if maker.stop_found() is not None:
+            self.cut_reply(request, maker)
+            return "stop"
+        request.events.put(Piece(maker.text, maker.tokens))
         return reason
+
+    def cut_reply(self, request: Request, maker: PieceMaker) -> None:
+        """End a reply before a stop text: the cache keeps the tokens that end before
+        it, and what is left of the text is encoded anew."""
+        text = maker.text[: maker.stop_found()]
+        piece = maker.take(len(text))
+        kept = len(request.tokens) - len(maker.tokens)
+        for layer in self.cache:
+            layer.trim(max(layer.offset - len(request.ids) - kept, 0))
+        if rest := text.removeprefix(piece.text):
+            piece.ids += self.tokenizer.encode(rest, first=False)
+        request.events.put(Piece(text, piece.ids))
 
     def statistics(self, request: Request, reused: int) -> Stats:
         """Return what a reply took; reused: how many of its ids the cache held."""
@@ -6096,13 +6173,15 @@ class Engine(contextlib.AbstractContextManager):
         repetition_penalty: float | None = None,
         seed: int | None = None,
         lookup: int | None = None,
+        stop: Sequence[str] = (),
         progress: Callable[[int, int], None] | None = None,
     ) -> Reply:
         """Return at once with the reply to ids.
 
         max_tokens: None goes on to the end of the turn, or of the context. Sampling:
         see make_sampler; None is the folder's default, 0 turns a filter off. lookup:
-        tokens drafted at a time, see Lookup; 0 is off, None is default_drafts().
+        tokens drafted at a time, see Lookup; 0 is off, None is default_drafts(). stop:
+        texts; the reply ends before the first of them that it would have.
         progress: called, by whoever iterates, with the tokens of the prompt read, and
         in all. drop_space: see Tokenizer.stream.
         Raises ValueError for options out of range or a prompt that does not fit,
@@ -6114,6 +6193,7 @@ class Engine(contextlib.AbstractContextManager):
         size = self.args.vocab_size
         if unknown := [i for i in ids if not 0 <= i < size]:
             raise ValueError(f"the prompt has id {unknown[0]}, the model {size} ids")
+        check_stop(stop)
         lookup = self._worker.drafts if lookup is None else lookup
         for name, value in (("max_tokens", max_tokens), ("lookup", lookup)):
             if value is not None and value < 0:
@@ -6124,7 +6204,7 @@ class Engine(contextlib.AbstractContextManager):
         sampling = off_is_none(self.defaults | given)
         check_sampling(**sampling)
         sampling["seed"] = new_seed() if seed is None else seed
-        request = Request(ids, max_tokens, sampling, lookup, drop_space)
+        request = Request(ids, max_tokens, sampling, lookup, drop_space, [*stop])
         reply = Reply(request, progress)
         with self._lock:  # nothing may be asked after the worker's last request
             self._require_worker()
@@ -6981,7 +7061,7 @@ def print_reply(
     Ctrl-C stops it; what was printed by then is the reply.
     """
     progress = ProgressLine("reading the prompt")
-    names = (*INTERVALS, "max_tokens", "lookup")
+    names = (*INTERVALS, "max_tokens", "lookup", "stop")
     settings = {name: getattr(options, name) for name in names}
     settings |= {"seed": seed, "progress": progress}
     if options.raw:
@@ -7706,6 +7786,7 @@ def check_chat(options: argparse.Namespace) -> None:
     try:
         given = {name: getattr(options, name) for name in INTERVALS}
         check_sampling(**off_is_none(given))
+        check_stop(options.stop)
     except ValueError as error:
         options.usage(str(error))
     if options.raw and (options.system not in (None, "", "none") or options.template):
@@ -7811,7 +7892,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--session", metavar="FILE", help="resume a conversation, and save it there")
     add("--raw", action="store_true", help="continue the text, with no chat format")
-    text = f"{', '.join(BUILT_IN)}; default: the model's"
+    text = "such as chatml or llama3.1; default: the model's"
     add("--template", metavar="NAME", choices=BUILT_IN, help=text)
     text = "longest reply, tokens; default: no limit"
     add("--max-tokens", metavar="N", type=number, help=text)
@@ -7835,6 +7916,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--prefill-step", metavar="N", type=count, help=text)
     text = f"{' '.join(FLOATS)}; default: file's, CPU float32"
     add("--dtype", metavar="D", choices=FLOATS, help=text)
+    text = "end the reply before this text; may be given again"
+    add("--stop", metavar="TEXT", action="append", default=[], help=text)
     add("--stats", action="store_true", help="print speed and memory to stderr")
     add("--json", action="store_true", help="print JSON instead of text")
     return parser

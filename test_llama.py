@@ -5013,6 +5013,88 @@ def test_a_cancelled_reply_counts_as_far_as_it_was_taken(engine, folder, taken):
     assert second == tokenizer.decode(wanted)
 
 
+@pytest.mark.parametrize(
+    ("tokens", "stop", "pieces", "text"),
+    [
+        # What the model writes, token by token; what is passed on with each of them.
+        (["One", " two", " three"], [], ["One", " two", " three"], None),
+        (["One", " two", " three"], ["o t"], ["One", "", ""], "One tw"),
+        (["One", " t", "wo", "."], [" two"], ["One", "", ""], "One"),
+        (["a", " b", " d", " b c", "e"], ["b c"], ["a", "", " b d", ""], "a b d "),
+        (["a", "a", "a", "b"], ["aab"], ["", "", "a", ""], "a"),
+        (["a", "a", "a", "c"], ["aab"], ["", "", "a", "aac"], None),
+        (["a", "\n"], ["\n\n", "a\t"], ["", "a"], None),  # which waits to its end
+        (["x", "abc"], ["abc", "b"], ["x", ""], "xa"),  # "b" is complete first
+        (["x", "a", "b", "c"], ["abc", "b"], ["x", "", "a"], "xa"),
+        (["x", b"y\xc3", b"\xa9z", "."], [], ["x", "", "yéz", "."], None),
+        (["x", b"y\xc3", b"\xa9", "."], ["é"], ["x", "", ""], "xy"),
+        (["x", b"\xc3", "", b"\xa9!"], ["!"], ["x", "", "", ""], "xé"),
+        (["x", b"\xc3", b"\xa9", "!"], ["!"], ["x", "", "é", ""], "xé"),
+        (["x", b"\xc3"], [], ["x", ""], None),  # the character is never finished
+    ],
+)
+def test_pieces_are_whole_tokens_and_nothing_that_may_begin_a_stop_text(
+    tokens, stop, pieces, text
+):
+    encoded = [t if isinstance(t, bytes) else t.encode() for t in tokens]
+    maker = llama.PieceMaker(llama.TextStream(dict(enumerate(encoded))), stop)
+    passed_on = []
+    for token in range(len(tokens)):
+        maker.add(token)
+        found = maker.stop_found()
+        piece = maker.take(maker.decided() if found is None else found)
+        assert b"".join(encoded[i] for i in piece.ids).decode() == piece.text
+        passed_on.append(piece.text)
+        if found is not None:
+            break
+    rest = maker.text if found is None else maker.text[: found - len(piece.text)]
+    whole = b"".join(encoded).decode(errors="ignore")
+    assert passed_on == pieces
+    assert "".join(passed_on) + rest == (whole if text is None else text)
+
+
+@pytest.mark.parametrize("lookup", [0, 2])
+@pytest.mark.parametrize("seed", range(4))
+def test_a_reply_ends_before_a_stop_text_and_the_next_turn_goes_on_from_there(
+    engine, folder, lookup, seed
+):
+    """With any part of a text as the stop text; its tokens are bytes, many invalid."""
+    options = {"max_tokens": 30, "temperature": 1, "seed": seed, "lookup": lookup}
+    whole = engine.chat(USER, **options)
+    text = "".join(whole)
+    undecided = "".join(engine.chat(USER, stop=[text[-2:] + "."], **options))
+    assert undecided == text  # at its end what was held back comes
+    for at, size in ((0, 1), (1, 3), (5, 2), (9, 4), (len(text) - 2, 2)):
+        stop = text[at : at + size]
+        reply = engine.chat(USER, stop=["not there", stop], **options)
+        assert "".join(reply) == reply.text == text[: text.find(stop)]
+        assert engine.tokenizer.decode(reply.taken.ids) == reply.text
+        stats, kept = reply.stats, 0
+        for one, other in zip(reply.taken.ids, whole.taken.ids, strict=False):
+            if one != other:
+                break
+            kept += 1
+        assert stats.finish_reason == "stop"
+        assert stats.context_used <= stats.prompt_tokens + kept
+        assert stats.generation_tokens > kept
+        following = {"max_tokens": 8, "temperature": 0}
+        second = engine.chat(continued(reply), **following)
+        said = "".join(second)
+        assert second.stats.reused_tokens >= stats.context_used - 1
+        ids = engine.tokenizer.encode_chat(
+            continued(reply), replies={reply.text: reply.taken.ids}
+        )
+        model, tokenizer = llama.load(folder)
+        wanted, _ = run(llama.generate(model, ids, max_tokens=8))
+        assert said == tokenizer.decode(wanted)
+
+
+@pytest.mark.parametrize("stop", ["###", [""], ["a", 1]])
+def test_a_stop_text_that_is_none_is_refused(engine, stop):
+    with pytest.raises(ValueError, match="stop must be"):
+        engine.submit([1], stop=stop)
+
+
 def test_the_peak_is_that_of_the_reply(engine):
     mx.eval(mx.zeros(2**25))  # 128 MB, gone before it
     reply = engine.chat(USER, max_tokens=3)
@@ -5808,6 +5890,32 @@ def test_one_reply_that_fills_the_context_names_no_command(folder):
     assert done.returncode == 0 and b"/undo" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    "words", [(), ("--raw",), ("--json",), ("--lookup", "4"), ("--session", "{}/s")]
+)
+def test_a_reply_ends_before_the_stop_texts_of_the_command_line(
+    words, folder, tmp_path, monkeypatch, capsys
+):
+    def reply(*words: str) -> str:
+        """What is printed, in JSON or not."""
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"")))
+        options = ("--prompt", "x", "--temperature", "0", "--max-tokens", "60")
+        assert llama.main(["chat", str(folder), *options, *words]) == 0
+        shown = capsys.readouterr()
+        assert "stopped" not in shown.err or "--stop" not in words
+        return json.loads(shown.out)["text"] if "--json" in words else shown.out[:-1]
+
+    text = reply(*[word for word in words if "--session" not in words])
+    words = [word.format(tmp_path) for word in words]
+    for stop in (text[20:22], text[9:12]):
+        got = reply(*words, "--stop", "never", "--stop", stop)
+        assert got == text[: text.index(stop)]
+        if "--session" in words:
+            (turn,) = llama.read_session(tmp_path / "s")["notes"]["turns"]
+            assert turn[1]["text"] == got
+            (tmp_path / "s").unlink()
+
+
 def test_a_reply_as_json(folder):
     words = (
         "chat",
@@ -6072,6 +6180,7 @@ def test_what_is_piped_in_is_one_message_after_the_prompt(folder, monkeypatch):
         (("chat", "--ctx", "0"), 2),
         (("chat", "--dtype", "int8"), 2),
         (("chat", "--template", "foo"), 2),
+        (("chat", "--stop", "a", "--stop", ""), 2),
     ],
 )
 def test_usage_errors_have_status_2(words, status, capsys):

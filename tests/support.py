@@ -372,7 +372,8 @@ def continued(reply: llama.Reply, text: str = "More?") -> list[dict]:
 
 
 def turns(engine: llama.Engine) -> list:
-    """A turn that is cancelled in the middle, and one after it."""
+    """A turn that is cancelled in the middle, one after it, and that one again, which
+    ends before a part of its text."""
     first = engine.chat(USER, temperature=0.5, seed=1)
     for _ in range(5):
         next(first)
@@ -380,9 +381,12 @@ def turns(engine: llama.Engine) -> list:
     collections.deque(first, 0)
     said = {"role": "assistant", "content": first.text}
     messages = [*USER, said, {"role": "user", "content": "More?"}]
-    second = engine.chat(messages, temperature=0.5, seed=2, max_tokens=12, lookup=2)
+    options = {"temperature": 0.5, "seed": 2, "max_tokens": 12, "lookup": 2}
+    second = engine.chat(messages, **options)
     text, stats = "".join(second), second.stats
-    return [first.text, first.stats.finish_reason, text, stats.reused_tokens > 20]
+    third = "".join(engine.chat(messages, stop=[text[5:7]], **options))
+    reason = first.stats.finish_reason
+    return [first.text, reason, text, stats.reused_tokens > 20, third]
 
 
 def command(*words: object, text: str = "", **options) -> subprocess.CompletedProcess:
