@@ -7121,6 +7121,14 @@ def agreed(question: str) -> bool:
         return False
 
 
+def read_text(path: str) -> str:
+    """Return the text of a file; raise ValueError if it is none."""
+    try:
+        return Path(path).expanduser().read_text("utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: not a text in UTF-8") from None
+
+
 def paths_beginning(path: str) -> list[str]:
     """Return the paths there are that begin so, folders with a slash at their end."""
     folder, name = os.path.split(path)
@@ -7657,10 +7665,7 @@ class Chat(Conversation):
                 self.turns.append(turn)
 
     def do_file(self, path: str) -> None:
-        try:
-            text = Path(path).expanduser().read_text("utf-8-sig")
-        except UnicodeDecodeError:
-            raise ValueError(f"{path}: not a text in UTF-8") from None
+        text = read_text(path)
         attached = [*self.attached, f"{Path(path).name}:\n\n{text}"]
         tokens = len(self.engine.tokenizer.encode("\n\n".join(attached)))
         if tokens >= self.engine.context:
@@ -7747,6 +7752,7 @@ class Chat(Conversation):
 #     time
 # -----------------------------------------------------------------------------
 
+__version__ = "1.0"
 FLOATS = ("float32", "float16", "bfloat16")  # of --dtype
 
 
@@ -7781,6 +7787,16 @@ def read_prompt(options: argparse.Namespace) -> str | None:
     return "\n\n".join(text for text in (options.prompt, piped) if text)
 
 
+def read_system(text: str | None) -> str | None:
+    """Return the instructions that --system names: @FILE is what the file holds, and
+    @@ begins a text with @."""
+    if text is None or not text.startswith("@"):
+        return text
+    if text.startswith("@@"):
+        return text[1:]
+    return read_text(text[1:]).removesuffix("\n")
+
+
 def check_chat(options: argparse.Namespace) -> None:
     """Refuse options that chat cannot honour."""
     try:
@@ -7803,6 +7819,8 @@ def cmd_chat(options: argparse.Namespace) -> int:
     """Answer one prompt, or talk until Ctrl-D."""
     check_chat(options)
     follower = options.group and options.group.rank() > 0
+    if not follower:
+        options.system = read_system(options.system)
     folder, progress = choose_folder(options.model), ProgressLine("loading")
     require_kind(folder)
     tokenizer = Tokenizer.from_folder(folder, template=options.template)
@@ -7843,6 +7861,8 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="example: python llama.py chat",
         formatter_class=layout,
     )
+    version = f"llama.py {__version__}"
+    parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     options = {}
     for run, name, text, example in (
@@ -7884,12 +7904,10 @@ def build_parser() -> argparse.ArgumentParser:
     # None, the default of most, leaves it to the model's folder.
     add = options["chat"]
     add("model", nargs="?", metavar="MODEL", help=where)
-    add("--prompt", metavar="TEXT", help="answer this and any piped input, and exit")
-    add(
-        "--system",
-        metavar="TEXT",
-        help="instructions before the conversation; none: no message",
-    )
+    text = "answer this and any piped input, and exit"
+    add("-p", "--prompt", metavar="TEXT", help=text)
+    text = "instructions, or @FILE to read them; none: no message"
+    add("-s", "--system", metavar="TEXT", help=text)
     add("--session", metavar="FILE", help="resume a conversation, and save it there")
     add("--raw", action="store_true", help="continue the text, with no chat format")
     text = "such as chatml or llama3.1; default: the model's"

@@ -6168,6 +6168,35 @@ def test_what_is_piped_in_is_one_message_after_the_prompt(folder, monkeypatch):
         assert (system["content"], user["content"]) == ("S", wanted)
 
 
+def test_instructions_may_be_in_a_file(folder, tmp_path, monkeypatch):
+    """With a byte order mark, which is no text, and a last line that is ended."""
+    asked, file = [], tmp_path / "rules.txt"
+    file.write_text("\ufeffBe kind.\nBe brief.\n", "utf-8")
+    reply = types.SimpleNamespace(taken=llama.Piece(), stats=llama.Stats())
+    spy = lambda engine, messages, *_: asked.append(messages) or reply
+    monkeypatch.setattr(llama, "print_reply", spy)
+    for text, wanted in (
+        (f"@{file}", "Be kind.\nBe brief."),
+        ("@@home", "@home"),
+        ("at @home", "at @home"),
+        ("none", None),
+    ):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"")))
+        assert llama.main(["chat", str(folder), "-p", "Hi!", "-s", text]) == 0
+        *system, user = [message["content"] for message in asked.pop()]
+        assert user == "Hi!" and system == ([] if wanted is None else [wanted])
+    line = refusal("chat", folder, "-s", f"@{tmp_path}/none", text="x")
+    assert line == f"{tmp_path}/none: No such file or directory"
+    file.write_bytes(b"\xff")
+    line = refusal("chat", folder, "-s", f"@{file}", text="x")
+    assert line == f"{file}: not a text in UTF-8"
+
+
+def test_the_version_is_told(capsys):
+    assert llama.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"llama.py {llama.__version__}\n"
+
+
 @pytest.mark.parametrize(
     ("words", "status"),
     [
