@@ -4142,6 +4142,12 @@ class Tokenizer(ByteLevelTokenizer):
         """
         check_conversation(messages)
         prompt = self.render(messages, **variables)
+        return self.encode_prompt(prompt, messages, replies)
+
+    def encode_prompt(
+        self, prompt: Text, messages: list[dict], replies: Mapping[str, list[int]]
+    ) -> list[int]:
+        """Return the ids of a conversation that is rendered; see encode_chat."""
         text, runs = str(prompt), [*prompt.runs()]
         trusted = b"".join([bytes([by == TEMPLATE]) * len(run) for run, by in runs])
         written = self.written_tokens(text, trusted)
@@ -5604,8 +5610,9 @@ def restore_session(
 # queues. So an interface never blocks, and any thread may ask. What the cache holds of
 # one conversation is kept: the next turn begins with the same ids, and reads its own.
 # uses: 1-9, 11-19
-# needs: Callable, Iterator, NamedTuple, Path, Sequence, collections, contextlib,
-#     dataclass, field, functools, mx, queue, threading, time, traceback, weakref
+# needs: Callable, Iterator, Mapping, NamedTuple, Path, Sequence, collections,
+#     contextlib, dataclass, field, functools, mx, queue, threading, time, traceback,
+#     weakref
 # -----------------------------------------------------------------------------
 
 
@@ -5634,12 +5641,46 @@ class Progress(NamedTuple):
     total: int
 
 
+THINK, THOUGHT = "<think>", "</think>"  # what encloses the thinking before an answer
+
+
 @dataclass
 class Piece:
-    """Text, and the ids that it is made of."""
+    """Text, and the ids that it is made of.
+
+    opening: THINK and what follows it, if the prompt has begun the thinking so.
+    """
 
     text: str = ""
     ids: list[int] = field(default_factory=list)
+    opening: str = ""
+
+    @property
+    def content(self) -> str:
+        """The text as it stands in a conversation: with the opening before it."""
+        return self.opening + self.text
+
+    def thinking_end(self) -> int | None:
+        """Return how many characters of the text are thinking, with its tags: 0 if it
+        begins otherwise, None if it may still become THINK. Tags further on are text."""
+        begun = self.content.lstrip()
+        if not begun.startswith(THINK):
+            return None if THINK.startswith(begun) else 0
+        end = self.text.find(THOUGHT)
+        return len(self.text) if end < 0 else end + len(THOUGHT)
+
+    @property
+    def thinking(self) -> str:
+        """The thinking, without its tags."""
+        text = self.text[: self.thinking_end() or 0].strip()
+        return text.removeprefix(THINK).removesuffix(THOUGHT).strip()
+
+
+def opening_of(prompt: Text) -> str:
+    """Return THINK and the blanks after it if the template ends a prompt with that."""
+    tail = prompt[len(prompt.rstrip()) - len(THINK) :]
+    writers = {writer for _, writer in tail.runs()}
+    return str(tail) if tail.startswith(THINK) and writers == {TEMPLATE} else ""
 
 
 def check_stop(stop: Sequence[str]) -> None:
@@ -5732,8 +5773,10 @@ class Request:
 class Reply(Iterator[str]):
     """The pieces of a reply, as an iterator of str; Engine makes it.
 
-    taken: the Piece of all that was taken so far. stats: a Stats once the iterator has
-    ended. An error in the worker is raised here. A reply that is dropped is cancelled.
+    taken: the Piece of all that was taken so far. text: all of its text, and thinking:
+    what a reasoning model has thought in it before its answer. stats: a Stats once the
+    iterator has ended. An error in the worker is raised here. A reply that is dropped is
+    cancelled.
     """
 
     def __init__(self, request: Request, progress: Callable[[int, int], None] | None):
@@ -5744,6 +5787,10 @@ class Reply(Iterator[str]):
     @property
     def text(self) -> str:
         return self.taken.text
+
+    @property
+    def thinking(self) -> str:
+        return self.taken.thinking
 
     def cancel(self) -> None:
         """Stop the reply. Iterating on yields no more text, and ends when it has."""
@@ -6144,16 +6191,34 @@ class Engine(contextlib.AbstractContextManager):
         self.args, self.context = event, self._worker.context
         self.warnings = self._worker.warnings
 
-    def chat(self, messages: list[dict[str, str]], **options) -> Reply:
+    def chat(
+        self,
+        messages: list[dict[str, str]],
+        *,
+        variables: Mapping[str, object] = {},
+        **options,
+    ) -> Reply:
         """Return at once with the reply to a conversation, to be iterated over.
 
         messages: see Tokenizer.encode_chat. An assistant's message that is the text of
         an earlier Reply stands for the very ids, so the cache is reused up to there.
-        options: those of `submit`.
+        variables: what else the template may ask for: {"enable_thinking": False} has
+        most reasoning models answer at once. options: those of `submit`.
         """
-        replies = {piece.text: piece.ids for piece in list(self._taken) if piece.text}
-        ids = self.tokenizer.encode_chat(messages, replies=replies)
-        return self.submit(ids, **options)
+        tokenizer, replies = self.tokenizer, {}
+        for piece in list(self._taken):
+            if piece.text:
+                replies[piece.text] = piece.ids
+            if piece.opening:
+                trusted = b"\1" * len(piece.opening)
+                opening = tokenizer.encode_marked(piece.opening, trusted, first=False)
+                replies[piece.content] = opening + piece.ids
+        check_conversation(messages)
+        prompt = tokenizer.render(messages, **variables)
+        ids = tokenizer.encode_prompt(prompt, messages, replies)
+        reply = self.submit(ids, **options)
+        reply.taken.opening = opening_of(prompt)
+        return reply
 
     def complete(self, text: str, **options) -> Reply:
         """Return at once with what continues a text, with no chat format; as `chat`."""
@@ -6181,18 +6246,13 @@ class Engine(contextlib.AbstractContextManager):
         max_tokens: None goes on to the end of the turn, or of the context. Sampling:
         see make_sampler; None is the folder's default, 0 turns a filter off. lookup:
         tokens drafted at a time, see Lookup; 0 is off, None is default_drafts(). stop:
-        texts; the reply ends before the first of them that it would have.
+        texts; the reply ends where the first of them would begin.
         progress: called, by whoever iterates, with the tokens of the prompt read, and
         in all. drop_space: see Tokenizer.stream.
         Raises ValueError for options out of range or a prompt that does not fit,
         RuntimeError if the engine is closed.
         """
-        if not 0 < len(ids) <= self.context:
-            longest = self.args.longest_context
-            raise PromptTooLong(len(ids), self.context, longest)
-        size = self.args.vocab_size
-        if unknown := [i for i in ids if not 0 <= i < size]:
-            raise ValueError(f"the prompt has id {unknown[0]}, the model {size} ids")
+        self._check_prompt(ids)
         check_stop(stop)
         lookup = self._worker.drafts if lookup is None else lookup
         for name, value in (("max_tokens", max_tokens), ("lookup", lookup)):
@@ -6244,6 +6304,14 @@ class Engine(contextlib.AbstractContextManager):
         self.close()
         if self._worker.failure:  # which a rank other than 0 has no reply to tell
             raise self._worker.failure
+
+    def _check_prompt(self, ids: list[int]) -> None:
+        if not 0 < len(ids) <= self.context:
+            longest = self.args.longest_context
+            raise PromptTooLong(len(ids), self.context, longest)
+        size = self.args.vocab_size
+        if unknown := [i for i in ids if not 0 <= i < size]:
+            raise ValueError(f"the prompt has id {unknown[0]}, the model {size} ids")
 
     def _require_worker(self) -> None:
         worker = self._worker
@@ -6980,8 +7048,13 @@ class WordWrap:
     def __init__(self, stream: TextIO):
         self.stream, self.columns, self.column = stream, 0, 0
         self.blanks, self.word, self.crosses = "", "", False
+        self.dim = False
 
-    def write(self, text: str) -> None:
+    def write(self, text: str, *, dim: bool = False) -> None:
+        """Show text, dim where colour is wanted."""
+        if text and dim != self.dim:
+            self.end_word()
+            self.dim = dim
         if self.stream.isatty():
             # Asked each time, as it may be resized; 0 if the terminal does not tell.
             columns = os.get_terminal_size(self.stream.fileno()).columns
@@ -7032,7 +7105,9 @@ class WordWrap:
         self.stream.flush()
 
     def put(self, text: str) -> None:
-        self.stream.write(text)
+        # Each text by itself, so that the terminal is never left dim.
+        dim = self.dim and coloured(self.stream) and not text.isspace()
+        self.stream.write(f"\x1b[2m{text}\x1b[0m" if dim else text)
         for character in text:
             self.column = self.after(self.column, character)
             if self.column > self.columns:  # the terminal has begun a new line
@@ -7053,6 +7128,23 @@ class WordWrap:
         return column <= self.columns
 
 
+def print_piece(screen: WordWrap, piece: Piece, shown: int) -> int:
+    """Show a piece, of which some characters were shown before, with its thinking dim;
+    return how many are shown then: none of a beginning that may become a tag."""
+    end = piece.thinking_end()
+    if end is None:
+        return shown
+    screen.write(piece.text[shown:end], dim=True)
+    screen.write(piece.text[max(shown, end) :])
+    return len(piece.text)
+
+
+def template_variables(options: argparse.Namespace) -> dict[str, object]:
+    """Return what /set tells a chat template."""
+    given = options.thinking is not None
+    return {"enable_thinking": options.thinking} if given else {}
+
+
 def print_reply(
     engine: Engine, messages: list[dict], options: argparse.Namespace, seed: int
 ) -> Reply:
@@ -7068,21 +7160,25 @@ def print_reply(
         text = "".join(message["content"] for message in messages)
         reply = engine.complete(text, **settings)
     else:
-        reply = engine.chat(messages, **settings)
-    screen = WordWrap(sys.stdout)
+        variables = template_variables(options)
+        reply = engine.chat(messages, variables=variables, **settings)
+    screen, shown = WordWrap(sys.stdout), 0
     try:
-        for piece in reply:
+        for _piece in reply:
             progress.clear()
             if not options.json:
-                screen.write(piece)
+                shown = print_piece(screen, reply.taken, shown)
     except KeyboardInterrupt:
         reply.cancel()
         collections.deque(reply, 0)  # no more text: waits until the worker has stopped
     finally:
         progress.clear()
+        if not options.json and reply.taken.thinking_end() is None:
+            screen.write(reply.text)  # of which nothing was shown
         screen.end_line()
     if options.json:
-        found = {"text": reply.text, "finish_reason": reply.stats.finish_reason}
+        found = {"text": reply.text, "thinking": reply.thinking}
+        found |= {"finish_reason": reply.stats.finish_reason}
         found |= {"seed": seed, "stats": asdict(reply.stats)}
         print(json.dumps(found), flush=True)
     else:
@@ -7122,7 +7218,7 @@ def agreed(question: str) -> bool:
 
 
 def read_text(path: str) -> str:
-    """Return the text of a file; raise ValueError if it is none."""
+    """Return the text in a file. Raises ValueError if it is not UTF-8."""
     try:
         return Path(path).expanduser().read_text("utf-8-sig")
     except UnicodeDecodeError:
@@ -7383,6 +7479,7 @@ class Conversation:
         self.engine, self.options = engine, options
         self.system = None if options.system == "none" else options.system
         options.limit = "--max-tokens"  # how max_tokens was given
+        options.thinking = None  # /set thinking; None leaves it to the template
         self.seed = new_seed() if options.seed is None else options.seed
         self.turns = []  # (user, Piece, Stats, seed)
         self.saved = []  # the turns that a file has
@@ -7396,7 +7493,7 @@ class Conversation:
         messages = [{"role": "system", "content": self.system}] if there else []
         for user, piece, *_ in turns:
             messages.append({"role": "user", "content": user})
-            messages.append({"role": "assistant", "content": piece.text})
+            messages.append({"role": "assistant", "content": piece.content})
         return [*messages, {"role": "user", "content": text}]
 
     def ask(self, text: str, seed: int) -> Reply:
@@ -7498,7 +7595,7 @@ COMMANDS = {
         "FILE",
         "writes a new file: a session, or Markdown if it ends in .md",
     ),
-    "set": ("NAME VALUE", "of sampling, max_tokens or seed; without VALUE, shows it"),
+    "set": ("NAME VALUE", "changes a setting; without a VALUE, shows it"),
     "stats": ("", "shows speed and memory of the last reply"),
     "system": ("TEXT", "instructions, or none to remove them; without, shows them"),
     "undo": ("", "removes the last attached file, or else the last message and reply"),
@@ -7602,7 +7699,8 @@ class Chat(Conversation):
         if self.options.raw:
             tokens = len(tokenizer.bos_prefix + tokenizer.encode(text))
         else:
-            tokens = len(tokenizer.encode_chat(self.messages([], text)))
+            alone, variables = self.messages([], text), template_variables(self.options)
+            tokens = len(tokenizer.encode_chat(alone, **variables))
         if tokens <= self.engine.context:
             return f"; {CHOICES}"
         if self.attached:
@@ -7631,7 +7729,9 @@ class Chat(Conversation):
     def do_history(self, _: str) -> None:
         user, piece, *_ = self.last()
         screen = WordWrap(sys.stderr)
-        screen.write(f"\n>>> {user}\n{piece.text}\n\n")
+        screen.write(f"\n>>> {user}\n")
+        shown = print_piece(screen, piece, 0)
+        screen.write(f"{piece.text[shown:]}\n\n")
 
     def do_system(self, text: str) -> None:
         if text not in ("", "none") and self.options.raw:
@@ -7688,7 +7788,7 @@ class Chat(Conversation):
         else:
             parts = [("system", self.system)] if self.system else []
             for user, piece, *_ in self.turns:
-                parts += [("user", user), ("assistant", piece.text)]
+                parts += [("user", user), ("assistant", piece.content)]
             text = "\n\n".join(f"## {role}\n\n{content}" for role, content in parts)
             file.write_text(text + "\n", "utf-8")
             self.saved = [*self.turns]
@@ -7707,11 +7807,16 @@ class Chat(Conversation):
         for n in names:
             given = getattr(self.options, n)
             values[n] = usual[n] if given is None else given
+        words = {True: "on", False: "off", None: "default"}
+        values["thinking"] = words[self.options.thinking]
         if name and name not in values:
             raise ValueError(f"no option {name}; /set lists them")
         if not value:
-            for n in [name] if name else (*names, "seed"):
+            for n in [name] if name else (*names, "seed", "thinking"):
                 note(f"{n:18} {values[n]}")
+            return
+        if name == "thinking":
+            self.set_thinking(value)
             return
         if name in names and value in ("default", str(usual[name])):
             setattr(self.options, name, None)
@@ -7733,6 +7838,15 @@ class Chat(Conversation):
         if name == "max_tokens":
             self.options.limit = "/set max_tokens"
         note(f"{name} is {number}")
+
+    def set_thinking(self, value: str) -> None:
+        choices = {"on": True, "off": False, "default": None}
+        if value not in choices:
+            raise ValueError(f"thinking must be on, off or default, got {value!r}")
+        if self.options.raw or "enable_thinking" not in self.engine.tokenizer.template:
+            raise ValueError("this chat template cannot turn thinking on or off")
+        self.options.thinking = choices[value]
+        note(f"thinking is {value}")
 
     def do_context(self, _: str) -> None:
         size, before = self.engine.context, 0

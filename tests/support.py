@@ -362,6 +362,25 @@ def random_folder(path: Path, *, context: int = 512, width: int = 32, **config) 
     return path
 
 
+# As templates of reasoning models have it: they leave the thinking of earlier turns out,
+# and a prompt may end with what begins it, or with thinking that is empty.
+THINKS = """{% for message in messages %}<|im_start|>{{ message.role }}
+{{ message.content.split('</think>')[-1].strip() }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% if enable_thinking is defined and not enable_thinking %}<think>
+
+</think>
+
+{% endif %}{% endif %}"""
+
+
+def thinking_folder(path: Path, template: str = THINKS) -> Path:
+    folder = random_folder(path)
+    settings = json.dumps({"chat_template": template})
+    (folder / "tokenizer_config.json").write_text(settings)
+    return folder
+
+
 USER = [{"role": "user", "content": "Hello!"}]
 
 
