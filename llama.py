@@ -989,6 +989,10 @@ class TextStream:
     def add(self, token: int) -> str:
         return self._decoder.decode(self._text.get(token, b""))
 
+    def is_whole(self) -> bool:
+        """Return whether the last token ended with a whole character."""
+        return not self._decoder.getstate()[0]
+
     def close(self) -> str:
         """Return what is left of an unfinished character."""
         return self._decoder.decode(b"", True)
@@ -3891,6 +3895,12 @@ class Tokenizer(ByteLevelTokenizer):
         """
         check_conversation(messages)
         prompt = self.render(messages, **variables)
+        return self.encode_prompt(prompt, messages, replies)
+
+    def encode_prompt(
+        self, prompt: Text, messages: list[dict], replies: Mapping[str, list[int]]
+    ) -> list[int]:
+        """Return the ids of a conversation that is rendered; see encode_chat."""
         text, runs = str(prompt), [*prompt.runs()]
         trusted = b"".join([bytes([by == TEMPLATE]) * len(run) for run, by in runs])
         written = self.written_tokens(text, trusted)
@@ -5500,8 +5510,9 @@ def restore_session(
 # queues. So an interface never blocks, and any thread may ask. What the cache holds of
 # one conversation is kept: the next turn begins with the same ids, and reads its own.
 # uses: 1-9, 11-19
-# needs: Callable, Iterator, NamedTuple, Path, collections, contextlib, dataclass,
-#     field, functools, mx, queue, threading, time, traceback, weakref
+# needs: Callable, Iterator, Mapping, NamedTuple, Path, Sequence, collections,
+#     contextlib, dataclass, field, functools, mx, queue, threading, time, traceback,
+#     weakref
 # -----------------------------------------------------------------------------
 
 
@@ -5531,12 +5542,103 @@ class Progress(NamedTuple):
     total: int
 
 
+THINK, THOUGHT = "<think>", "</think>"  # what encloses the thinking before an answer
+
+
 @dataclass
 class Piece:
-    """Text, and the ids that it is made of."""
+    """Text, and the ids that it is made of.
+
+    opening: THINK and what follows it, if the prompt has begun the thinking so.
+    """
 
     text: str = ""
     ids: list[int] = field(default_factory=list)
+    opening: str = ""
+
+    @property
+    def content(self) -> str:
+        """The text as it stands in a conversation: with the opening before it."""
+        return self.opening + self.text
+
+    def thinking_end(self) -> int | None:
+        """Return how many characters of the text are thinking, with its tags: 0 if it
+        begins otherwise, None if it may still become THINK. Tags further on are text."""
+        begun = self.content.lstrip()
+        if not begun.startswith(THINK):
+            return None if THINK.startswith(begun) else 0
+        end = self.text.find(THOUGHT)
+        return len(self.text) if end < 0 else end + len(THOUGHT)
+
+    @property
+    def thinking(self) -> str:
+        """The thinking, without its tags."""
+        text = self.text[: self.thinking_end() or 0].strip()
+        return text.removeprefix(THINK).removesuffix(THOUGHT).strip()
+
+
+def opening_of(prompt: Text) -> str:
+    """Return THINK and the blanks after it if the template ends a prompt with that."""
+    tail = prompt[len(prompt.rstrip()) - len(THINK) :]
+    writers = {writer for _, writer in tail.runs()}
+    return str(tail) if tail.startswith(THINK) and writers == {TEMPLATE} else ""
+
+
+def check_stop(stop: Sequence[str]) -> None:
+    """Raise ValueError unless these are texts that a reply can end before."""
+    if isinstance(stop, str) or not all(isinstance(text, str) for text in stop):
+        raise ValueError(f"stop must be a list of texts, got {stop!r:.80}")
+    if "" in stop:
+        raise ValueError("stop must be texts of at least one character, got ''")
+
+
+class PieceMaker:
+    """Makes Pieces of the tokens of a reply, up to the first of the texts in stop.
+
+    A Piece is made of whole tokens and whole characters. So a token waits while a later
+    one may finish its last character, or while it may belong to a stop text.
+    """
+
+    def __init__(self, stream: TextStream, stop: Sequence[str]):
+        self.stream, self.stop = stream, stop
+        self.text, self.tokens = "", []  # those that wait
+        self.ends = []  # how many tokens make how much text, of whole characters
+
+    def add(self, token: int) -> None:
+        self.text += self.stream.add(token)
+        self.tokens.append(token)
+        if self.stream.is_whole():
+            self.ends.append((len(self.tokens), len(self.text)))
+
+    def stop_found(self) -> int | None:
+        """Return where a stop text begins; of several, the one that ends first."""
+        found = []
+        for text in self.stop:
+            at = self.text.find(text)
+            if at >= 0:
+                found.append((at + len(text), at))
+        return min(found)[1] if found else None
+
+    def decided(self) -> int:
+        """Return where a stop text may have begun, or else where the text ends."""
+        longest = max(map(len, self.stop), default=0)
+        end = len(self.text)
+        for at in range(max(end - longest, 0), end):
+            if any(text.startswith(self.text[at:]) for text in self.stop):
+                return at
+        return end
+
+    def take(self, end: int) -> Piece:
+        """Return the tokens that end there or before, which then wait no longer."""
+        n = cut = 0
+        for count, length in self.ends:
+            if length <= end:
+                n, cut = count, length
+        piece = Piece(self.text[:cut], self.tokens[:n])
+        self.text, self.tokens = self.text[cut:], self.tokens[n:]
+        later = [(count - n, length - cut) for count, length in self.ends]
+        self.ends = [(count, length) for count, length in later if count > 0]
+        return piece
 
 
 @dataclass
@@ -5548,6 +5650,7 @@ class Request:
     sampling: dict
     drafts: int  # tokens to draft at a time, 0 for none
     drop_space: bool  # see Tokenizer.stream
+    stop: list[str]  # texts to end before
     # What comes of it: Progress and Pieces, in the end Stats or an error.
     events: queue.SimpleQueue = field(default_factory=queue.SimpleQueue)
     stopped: threading.Event = field(default_factory=threading.Event)
@@ -5558,7 +5661,8 @@ class Request:
 
     def told(self) -> list:
         """Return what the other ranks are told, which make their own of it."""
-        return [self.ids, self.max_tokens, self.sampling, self.drafts, self.drop_space]
+        told = [self.ids, self.max_tokens, self.sampling, self.drafts]
+        return [*told, self.drop_space, self.stop]
 
     def finish(self, outcome: "Stats | Exception") -> None:
         """Send the last event, twice: a Ctrl-C can strike whoever waits for it between
@@ -5570,8 +5674,10 @@ class Request:
 class Reply(Iterator[str]):
     """The pieces of a reply, as an iterator of str; Engine makes it.
 
-    taken: the Piece of all that was taken so far. stats: a Stats once the iterator has
-    ended. An error in the worker is raised here. A reply that is dropped is cancelled.
+    taken: the Piece of all that was taken so far. text: all of its text, and thinking:
+    what a reasoning model has thought in it before its answer. stats: a Stats once the
+    iterator has ended. An error in the worker is raised here. A reply that is dropped is
+    cancelled.
     """
 
     def __init__(self, request: Request, progress: Callable[[int, int], None] | None):
@@ -5582,6 +5688,10 @@ class Reply(Iterator[str]):
     @property
     def text(self) -> str:
         return self.taken.text
+
+    @property
+    def thinking(self) -> str:
+        return self.taken.thinking
 
     def cancel(self) -> None:
         """Stop the reply. Iterating on yields no more text, and ends when it has."""
@@ -5794,9 +5904,9 @@ class Worker(threading.Thread):
         cancelled: Callable[[], bool],
         lookup: Lookup | None,
     ) -> str:
-        """Put what is decoded into Pieces of whole characters; return why it ended."""
+        """Put what is decoded into Pieces; return why it ended."""
         stream = self.tokenizer.stream(drop_space=request.drop_space)
-        piece, reason, passes = Piece(), None, 0
+        maker, reason, passes = PieceMaker(stream, request.stop), None, 0
         while reason is None:
             try:
                 token = next(reply)
@@ -5805,20 +5915,34 @@ class Worker(threading.Thread):
                 break
             request.tokens.append(token)
             request.times.append(time.perf_counter())
-            piece.ids.append(token)
-            piece.text += stream.add(token)
-            if piece.text:
-                request.events.put(piece)
-                piece = Piece()
+            maker.add(token)
+            if maker.stop_found() is not None:
+                break
+            request.events.put(maker.take(maker.decided()))
             # Asked once for all tokens of a pass, since ranks ask by a sum over them.
             if lookup is None or lookup.passes > passes:
                 passes = lookup.passes if lookup else 0
                 if cancelled():
                     reason = "cancelled"
         reply.close()  # which trims the step that was launched ahead
-        piece.text += stream.close()
-        request.events.put(piece)
+        maker.text += stream.close()
+        if maker.stop_found() is not None:
+            self.cut_reply(request, maker)
+            return "stop"
+        request.events.put(Piece(maker.text, maker.tokens))
         return reason
+
+    def cut_reply(self, request: Request, maker: PieceMaker) -> None:
+        """End a reply before a stop text: the cache keeps the tokens that end before
+        it, and what is left of the text is encoded anew."""
+        text = maker.text[: maker.stop_found()]
+        piece = maker.take(len(text))
+        kept = len(request.tokens) - len(maker.tokens)
+        for layer in self.cache:
+            layer.trim(max(layer.offset - len(request.ids) - kept, 0))
+        if rest := text.removeprefix(piece.text):
+            piece.ids += self.tokenizer.encode(rest, first=False)
+        request.events.put(Piece(text, piece.ids))
 
     def statistics(self, request: Request, reused: int) -> Stats:
         """Return what a reply took; reused: how many of its ids the cache held."""
@@ -5972,16 +6096,34 @@ class Engine(contextlib.AbstractContextManager):
         self.args, self.context = event, self._worker.context
         self.warnings = self._worker.warnings
 
-    def chat(self, messages: list[dict[str, str]], **options) -> Reply:
+    def chat(
+        self,
+        messages: list[dict[str, str]],
+        *,
+        variables: Mapping[str, object] = {},
+        **options,
+    ) -> Reply:
         """Return at once with the reply to a conversation, to be iterated over.
 
         messages: see Tokenizer.encode_chat. An assistant's message that is the text of
         an earlier Reply stands for the very ids, so the cache is reused up to there.
-        options: those of `submit`.
+        variables: what else the template may ask for: {"enable_thinking": False} has
+        most reasoning models answer at once. options: those of `submit`.
         """
-        replies = {piece.text: piece.ids for piece in list(self._taken) if piece.text}
-        ids = self.tokenizer.encode_chat(messages, replies=replies)
-        return self.submit(ids, **options)
+        tokenizer, replies = self.tokenizer, {}
+        for piece in list(self._taken):
+            if piece.text:
+                replies[piece.text] = piece.ids
+            if piece.opening:
+                trusted = b"\1" * len(piece.opening)
+                opening = tokenizer.encode_marked(piece.opening, trusted, first=False)
+                replies[piece.content] = opening + piece.ids
+        check_conversation(messages)
+        prompt = tokenizer.render(messages, **variables)
+        ids = tokenizer.encode_prompt(prompt, messages, replies)
+        reply = self.submit(ids, **options)
+        reply.taken.opening = opening_of(prompt)
+        return reply
 
     def complete(self, text: str, **options) -> Reply:
         """Return at once with what continues a text, with no chat format; as `chat`."""
@@ -6001,24 +6143,22 @@ class Engine(contextlib.AbstractContextManager):
         repetition_penalty: float | None = None,
         seed: int | None = None,
         lookup: int | None = None,
+        stop: Sequence[str] = (),
         progress: Callable[[int, int], None] | None = None,
     ) -> Reply:
         """Return at once with the reply to ids.
 
         max_tokens: None goes on to the end of the turn, or of the context. Sampling:
         see make_sampler; None is the folder's default, 0 turns a filter off. lookup:
-        tokens drafted at a time, see Lookup; 0 is off, None is default_drafts().
+        tokens drafted at a time, see Lookup; 0 is off, None is default_drafts(). stop:
+        texts; the reply ends where the first of them would begin.
         progress: called, by whoever iterates, with the tokens of the prompt read, and
         in all. drop_space: see Tokenizer.stream.
         Raises ValueError for options out of range or a prompt that does not fit,
         RuntimeError if the engine is closed.
         """
-        if not 0 < len(ids) <= self.context:
-            longest = self.args.longest_context
-            raise PromptTooLong(len(ids), self.context, longest)
-        size = self.args.vocab_size
-        if unknown := [i for i in ids if not 0 <= i < size]:
-            raise ValueError(f"the prompt has id {unknown[0]}, the model {size} ids")
+        self._check_prompt(ids)
+        check_stop(stop)
         lookup = self._worker.drafts if lookup is None else lookup
         for name, value in (("max_tokens", max_tokens), ("lookup", lookup)):
             if value is not None and value < 0:
@@ -6029,7 +6169,7 @@ class Engine(contextlib.AbstractContextManager):
         sampling = off_is_none(self.defaults | given)
         check_sampling(**sampling)
         sampling["seed"] = new_seed() if seed is None else seed
-        request = Request(ids, max_tokens, sampling, lookup, drop_space)
+        request = Request(ids, max_tokens, sampling, lookup, drop_space, [*stop])
         reply = Reply(request, progress)
         with self._lock:  # nothing may be asked after the worker's last request
             self._require_worker()
@@ -6069,6 +6209,14 @@ class Engine(contextlib.AbstractContextManager):
         self.close()
         if self._worker.failure:  # which a rank other than 0 has no reply to tell
             raise self._worker.failure
+
+    def _check_prompt(self, ids: list[int]) -> None:
+        if not 0 < len(ids) <= self.context:
+            longest = self.args.longest_context
+            raise PromptTooLong(len(ids), self.context, longest)
+        size = self.args.vocab_size
+        if unknown := [i for i in ids if not 0 <= i < size]:
+            raise ValueError(f"the prompt has id {unknown[0]}, the model {size} ids")
 
     def _require_worker(self) -> None:
         worker = self._worker
@@ -6926,8 +7074,13 @@ class WordWrap:
     def __init__(self, stream: TextIO):
         self.stream, self.columns, self.column = stream, 0, 0
         self.blanks, self.word, self.crosses = "", "", False
+        self.dim = False
 
-    def write(self, text: str) -> None:
+    def write(self, text: str, *, dim: bool = False) -> None:
+        """Show text, dim where colour is wanted."""
+        if text and dim != self.dim:
+            self.end_word()
+            self.dim = dim
         if self.stream.isatty():
             # Asked each time, as it may be resized; 0 if the terminal does not tell.
             columns = os.get_terminal_size(self.stream.fileno()).columns
@@ -6978,7 +7131,9 @@ class WordWrap:
         self.stream.flush()
 
     def put(self, text: str) -> None:
-        self.stream.write(text)
+        # Each text by itself, so that the terminal is never left dim.
+        dim = self.dim and coloured(self.stream) and not text.isspace()
+        self.stream.write(f"\x1b[2m{text}\x1b[0m" if dim else text)
         for character in text:
             self.column = self.after(self.column, character)
             if self.column > self.columns:  # the terminal has begun a new line
@@ -6999,6 +7154,23 @@ class WordWrap:
         return column <= self.columns
 
 
+def print_piece(screen: WordWrap, piece: Piece, shown: int) -> int:
+    """Show a piece, of which some characters were shown before, with its thinking dim;
+    return how many are shown then: none of a beginning that may become a tag."""
+    end = piece.thinking_end()
+    if end is None:
+        return shown
+    screen.write(piece.text[shown:end], dim=True)
+    screen.write(piece.text[max(shown, end) :])
+    return len(piece.text)
+
+
+def template_variables(options: argparse.Namespace) -> dict[str, object]:
+    """Return what /set tells a chat template."""
+    given = options.thinking is not None
+    return {"enable_thinking": options.thinking} if given else {}
+
+
 def print_reply(
     engine: Engine, messages: list[dict], options: argparse.Namespace, seed: int
 ) -> Reply:
@@ -7007,28 +7179,32 @@ def print_reply(
     Ctrl-C stops it; what was printed by then is the reply.
     """
     progress = ProgressLine("reading the prompt")
-    names = (*INTERVALS, "max_tokens", "lookup")
+    names = (*INTERVALS, "max_tokens", "lookup", "stop")
     settings = {name: getattr(options, name) for name in names}
     settings |= {"seed": seed, "progress": progress}
     if options.raw:
         text = "".join(message["content"] for message in messages)
         reply = engine.complete(text, **settings)
     else:
-        reply = engine.chat(messages, **settings)
-    screen = WordWrap(sys.stdout)
+        variables = template_variables(options)
+        reply = engine.chat(messages, variables=variables, **settings)
+    screen, shown = WordWrap(sys.stdout), 0
     try:
-        for piece in reply:
+        for _piece in reply:
             progress.clear()
             if not options.json:
-                screen.write(piece)
+                shown = print_piece(screen, reply.taken, shown)
     except KeyboardInterrupt:
         reply.cancel()
         collections.deque(reply, 0)  # no more text: waits until the worker has stopped
     finally:
         progress.clear()
+        if not options.json and reply.taken.thinking_end() is None:
+            screen.write(reply.text)  # of which nothing was shown
         screen.end_line()
     if options.json:
-        found = {"text": reply.text, "finish_reason": reply.stats.finish_reason}
+        found = {"text": reply.text, "thinking": reply.thinking}
+        found |= {"finish_reason": reply.stats.finish_reason}
         found |= {"seed": seed, "stats": asdict(reply.stats)}
         print(json.dumps(found), flush=True)
     else:
@@ -7065,6 +7241,14 @@ def agreed(question: str) -> bool:
     except (EOFError, KeyboardInterrupt):
         note("")
         return False
+
+
+def read_text(path: str) -> str:
+    """Return the text in a file. Raises ValueError if it is not UTF-8."""
+    try:
+        return Path(path).expanduser().read_text("utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: not a text in UTF-8") from None
 
 
 def paths_beginning(path: str) -> list[str]:
@@ -7321,6 +7505,7 @@ class Conversation:
         self.engine, self.options = engine, options
         self.system = None if options.system == "none" else options.system
         options.limit = "--max-tokens"  # how max_tokens was given
+        options.thinking = None  # /set thinking; None leaves it to the template
         self.seed = new_seed() if options.seed is None else options.seed
         self.turns = []  # (user, Piece, Stats, seed)
         self.saved = []  # the turns that a file has
@@ -7334,7 +7519,7 @@ class Conversation:
         messages = [{"role": "system", "content": self.system}] if there else []
         for user, piece, *_ in turns:
             messages.append({"role": "user", "content": user})
-            messages.append({"role": "assistant", "content": piece.text})
+            messages.append({"role": "assistant", "content": piece.content})
         return [*messages, {"role": "user", "content": text}]
 
     def ask(self, text: str, seed: int) -> Reply:
@@ -7436,7 +7621,7 @@ COMMANDS = {
         "FILE",
         "writes a new file: a session, or Markdown if it ends in .md",
     ),
-    "set": ("NAME VALUE", "of sampling, max_tokens or seed; without VALUE, shows it"),
+    "set": ("NAME VALUE", "changes a setting; without a VALUE, shows it"),
     "stats": ("", "shows speed and memory of the last reply"),
     "system": ("TEXT", "instructions, or none to remove them; without, shows them"),
     "undo": ("", "removes the last attached file, or else the last message and reply"),
@@ -7540,7 +7725,8 @@ class Chat(Conversation):
         if self.options.raw:
             tokens = len(tokenizer.bos_prefix + tokenizer.encode(text))
         else:
-            tokens = len(tokenizer.encode_chat(self.messages([], text)))
+            alone, variables = self.messages([], text), template_variables(self.options)
+            tokens = len(tokenizer.encode_chat(alone, **variables))
         if tokens <= self.engine.context:
             return f"; {CHOICES}"
         if self.attached:
@@ -7569,7 +7755,9 @@ class Chat(Conversation):
     def do_history(self, _: str) -> None:
         user, piece, *_ = self.last()
         screen = WordWrap(sys.stderr)
-        screen.write(f"\n>>> {user}\n{piece.text}\n\n")
+        screen.write(f"\n>>> {user}\n")
+        shown = print_piece(screen, piece, 0)
+        screen.write(f"{piece.text[shown:]}\n\n")
 
     def do_system(self, text: str) -> None:
         if text not in ("", "none") and self.options.raw:
@@ -7603,10 +7791,7 @@ class Chat(Conversation):
                 self.turns.append(turn)
 
     def do_file(self, path: str) -> None:
-        try:
-            text = Path(path).expanduser().read_text("utf-8-sig")
-        except UnicodeDecodeError:
-            raise ValueError(f"{path}: not a text in UTF-8") from None
+        text = read_text(path)
         attached = [*self.attached, f"{Path(path).name}:\n\n{text}"]
         tokens = len(self.engine.tokenizer.encode("\n\n".join(attached)))
         if tokens >= self.engine.context:
@@ -7629,7 +7814,7 @@ class Chat(Conversation):
         else:
             parts = [("system", self.system)] if self.system else []
             for user, piece, *_ in self.turns:
-                parts += [("user", user), ("assistant", piece.text)]
+                parts += [("user", user), ("assistant", piece.content)]
             text = "\n\n".join(f"## {role}\n\n{content}" for role, content in parts)
             file.write_text(text + "\n", "utf-8")
             self.saved = [*self.turns]
@@ -7648,11 +7833,16 @@ class Chat(Conversation):
         for n in names:
             given = getattr(self.options, n)
             values[n] = usual[n] if given is None else given
+        words = {True: "on", False: "off", None: "default"}
+        values["thinking"] = words[self.options.thinking]
         if name and name not in values:
             raise ValueError(f"no option {name}; /set lists them")
         if not value:
-            for n in [name] if name else (*names, "seed"):
+            for n in [name] if name else (*names, "seed", "thinking"):
                 note(f"{n:18} {values[n]}")
+            return
+        if name == "thinking":
+            self.set_thinking(value)
             return
         if name in names and value in ("default", str(usual[name])):
             setattr(self.options, name, None)
@@ -7675,6 +7865,15 @@ class Chat(Conversation):
             self.options.limit = "/set max_tokens"
         note(f"{name} is {number}")
 
+    def set_thinking(self, value: str) -> None:
+        choices = {"on": True, "off": False, "default": None}
+        if value not in choices:
+            raise ValueError(f"thinking must be on, off or default, got {value!r}")
+        if self.options.raw or "enable_thinking" not in self.engine.tokenizer.template:
+            raise ValueError("this chat template cannot turn thinking on or off")
+        self.options.thinking = choices[value]
+        note(f"thinking is {value}")
+
     def do_context(self, _: str) -> None:
         size, before = self.engine.context, 0
         for n, (user, _, stats, _) in enumerate(self.turns, 1):
@@ -7693,6 +7892,7 @@ class Chat(Conversation):
 #     time
 # -----------------------------------------------------------------------------
 
+__version__ = "1.0"
 FLOATS = ("float32", "float16", "bfloat16")  # of --dtype
 
 
@@ -7727,11 +7927,22 @@ def read_prompt(options: argparse.Namespace) -> str | None:
     return "\n\n".join(text for text in (options.prompt, piped) if text)
 
 
+def read_system(text: str | None) -> str | None:
+    """Return the instructions that --system names: @FILE is what the file holds, and
+    @@ begins a text with @."""
+    if text is None or not text.startswith("@"):
+        return text
+    if text.startswith("@@"):
+        return text[1:]
+    return read_text(text[1:]).removesuffix("\n")
+
+
 def check_chat(options: argparse.Namespace) -> None:
     """Refuse options that chat cannot honour."""
     try:
         given = {name: getattr(options, name) for name in INTERVALS}
         check_sampling(**off_is_none(given))
+        check_stop(options.stop)
     except ValueError as error:
         options.usage(str(error))
     if options.raw and (options.system not in (None, "", "none") or options.template):
@@ -7748,6 +7959,8 @@ def cmd_chat(options: argparse.Namespace) -> int:
     """Answer one prompt, or talk until Ctrl-D."""
     check_chat(options)
     follower = options.group and options.group.rank() > 0
+    if not follower:
+        options.system = read_system(options.system)
     folder, progress = choose_folder(options.model), ProgressLine("loading")
     require_kind(folder)
     tokenizer = Tokenizer.from_folder(folder, template=options.template)
@@ -7789,6 +8002,8 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="example: python llama.py chat",
         formatter_class=layout,
     )
+    version = f"llama.py {__version__}"
+    parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     options = {}
     for run, name, text, example in (
@@ -7832,12 +8047,10 @@ def build_parser() -> argparse.ArgumentParser:
     # None, the default of most, leaves it to the model's folder.
     add = options["chat"]
     add("model", nargs="?", metavar="MODEL", help=where)
-    add("--prompt", metavar="TEXT", help="answer this and any piped input, and exit")
-    add(
-        "--system",
-        metavar="TEXT",
-        help="instructions before the conversation; none: no message",
-    )
+    text = "answer this and any piped input, and exit"
+    add("-p", "--prompt", metavar="TEXT", help=text)
+    text = "instructions, or @FILE to read them; none: no message"
+    add("-s", "--system", metavar="TEXT", help=text)
     add("--session", metavar="FILE", help="resume a conversation, and save it there")
     add("--raw", action="store_true", help="continue the text, with no chat format")
     text = "such as chatml or llama3.1; default: the model's"
@@ -7866,6 +8079,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--dtype", metavar="D", choices=FLOATS, help=text)
     text = "quantize to 4 or 8 while loading; default: as stored"
     add("--bits", metavar="N", type=int, choices=(4, 8), help=text)
+    text = "end the reply before this text; may be given again"
+    add("--stop", metavar="TEXT", action="append", default=[], help=text)
     add("--stats", action="store_true", help="print speed and memory to stderr")
     add("--json", action="store_true", help="print JSON instead of text")
     return parser

@@ -362,6 +362,25 @@ def random_folder(path: Path, *, context: int = 512, width: int = 32, **config) 
     return path
 
 
+# As templates of reasoning models have it: they leave the thinking of earlier turns out,
+# and a prompt may end with what begins it, or with thinking that is empty.
+THINKS = """{% for message in messages %}<|im_start|>{{ message.role }}
+{{ message.content.split('</think>')[-1].strip() }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% if enable_thinking is defined and not enable_thinking %}<think>
+
+</think>
+
+{% endif %}{% endif %}"""
+
+
+def thinking_folder(path: Path, template: str = THINKS) -> Path:
+    folder = random_folder(path)
+    settings = json.dumps({"chat_template": template})
+    (folder / "tokenizer_config.json").write_text(settings)
+    return folder
+
+
 USER = [{"role": "user", "content": "Hello!"}]
 
 
@@ -372,7 +391,8 @@ def continued(reply: llama.Reply, text: str = "More?") -> list[dict]:
 
 
 def turns(engine: llama.Engine) -> list:
-    """A turn that is cancelled in the middle, and one after it."""
+    """A turn that is cancelled in the middle, one after it, and that one again, which
+    ends before a part of its text."""
     first = engine.chat(USER, temperature=0.5, seed=1)
     for _ in range(5):
         next(first)
@@ -380,9 +400,12 @@ def turns(engine: llama.Engine) -> list:
     collections.deque(first, 0)
     said = {"role": "assistant", "content": first.text}
     messages = [*USER, said, {"role": "user", "content": "More?"}]
-    second = engine.chat(messages, temperature=0.5, seed=2, max_tokens=12, lookup=2)
+    options = {"temperature": 0.5, "seed": 2, "max_tokens": 12, "lookup": 2}
+    second = engine.chat(messages, **options)
     text, stats = "".join(second), second.stats
-    return [first.text, first.stats.finish_reason, text, stats.reused_tokens > 20]
+    third = "".join(engine.chat(messages, stop=[text[5:7]], **options))
+    reason = first.stats.finish_reason
+    return [first.text, reason, text, stats.reused_tokens > 20, third]
 
 
 def command(*words: object, text: str = "", **options) -> subprocess.CompletedProcess:

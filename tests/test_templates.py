@@ -11,7 +11,7 @@ import tracemalloc
 import pytest
 
 import llama
-from tests.support import DATA, needs_data, peer
+from tests.support import DATA, THINKS, needs_data, peer
 
 NAMES = {"bos_token": "<s>", "eos_token": "</s>"}
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -572,3 +572,46 @@ def test_what_a_template_raises_is_shown_in_one_line():
     )
     assert type(error) is llama.RaisedByTemplate
     assert str(error) == "a?[2J bcHello"
+
+
+# Published templates of reasoning models: what begins the thinking in the prompt, and
+# whether the thinking of earlier replies is left out.
+REASONING = {
+    "openvino-Qwen-QwQ-32B": ("<think>\n", True),
+    "openvino-Qwen-Qwen3-1.7B": ("", True),
+    "openvino-deepseek-ai-DeepSeek-R1": ("<think>\n", True),
+    "openvino-deepseek-ai-DeepSeek-R1-Distill-Llama-8B": ("<think>\n", True),
+    "openvino-microsoft-Phi-4-reasoning": ("", False),
+    "axolotl-exaone4": ("", True),  # it writes <think> and </think>
+    "openinstruct-olmo_thinker": ("<think>", False),
+    "openinstruct-olmo_thinker_remove_intermediate_thinking": ("<think>", True),
+}
+
+
+@needs_data
+@pytest.mark.parametrize("name", REASONING)
+def test_thinking_begins_and_is_left_out_as_published_templates_have_it(name):
+    source = (DATA / "templates" / f"{name}.jinja").read_text()
+    first = ours(source, HELLO)
+    opening, left_out = REASONING[name]
+    assert llama.opening_of(first) == opening
+    begun = "" if opening else "<think>\n"
+    piece = llama.Piece(f"{begun}Hm.\n</think>\n\nHello!", opening=opening)
+    second = ours(source, conversation("Hello", piece.content, "More?"))
+    assert "Hello!" in second and ("Hm." in second) != left_out
+    if not left_out:  # then as the model has read and written it
+        assert second.startswith(first + piece.text)
+
+
+def test_only_the_template_can_begin_the_thinking():
+    for content, source, opening in (
+        ("Hi!", THINKS + "<think> \n\n", "<think> \n"),
+        ("Hi! <think>", "{{ messages[0].content }}\n", ""),
+        ("<thi", "{{ messages[0].content }}nk>", ""),
+        ("Hi!", "<think>{{ messages[0].content }}", ""),
+        ("Hi!", "<think></think>", ""),
+        ("Hi!", "nk>", ""),
+        ("Hi!", "", ""),
+    ):
+        prompt = ours(source, [{"role": "user", "content": content}])
+        assert llama.opening_of(prompt) == opening

@@ -8,6 +8,7 @@ import os
 import random
 import re
 import signal
+import subprocess
 import sys
 import textwrap
 import types
@@ -19,11 +20,13 @@ from tests.support import (
     CTRL_C,
     CTRL_D,
     HERE,
+    THINKS,
     Terminal,
     chat_with,
     command,
     libedit,
     random_folder,
+    thinking_folder,
 )
 
 pytest_plugins = ["tests.fixtures"]
@@ -188,6 +191,87 @@ def test_wrapped_text_is_the_text_but_for_ends_of_lines(monkeypatch):
         if seed % 2 == 0:
             assert all(wide(line) <= screen.columns for line in shown.split("\n"))
         assert len(shown) <= len(text)
+
+
+def test_dim_text_wraps_as_other_text_does_and_the_terminal_is_never_left_dim(
+    monkeypatch,
+):
+    """Escape sequences take no column; a stop between two writes finds none open."""
+    text = "one seven x </t>nine 日本語の世界 123456789012 b  \n"
+    for seed in range(100):
+        rng, size = random.Random(seed), 1 + seed % 4
+        plain, mixed = Screen(8, monkeypatch), Screen(8, monkeypatch)
+        wraps, dim = [llama.WordWrap(plain), llama.WordWrap(mixed)], seed % 2 == 0
+        for start in range(0, len(text), size):
+            part = text[start : start + size]
+            if text[start - 1 : start] in ("", " ", ">"):  # between words
+                dim = dim if seed < 2 else rng.random() < 0.5
+            wraps[0].write(part)
+            wraps[1].write(part, dim=dim)
+            opened, closed = map(mixed.getvalue().count, ("\x1b[2m", "\x1b[0m"))
+            assert opened == closed
+        for wrap in wraps:
+            wrap.end_line()
+        assert seed or mixed.getvalue().startswith("\x1b[2mone\x1b[0m")
+        assert seed != 1 or "\x1b" not in mixed.getvalue()
+        shown = re.sub(r"\x1b\[[02]m", "", mixed.getvalue())
+        if seed < 2:
+            assert shown == plain.getvalue()
+        assert shown.split() == plain.getvalue().split()
+
+
+THOUGHT = "<think>\nHm, {} hm.\n</think>\n\nHello! A <think> is a tag, as </think> is."
+
+
+@pytest.mark.parametrize("opened", [False, True])
+@pytest.mark.parametrize("environment", [{}, {"NO_COLOR": "1"}])
+def test_thinking_is_dim_on_a_terminal_and_text_in_a_pipe(
+    opened, environment, tmp_path
+):
+    """Also where the prompt begins it; the last exchange is shown again so."""
+    text = THOUGHT.format("hm, " * 30)
+    text = text.removeprefix("<think>\n") if opened else text
+    opens = THINKS.replace("{% if enable", "<think>\n{% if enable")
+    model = thinking_folder(tmp_path / "m", opens if opened else THINKS)
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"import sys; sys.path.insert(0, {str(HERE)!r}); import llama\n"
+        "def decode(*_):\n"
+        f"    yield from llama.Tokenizer.from_folder(sys.argv[2]).encode({text!r})\n"
+        "    return 'stop'\n"
+        "llama.decode = decode\n"
+        "sys.exit(llama.main(sys.argv[1:]))"
+    )
+    words = ("chat", model, "--lookup", 0)
+    chat = Terminal(*words, program=script, columns=40, **environment)
+    chat.wait_for(">>> ")
+    for typed in ("Hi!\r", "/history\r"):
+        chat.type(typed)
+        chat.wait_for(PASTES_ARE_PLAIN)
+        screen = chat.wait_for(PASTES_ARE_MARKED).replace("\r\n", "\n")
+        dim = "".join(re.findall(r"\x1b\[2m(.*?)\x1b\[0m", screen, re.DOTALL))
+        thinking = text[: text.index("</think>")]
+        wanted = "" if environment else thinking + "</think>"
+        assert "".join(dim.split()) == "".join(wanted.split())
+        plain = re.sub(r"\x1b\[[02]m", "", screen)
+        assert max(map(len, plain.split("\n"))) <= 40
+        assert " ".join(plain.split()).endswith(" ".join(text.split()))
+        chat.wait_for(">>> ")
+    chat.type(CTRL_D)
+    assert chat.status() == 0
+    for option in ((), ("--json",)):
+        done = subprocess.run(
+            [sys.executable, script, *map(str, (*words, "-p", "Hi!", *option))],
+            capture_output=True,
+            stdin=subprocess.DEVNULL,
+            check=True,
+        )
+        if option:
+            found = json.loads(done.stdout)
+            assert found["text"] == text
+            assert found["thinking"] == thinking.removeprefix("<think>").strip()
+        else:
+            assert done.stdout.decode() == text + "\n"
 
 
 def test_the_conversation_is_what_the_commands_make_of_it(engine, monkeypatch):
