@@ -4934,7 +4934,7 @@ def as_subclass(module: nn.Module, kind: type[nn.Module]) -> nn.Module:
 
 def many_rows() -> int:
     """Return from how many rows on unpacking a matrix first takes less time."""
-    return 128 if on_cuda() else 16
+    return 128 if on_cuda() else 8
 
 
 class UnpackedForMany(QuantizedMatrix):
@@ -5463,7 +5463,7 @@ def unpacks(model: Llama, dtype: mx.Dtype | None, group: Group | None) -> bool:
     """Return whether `accelerate` unpacks a model that computes in this dtype."""
     alone = group is None or group.size() == 1
     packed = any(isinstance(module, QuantizedMatrix) for module in model.modules())
-    if not (alone and packed and dtype == mx.float32):
+    if not (alone and packed) or dtype is None or dtype != mx.float32:
         return False
     return holds_unpacked(unpacked_bytes(model))
 
@@ -5918,10 +5918,9 @@ class Worker(threading.Thread):
         self.prefill_step = self.prefill_step or default_prefill_step()
         item_size = cache_item_size(tensors, dtype)
         cache = self.context * kv_bytes_per_token(model.args, item_size)
-        self.unpacked = unpacks(model, dtype, self.group)
-        whole = unpacked_bytes(model)
-        weights = whole if self.unpacked else memory_of(tensors.values(), dtype)
-        warnings = warning, require_memory(weights, cache), slow_products(whole // 4)
+        self.unpacked, dense = unpacks(model, dtype, self.group), unpacked_bytes(model)
+        weights = dense if self.unpacked else memory_of(tensors.values(), dtype)
+        warnings = warning, require_memory(weights, cache), slow_products(dense // 4)
         self.warnings = [text for text in warnings if text]
         self.nbytes = weights + cache
         total = sum(info.nbytes for info in tensors.values())
