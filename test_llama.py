@@ -5595,8 +5595,9 @@ def test_measuring_tells_the_speed_of_this_machine(what, folder, monkeypatch, ca
     weights = found["gbps"] * 1e9 / found["decode_tps"]
     if what == "preset":  # of the embedding, which is not the head, nothing is read
         dense = llama.Llama(small)
-        read = llama.weight_bytes(dense, 4, ITEM_SIZE) - llama.weight_bytes(
-            dense.model.embed_tokens, 4, ITEM_SIZE
+        held = llama.bits_in_memory(dense, 4)  # not 4, where they are unpacked
+        read = llama.weight_bytes(dense, held, ITEM_SIZE) - llama.weight_bytes(
+            dense.model.embed_tokens, held, ITEM_SIZE
         )
         assert weights == pytest.approx(read)
     else:
