@@ -4995,7 +4995,7 @@ def unpacked_bytes(model: Llama) -> int:
     numbers = sum(array.size for _, array in tree_flatten(model.parameters()))
     for layer in model.modules():
         if isinstance(layer, QuantizedMatrix):
-            numbers += layer.scales.size * layer.group_size  # what the others give
+            numbers += layer.scales.size * layer.group_size  # that it stands for
             numbers -= layer.weight.size + layer.scales.size
             numbers -= layer.biases.size if "biases" in layer else 0
     return 4 * numbers
