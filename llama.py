@@ -45,7 +45,7 @@ Part Two: every Llama
     14 Checked loading                   1-7, 11-13
 Part Three: faster
     15 Prompt lookup                     9
-    16 Steps on a GPU                    1-6
+    16 Faster steps                      1-6
     17 The CUDA kernel                   1-6, 16
     18 Tensor parallel                   1-7, 11-14, 16, 17
 Part Four: streaming
@@ -88,6 +88,7 @@ import codecs
 import collections
 import contextlib
 import copy
+import ctypes
 import difflib
 import fcntl
 import functools
@@ -119,6 +120,17 @@ from datetime import datetime
 from pathlib import Path
 from types import FunctionType
 from typing import NamedTuple, TextIO, get_args
+
+# MLX's wheel for CPUs on Linux carries the reference BLAS, whose matrix products take
+# twenty to a hundred times as long as those of OpenBLAS. MLX calls OpenBLAS instead if
+# this is loaded before MLX, and its names are visible to all that is loaded later. So
+# the imports below must stay below, and whoever imports this file and MLX must import
+# this file first. Without OpenBLAS everything works too, only slower.
+if sys.platform == "linux" and "mlx.core" not in sys.modules:
+    for place in ("", *(f"{path}/cmeel.prefix/lib/" for path in sys.path)):
+        with contextlib.suppress(OSError):
+            ctypes.CDLL(f"{place}libopenblas.so.0", mode=ctypes.RTLD_GLOBAL)
+            break
 
 import mlx.core as mx
 import safetensors
@@ -3974,8 +3986,8 @@ class Tokenizer(ByteLevelTokenizer):
 # read. Model folders come from strangers, so everything is checked here, and trusted
 # after this.
 # uses: 1-7, 11-13
-# needs: Callable, Iterable, Iterator, Mapping, Path, dataclass, difflib, math, mx, os,
-#     re, safetensors, tree_flatten
+# needs: Callable, Iterable, Iterator, Mapping, Path, ctypes, dataclass, difflib, math,
+#     mx, os, re, safetensors, sys, tree_flatten
 # -----------------------------------------------------------------------------
 
 
@@ -4371,15 +4383,41 @@ def default_dtype() -> mx.Dtype | None:
     return mx.float32 if mx.default_device() == mx.cpu else None
 
 
+def has_openblas() -> bool:
+    """Return whether OpenBLAS computes the matrix products of this CPU; see the imports
+    of this file."""
+    return hasattr(ctypes.CDLL(None), "openblas_get_config")
+
+
+def holds_unpacked(nbytes: int) -> bool:
+    """Return whether this machine is to hold a packed model unpacked: on a CPU where
+    OpenBLAS makes up for it, if its `nbytes` in float32 are a third of the memory.
+    """
+    on_cpu = mx.default_device() == mx.cpu
+    return on_cpu and has_openblas() and 3 * nbytes <= machine_memory()
+
+
+LARGE_FOR_CPU = 50_000_000  # parameters
+
+
+def slow_products(parameters: int) -> str | None:
+    """Return a warning if a large model runs on a CPU of Linux without OpenBLAS."""
+    if mx.default_device() != mx.cpu or sys.platform != "linux" or has_openblas():
+        return None
+    if parameters <= LARGE_FOR_CPU:
+        return None
+    return "slow without OpenBLAS, which MLX would use here: apt install libopenblas0"
+
+
 def default_prefill_step() -> int:
     """Return how many tokens to read at a time here.
 
     A step cannot be interrupted. On a CPU a long one takes seconds, and is no faster
-    per token. On CUDA a step costs some 25 ms of launches whatever its length, so long
-    steps are faster.
+    per token, except that OpenBLAS needs some 128 rows to be at its fastest. On CUDA a
+    step costs some 25 ms of launches whatever its length, so long steps are faster.
     """
     if mx.default_device() == mx.cpu:
-        return 32
+        return 128 if has_openblas() else 32
     return 2048 if mx.cuda.is_available() else 512
 
 
@@ -4738,7 +4776,7 @@ def decode_with_lookup(
 
 
 # -----------------------------------------------------------------------------
-# 16. Steps on a GPU
+# 16. Faster steps
 # Part One describes each step anew, launches it as a whole, and computes with packed
 # weights as they are. A GPU gains by something else in four places:
 #   - To decode, it waits for Python. So what is the same for every token is compiled.
@@ -4749,10 +4787,12 @@ def decode_with_lookup(
 #     through. So a long prompt would take memory for all its layers at once, and over a
 #     large cache a step would copy what the last step still reads: they are launched in
 #     pieces.
+# A CPU gains by how weights lie in memory, and by matrices that are not packed.
 # All of this is put into a model by exchanging parts of it, each for one that holds
 # the same weights; the loop over the blocks stays as it is.
 # uses: 1-6
-# needs: Callable, copy, functools, itertools, math, mx, nn, tree_unflatten
+# needs: Callable, copy, functools, itertools, math, mx, nn, tree_flatten,
+#     tree_unflatten
 # -----------------------------------------------------------------------------
 
 
@@ -4768,7 +4808,9 @@ def as_subclass(module: nn.Module, kind: type[nn.Module]) -> nn.Module:
     return other
 
 
-MANY_ROWS = 128  # from so many rows on, unpacking first takes less time
+def many_rows() -> int:
+    """Return from how many rows on unpacking a matrix first takes less time."""
+    return 128 if on_cuda() else 8
 
 
 class UnpackedForMany(QuantizedMatrix):
@@ -4780,7 +4822,7 @@ class UnpackedForMany(QuantizedMatrix):
 
     def as_linear(self, x: mx.array) -> mx.array:
         rows, one_group = x.size // x.shape[-1], x.shape[-1] == self.group_size
-        if rows == 1 or (rows < MANY_ROWS and not one_group):
+        if rows == 1 or (rows < many_rows() and not one_group):
             return super().as_linear(x)
         packed = self["weight"], self["scales"], self.get("biases")
         whole = mx.dequantize(*packed, self.group_size, self.bits, self.mode)
@@ -4802,6 +4844,49 @@ def unpack_for_many(model: Llama) -> None:
         if kind := kinds.get(type(layer)):
             unpacked = as_subclass(layer, kind)
             model.update_modules(tree_unflatten([(path, unpacked)]))
+
+
+def unpack(model: Llama) -> None:
+    """Unpack the packed matrices of a model for good, into float32."""
+    modules = model.named_modules()
+    while modules:  # popped, so that no list keeps the packed weights alive
+        path, layer = modules.pop()
+        if not isinstance(layer, QuantizedMatrix):
+            continue
+        if isinstance(layer, QuantizedLinear):
+            dense = nn.Linear(1, 1, bias="bias" in layer)
+        else:
+            dense = nn.Embedding(1, 1)
+        packed = layer["weight"], layer["scales"], layer.get("biases")
+        settings = layer.group_size, layer.bits, layer.mode
+        dense.weight = mx.dequantize(*packed, *settings, dtype=mx.float32)
+        if "bias" in layer:
+            dense.bias = layer.bias
+        mx.eval(dense.weight)
+        model.update_modules(tree_unflatten([(path, dense)]))
+
+
+def unpacked_bytes(model: Llama) -> int:
+    """Return the bytes that the weights of a model take after `unpack`, in float32."""
+    numbers = sum(array.size for _, array in tree_flatten(model.parameters()))
+    for layer in model.modules():
+        if isinstance(layer, QuantizedMatrix):
+            numbers += layer.scales.size * layer.group_size  # that it stands for
+            numbers -= layer.weight.size + layer.scales.size
+            numbers -= layer.biases.size if "biases" in layer else 0
+    return 4 * numbers
+
+
+def lay_out_by_columns(model: nn.Module) -> None:
+    """Have every dense matrix W of a model in float32 lie in memory column by column.
+
+    A BLAS then computes x W^T by adding up columns of W, many numbers at a time. With W
+    row by row it multiplies rows with x, and adds up one number after another.
+    """
+    for _, layer in dense_layers(model):
+        if layer.weight.dtype == mx.float32:
+            layer.weight = mx.contiguous(layer.weight.T).T
+            mx.eval(layer.weight)
 
 
 FEW_ROWS = 16  # of drafts, at most
@@ -5270,12 +5355,24 @@ def rank_share(
     return quantized(part, share, bits)
 
 
-def accelerate(model: Llama, group: Group | None = None) -> None:
+def unpacks(model: Llama, dtype: mx.Dtype | None, group: Group | None) -> bool:
+    """Return whether `accelerate` unpacks a model that computes in this dtype."""
+    alone = group is None or group.size() == 1
+    packed = any(isinstance(module, QuantizedMatrix) for module in model.modules())
+    if not (alone and packed) or dtype is None or dtype != mx.float32:
+        return False
+    return holds_unpacked(unpacked_bytes(model))
+
+
+def accelerate(
+    model: Llama, group: Group | None = None, *, keep_packed: bool = False
+) -> None:
     """Put into a model whatever makes it faster on this device; to be called when the
     weights are in place.
 
     The ranks of a group need their sums instead of the kernel: one after attention, one
     after the MLP. Without this a model gives the same logits, but for rounding.
+    keep_packed: packed weights stay so, even where `unpacks` says otherwise.
     """
     shared = group is not None and group.size() > 1
     if shared:
@@ -5283,6 +5380,11 @@ def accelerate(model: Llama, group: Group | None = None) -> None:
             block.self_attn.o_proj = SummedLinear(block.self_attn.o_proj, group)
             block.mlp.down_proj = SummedLinear(block.mlp.down_proj, group)
     if mx.default_device() == mx.cpu:
+        if not keep_packed and unpacks(model, model.model.norm.weight.dtype, group):
+            unpack(model)
+        lay_out_by_columns(model)
+        if has_openblas():
+            unpack_for_many(model)
         return
     if not shared:
         fuse(model)
@@ -5533,6 +5635,7 @@ class Stats:
     adopted_memory: int = 0  # weights that are used where the file is mapped
     finish_reason: str = ""  # stop, length, context, cancelled or error
     ranks: int = 1  # processes that share the model
+    unpacked: bool = False  # packed weights, when they were loaded
 
 
 class Progress(NamedTuple):
@@ -5827,8 +5930,11 @@ class Worker(threading.Thread):
         self.prefill_step = self.prefill_step or default_prefill_step()
         item_size = cache_item_size(tensors, dtype)
         cache = self.context * kv_bytes_per_token(model.args, item_size)
-        weights = memory_of(tensors.values(), dtype)
-        warnings = warning, require_memory(weights, cache)
+        # Whoever asks for few bits wants them in memory.
+        self.unpacked = self.bits is None and unpacks(model, dtype, self.group)
+        dense = unpacked_bytes(model)
+        weights = dense if self.unpacked else memory_of(tensors.values(), dtype)
+        warnings = warning, require_memory(weights, cache), slow_products(dense // 4)
         self.warnings = [text for text in warnings if text]
         self.nbytes = weights + cache
         self.adopted = adopted_bytes(tensors.values(), dtype)
@@ -5837,7 +5943,7 @@ class Worker(threading.Thread):
             self.events.put(Progress(done, total))
             if self.closing.is_set():
                 raise RuntimeError("the engine was closed while loading")
-        accelerate(model, self.group)
+        accelerate(model, self.group, keep_packed=not self.unpacked)
         self.model, self.tensors = model, tensors
         self.forget()
         self.events.put(args)
@@ -5961,6 +6067,7 @@ class Worker(threading.Thread):
             peak_memory=mx.get_peak_memory(),
             adopted_memory=self.adopted,
             ranks=self.group.size() if self.group else 1,
+            unpacked=self.unpacked,
         )
 
     def save(self, file: Path, notes: dict, tokens: int | None) -> None:
@@ -6056,7 +6163,7 @@ class Engine(contextlib.AbstractContextManager):
     Returns when the model is loaded; raises what Tokenizer.from_folder and load raise.
 
     Attributes: tokenizer, args (a ModelArgs), context, defaults (make_sampler's
-    options where a request gives none), warnings (lines about context and memory).
+    options where a request gives none), warnings (lines about context, memory, speed).
     """
 
     def __init__(
@@ -6431,6 +6538,11 @@ def weight_bytes(model: Llama, bits: int, item_size: int = 2) -> int:
     return total
 
 
+def bits_in_memory(model: Llama, bits: int) -> int:
+    """Return how many bits weights have here once loaded: 16 if they are unpacked."""
+    return 16 if holds_unpacked(weight_bytes(model, 16, 4)) else bits
+
+
 def copy_bandwidth() -> float:
     """Return the bytes per second, read and written, of copying on this device."""
     on_cpu = mx.default_device() == mx.cpu
@@ -6453,6 +6565,7 @@ def reading_speed(bits: int) -> float:
         side, dtype = 768, mx.float32
     layer = nn.Linear(side, side, bias=False)
     layer.set_dtype(dtype)
+    lay_out_by_columns(layer)
     layer = layer if bits == 16 else layer.to_quantized(64, bits)
     mx.eval(layer.parameters())
     nbytes = sum(array.nbytes for _, array in tree_flatten(layer.parameters()))
@@ -6534,8 +6647,9 @@ def describe(model: str | None) -> dict:
     cache, memory = kv_bytes_per_token(args, item_size), machine_memory()
     longest, verdicts = args.longest_context, {}
     for bits in (16, 8, 4):
-        size = weight_bytes(dense, bits, item_size)
-        verdicts[bits] = verdict(size, cache, longest, memory, reading_speed(bits))
+        there = bits_in_memory(dense, bits)
+        size, speed = weight_bytes(dense, there, item_size), reading_speed(there)
+        verdicts[bits] = verdict(size, cache, longest, memory, speed)
     return {
         "model": model or "stories",
         "folder": folder and str(folder),
@@ -6667,9 +6781,12 @@ def measured(options: argparse.Namespace, found: dict) -> Iterator[dict[str, flo
         note(warning)
     group, dtype = options.group, default_dtype()
     args = rank_args(args, group.size() if group else 1)
+    keep_packed = options.bits is not None and found["folder"] is not None
     if found["folder"] is None:
-        item_size = (dtype or mx.bfloat16).size
-        weights = weight_bytes(Llama(args), options.bits or 16, item_size)
+        item_size, bits = (dtype or mx.bfloat16).size, options.bits or 16
+        if group is None:
+            bits = bits_in_memory(Llama(args), bits)
+        weights = weight_bytes(Llama(args), bits, item_size)
         cache = total * kv_bytes_per_token(args, item_size)
         require_memory(weights, cache)
         model = random_model(args, options.bits)
@@ -6678,13 +6795,15 @@ def measured(options: argparse.Namespace, found: dict) -> Iterator[dict[str, flo
         item_size = cache_item_size(tensors, dtype)
         cache = total * kv_bytes_per_token(args, item_size)
         weights = memory_of(tensors.values(), dtype)
+        if not keep_packed and unpacks(model, dtype, group):
+            weights = unpacked_bytes(model)
         require_memory(weights, cache)
         progress = ProgressLine("loading")
         size = sum(info.nbytes for info in tensors.values())
         for done in read_weights(model, tensors, dtype):
             progress(done, size)
         progress.clear()
-    accelerate(model, group)
+    accelerate(model, group, keep_packed=keep_packed)
     with wired_memory(weights + cache):
         yield from measure(model, options.prompt_tokens, options.generation_tokens)
 
@@ -7043,6 +7162,7 @@ def stats_lines(stats: Stats, seed: int) -> str:
         f"{stats.context}, peak {gigabytes(stats.peak_memory)}, seed {seed}"
         + (f", {stats.ranks} ranks" if stats.ranks > 1 else "")
         + (adopted if stats.adopted_memory else "")
+        + (", weights unpacked" if stats.unpacked else "")
     )
 
 
@@ -8073,7 +8193,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--ctx", metavar="N", type=count, help=text)
     text = "tokens to draft, 0 is none; default: 15, on a CPU 0"
     add("--lookup", metavar="N", type=number, help=text)
-    text = "tokens; default: 512, on CUDA 2048, on a CPU 32"
+    text = "tokens; default: 512, CUDA 2048, CPU 32, OpenBLAS 128"
     add("--prefill-step", metavar="N", type=count, help=text)
     text = f"{' '.join(FLOATS)}; default: file's, CPU float32"
     add("--dtype", metavar="D", choices=FLOATS, help=text)

@@ -39,6 +39,8 @@ import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import llama  # isort: skip  (before MLX, whose BLAS it chooses)
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -46,7 +48,6 @@ import safetensors.numpy
 from mlx import nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-import llama
 from tests.support import (
     CONFIG,
     DATA,
@@ -346,8 +347,14 @@ def test_part_one_alone_answers_as_the_whole_file_does():
 def test_importing_runs_no_code():
     """Nothing but definitions and constants; and no thread, stream or file."""
     allowed = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign)
-    for node in ast.parse(SOURCE).body[1:-1]:  # between docstring and __main__
-        assert isinstance(node, (*allowed, ast.AugAssign)), ast.unparse(node)
+    others = [
+        ast.unparse(node)
+        for node in ast.parse(SOURCE).body[1:-1]  # between docstring and __main__
+        if not isinstance(node, (*allowed, ast.AugAssign))
+    ]
+    (blas,) = others  # which must come before MLX
+    assert blas.startswith("if sys.platform == 'linux' and 'mlx.core' not in sys")
+    assert blas.count("\n") == 4
 
 
 def test_only_the_agreed_packages_are_imported():
@@ -5071,12 +5078,20 @@ def test_lookup_copies_a_real_text():
 
 
 @pytest.mark.parametrize(
-    ("device", "cuda", "step"),
-    [(mx.cpu, True, 32), (mx.gpu, False, 512), (mx.gpu, True, 2048)],
+    ("device", "cuda", "openblas", "step"),
+    [
+        (mx.cpu, True, False, 32),
+        (mx.cpu, False, True, 128),
+        (mx.gpu, False, True, 512),
+        (mx.gpu, True, True, 2048),
+    ],
 )
-def test_the_device_decides_how_long_a_step_is(monkeypatch, device, cuda, step):
+def test_the_device_decides_how_long_a_step_is(
+    monkeypatch, device, cuda, openblas, step
+):
     monkeypatch.setattr(mx, "default_device", lambda: device)
     monkeypatch.setattr(mx.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(llama, "has_openblas", lambda: openblas)
     assert llama.default_prefill_step() == step
 
 
@@ -5666,7 +5681,7 @@ def test_loading_reports_its_progress_and_ends_with_what_makes_it_faster(
 ):
     steps, accelerated = [], []
     real = llama.accelerate
-    spy = lambda *words: accelerated.append(words) or real(*words)
+    spy = lambda *words, **own: accelerated.append(words) or real(*words, **own)
     monkeypatch.setattr(llama, "accelerate", spy)
     with llama.Engine(folder, progress=lambda *step: steps.append(step)):
         assert len(accelerated) == 1
@@ -5714,7 +5729,8 @@ def test_a_reply_cancelled_while_its_prompt_is_read_keeps_what_was_read(
 
 @on_the_cpu
 def test_on_a_cpu_a_reply_goes_through_the_functions_of_part_one(folder, monkeypatch):
-    """And through nothing of sections 15 to 17, but for what asks for the device."""
+    """And through nothing of sections 15 to 17, but for what asks for the device, and
+    what brings the weights, as they are loaded, into the form that suits it."""
     entered = set()
 
     def note(frame, event, _):
@@ -5751,7 +5767,8 @@ def test_on_a_cpu_a_reply_goes_through_the_functions_of_part_one(folder, monkeyp
     after = lines.index(f"# 18. {SECTIONS[18].title}")
     extras = {c.co_name for c in entered if first <= c.co_firstlineno < after}
     asked = {"default_drafts", "default_prefill_step", "on_cuda"}
-    assert {name for name in extras if name[0] != "<"} <= asked
+    loading = {"lay_out_by_columns", "unpack_for_many", "unpacked_bytes"}
+    assert {name for name in extras if name[0] != "<"} <= asked | loading
 
 
 # -----------------------------------------------------------------------------
@@ -6125,7 +6142,7 @@ def test_measuring_tells_the_speed_of_this_machine(what, tmp_path, monkeypatch, 
     monkeypatch.setitem(llama.PRESETS, "8b", small)
     accelerated = []
     real = llama.accelerate
-    spy = lambda *words: accelerated.append(words) or real(*words)
+    spy = lambda *words, **own: accelerated.append(words) or real(*words, **own)
     monkeypatch.setattr(llama, "accelerate", spy)
     words = ["info", "8b" if what == "preset" else str(folder), "--measure"]
     words += ["--prompt-tokens", "20", "--generation-tokens", "5"]
@@ -6141,8 +6158,9 @@ def test_measuring_tells_the_speed_of_this_machine(what, tmp_path, monkeypatch, 
     weights = found["gbps"] * 1e9 / found["decode_tps"]
     if what == "preset":  # of the embedding, which is not the head, nothing is read
         dense = llama.Llama(small)
-        read = llama.weight_bytes(dense, 4, ITEM_SIZE) - llama.weight_bytes(
-            dense.model.embed_tokens, 4, ITEM_SIZE
+        held = llama.bits_in_memory(dense, 4)  # not 4, where they are unpacked
+        read = llama.weight_bytes(dense, held, ITEM_SIZE) - llama.weight_bytes(
+            dense.model.embed_tokens, held, ITEM_SIZE
         )
         assert weights == pytest.approx(read)
     else:

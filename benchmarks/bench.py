@@ -1,5 +1,5 @@
-"""Measure llama.py beside mlx-lm, in one process, turn about, for ratios that hold on a
-noisy machine. Needs mlx-lm; run it with nothing else on the machine.
+"""Measure llama.py beside mlx-lm, turn about, for ratios that hold on a noisy machine.
+Needs mlx-lm; run it with nothing else on the machine.
 
     python benchmarks/bench.py speed 8b --bits 4        prefill, decode and peak memory of both
     python benchmarks/bench.py steps 8b --bits 4        what one decode step is made of, in both
@@ -8,6 +8,7 @@ noisy machine. Needs mlx-lm; run it with nothing else on the machine.
     python benchmarks/bench.py turns stories            what each turn of a chat reads anew
     python benchmarks/bench.py memory FOLDER            weights, load, cache, peak, Python's own: MB
     python benchmarks/bench.py lookup 8b                prompt lookup, on copying and on free text
+    python benchmarks/bench.py blas FOLDER              both, and OpenBLAS on a CPU of Linux
 
 MODEL is a preset, whose random weights both tools share, or a folder, which each loads.
 `mlx.launch -n 2 -- python benchmarks/bench.py speed 8b` measures two ranks of a preset.
@@ -19,14 +20,20 @@ import collections
 import contextlib
 import dataclasses
 import io
+import json
 import math
 import re
 import statistics
+import subprocess
 import sys
 import tempfile
 import threading
 import time
 from pathlib import Path
+
+# This file may be started from any folder, and llama.py lies in the one above it.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import llama  # isort: skip  (before MLX, whose BLAS it chooses)
 
 import mlx.core as mx
 from mlx import nn
@@ -35,10 +42,6 @@ from mlx_lm.generate import generate_step
 from mlx_lm.models import llama as peer
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model
-
-# This file may be started from any folder, and llama.py lies in the one above it.
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import llama
 
 
 def loaded(folder):
@@ -360,15 +363,74 @@ def lookup(options):
         )
 
 
+def alone(options):
+    """Print, as JSON, tokens/s of prefill and decode of one of the tools; see blas."""
+    folder, count = llama.find_folder(options.model), options.generation_tokens
+    length = options.prompt_tokens[0]
+    if options.peer:
+        model = load_model(folder)[0]
+        cache = make_prompt_cache(model)
+    else:
+        model = loaded(folder)
+        llama.accelerate(model)
+        cache = model.make_cache(length + count)
+    one = theirs if options.peer else ours
+    one(model, random_ids(model, 2), 2, cache, ())  # to warm up
+    rewind(cache, 0)
+    seconds, decode, _ = one(model, random_ids(model, length), count, cache, ())
+    print(json.dumps([length / seconds, decode]))
+
+
+# Starts this file, but only after MLX, which so keeps the BLAS of its wheel.
+MLX_FIRST = "import mlx.core, runpy; runpy.run_path({!r}, run_name='__main__')"
+
+
+def blas(options):
+    """llama.py with OpenBLAS, without it, and mlx-lm as installed: a process each, since
+    within one all use the same BLAS; turn about."""
+    if not llama.has_openblas():
+        sys.exit("OpenBLAS is not installed (Debian: apt install libopenblas0)")
+
+    def words(prompt, reply):
+        words = ["--prompt-tokens", prompt, "--generation-tokens", reply]
+        return ["alone", options.model, *map(str, words)]
+
+    ours = words(options.prompt_tokens[0], options.generation_tokens)
+    theirs = ours
+    if options.peer_tokens:
+        theirs = words(options.peer_tokens, options.peer_tokens)
+    mlx_first = ["-c", MLX_FIRST.format(__file__)]
+    sides = {
+        "with OpenBLAS": [__file__, *ours],
+        "without": [*mlx_first, *ours],
+        "mlx-lm": [*mlx_first, *theirs, "--peer"],
+    }
+    found = {name: [] for name in sides}
+    for _ in range(options.trials):
+        for name, side in sides.items():
+            command = [sys.executable, *side]
+            done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
+            found[name].append(json.loads(done.stdout))
+    for name, runs in found.items():
+        both = [median(column) for column in zip(*runs)]
+        ratios = [
+            median(a[i] / b[i] for a, b in zip(runs, found["mlx-lm"])) for i in (0, 1)
+        ]
+        print(
+            f"| {options.name} | {name} | {both[0]:,.2f} | {ratios[0]:,.2f} | "
+            f"{both[1]:,.2f} | {ratios[1]:,.2f} |",
+            flush=True,
+        )
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    commands = speed, steps, context, capacity, turns, memory, lookup, blas, alone
     parser.add_argument(
         "what",
-        choices=[
-            f.__name__ for f in (speed, steps, context, capacity, turns, memory, lookup)
-        ],
+        choices=[f.__name__ for f in commands],
     )
     parser.add_argument("model")
     parser.add_argument("--bits", type=int, choices=(4, 8), help="of a preset; else 16")
@@ -376,6 +438,9 @@ def main():
     parser.add_argument("--generation-tokens", type=int, default=128)
     parser.add_argument("--context", type=int, default=8192, help="tokens, of memory")
     parser.add_argument("--trials", type=int, default=3)
+    parser.add_argument("--peer", action="store_true", help="mlx-lm, of alone")
+    text = "of mlx-lm's prompt and reply, of blas, if others would take it minutes"
+    parser.add_argument("--peer-tokens", type=int, help=text)
     parser.add_argument("--drafts", type=int, default=15, help="at a time, of lookup")
     options = parser.parse_args()
     bits = f"{options.bits}-bit" if options.bits else "bf16"

@@ -3,10 +3,11 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+import llama  # isort: skip  (before MLX, whose BLAS it chooses)
+
 import mlx.core as mx
 import pytest
 
-import llama
 from tests.emulated import emulated_kernel
 from tests.support import DEVICE, libedit, random_folder
 

@@ -437,7 +437,7 @@ for token in llama.generate(model, ids, max_tokens=10, sampler=sampler, cache=ca
     print(token, tokenizer.decode([token]))
 """,
     "logits.py": """
-import mlx.core as mx, llama, sys
+import llama, mlx.core as mx, sys
 
 model, tokenizer = llama.load(sys.argv[1])
 ids = tokenizer.encode(sys.stdin.read())

@@ -19,13 +19,13 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import llama  # isort: skip  (before MLX, whose BLAS it chooses)
+
 import mlx.core as mx
 import numpy as np
 import pytest
 from mlx import nn
 from mlx.utils import tree_flatten, tree_unflatten
-
-import llama
 
 HERE = Path(llama.__file__).parent
 

@@ -1,10 +1,13 @@
 """Tests of section 16: what a GPU gains by is built directly, and runs on any device.
 
-Each part must give what the part gives that it takes the place of.
+Each part must give what the part gives that it takes the place of. What a CPU gains by
+is in test_cpu.py.
 """
 
 import collections
 import functools
+
+import llama  # isort: skip  (before MLX, whose BLAS it chooses)
 
 import mlx.core as mx
 import numpy as np
@@ -12,7 +15,6 @@ import pytest
 from mlx import nn
 from mlx.utils import tree_flatten
 
-import llama
 from tests.support import (
     CONFIG,
     GPU_TOLERANCE,
@@ -79,8 +81,9 @@ def unpacked(monkeypatch):
 )
 @pytest.mark.parametrize("bias", [False, True])
 def test_a_packed_matrix_is_unpacked_for_many_rows(
-    unpacked, columns, rows, whole, bias
+    unpacked, monkeypatch, columns, rows, whole, bias
 ):
+    monkeypatch.setattr(llama, "on_cuda", lambda: True)
     model = nn.Sequential(nn.Linear(columns, 24, bias=bias))
     llama.quantize(model, group_size=64, bits=4)
     layer, x = model.layers[0], mx.random.normal((rows, columns))
@@ -92,9 +95,23 @@ def test_a_packed_matrix_is_unpacked_for_many_rows(
 
 
 @on_the_cpu
+@pytest.mark.parametrize(("rows", "whole"), [(1, False), (7, False), (8, True)])
+def test_on_a_cpu_fewer_rows_are_many(unpacked, rows, whole):
+    model, x = nn.Sequential(nn.Linear(128, 24)), mx.random.normal((rows, 128))
+    llama.quantize(model, 64, 4)
+    (layer,) = model.layers
+    got = llama.as_subclass(layer, llama.UnpackedLinear)(x)
+    assert_close(got, np.array(layer(x)), 1e-5)
+    assert len(unpacked) == whole
+
+
+@on_the_cpu
 @pytest.mark.parametrize("tied", [False, True])
-def test_all_packed_matrices_of_a_model_are_unpacked_for_many_rows(unpacked, tied):
+def test_all_packed_matrices_of_a_model_are_unpacked_for_many_rows(
+    unpacked, monkeypatch, tied
+):
     """A packed embedding too, where it is the head; a token's row of it always is."""
+    monkeypatch.setattr(llama, "on_cuda", lambda: True)
     model = packed_model(config=WIDE | {"tie_word_embeddings": tied})
     tokens = mx.array(random_tokens(WIDE, batch=2, length=200))
     wanted, names = np.array(model(tokens)), [*dict(model.named_modules())]
@@ -376,8 +393,9 @@ def test_stacks_of_few_layers_are_launched_in_pieces_too(monkeypatch, layers, la
 # -----------------------------------------------------------------------------
 
 
-def test_nothing_is_put_into_a_model_on_a_cpu(monkeypatch):
+def test_nothing_is_put_into_a_model_on_a_cpu_without_openblas(monkeypatch):
     monkeypatch.setattr(mx, "default_device", lambda: mx.cpu)
+    monkeypatch.setattr(llama, "has_openblas", lambda: False)
     model = packed_model(64, 4)
     before = [(path, id(module)) for path, module in model.named_modules()]
     llama.accelerate(model)

@@ -16,11 +16,12 @@ import types
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import llama  # isort: skip  (before MLX, whose BLAS it chooses)
+
 import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
 
-import llama
 from tests.support import (
     CONFIG,
     HERE,

@@ -3,13 +3,14 @@
 import gc
 import threading
 
+import llama  # isort: skip  (before MLX, whose BLAS it chooses)
+
 import mlx.core as mx
 import numpy as np
 import pytest
 from mlx import nn
 from mlx.utils import tree_flatten
 
-import llama
 from tests.emulated import emulated_kernel
 from tests.support import (
     WIDE,

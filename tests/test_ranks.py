@@ -15,13 +15,14 @@ import time
 import types
 from pathlib import Path
 
+import llama  # isort: skip  (before MLX, whose BLAS it chooses)
+
 import mlx.core as mx
 import numpy as np
 import pytest
 import safetensors.numpy
 from mlx.utils import tree_flatten
 
-import llama
 from tests.support import (
     CTRL_C,
     CTRL_D,

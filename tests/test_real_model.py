@@ -9,10 +9,11 @@ import json
 import os
 from pathlib import Path
 
+import llama  # isort: skip  (before MLX, whose BLAS it chooses)
+
 import mlx.core as mx
 import pytest
 
-import llama
 from tests.support import command, on_the_cpu, peer
 
 pytest_plugins = ["tests.fixtures"]

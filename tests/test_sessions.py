@@ -12,11 +12,12 @@ import time
 import zlib
 from pathlib import Path
 
+import llama  # isort: skip  (before MLX, whose BLAS it chooses)
+
 import mlx.core as mx
 import numpy as np
 import pytest
 
-import llama
 from tests.support import (
     CTRL_C,
     CTRL_D,

@@ -14,11 +14,12 @@ import threading
 import time
 import types
 
+import llama  # isort: skip  (before MLX, whose BLAS it chooses)
+
 import mlx.core as mx
 import numpy as np
 import pytest
 
-import llama
 from tests.support import (
     CTRL_C,
     CTRL_D,

@@ -11,12 +11,13 @@ import types
 from argparse import Namespace
 from pathlib import Path
 
+import llama  # isort: skip  (before MLX, whose BLAS it chooses)
+
 import mlx.core as mx
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-import llama
 from tests.support import (
     HERE,
     STORIES,
