@@ -3365,6 +3365,20 @@ def test_a_control_token_is_no_piece_of_a_text_even_where_merges_make_it(tmp_pat
             assert not controls & {*own.encode(text)}
 
 
+def test_a_word_that_ends_replies_is_no_piece_of_a_text_either(tmp_path):
+    """The template writes it after a reply, so it is a control token from then on."""
+    spec = merged_spec(["a b"])
+    vocab = spec["model"]["vocab"]
+    spec["added_tokens"] = [{"id": vocab["ab"], "content": "ab"}]
+    text = "{% for m in messages %}{{ m.content + 'ab' }}{% endfor %}"
+    settings = {"chat_template": text}
+    own = llama.Tokenizer.from_folder(
+        write_tokenizer(tmp_path, spec, tokenizer_config=settings)
+    )
+    assert own.special_tokens == {"ab": vocab["ab"]}
+    assert own.encode("ab") == [vocab["a"], vocab["b"]]
+
+
 def test_thousands_of_added_tokens_are_found_quickly():
     own = byte_tokenizer([f"<|extra_{n}|>" for n in range(5000)], ["<|word|>"])
     text = "<|extra_4999|> <|extra <| <div> " * 3000
