@@ -7116,7 +7116,7 @@ def cmd_inspect(options: argparse.Namespace) -> int:
         rows += [("tokenizer", size), ("stops at", stops)]
         if found["exchange"] is not None:
             lines = found["exchange"].split("\n")
-            rows += [("it reads", line) for line in lines]
+            rows += [("example", line) for line in lines]
     sampling = found["sampling"].items()
     sampling = ", ".join(f"{name} {'off' if n is None else n}" for name, n in sampling)
     rows.append(("sampling", sampling))
@@ -7157,7 +7157,7 @@ def stats_lines(stats: Stats, seed: int) -> str:
     return (
         f"prompt {stats.prompt_tokens} (reused {stats.reused_tokens}) at "
         f"{stats.prefill_tps:.0f} tokens/s, reply {stats.generation_tokens} at "
-        f"{stats.decode_tps:.1f} tokens/s{copied}\nfirst after "
+        f"{stats.decode_tps:.1f} tokens/s{copied}\nfirst token after "
         f"{stats.time_to_first_token_s:.2f} s, context {stats.context_used} of "
         f"{stats.context}, peak {gigabytes(stats.peak_memory)}, seed {seed}"
         + (f", {stats.ranks} ranks" if stats.ranks > 1 else "")
@@ -7778,8 +7778,9 @@ class Chat(Conversation):
             signal.signal(signal.SIGINT, end_by_signal)
             keys = "Ctrl-C quits"
         note(
-            f"context {self.engine.context} tokens, seed {self.seed}, /help for more,"
-            f'\n""" around several lines, {keys}'
+            f"context {self.engine.context} tokens, seed {self.seed}\n"
+            f'/help lists commands, """ begins and ends a message of several lines,\n'
+            f"{keys}"
         )
         if self.turns:
             self.do_history("")
@@ -8127,15 +8128,19 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     options = {}
     for run, name, text, example in (
-        (cmd_info, "info", "describe a model, and what fits here", "info 8b"),
-        (cmd_inspect, "inspect", "list and check a model folder", "inspect ./model"),
+        (cmd_info, "info", "list models; what one needs, and what fits", "info 8b"),
+        (
+            cmd_inspect,
+            "inspect",
+            "what is in a model folder, and whether it is sound",
+            "inspect ./model",
+        ),
         (cmd_chat, "chat", "talk to a model", 'chat ./model --prompt "Hi!"'),
     ):
         command = commands.add_parser(
             name,
             help=text,
-            usage=f"llama.py {name} [MODEL] [options]",
-            epilog=f"example: python llama.py {example}",
+            usage=f"llama.py {name} [MODEL] [options]\nexample: python llama.py {example}",
             formatter_class=layout,
             add_help=False,
         )
@@ -8149,13 +8154,13 @@ def build_parser() -> argparse.ArgumentParser:
     add = options["info"]
     text = f"{', '.join(PRESETS)}, {here}; default: list what is here"
     add("model", nargs="?", metavar="MODEL", help=text)
-    text = "run it, presets with random weights; default: stories/"
+    text = "measure its speed here; a preset gets random weights"
     add("--measure", action="store_true", help=text)
-    text = "of --measure, at least 2; default: 512"
+    text = "with --measure, at least 2; default: 512"
     add("--prompt-tokens", metavar="N", type=size, default=512, help=text)
-    text = "of --measure, at least 2; default: 128"
+    text = "with --measure, at least 2; default: 128"
     add("--generation-tokens", metavar="N", type=size, default=128, help=text)
-    text = "of --measure, 4 or 8; default: as stored, a preset's 16"
+    text = "with --measure, 4 or 8; default: as stored, preset 16"
     add("--bits", metavar="N", type=int, choices=(4, 8), help=text)
     add("--json", action="store_true", help="print JSON instead of text")
 
@@ -8169,7 +8174,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("model", nargs="?", metavar="MODEL", help=where)
     text = "answer this and any piped input, and exit"
     add("-p", "--prompt", metavar="TEXT", help=text)
-    text = "instructions, or @FILE to read them; none: no message"
+    text = "instructions, @FILE to read them from a file, or none"
     add("-s", "--system", metavar="TEXT", help=text)
     add("--session", metavar="FILE", help="resume a conversation, and save it there")
     add("--raw", action="store_true", help="continue the text, with no chat format")
@@ -8189,11 +8194,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--repetition-penalty", metavar="R", type=float, help=text)
     text = "repeats a run exactly; default: a new one"
     add("--seed", metavar="N", type=number, help=text)
-    text = "context, tokens; default: the model's, up to 8192"
+    text = "size of the context; default: the model's, up to 8192"
     add("--ctx", metavar="N", type=count, help=text)
-    text = "tokens to draft, 0 is none; default: 15, on a CPU 0"
+    text = "tokens to guess; default: CUDA 15, Metal 7, CPU 0"
     add("--lookup", metavar="N", type=number, help=text)
-    text = "tokens; default: 512, CUDA 2048, CPU 32, OpenBLAS 128"
+    text = "default: CUDA 2048, Metal 512, CPU 32 (OpenBLAS 128)"
     add("--prefill-step", metavar="N", type=count, help=text)
     text = f"{' '.join(FLOATS)}; default: file's, CPU float32"
     add("--dtype", metavar="D", choices=FLOATS, help=text)

@@ -6262,7 +6262,7 @@ def test_inspect_lists_what_a_folder_holds(folder, capsys):
     assert llama.main(["inspect", str(folder)]) == 0
     text = capsys.readouterr().out
     assert (
-        "it reads    <|im_start|>system" in text
+        "example     <|im_start|>system" in text
         and "2 self_attn.q_proj F32 [32, 32]" in text
     )
     ids = {*found["special_tokens"].values()}
@@ -6333,7 +6333,7 @@ def test_inspect_tells_what_chat_would_refuse(
     assert llama.main(["inspect", str(own)]) == (told is not None)
     out = capsys.readouterr().out
     assert told in out if told else "problem     none found" in out
-    assert ("it reads" in out) == (
+    assert ("\nexample" in out) == (
         "template" not in str(told) and "no tok" not in str(told)
     )
 
@@ -6907,7 +6907,8 @@ def test_help_is_one_screen_and_has_an_example(words, monkeypatch, capsys):
     assert llama.main([*words, "--help"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) <= 24 and max(map(len, lines)) <= 80
-    example = lines[-1].partition("example: python llama.py ")[2]
+    [line] = [line for line in lines if line.startswith("example: ")]
+    example = line.partition("example: python llama.py ")[2]
     options = llama.build_parser().parse_args(shlex.split(example))
     assert options.run.__name__.endswith(words or ("chat",))
 

@@ -61,7 +61,7 @@ KNOWN_DIFFERENCES: dict[str, str] = {}
 # In what is written for people, and in the values of --json: what is measured.
 MASKS = (
     (r"[\d.,]+ tokens/s", "N tokens/s"),
-    (r"first after +[\d.]+ s", "first after N s"),
+    (r"first token after +[\d.]+ s", "first token after N s"),
     (r"(peak +)[\d.]+ [GM]B", r"\1N GB"),
     (r"[\d.,]+ GB/s", "N GB/s"),
     (r"[\d.]+ [GM]B at the end", "N GB at the end"),
