@@ -846,7 +846,7 @@ def test_a_turned_dot_product_depends_on_the_distance_alone():
     near, *others = sorted(products.values())
     assert len(others) == 3  # of the distances 0, 7, -1 and 100, all of them different
     assert min(b - a for a, b in itertools.pairwise([near, *others])) > 0.1
-    turns = [2 * math.pi * period for period in rope.periods.tolist()]
+    turns = [2 * math.pi * period for period in rope.tokens_per_radian.tolist()]
     assert len(turns) == 64
     assert round(turns[0]) == 6
     assert round(turns[63] / 1e6, 1) == 2.6
@@ -2272,7 +2272,7 @@ def test_rope_scaling_beside_rope_parameters_is_read_as_in_transformers(
     wanted, factor = functions[rope["rope_type"]](theirs, "cpu")
     found = llama.rope_frequencies(16, args.rope_theta, args.rope_scaling)
     assert found[0] == pytest.approx(wanted.tolist(), rel=1e-5)
-    assert found[1] == pytest.approx(factor, rel=1e-12)
+    assert found[1] == pytest.approx(factor**2, rel=1e-12)
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes", "fp8", ["gptq"]])
@@ -2413,8 +2413,8 @@ def test_scaled_frequencies_are_those_of_transformers(scaling, head_dim):
     scaling = llama.rotary_settings(rotary)["rope_scaling"]
     got, factor = llama.rope_frequencies(head_dim, 20000.0, scaling)
     assert got == pytest.approx(wanted.tolist(), rel=1e-5)
-    assert factor == pytest.approx(wanted_factor, rel=1e-12)
-    assert llama.RoPE(head_dim, 20000.0, scaling).score_factor == factor**2
+    assert factor == pytest.approx(wanted_factor**2, rel=1e-12)
+    assert llama.RoPE(head_dim, 20000.0, scaling).score_factor == factor
 
 
 @pytest.mark.parametrize(
