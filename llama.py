@@ -142,13 +142,12 @@ from mlx.utils import tree_flatten, tree_unflatten
 #
 # A language model does one thing. It reads a text that is cut into tokens, which are
 # numbered pieces of text. Then it gives every token of its vocabulary a score, called
-# its logit: the higher, the likelier this token comes
-# next. Inside, every token is a vector of D numbers, the residual stream. A stack of
-# blocks adds to it. In each block, attention lets a token take something from the
-# tokens up to it: the token has a query, which is compared with the key of each of
-# them, and the better the two fit, the more of that token's value is added. Then an MLP
-# works on each token alone. Last, the output head turns the vector of the last token
-# into logits.
+# its logit: the higher, the likelier this token comes next. Inside, every token is a
+# vector of D numbers, the residual stream. A stack of blocks adds to it. In each block,
+# attention lets a token take something from the tokens up to it: the token has a query,
+# which is compared with the key of each of them, and the better the two fit, the more
+# of that token's value is added. Then an MLP works on each token alone. Last, the
+# output head turns the vector of the last token into logits.
 #
 # MLX, for readers who know PyTorch. It is lazy: an operation on arrays computes
 # nothing, and only notes down what is to be computed. mx.eval(x) computes x and waits
@@ -369,7 +368,7 @@ def read_tensors(
 # is needed. (A bias of a group is not the bias of a linear layer, which is added to its
 # result.)
 # uses: none
-# needs: mx, nn, tree_unflatten
+# needs: mx, nn
 # -----------------------------------------------------------------------------
 
 # Formats without biases, by group size and bits.
@@ -464,23 +463,6 @@ def dense_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """Return (path, layer) of every Linear and Embedding of a model."""
     kinds = (nn.Linear, nn.Embedding)
     return [(path, m) for path, m in model.named_modules() if isinstance(m, kinds)]
-
-
-def quantize(model: nn.Module, group_size: int = 64, bits: int = 4) -> None:
-    """Replace in place every Linear and Embedding that can be cut into groups.
-
-    The others, whose number of columns is no multiple of G, stay as they are; MLX's
-    converter does the same.
-    """
-    layers = dense_layers(model)
-    while layers:  # popped, so that no list keeps the old weights alive
-        path, layer = layers.pop()
-        if layer.weight.shape[1] % group_size == 0:
-            quantized = quantized_like(layer, group_size, bits, "affine")
-            weight, scales, biases = mx.quantize(layer.weight, group_size, bits)
-            quantized.update({"weight": weight, "scales": scales, "biases": biases})
-            mx.eval(quantized.parameters())
-            model.update_modules(tree_unflatten([(path, quantized)]))
 
 
 # -----------------------------------------------------------------------------
@@ -939,23 +921,7 @@ def read_weights(
 
 # Control tokens that end a turn or a text. Config files often name only one of those
 # that their model was trained to stop with.
-STOP_NAMES = (
-    "<|eot_id|>",
-    "<|eom_id|>",
-    "<|eot|>",
-    "<|eom|>",
-    "<|EOT|>",
-    "<|end|>",
-    "<|im_end|>",
-    "<|end_of_turn|>",
-    "<|endofturn|>",
-    "[|endofturn|]",
-    "<end_of_turn>",
-    "<|end_of_text|>",
-    "<|endoftext|>",
-    "<｜end▁of▁sentence｜>",
-    "</s>",
-)
+STOP_NAMES = ["<|eot_id|>", "<|eom_id|>", "<|end_of_text|>"]
 
 
 @dataclass(frozen=True)
@@ -964,8 +930,8 @@ class Vocabulary:
 
     ranks: dict[bytes, int]  # from a piece to its rank; lower ranks are merged first
     split: str  # regular expression that finds the words
-    ids: list[int]  # from a rank to the token's id
-    text: dict[int, bytes]  # from an id to its text
+    id_of_rank: list[int]
+    bytes_of_id: dict[int, bytes]
 
 
 def byte_letters() -> dict[str, int]:
@@ -987,15 +953,17 @@ def byte_level(model: dict, split: str) -> Vocabulary:
     the merges make, in their order.
     """
     letters = byte_letters()
-    byte_of = str.maketrans(letters)
     merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
     pieces = [*letters] + [left + right for left, right in merges]
     if model.get("ignore_merges"):  # then also words that no merge makes
         pieces += sorted(model["vocab"], key=model["vocab"].get)
     # A piece that comes twice keeps its first place.
-    ids = {p.translate(byte_of).encode("latin-1"): model["vocab"][p] for p in pieces}
+    ids = {}
+    for piece in pieces:
+        ids[bytes(letters[letter] for letter in piece)] = model["vocab"][piece]
     ranks = {piece: rank for rank, piece in enumerate(ids)}
-    return Vocabulary(ranks, split, [*ids.values()], {i: p for p, i in ids.items()})
+    bytes_of_id = {token: piece for piece, token in ids.items()}
+    return Vocabulary(ranks, split, [*ids.values()], bytes_of_id)
 
 
 class TextStream:
@@ -1030,7 +998,9 @@ class ByteLevelTokenizer:
         names = [name for name in STOP_NAMES if name in special_tokens]
         self.stop_tokens = {special_tokens[name] for name in names}
         # Control tokens print nothing; and tiktoken knows none, so it can make none.
-        self._text = vocabulary.text | dict.fromkeys(special_tokens.values(), b"")
+        self._text = vocabulary.bytes_of_id | dict.fromkeys(
+            special_tokens.values(), b""
+        )
         self._bpe = tiktoken.Encoding(
             "llama.py",
             pat_str=vocabulary.split,
@@ -1048,11 +1018,11 @@ class ByteLevelTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of ordinary text: never a control token."""
-        ids = self.vocabulary.ids
         # tiktoken also has encode_ordinary. It is not used, since only `encode` raises
         # ValueError for a text that the regular expression cannot split, such as a
         # million spaces.
-        return [ids[rank] for rank in self._bpe.encode(text, disallowed_special=())]
+        ranks = self._bpe.encode(text, disallowed_special=())
+        return [self.vocabulary.id_of_rank[rank] for rank in ranks]
 
     def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
         """Return a conversation as Llama 3 was trained to read it, up to the reply.
@@ -1182,10 +1152,10 @@ def check_sampling(**options: float | None) -> None:
             continue
         least, closed, greatest = INTERVALS[name]
         inside = type(value) in (int, float) and least <= value <= greatest
-        if value == least and not closed:
-            inside = False
-        if name == "top_k" and inside and value != int(value):
-            inside = False
+        if inside and value == least:
+            inside = closed
+        if inside and name == "top_k":
+            inside = value == int(value)
         if not inside:
             kind = ", a whole number" if name == "top_k" else ""
             raise ValueError(
@@ -1219,6 +1189,8 @@ class Sampler:
 
     def __post_init__(self):
         check_sampling(**{name: getattr(self, name) for name in INTERVALS})
+        if self.temperature is None:  # the other options are then off
+            raise ValueError("temperature must be a number, got None; 0 is greedy")
         self.seed = new_seed() if self.seed is None else self.seed
 
     def __call__(self, logits: mx.array) -> mx.array:
@@ -1291,10 +1263,7 @@ class NotANumber(ValueError):
 
 
 def require_numbers(logits: mx.array) -> None:
-    """Raise NotANumber if the greatest of the logits is not finite: noise follows.
-
-    This computes them, and waits for them.
-    """
+    """Compute logits, and raise NotANumber if the greatest of them is not finite."""
     if not mx.isfinite(logits.max()).item():
         raise NotANumber("the model's output is not a number")
 
@@ -1383,8 +1352,8 @@ def generate(
 ) -> Iterator[int]:
     """Read a prompt, and return an iterator over the ids that continue it.
 
-    The prompt is read at once, so that a fault of it is raised here, not by the first
-    `next`.
+    The prompt is read before this returns, so that its errors are raised here, and not
+    by the first `next`.
     prompt: at least one id. max_tokens: None goes on until something else ends it.
     sampler: logits (1, V) -> (1,). cache: holds what precedes the prompt, and is
     continued in place; None makes one. stop_tokens: ids that end the text, not yielded.
@@ -1421,21 +1390,22 @@ def generate(
 #
 # It reads one file of weights and trusts the folder; Part Two reads shards, and checks.
 # uses: 1-9
-# needs: Iterator, Path, json, mx
+# needs: Callable, Iterator, Path, json, mx
 # -----------------------------------------------------------------------------
 
 
 def answer(
     folder: Path,
     messages: list[dict[str, str]],
+    *,
     dtype: mx.Dtype | None = None,
     max_tokens: int = 512,
-    **options,
+    sampler: Callable[[mx.array], mx.array] | None = None,
 ) -> Iterator[str]:
     """Yield the text that a model of Llama 3's kind replies to a conversation.
 
-    messages: see ByteLevelTokenizer.encode_chat. dtype: see read_weights. max_tokens:
-    at most so many are generated. options: the others of `generate`.
+    messages: see ByteLevelTokenizer.encode_chat. dtype: see read_weights. max_tokens,
+    sampler: see generate; None is a Sampler with its defaults.
     """
     args = ModelArgs.from_dict(json.loads((folder / "config.json").read_bytes()))
     tensors = read_header(folder / "model.safetensors")
@@ -1444,8 +1414,10 @@ def answer(
         pass  # progress could be reported here
     tokenizer = ByteLevelTokenizer.from_folder(folder)
     ids, stream = tokenizer.encode_chat(messages), tokenizer.stream()
-    options = {"stop_tokens": tokenizer.stop_tokens, "sampler": Sampler()} | options
-    for token in generate(model, ids, max_tokens=max_tokens, **options):
+    sampler, stop_tokens = sampler or Sampler(), tokenizer.stop_tokens
+    for token in generate(
+        model, ids, max_tokens=max_tokens, sampler=sampler, stop_tokens=stop_tokens
+    ):
         yield stream.add(token)
     yield stream.close()
 
@@ -3027,7 +2999,24 @@ Today Date: {{ strftime_now('%d %b %Y') }}
 # needs: Callable, Collection, Iterable, Iterator, Mapping, NamedTuple, Path, Sequence,
 #     base64, collections, dataclass, field, functools, itertools, json, operator, re,
 #     tiktoken, unicodedata
+# registers: STOP_NAMES
 # -----------------------------------------------------------------------------
+
+# Of other families, and of Llama 4.
+STOP_NAMES += [
+    "<|eot|>",
+    "<|eom|>",
+    "<|EOT|>",
+    "<|end|>",
+    "<|im_end|>",
+    "<|end_of_turn|>",
+    "<|endofturn|>",
+    "[|endofturn|]",
+    "<end_of_turn>",
+    "<|endoftext|>",
+    "<｜end▁of▁sentence｜>",
+    "</s>",
+]
 
 # How a text is cut into words: GPT-2's way, Llama 3's, and SentencePiece's, which
 # writes a space as a letter of its own. PUNCTUATION is one character.
@@ -3657,7 +3646,7 @@ def tokenizer_settings(folder: Path, template: str | None) -> dict:
     ids = [*ids_of.values(), *stops, 0 if bos is None else bos]
     if not all(type(i) is int and 0 <= i < 2**31 for i in ids):
         raise ValueError(f"token ids must be whole numbers, got {ids!r:.200}")
-    if (size := max(vocabulary.text) + 1) > rows:
+    if (size := max(vocabulary.bytes_of_id) + 1) > rows:
         raise ValueError(f"the tokenizer has {size} ids, the model {rows}")
     names = token_names(settings)
     if template is None:
@@ -4014,7 +4003,7 @@ class Tokenizer(ByteLevelTokenizer):
 # after this.
 # uses: 1-7, 11-13
 # needs: Callable, Iterable, Iterator, Mapping, Path, ctypes, dataclass, difflib, math,
-#     mx, os, re, safetensors, sys, tree_flatten
+#     mx, nn, os, re, safetensors, sys, tree_flatten, tree_unflatten
 # -----------------------------------------------------------------------------
 
 
@@ -4556,6 +4545,23 @@ def choose_context(args: ModelArgs, wanted: int | None) -> tuple[int, str | None
     if wanted is None and context == window and window < longest:
         return context, f"the context is {window} tokens{reason}"
     return context, None
+
+
+def quantize(model: nn.Module, group_size: int = 64, bits: int = 4) -> None:
+    """Quantize in place every Linear and Embedding that can be cut into groups.
+
+    The others, whose number of columns is no multiple of G, stay as they are; MLX's
+    converter does the same.
+    """
+    layers = dense_layers(model)
+    while layers:  # popped, so that no list keeps the old weights alive
+        path, layer = layers.pop()
+        if layer.weight.shape[1] % group_size == 0:
+            quantized = quantized_like(layer, group_size, bits, "affine")
+            weight, scales, biases = mx.quantize(layer.weight, group_size, bits)
+            quantized.update({"weight": weight, "scales": scales, "biases": biases})
+            mx.eval(quantized.parameters())
+            model.update_modules(tree_unflatten([(path, quantized)]))
 
 
 GROUP_SIZE = 64  # of what is quantized while it is read, as MLX's converter has it
@@ -7102,7 +7108,9 @@ def inspection(folder: Path, check: bool) -> dict:
     if tokenizer:
         added = tokenizer.special_tokens | tokenizer.added_words
         found |= {
-            "tokenizer_size": len(tokenizer.vocabulary.text.keys() | added.values()),
+            "tokenizer_size": len(
+                tokenizer.vocabulary.bytes_of_id.keys() | added.values()
+            ),
             "special_tokens": tokenizer.special_tokens,
             "added_words": tokenizer.added_words,
             "lacking_bytes": len(tokenizer.vocabulary.lacking),
