@@ -591,9 +591,9 @@ class KVCache:
 
     The names of the methods, and what trim returns, are those of the caches in mlx-lm,
     Apple's package of language models, so that this one can be used there too. The two
-    buffers, (B, Hkv, capacity, Dh), appear with the
-    first tokens, whose shape and dtype they take. Their length is rounded up to a
-    multiple of 256: attention on CUDA keeps its plan for views of such a buffer.
+    buffers, (B, Hkv, capacity, Dh), appear with the first tokens, whose shape and dtype
+    they take. Their length is rounded up to a multiple of 256: attention on CUDA keeps
+    its plan for views of such a buffer.
     """
 
     def __init__(self, capacity: int):
@@ -998,9 +998,8 @@ class ByteLevelTokenizer:
         names = [name for name in STOP_NAMES if name in special_tokens]
         self.stop_tokens = {special_tokens[name] for name in names}
         # Control tokens print nothing; and tiktoken knows none, so it can make none.
-        self._text = vocabulary.bytes_of_id | dict.fromkeys(
-            special_tokens.values(), b""
-        )
+        nothing = dict.fromkeys(special_tokens.values(), b"")
+        self._text = vocabulary.bytes_of_id | nothing
         self._bpe = tiktoken.Encoding(
             "llama.py",
             pat_str=vocabulary.split,
@@ -1189,7 +1188,7 @@ class Sampler:
 
     def __post_init__(self):
         check_sampling(**{name: getattr(self, name) for name in INTERVALS})
-        if self.temperature is None:  # the other options are then off
+        if self.temperature is None:  # this turns off the other options only
             raise ValueError("temperature must be a number, got None; 0 is greedy")
         self.seed = new_seed() if self.seed is None else self.seed
 
@@ -1247,8 +1246,8 @@ make_sampler = Sampler  # since it reads as a function that makes one
 #     GPU        step 1             |         step 2          |         step 3
 #
 # Only these lines make the model compute: mx.eval of the caches, after each step of
-# prefill; require_numbers, of the last logits of a prompt; mx.async_eval, which starts
-# each step of decode; and token.item(), which waits for it.
+# prefill; require_numbers, of the last logits of a prompt, and later now and then;
+# mx.async_eval, which starts each step of decode; and token.item(), which waits for it.
 #
 # Prefill and decode are generators, so whoever calls them can report progress, or stop,
 # between two steps. They work with any model that is called like the one of section 6,
@@ -3002,7 +3001,7 @@ Today Date: {{ strftime_now('%d %b %Y') }}
 # registers: STOP_NAMES
 # -----------------------------------------------------------------------------
 
-# Of other families, and of Llama 4.
+# Of other families, and of other Llamas.
 STOP_NAMES += [
     "<|eot|>",
     "<|eom|>",
