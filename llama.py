@@ -121,11 +121,9 @@ from pathlib import Path
 from types import FunctionType
 from typing import NamedTuple, TextIO, get_args
 
-# MLX's wheel for CPUs on Linux carries the reference BLAS, whose matrix products take
-# twenty to a hundred times as long as those of OpenBLAS. MLX calls OpenBLAS instead if
-# this is loaded before MLX, and its names are visible to all that is loaded later. So
-# the imports below must stay below, and whoever imports this file and MLX must import
-# this file first. Without OpenBLAS everything works too, only slower.
+# On Linux, MLX's CPU build is much faster if OpenBLAS is loaded before it. So the
+# imports below must stay below, and other code must import this file before MLX.
+# Without OpenBLAS everything still works.
 if sys.platform == "linux" and "mlx.core" not in sys.modules:
     for place in ("", *(f"{path}/cmeel.prefix/lib/" for path in sys.path)):
         with contextlib.suppress(OSError):
@@ -140,22 +138,26 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 # -----------------------------------------------------------------------------
 # Part One: the model. A complete runner: from a folder to a reply, on any device.
+# Some functions take more than this part needs, because the other parts use them too.
 #
-# A language model does one thing: it reads a text as a row of tokens, pieces that have
-# numbers, and gives each token of its vocabulary a score, the logit, for being the
-# next. Inside, every token is a vector of D numbers, the residual stream. A stack of
-# blocks adds to it. In each block, attention lets a token take something from the
-# tokens up to it: the token has a query, which is compared with the key of each of
-# them, and the better the two fit, the more of that token's value is added. Then an MLP
-# works on each token alone. Last, the output head turns the vector of the last token
-# into logits.
+# A language model does one thing. It reads a text that is cut into tokens, which are
+# numbered pieces of text. Then it gives every token of its vocabulary a score, called
+# its logit: the higher, the likelier this token comes next. Inside, every token is a
+# vector of D numbers, the residual stream. A stack of blocks adds to it. In each block,
+# attention lets a token take something from the tokens up to it: the token has a query,
+# which is compared with the key of each of them, and the better the two fit, the more
+# of that token's value is added. Then an MLP works on each token alone. Last, the
+# output head turns the vector of the last token into logits.
 #
-# MLX, for readers who know PyTorch. It is lazy: an operation on arrays computes nothing
-# and only notes down what is to be computed. mx.eval(x) computes x and waits for it,
-# mx.async_eval(x) starts it and does not wait, x.item() computes x, waits, and gives a
-# Python number. An nn.Module is a dict of its arrays and modules, so module["weight"],
-# and "bias" in module, work. Random numbers come from a key that is passed on and
-# split, not from a global generator. On a Mac, CPU and GPU share one memory.
+# MLX, for readers who know PyTorch. It is lazy: an operation on arrays computes
+# nothing, and only notes down what is to be computed. mx.eval(x) computes x and waits
+# for it. mx.async_eval(x) starts the computation and does not wait. x.item() computes
+# x, waits, and returns a Python number. An nn.Module is a dict of its arrays and
+# submodules. So module["weight"] is its weight, and `"bias" in module` asks whether it
+# has a bias. tree_flatten turns nested modules into a list of (path, array), with paths
+# like "layers.0.mlp.up_proj.weight"; tree_unflatten does the reverse. Nothing records
+# gradients unless asked to, and no array has to be moved to a device. Random numbers
+# are drawn here with a key that is split and passed on, not by a global generator.
 # -----------------------------------------------------------------------------
 
 # -----------------------------------------------------------------------------
@@ -191,8 +193,8 @@ class ModelArgs:
     head_dim: int | None = None  # Dh; None means D // H [128]
     rms_norm_eps: float = 1e-6  # keeps a norm from dividing by zero [1e-5]
     max_position_embeddings: int = 2048  # longest context in training, tokens [8192]
-    rope_theta: float = 10000.0  # base of the rotary wavelengths [500000]
-    rope_scaling: dict | None = None  # how the wavelengths are stretched [None]
+    rope_theta: float = 10000.0  # base of the rotary frequencies [500000]
+    rope_scaling: dict | None = None  # how the frequencies are lowered [None]
     rope_traditional: bool = False  # which numbers form a pair; see RoPE [False]
     tie_word_embeddings: bool = False  # the output head is the embedding [False]
     sliding_window: int | None = None  # tokens that a token sees; None: all [None]
@@ -250,33 +252,37 @@ DTYPES = {
     "I32": mx.int32,
     "I64": mx.int64,
 }
-# A memoryview knows no bfloat16. So items of n bytes are read as whole numbers of n
-# bytes. This gives memoryview's letter for n; `view` then gives the array its true type
-# back.
-LETTERS = {1: "B", 2: "H", 4: "I", 8: "Q"}
+# A memoryview has no bfloat16. So items of n bytes are first read as whole numbers of n
+# bytes, and `view` then gives the array its true type. From n to the letter by which a
+# memoryview calls such a whole number:
+MEMORYVIEW_FORMATS = {1: "B", 2: "H", 4: "I", 8: "Q"}
 
 
-def adopt(mapping: memoryview, start: int, size: int, items: int) -> mx.array | None:
-    """Return items of `size` bytes from byte `start` on, in place, as whole numbers;
-    None where MLX cannot use memory in place. The array keeps the mapping alive.
+def adopt(
+    mapping: memoryview, start: int, item_size: int, count: int
+) -> mx.array | None:
+    """Return `count` items from byte `start` on, in place, as whole numbers; None where
+    MLX cannot use memory in place. The array keeps the mapping alive.
 
     Metal adopts only whole pages. So the array begins at the page boundary before
-    `start` and ends at the one behind the items, or with the file, whose last page MLX
-    may have to copy. Slices and views of it copy nothing. Nothing is ever written into
-    it: since 0.32.4 MLX makes no result in the memory of an adopted array.
+    `start`, and ends at the page boundary behind the items. At the end of the file the
+    last page may not be full, and then MLX may have to copy. Slices and views of the
+    array copy nothing. The pages can only be read, and MLX, since version 0.32.4, never
+    puts a result into the memory of an adopted array.
     """
-    first, end = start - start % mmap.PAGESIZE, start + items * size
-    last = min(end + (-end % mmap.PAGESIZE), len(mapping))
-    last -= (last - first) % size  # whole items, where the file ends within a page
+    page_start, end = start - start % mmap.PAGESIZE, start + count * item_size
+    page_end = min(end + (-end % mmap.PAGESIZE), len(mapping))
+    page_end -= (page_end - page_start) % item_size  # a file may end within an item
+    whole_numbers = mapping[page_start:page_end].cast(MEMORYVIEW_FORMATS[item_size])
     try:
-        pages = mx.asarray(mapping[first:last].cast(LETTERS[size]), copy=False)
+        pages = mx.asarray(whole_numbers, copy=False)
     except ValueError:
         return None
     # Ask for all of it, since a disk is fast when it knows what comes; then wait for it
     # by reading one byte of each page.
-    mapping.obj.madvise(mmap.MADV_WILLNEED, first, last - first)
-    bytes(mapping[first : last : mmap.PAGESIZE])
-    return pages[(start - first) // size :][:items]
+    mapping.obj.madvise(mmap.MADV_WILLNEED, page_start, page_end - page_start)
+    bytes(mapping[page_start : page_end : mmap.PAGESIZE])
+    return pages[(start - page_start) // item_size :][:count]
 
 
 @dataclass(frozen=True)
@@ -303,8 +309,8 @@ class TensorInfo:
         if self.adoptable:
             array = adopt(mapping, self.start, dtype.size, self.nbytes // dtype.size)
         if array is None:  # not aligned, or not possible on this device
-            own = mapping[self.start : self.start + self.nbytes]
-            array = mx.asarray(own.cast(LETTERS[dtype.size]))
+            raw = mapping[self.start : self.start + self.nbytes]
+            array = mx.asarray(raw.cast(MEMORYVIEW_FORMATS[dtype.size]))
         return array.view(dtype).reshape(self.shape)
 
 
@@ -318,8 +324,8 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     for name in sorted(header, key=lambda name: header[name]["data_offsets"]):
         start, end = header[name]["data_offsets"]  # counted from the header's end
         shape, dtype = tuple(header[name]["shape"]), header[name]["dtype"]
-        where = 8 + length + start
-        tensors[name] = TensorInfo(name, dtype, shape, file, where, end - start)
+        position = 8 + length + start
+        tensors[name] = TensorInfo(name, dtype, shape, file, position, end - start)
     return tensors
 
 
@@ -362,7 +368,7 @@ def read_tensors(
 # is needed. (A bias of a group is not the bias of a linear layer, which is added to its
 # result.)
 # uses: none
-# needs: mx, nn, tree_unflatten
+# needs: mx, nn
 # -----------------------------------------------------------------------------
 
 # Formats without biases, by group size and bits.
@@ -370,8 +376,8 @@ FLOAT_MODES = {(32, 4): "mxfp4", (32, 8): "mxfp8", (16, 4): "nvfp4"}
 
 
 class QuantizedMatrix(nn.Module):
-    """A packed matrix (rows, columns), the base of the two layers; zeros, until loading
-    puts its tensors in their place.
+    """A packed matrix (rows, columns). Both layers below are built on it. It holds zeros
+    until loading replaces them.
 
     weight: (rows, columns * bits / 32) uint32. scales, and in affine mode biases:
     (rows, columns / G).
@@ -413,37 +419,37 @@ class QuantizedEmbedding(QuantizedMatrix):
 
     def __call__(self, tokens: mx.array) -> mx.array:
         biases = self.biases[tokens] if "biases" in self else None
-        rows = self.weight[tokens], self.scales[tokens], biases
-        return mx.dequantize(*rows, self.group_size, self.bits, self.mode)
+        packed = self.weight[tokens], self.scales[tokens], biases
+        return mx.dequantize(*packed, self.group_size, self.bits, self.mode)
 
 
 def quantized_like(
     layer: nn.Module, group_size: int, bits: int, mode: str
 ) -> QuantizedMatrix:
     """Return the quantized counterpart of a Linear or an Embedding, all zeros."""
-    kind = QuantizedLinear if isinstance(layer, nn.Linear) else QuantizedEmbedding
-    quantized = kind(*layer.weight.shape, group_size, bits, mode)
+    is_linear = isinstance(layer, nn.Linear)
+    layer_class = QuantizedLinear if is_linear else QuantizedEmbedding
+    quantized = layer_class(*layer.weight.shape, group_size, bits, mode)
     if "bias" in layer:
         quantized.bias = layer.bias
     return quantized
 
 
 def quantization_of(
-    path: str, weights: int, packed_bytes: int, scales: int, biases: bool
+    path: str, weight_count: int, packed_bytes: int, scale_count: int, has_biases: bool
 ) -> tuple[int, int, str]:
-    """Return group size, bits and mode of a packed layer, as its sizes tell.
+    """Return group size, bits and mode of the packed layer `path`, as its sizes tell.
 
-    path: its name. weights, packed_bytes, scales: how many of each it has. biases:
-    whether it has any. Raises ValueError if no format has these sizes.
+    Raises ValueError if no format has these sizes.
     """
-    bits, rest = divmod(8 * packed_bytes, weights)
-    if not scales or weights % scales or rest or not 1 <= bits <= 8:
+    bits, rest = divmod(8 * packed_bytes, weight_count)
+    if not scale_count or weight_count % scale_count or rest or not 1 <= bits <= 8:
         raise ValueError(
-            f"{path}: {weights} weights cannot be packed in {packed_bytes} bytes and "
-            f"{scales} scales"
+            f"{path}: {weight_count} weights cannot be packed in {packed_bytes} bytes "
+            f"and {scale_count} scales"
         )
-    group_size = weights // scales
-    if biases:
+    group_size = weight_count // scale_count
+    if has_biases:
         return group_size, bits, "affine"
     if (group_size, bits) not in FLOAT_MODES:
         raise ValueError(
@@ -457,23 +463,6 @@ def dense_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """Return (path, layer) of every Linear and Embedding of a model."""
     kinds = (nn.Linear, nn.Embedding)
     return [(path, m) for path, m in model.named_modules() if isinstance(m, kinds)]
-
-
-def quantize(model: nn.Module, group_size: int = 64, bits: int = 4) -> None:
-    """Replace in place every Linear and Embedding that can be cut into groups.
-
-    The others, whose number of columns is no multiple of G, stay as they are; MLX's
-    converter does the same.
-    """
-    layers = dense_layers(model)
-    while layers:  # popped, so that no list keeps the old weights alive
-        path, layer = layers.pop()
-        if layer.weight.shape[1] % group_size == 0:
-            quantized = quantized_like(layer, group_size, bits, "affine")
-            weight, scales, biases = mx.quantize(layer.weight, group_size, bits)
-            quantized.update({"weight": weight, "scales": scales, "biases": biases})
-            mx.eval(quantized.parameters())
-            model.update_modules(tree_unflatten([(path, quantized)]))
 
 
 # -----------------------------------------------------------------------------
@@ -501,8 +490,8 @@ def quantize(model: nn.Module, group_size: int = 64, bits: int = 4) -> None:
 def llama3_scaling(
     frequencies: list[float], scaling: dict
 ) -> tuple[list[float], float]:
-    """Return frequencies with the slow pairs slowed down by `factor`, and by what
-    queries and keys are multiplied: 1 here; YaRN, in section 11, has another.
+    """Return the frequencies with the slow pairs slowed down by `factor`, and the number
+    that the attention scores are multiplied by, which is 1.
 
     Pairs that turn more than high_freq_factor times within the original context keep
     their pace, those that turn less than low_freq_factor times are slowed down, and
@@ -519,15 +508,15 @@ def llama3_scaling(
 
 
 # From a rope_type to a function of frequencies and config.json's rope_scaling, which
-# returns new frequencies, and by what queries and keys are multiplied.
+# returns new frequencies, and the factor of the attention scores.
 ROPE_SCALINGS = {"llama3": llama3_scaling}
 
 
 def rope_frequencies(
     head_dim: int, theta: float, scaling: dict | None = None
 ) -> tuple[list[float], float]:
-    """Return the radians per position of each of the Dh / 2 pairs, and by what queries
-    and keys are multiplied.  Source: [2] eq. 15."""
+    """Return the radians per position of each of the Dh / 2 pairs, and the factor of the
+    attention scores.  Source: [2] eq. 15."""
     frequencies = [theta ** (-i / head_dim) for i in range(0, head_dim, 2)]
     if scaling is None:
         return frequencies, 1.0
@@ -551,14 +540,13 @@ class RoPE:
         scaling: dict | None = None,
         traditional: bool = False,
     ):
-        frequencies, multiplier = rope_frequencies(head_dim, theta, scaling)
+        frequencies, self.score_factor = rope_frequencies(head_dim, theta, scaling)
         self.head_dim, self.traditional = head_dim, traditional
-        self.score_factor = multiplier**2  # of q and of k, so their product has both
         # Despite its name, the argument `freqs` of mx.fast.rope takes 1 / frequency.
         # The array is built from Python numbers, so it is not lazy: a lazy array
         # belongs to the thread that made it, and loading and generating may be in
         # different ones.
-        self.periods = mx.array([1 / frequency for frequency in frequencies])
+        self.tokens_per_radian = mx.array([1 / frequency for frequency in frequencies])
 
     def __call__(self, x: mx.array, offset: int | mx.array) -> mx.array:
         return mx.fast.rope(
@@ -568,7 +556,7 @@ class RoPE:
             base=None,
             scale=1.0,
             offset=offset,
-            freqs=self.periods,
+            freqs=self.tokens_per_radian,
         )
 
 
@@ -586,12 +574,13 @@ class RoPE:
 # allocated once, for the longest context that is wanted. After that, storing a token
 # costs the same at every position.
 #
-# Why `buffer[a:b] = x` is no copy. MLX is lazy, so this makes `buffer` a new array that
-# is noted down as the old one with x in it. When the new one is computed and nothing
-# else refers to the old one any more, MLX takes over its memory and writes only x. So a
-# step must be launched, with eval or async_eval, before the next one is described. And
-# nobody may keep views of the buffers, or results that are not computed yet and refer
-# to them: while one lives, MLX has to copy the whole buffer.
+# Why `buffer[a:b] = x` copies nothing but x. This line makes `buffer` a new array,
+# which MLX notes down as "the old one, with x in it". When MLX computes the new array,
+# and nothing else refers to the old one, it takes over the old one's memory and writes
+# only x into it. This has two consequences. A call of the model must be started, with
+# eval or async_eval, before the model is called again. And a caller may use the views
+# that the cache returns, but must not keep them, nor any result that still has to be
+# computed from them: while one exists, MLX copies the whole buffer.
 # uses: none
 # needs: math, mx
 # -----------------------------------------------------------------------------
@@ -600,10 +589,11 @@ class RoPE:
 class KVCache:
     """The past of one attention layer: at most `capacity` tokens.
 
-    It has the contract of the caches in mlx-lm, Apple's package of language models, so
-    it can be used there too. The two buffers, (B, Hkv, capacity, Dh), appear with the
-    first tokens, whose shape and dtype they take. Their length is rounded up to a
-    multiple of 256: attention on CUDA keeps its plan for views of such a buffer.
+    The names of the methods, and what trim returns, are those of the caches in mlx-lm,
+    Apple's package of language models, so that this one can be used there too. The two
+    buffers, (B, Hkv, capacity, Dh), appear with the first tokens, whose shape and dtype
+    they take. Their length is rounded up to a multiple of 256: attention on CUDA keeps
+    its plan for views of such a buffer.
     """
 
     def __init__(self, capacity: int):
@@ -787,7 +777,8 @@ class LlamaModel(nn.Module):
         self.norm = nn.RMSNorm(args.hidden_size, args.rms_norm_eps)
 
     def __call__(self, tokens: mx.array, cache: list[KVCache]) -> mx.array:
-        # An embedding with scales of 8 bits has no dtype to compute in; the norms do.
+        # A packed embedding may not have the dtype of the other layers, since its scales
+        # may be bytes. The norms always have the dtype that the model computes in.
         x = self.embed_tokens(tokens).astype(self.norm.weight.dtype)
         for layer, layer_cache in zip(self.layers, cache, strict=True):
             x = layer(x, layer_cache)
@@ -817,8 +808,9 @@ class Llama(nn.Module):
         """Return the logits of the token after each token, unnormalised.
 
         tokens: (B, L) int32. cache: one KVCache per layer, continued in place; None
-        starts from nothing. logits_to_keep: of the last n tokens only, since the output
-        head is a large matrix and of a prompt only the last logits are used; None: all.
+        starts from nothing. logits_to_keep: return logits for the last n tokens only;
+        None returns all. Of a prompt only the last are used, and the output head is a
+        large matrix, so this saves much.
         Returns (B, L or n, V) in the dtype of the weights.
         """
         if cache is None:
@@ -833,8 +825,9 @@ class Llama(nn.Module):
     def make_cache(self, capacity: int) -> list[KVCache]:
         """Return an empty cache for `capacity` tokens, one per layer.
 
-        Here a token sees all tokens before it. So a model whose tokens see a window is
-        computed right within the first window, and ValueError is raised for more.
+        Some models let a token see only the last `sliding_window` tokens. This file
+        always lets it see all of them, which is the same as long as the context is no
+        longer than the window. So ValueError is raised for a longer one.
         """
         window = self.args.sliding_window
         if window is not None and capacity > window:
@@ -854,24 +847,23 @@ def build_model(args: ModelArgs, tensors: Mapping[str, TensorInfo]) -> Llama:
     So Llama, Mistral, Qwen2 and Qwen3 are one transformer, and need no flags.
     """
     model = Llama(replace(args, tie_word_embeddings="lm_head.weight" not in tensors))
-    for block, layer in enumerate(model.model.layers):
-        if f"model.layers.{block}.self_attn.q_norm.weight" in tensors:
-            layer.self_attn.q_norm = nn.RMSNorm(args.head_dim, args.rms_norm_eps)
-            layer.self_attn.k_norm = nn.RMSNorm(args.head_dim, args.rms_norm_eps)
+    for number, block in enumerate(model.model.layers):
+        if f"model.layers.{number}.self_attn.q_norm.weight" in tensors:
+            block.self_attn.q_norm = nn.RMSNorm(args.head_dim, args.rms_norm_eps)
+            block.self_attn.k_norm = nn.RMSNorm(args.head_dim, args.rms_norm_eps)
     for path, layer in dense_layers(model):
         if f"{path}.bias" in tensors and isinstance(layer, nn.Linear):
             layer.bias = mx.zeros(layer.weight.shape[0])
-        if (scales := tensors.get(f"{path}.scales")) is None:
-            continue
-        settings = quantization_of(
-            path,
-            weights=layer.weight.size,
-            packed_bytes=tensors[f"{path}.weight"].nbytes,
-            scales=math.prod(scales.shape),
-            biases=f"{path}.biases" in tensors,
-        )
-        layer = quantized_like(layer, *settings)
-        model.update_modules(tree_unflatten([(path, layer)]))
+        if f"{path}.scales" in tensors:
+            settings = quantization_of(
+                path,
+                weight_count=layer.weight.size,
+                packed_bytes=tensors[f"{path}.weight"].nbytes,
+                scale_count=math.prod(tensors[f"{path}.scales"].shape),
+                has_biases=f"{path}.biases" in tensors,
+            )
+            packed = quantized_like(layer, *settings)
+            model.update_modules(tree_unflatten([(path, packed)]))
     return model
 
 
@@ -904,18 +896,20 @@ def read_weights(
 # -----------------------------------------------------------------------------
 # 7. Tokenizer
 # A model reads and writes ids. Each stands for a token, a piece of text that is
-# frequent. Byte-pair encoding makes the tokens: a regular expression cuts a text into
-# words, and a word starts as its bytes, whose ranks are 0 to 255. Of all pairs of
-# neighbours, the one whose concatenation has the lowest rank, because it was learned
-# first, is joined. This is repeated until no pair makes a piece of the vocabulary. With
-# he of rank 256, ll 257, llo 258 and hello 259:
+# frequent. Byte-pair encoding finds the tokens of a text. A regular expression first
+# cuts the text into words, and each word begins as its bytes. Then neighbouring pieces
+# are joined, again and again. Every piece that may be made has a rank, which says how
+# early it was learned: the bytes have ranks 0 to 255, and what was learned first
+# follows. Of all pairs of neighbours, the one that makes the piece of lowest rank is
+# joined, until no pair makes a known piece. With he of rank 256, ll 257, llo 258 and
+# hello 259:
 #
 #     h e l l o  ->  he l l o  ->  he ll o  ->  he llo  ->  hello
 #
-# Since every byte is a token, every text can be written. tiktoken does the merging; the
-# ranks that it wants are made here from a tokenizer.json, and ids are turned back into
+# Since every byte is a token, every text can be written. The package tiktoken does the
+# joining; this section makes its ranks from a tokenizer.json, and turns ids back into
 # text. A model writes one token at a time, and a character may be spread over several
-# tokens.
+# tokens. So the text is held back until a character is whole.
 #
 # A conversation is written down with control tokens, such as <|eot_id|>, which ends a
 # turn. They are put into a prompt as ids, and never made from text: whatever a user
@@ -927,23 +921,7 @@ def read_weights(
 
 # Control tokens that end a turn or a text. Config files often name only one of those
 # that their model was trained to stop with.
-STOP_NAMES = (
-    "<|eot_id|>",
-    "<|eom_id|>",
-    "<|eot|>",
-    "<|eom|>",
-    "<|EOT|>",
-    "<|end|>",
-    "<|im_end|>",
-    "<|end_of_turn|>",
-    "<|endofturn|>",
-    "[|endofturn|]",
-    "<end_of_turn>",
-    "<|end_of_text|>",
-    "<|endoftext|>",
-    "<｜end▁of▁sentence｜>",
-    "</s>",
-)
+STOP_NAMES = ["<|eot_id|>", "<|eom_id|>", "<|end_of_text|>"]
 
 
 @dataclass(frozen=True)
@@ -952,8 +930,8 @@ class Vocabulary:
 
     ranks: dict[bytes, int]  # from a piece to its rank; lower ranks are merged first
     split: str  # regular expression that finds the words
-    ids: list[int]  # from a rank to the token's id
-    text: dict[int, bytes]  # from an id to its text
+    id_of_rank: list[int]
+    bytes_of_id: dict[int, bytes]
 
 
 def byte_letters() -> dict[str, int]:
@@ -975,15 +953,17 @@ def byte_level(model: dict, split: str) -> Vocabulary:
     the merges make, in their order.
     """
     letters = byte_letters()
-    byte_of = str.maketrans(letters)
     merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
     pieces = [*letters] + [left + right for left, right in merges]
     if model.get("ignore_merges"):  # then also words that no merge makes
         pieces += sorted(model["vocab"], key=model["vocab"].get)
     # A piece that comes twice keeps its first place.
-    ids = {p.translate(byte_of).encode("latin-1"): model["vocab"][p] for p in pieces}
+    ids = {}
+    for piece in pieces:
+        ids[bytes(letters[letter] for letter in piece)] = model["vocab"][piece]
     ranks = {piece: rank for rank, piece in enumerate(ids)}
-    return Vocabulary(ranks, split, [*ids.values()], {i: p for p, i in ids.items()})
+    bytes_of_id = {token: piece for piece, token in ids.items()}
+    return Vocabulary(ranks, split, [*ids.values()], bytes_of_id)
 
 
 class TextStream:
@@ -1018,7 +998,8 @@ class ByteLevelTokenizer:
         names = [name for name in STOP_NAMES if name in special_tokens]
         self.stop_tokens = {special_tokens[name] for name in names}
         # Control tokens print nothing; and tiktoken knows none, so it can make none.
-        self._text = vocabulary.text | dict.fromkeys(special_tokens.values(), b"")
+        nothing = dict.fromkeys(special_tokens.values(), b"")
+        self._text = vocabulary.bytes_of_id | nothing
         self._bpe = tiktoken.Encoding(
             "llama.py",
             pat_str=vocabulary.split,
@@ -1036,10 +1017,11 @@ class ByteLevelTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of ordinary text: never a control token."""
-        ids = self.vocabulary.ids
-        # Unlike encode_ordinary, this raises ValueError for a text that tiktoken's
-        # regular expressions cannot split, such as a million spaces.
-        return [ids[rank] for rank in self._bpe.encode(text, disallowed_special=())]
+        # tiktoken also has encode_ordinary. It is not used, since only `encode` raises
+        # ValueError for a text that the regular expression cannot split, such as a
+        # million spaces.
+        ranks = self._bpe.encode(text, disallowed_special=())
+        return [self.vocabulary.id_of_rank[rank] for rank in ranks]
 
     def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
         """Return a conversation as Llama 3 was trained to read it, up to the reply.
@@ -1089,10 +1071,11 @@ class ByteLevelTokenizer:
 # probabilities: after normalising they are 0.68, 0.25, 0.06 and 0.01. So below 1 the
 # likely becomes likelier.
 #
-# Each filter maps logprobs, which may be shifted by a constant, to logprobs, with -inf
-# where a token is ruled out. They come in the order of Hugging Face's generate:
-# repetition penalty, temperature, top-k, top-p and min-p. The draw uses a key that is
-# split for every token, so the same seed draws the same tokens.
+# Each filter takes and returns the logarithms of probabilities, logprobs. A constant
+# may have been added to all of them, which softmax takes out again. A token that is
+# ruled out gets -inf. The order is that of Hugging Face's `generate`: repetition
+# penalty, temperature, top-k, top-p and min-p. The draw uses a key that is split for
+# every token, so the same seed draws the same tokens.
 # uses: none
 # needs: Sequence, dataclass, field, math, mx, os
 # -----------------------------------------------------------------------------
@@ -1114,23 +1097,25 @@ def apply_top_k(logprobs: mx.array, k: int) -> mx.array:
     """Return logprobs (B, V) of the k likeliest tokens; ties with the last stay."""
     if k >= logprobs.shape[-1]:
         return logprobs
-    at = mx.argpartition(-logprobs, k - 1, axis=-1)[:, k - 1 : k]
-    least = mx.take_along_axis(logprobs, at, axis=-1)
-    return mx.where(logprobs < least, -mx.inf, logprobs)
+    index = mx.argpartition(-logprobs, k - 1, axis=-1)[:, k - 1 : k]
+    threshold = mx.take_along_axis(logprobs, index, axis=-1)
+    return mx.where(logprobs < threshold, -mx.inf, logprobs)
 
 
 def apply_top_p(logprobs: mx.array, p: float) -> mx.array:
     """Return logprobs (B, V) of the smallest set of likeliest tokens whose
     probabilities reach p together [6]; tokens as likely as the last one stay, too.
 
-    A token stays while those before it hold less than p, so the likeliest always does.
+    A token stays if all likelier tokens together have a probability below p. Nothing is
+    likelier than the first, so the first always stays.
     """
     descending = -mx.sort(-logprobs, axis=-1)
     probs = mx.softmax(descending, axis=-1)
-    before = mx.cumsum(probs, axis=-1) - probs
-    kept = (before < p) | (before == 0)  # the first, also if p is 0 in float32
-    least = mx.where(kept, descending, mx.inf).min(axis=-1, keepdims=True)
-    return mx.where(logprobs < least, -mx.inf, logprobs)
+    mass_before = mx.cumsum(probs, axis=-1) - probs
+    # A p too small for float32 becomes 0; the first token stays even then.
+    kept = (mass_before < p) | (mass_before == 0)
+    threshold = mx.where(kept, descending, mx.inf).min(axis=-1, keepdims=True)
+    return mx.where(logprobs < threshold, -mx.inf, logprobs)
 
 
 def apply_min_p(logprobs: mx.array, p: float) -> mx.array:
@@ -1138,8 +1123,8 @@ def apply_min_p(logprobs: mx.array, p: float) -> mx.array:
 
     Source: arXiv:2407.01082.
     """
-    least = logprobs.max(axis=-1, keepdims=True) + math.log(p)
-    return mx.where(logprobs < least, -mx.inf, logprobs)
+    threshold = logprobs.max(axis=-1, keepdims=True) + math.log(p)
+    return mx.where(logprobs < threshold, -mx.inf, logprobs)
 
 
 # From an option to its minimum, whether it may be equal to that, and its maximum.
@@ -1166,10 +1151,10 @@ def check_sampling(**options: float | None) -> None:
             continue
         least, closed, greatest = INTERVALS[name]
         inside = type(value) in (int, float) and least <= value <= greatest
-        if value == least and not closed:
-            inside = False
-        if name == "top_k" and inside and value != int(value):
-            inside = False
+        if inside and value == least:
+            inside = closed
+        if inside and name == "top_k":
+            inside = value == int(value)
         if not inside:
             kind = ", a whole number" if name == "top_k" else ""
             raise ValueError(
@@ -1203,6 +1188,8 @@ class Sampler:
 
     def __post_init__(self):
         check_sampling(**{name: getattr(self, name) for name in INTERVALS})
+        if self.temperature is None:  # this turns off the other options only
+            raise ValueError("temperature must be a number, got None; 0 is greedy")
         self.seed = new_seed() if self.seed is None else self.seed
 
     def __call__(self, logits: mx.array) -> mx.array:
@@ -1236,8 +1223,8 @@ class Sampler:
             logprobs = apply_min_p(logprobs, self.min_p)
         if self.key is None:
             self.key = mx.random.key(self.seed)
-        self.key, now = mx.random.split(self.key)
-        return mx.random.categorical(logprobs, key=now)
+        self.key, draw_key = mx.random.split(self.key)
+        return mx.random.categorical(logprobs, key=draw_key)
 
 
 make_sampler = Sampler  # since it reads as a function that makes one
@@ -1258,6 +1245,10 @@ make_sampler = Sampler  # since it reads as a function that makes one
 #     Python   describe 2 | wait for 1, yield it | describe 3 | wait for 2, yield it |
 #     GPU        step 1             |         step 2          |         step 3
 #
+# Only these lines make the model compute: mx.eval of the caches, after each step of
+# prefill; require_numbers, of the last logits of a prompt, and later now and then;
+# mx.async_eval, which starts each step of decode; and token.item(), which waits for it.
+#
 # Prefill and decode are generators, so whoever calls them can report progress, or stop,
 # between two steps. They work with any model that is called like the one of section 6,
 # and has caches like those of section 5.
@@ -1271,7 +1262,7 @@ class NotANumber(ValueError):
 
 
 def require_numbers(logits: mx.array) -> None:
-    """Raise NotANumber if the greatest of the logits is not finite: noise follows."""
+    """Compute logits, and raise NotANumber if the greatest of them is not finite."""
     if not mx.isfinite(logits.max()).item():
         raise NotANumber("the model's output is not a number")
 
@@ -1292,12 +1283,13 @@ def prefill(
     for start in range(0, len(prompt), step):
         tokens = mx.array(prompt[start : start + step])[None]
         logits = model(tokens, cache, logits_to_keep=1)[:, -1]
-        # Only the caches are computed. The logits of a step before the last are never
-        # asked for, so the output head is not applied there.
-        mx.eval([layer.state for layer in cache])
-        mx.clear_cache()  # gives back what the step needed; it is MLX's, not our cache
+        # This computes the caches only. What they do not need, the end of the last block
+        # and the output head, is computed only for the logits that decode asks for.
+        mx.eval([layer_cache.state for layer_cache in cache])
+        mx.clear_cache()  # frees MLX's spare buffers, and does not touch the KV cache
         done = min(start + step, len(prompt))
-        # Nobody may keep the others: they refer to buffers that the next step writes.
+        # Logits of earlier steps are not passed on. They are not computed, and refer to
+        # buffers of the KV cache, which the next step would then have to copy.
         yield done, logits if done == len(prompt) else None
 
 
@@ -1314,8 +1306,8 @@ def decode(
     The generator's return value, which `reason = yield from decode(...)` gives, says
     why it ended: "stop" (a stop token, which is not yielded), "length" (max_tokens) or
     "context" (the cache is full). However it ends, the cache then holds what it held
-    before, and the yielded ids. After "length" and "context" the last of them is not
-    there, since no step has read it.
+    before, followed by the yielded ids. Only the last id is missing after "length" and
+    "context", because the model has not read it.
     """
     if max_tokens == 0:
         return "length"
@@ -1325,25 +1317,26 @@ def decode(
     mx.async_eval(token)
     try:
         for count in itertools.count(1):
-            last = count == max_tokens or cache[0].offset == capacity
+            full = cache[0].offset == capacity  # so this token cannot be read any more
+            last = full or count == max_tokens
             if not last:  # launch the step that reads this token, then ask what it is
                 logits = model(token[:, None], cache, logits_to_keep=1)[:, -1]
-                following = sampler(logits)
-                mx.async_eval(following)
-            value = token.item()
-            if value in stop_tokens:
+                next_token = sampler(logits)
+                mx.async_eval(next_token)
+            token_id = token.item()
+            if token_id in stop_tokens:
                 return "stop"
             held += 1
-            yield value
+            yield token_id
             if last:
                 return "length" if count == max_tokens else "context"
             if count % 256 == 0:
                 require_numbers(logits)
                 mx.clear_cache()  # buffers of past sizes would pile up
-            token = following
+            token = next_token
     finally:
-        for layer in cache:  # undo the step that was launched ahead, if there is one
-            layer.trim(max(layer.offset - held, 0))
+        for layer_cache in cache:  # undo the step launched ahead, if there is one
+            layer_cache.trim(max(layer_cache.offset - held, 0))
 
 
 def generate(
@@ -1358,6 +1351,8 @@ def generate(
 ) -> Iterator[int]:
     """Read a prompt, and return an iterator over the ids that continue it.
 
+    The prompt is read before this returns, so that its errors are raised here, and not
+    by the first `next`.
     prompt: at least one id. max_tokens: None goes on until something else ends it.
     sampler: logits (1, V) -> (1,). cache: holds what precedes the prompt, and is
     continued in place; None makes one. stop_tokens: ids that end the text, not yielded.
@@ -1394,21 +1389,22 @@ def generate(
 #
 # It reads one file of weights and trusts the folder; Part Two reads shards, and checks.
 # uses: 1-9
-# needs: Iterator, Path, json, mx
+# needs: Callable, Iterator, Path, json, mx
 # -----------------------------------------------------------------------------
 
 
 def answer(
     folder: Path,
     messages: list[dict[str, str]],
+    *,
     dtype: mx.Dtype | None = None,
     max_tokens: int = 512,
-    **options,
+    sampler: Callable[[mx.array], mx.array] | None = None,
 ) -> Iterator[str]:
     """Yield the text that a model of Llama 3's kind replies to a conversation.
 
-    messages: see ByteLevelTokenizer.encode_chat. dtype: see read_weights. max_tokens:
-    at most so many are generated. options: the others of `generate`.
+    messages: see ByteLevelTokenizer.encode_chat. dtype: see read_weights. max_tokens,
+    sampler: see generate; None is a Sampler with its defaults.
     """
     args = ModelArgs.from_dict(json.loads((folder / "config.json").read_bytes()))
     tensors = read_header(folder / "model.safetensors")
@@ -1417,8 +1413,10 @@ def answer(
         pass  # progress could be reported here
     tokenizer = ByteLevelTokenizer.from_folder(folder)
     ids, stream = tokenizer.encode_chat(messages), tokenizer.stream()
-    options = {"stop_tokens": tokenizer.stop_tokens, "sampler": Sampler()} | options
-    for token in generate(model, ids, max_tokens=max_tokens, **options):
+    sampler, stop_tokens = sampler or Sampler(), tokenizer.stop_tokens
+    for token in generate(
+        model, ids, max_tokens=max_tokens, sampler=sampler, stop_tokens=stop_tokens
+    ):
         yield stream.add(token)
     yield stream.close()
 
@@ -1534,7 +1532,7 @@ def linear_scaling(
 
 
 def yarn_scaling(frequencies: list[float], scaling: dict) -> tuple[list[float], float]:
-    """Return frequencies slowed down as YaRN does, and the factor on attention.
+    """Return frequencies slowed down as YaRN does, and the factor of the scores.
 
     As in llama3, but the change of pace is linear in the index of the pair, from the
     one that turns beta_fast times within the original context to the one that turns
@@ -1557,12 +1555,12 @@ def yarn_scaling(frequencies: list[float], scaling: dict) -> tuple[list[float], 
         slow = min(max((pair - low) / width, 0.0), 1.0)
         slowed.append(frequency * (1 - slow + slow / factor))
     if "attention_factor" in scaling:
-        return slowed, scaling["attention_factor"]
+        return slowed, scaling["attention_factor"] ** 2  # of queries and of keys
     growth = 0.1 * math.log(max(factor, 1.0))
     if "mscale" in scaling and "mscale_all_dim" in scaling:
         over, under = scaling["mscale"], scaling["mscale_all_dim"]
-        return slowed, (over * growth + 1) / (under * growth + 1)
-    return slowed, growth + 1
+        return slowed, ((over * growth + 1) / (under * growth + 1)) ** 2
+    return slowed, (growth + 1) ** 2
 
 
 ROPE_SCALINGS["linear"] = linear_scaling
@@ -3000,7 +2998,24 @@ Today Date: {{ strftime_now('%d %b %Y') }}
 # needs: Callable, Collection, Iterable, Iterator, Mapping, NamedTuple, Path, Sequence,
 #     base64, collections, dataclass, field, functools, itertools, json, operator, re,
 #     tiktoken, unicodedata
+# registers: STOP_NAMES
 # -----------------------------------------------------------------------------
+
+# Of other families, and of other Llamas.
+STOP_NAMES += [
+    "<|eot|>",
+    "<|eom|>",
+    "<|EOT|>",
+    "<|end|>",
+    "<|im_end|>",
+    "<|end_of_turn|>",
+    "<|endofturn|>",
+    "[|endofturn|]",
+    "<end_of_turn>",
+    "<|endoftext|>",
+    "<｜end▁of▁sentence｜>",
+    "</s>",
+]
 
 # How a text is cut into words: GPT-2's way, Llama 3's, and SentencePiece's, which
 # writes a space as a letter of its own. PUNCTUATION is one character.
@@ -3630,7 +3645,7 @@ def tokenizer_settings(folder: Path, template: str | None) -> dict:
     ids = [*ids_of.values(), *stops, 0 if bos is None else bos]
     if not all(type(i) is int and 0 <= i < 2**31 for i in ids):
         raise ValueError(f"token ids must be whole numbers, got {ids!r:.200}")
-    if (size := max(vocabulary.text) + 1) > rows:
+    if (size := max(vocabulary.bytes_of_id) + 1) > rows:
         raise ValueError(f"the tokenizer has {size} ids, the model {rows}")
     names = token_names(settings)
     if template is None:
@@ -3987,7 +4002,7 @@ class Tokenizer(ByteLevelTokenizer):
 # after this.
 # uses: 1-7, 11-13
 # needs: Callable, Iterable, Iterator, Mapping, Path, ctypes, dataclass, difflib, math,
-#     mx, os, re, safetensors, sys, tree_flatten
+#     mx, nn, os, re, safetensors, sys, tree_flatten, tree_unflatten
 # -----------------------------------------------------------------------------
 
 
@@ -4384,8 +4399,12 @@ def default_dtype() -> mx.Dtype | None:
 
 
 def has_openblas() -> bool:
-    """Return whether OpenBLAS computes the matrix products of this CPU; see the imports
-    of this file."""
+    """Return whether OpenBLAS computes the matrix products of this CPU.
+
+    MLX's wheel for CPUs on Linux carries the reference BLAS, whose products take twenty
+    to a hundred times as long. MLX calls OpenBLAS instead if the names of this are
+    visible when MLX is loaded; the imports of this file see to it.
+    """
     return hasattr(ctypes.CDLL(None), "openblas_get_config")
 
 
@@ -4525,6 +4544,23 @@ def choose_context(args: ModelArgs, wanted: int | None) -> tuple[int, str | None
     if wanted is None and context == window and window < longest:
         return context, f"the context is {window} tokens{reason}"
     return context, None
+
+
+def quantize(model: nn.Module, group_size: int = 64, bits: int = 4) -> None:
+    """Quantize in place every Linear and Embedding that can be cut into groups.
+
+    The others, whose number of columns is no multiple of G, stay as they are; MLX's
+    converter does the same.
+    """
+    layers = dense_layers(model)
+    while layers:  # popped, so that no list keeps the old weights alive
+        path, layer = layers.pop()
+        if layer.weight.shape[1] % group_size == 0:
+            quantized = quantized_like(layer, group_size, bits, "affine")
+            weight, scales, biases = mx.quantize(layer.weight, group_size, bits)
+            quantized.update({"weight": weight, "scales": scales, "biases": biases})
+            mx.eval(quantized.parameters())
+            model.update_modules(tree_unflatten([(path, quantized)]))
 
 
 GROUP_SIZE = 64  # of what is quantized while it is read, as MLX's converter has it
@@ -5268,7 +5304,7 @@ class ColumnsInfo(TensorInfo):
         width, dtype = self.nbytes // self.shape[0], DTYPES[self.dtype]
         starts = [self.start + row * self.stride for row in range(self.shape[0])]
         data = b"".join(mapping[start : start + width] for start in starts)
-        array = mx.asarray(memoryview(data).cast(LETTERS[dtype.size]))
+        array = mx.asarray(memoryview(data).cast(MEMORYVIEW_FORMATS[dtype.size]))
         return array.view(dtype).reshape(self.shape)
 
 
@@ -7071,7 +7107,9 @@ def inspection(folder: Path, check: bool) -> dict:
     if tokenizer:
         added = tokenizer.special_tokens | tokenizer.added_words
         found |= {
-            "tokenizer_size": len(tokenizer.vocabulary.text.keys() | added.values()),
+            "tokenizer_size": len(
+                tokenizer.vocabulary.bytes_of_id.keys() | added.values()
+            ),
             "special_tokens": tokenizer.special_tokens,
             "added_words": tokenizer.added_words,
             "lacking_bytes": len(tokenizer.vocabulary.lacking),

@@ -79,7 +79,7 @@ def random_texts(own: llama.Tokenizer, count: int) -> list[str]:
     """Texts of odd parts, words of these texts, tokens, and any characters."""
     rng, words = random.Random(own.source), " ".join(TEXTS).split(" ")
     names = [*own.special_tokens, *own.added_words] or ["</s>"]
-    tokens = [*own.vocabulary.text.values()]
+    tokens = [*own.vocabulary.bytes_of_id.values()]
     ways = [
         lambda: rng.choice(ODD),
         lambda: " " + rng.choice(words),
