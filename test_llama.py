@@ -75,6 +75,7 @@ from tests.support import (
     kept,
     load_model,
     needs_data,
+    needs_exact_counts,
     numbers,
     on_a_gpu,
     on_the_cpu,
@@ -4759,6 +4760,7 @@ def test_quantizing_while_loading_gives_what_mlx_lm_converts_to(tmp_path, family
     assert all(mx.array_equal(ours[name], wanted[name]) for name in ours)
 
 
+@needs_exact_counts
 @on_the_cpu
 def test_quantizing_while_loading_holds_one_dense_matrix_at_most(tmp_path):
     config = WIDE | {"num_hidden_layers": 8, "hidden_size": 256, "vocab_size": 6000}

@@ -66,7 +66,9 @@ def both_models(options):
     args, group = llama.PRESETS[options.model], llama.join_ranks()
     share = llama.rank_args(args, group.size()) if group else args
     model = llama.random_model(share, options.bits)
-    llama.accelerate(model, group)  # first, as it may put packed weights elsewhere
+    # First, since it may put packed weights in other places. They stay packed on a CPU
+    # too, for mlx-lm takes them as they are.
+    llama.accelerate(model, group, keep_packed=True)
     other = peer.Model(
         peer.ModelArgs.from_dict(dataclasses.asdict(args) | {"model_type": "llama"})
     )

@@ -446,7 +446,7 @@ class WideRoPE:
     for hundreds of rows of heads as narrow as the teacher's."""
 
     def __init__(self, rope: llama.RoPE):
-        self.frequencies = 1 / rope.periods
+        self.frequencies = 1 / rope.tokens_per_radian
 
     def __call__(self, x: mx.array, offset: int) -> mx.array:
         one, other = mx.split(x, 2, axis=-1)

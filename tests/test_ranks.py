@@ -487,7 +487,8 @@ def test_info_measures_all_ranks_together(folder, tmp_path):
 
 # The benchmark with a preset that two ranks on a CPU measure within seconds.
 SMALL_BENCHMARK = """
-import runpy, sys, llama
+import runpy, sys, llama, mlx.core as mx
+mx.set_default_device(mx.cpu)
 llama.PRESETS["1b"] = llama.llama3_args(128, 256, 2, 8)
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")

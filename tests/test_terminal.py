@@ -67,6 +67,8 @@ def test_a_reply_wraps_at_the_edge_of_the_terminal_and_in_a_pipe_it_does_not():
         chat.type(STORY[1] + "\r")
         chat.wait_for(PASTES_ARE_PLAIN)
         shown = chat.wait_for(PASTES_ARE_MARKED).strip("\r\n")
+        # On a slow machine the progress of reading comes first, and is wiped out.
+        shown = re.sub(r"^(\r?(reading the prompt[^\x1b]*)?\x1b\[K)+", "", shown)
         assert shown.replace("\r\n", "\n") == wrapped(text, columns)
         chat.wait_for(">>> ")
         chat.type("/reset\r")

@@ -101,7 +101,7 @@ def test_both_sides_of_a_benchmark_share_their_weights(monkeypatch):
     peer("mlx_lm")
     bench = imported(HERE / "benchmarks" / "bench.py")
 
-    def accelerate(model, group):
+    def accelerate(model, group, *, keep_packed):
         for layer in model.modules():
             if isinstance(layer, llama.QuantizedLinear):
                 layer.weight = layer.weight + 0
