@@ -5300,6 +5300,10 @@ class ColumnsInfo(TensorInfo):
 
     stride: int = 0
 
+    @property
+    def adoptable(self) -> bool:
+        return False  # its parts are copied together
+
     def read(self, mapping: memoryview) -> mx.array:
         width, dtype = self.nbytes // self.shape[0], DTYPES[self.dtype]
         starts = [self.start + row * self.stride for row in range(self.shape[0])]

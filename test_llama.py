@@ -4627,7 +4627,8 @@ def test_metal_computes_in_place_from_tensors_that_are_aligned_and_not_cast(
     assert llama.adopted_bytes(infos, None) == 0
     monkeypatch.setattr(mx.metal, "is_available", lambda: True)
     monkeypatch.setattr(mx, "default_device", lambda: mx.gpu)
-    assert llama.adopted_bytes(infos, None) == 2 * 2**30
+    columns = llama.ColumnsInfo("w", "F32", (1,), tmp_path, 0, 2**30, stride=4)
+    assert llama.adopted_bytes([*infos, columns], None) == 2 * 2**30
     assert llama.adopted_bytes(infos, mx.float32) == 2**30
     lines = llama.stats_lines(llama.Stats(adopted_memory=3 * 10**9), 1)
     assert lines.endswith(", 3.00 GB of the weights not copied")
