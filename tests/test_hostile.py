@@ -120,7 +120,7 @@ WORDED = [
     (file_of(ONE), "truncated"),
     (file_of(ONE, b"123456789"), "edited"),
     (file_of({"a": entry("F64", [1], 0, 8)}, b"0" * 8), "a has dtype F64"),
-    (file_of({"a": entry("F32", [2**31, 0], 0, 0)}), r"sizes below 2\*\*31"),
+    (file_of({"a": entry("F32", [2**31, 0], 0, 0)}), "at most 2147418112 numbers"),
     (LFS, "git lfs pull"),
     *((content, "not a safetensors file") for content in UNSOUND.values()),
 ]
@@ -264,6 +264,17 @@ def test_many_and_long_added_tokens_are_read_at_once(tmp_path):
     own = llama.Tokenizer.from_folder(write_tokenizer(tmp_path, spec))
     assert own.encode("<|59999|>" + "x" * 299) == [60_299]
     assert time.monotonic() - began < 10
+
+
+def test_a_tensor_of_more_numbers_than_mlx_counts_is_refused(tmp_path):
+    """Each size of it may be small. The file is one that takes no place on the disk."""
+    fine = contextlib.nullcontext()
+    for rows, refused in ((32_766, False), (32_768, True)):
+        size, file = rows * 2**16, tmp_path / f"{rows}.safetensors"
+        file.write_bytes(file_of({"a": entry("U8", [rows, 2**16], 0, size)}))
+        os.truncate(file, file.stat().st_size + size)
+        with pytest.raises(ValueError, match="numbers") if refused else fine:
+            llama.checked_header(file)
 
 
 @pytest.mark.parametrize("wrong", [-1, 2**31, 1.5, True])
