@@ -616,9 +616,9 @@ def bytes_allowed(folder: Path) -> int:
     size of a JSON file is limited, and parsing can turn 3 bytes into 120 bytes of
     objects: that is 40 times the size. A header is JSON, too. What is
     over its limit is not read at all. A vocabulary's limit grows with what config.json
-    says of its size, whatever the weights say.
+    says of its size, whatever the weights say, and without one is the largest.
     """
-    tokens, config = 0, folder / "config.json"
+    tokens, config = None, folder / "config.json"
     with contextlib.suppress(OSError, ValueError, RecursionError, AttributeError):
         if config.stat().st_size <= llama.JSON_BYTES:
             tokens = json.loads(config.read_bytes()).get("vocab_size")
