@@ -278,10 +278,11 @@ def adopt(
         pages = mx.asarray(whole_numbers, copy=False)
     except ValueError:
         return None
-    # Ask for all of it, since a disk is fast when it knows what comes; then wait for it
-    # by reading one byte of each page.
-    mapping.obj.madvise(mmap.MADV_WILLNEED, page_start, page_end - page_start)
-    bytes(mapping[page_start : page_end : mmap.PAGESIZE])
+    if count:
+        # Ask for all of it, since a disk is fast when it knows what comes; then wait
+        # for it by reading one byte of each page.
+        mapping.obj.madvise(mmap.MADV_WILLNEED, page_start, page_end - page_start)
+        bytes(mapping[page_start : page_end : mmap.PAGESIZE])
     return pages[(start - page_start) // item_size :][:count]
 
 
@@ -376,8 +377,8 @@ FLOAT_MODES = {(32, 4): "mxfp4", (32, 8): "mxfp8", (16, 4): "nvfp4"}
 
 
 class QuantizedMatrix(nn.Module):
-    """A packed matrix (rows, columns). Both layers below are built on it. It holds zeros
-    until loading replaces them.
+    """A packed matrix (rows, columns). Both layers below are built on it. It holds
+    zeros until loading replaces them.
 
     weight: (rows, columns * bits / 32) uint32. scales, and in affine mode biases:
     (rows, columns / G).
@@ -490,8 +491,8 @@ def dense_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
 def llama3_scaling(
     frequencies: list[float], scaling: dict
 ) -> tuple[list[float], float]:
-    """Return the frequencies with the slow pairs slowed down by `factor`, and the number
-    that the attention scores are multiplied by, which is 1.
+    """Return the frequencies with the slow pairs slowed down by `factor`, and the
+    number that the attention scores are multiplied by, which is 1.
 
     Pairs that turn more than high_freq_factor times within the original context keep
     their pace, those that turn less than low_freq_factor times are slowed down, and
@@ -515,8 +516,8 @@ ROPE_SCALINGS = {"llama3": llama3_scaling}
 def rope_frequencies(
     head_dim: int, theta: float, scaling: dict | None = None
 ) -> tuple[list[float], float]:
-    """Return the radians per position of each of the Dh / 2 pairs, and the factor of the
-    attention scores.  Source: [2] eq. 15."""
+    """Return the radians per position of each of the Dh / 2 pairs, and the factor of
+    the attention scores.  Source: [2] eq. 15."""
     frequencies = [theta ** (-i / head_dim) for i in range(0, head_dim, 2)]
     if scaling is None:
         return frequencies, 1.0
@@ -777,8 +778,8 @@ class LlamaModel(nn.Module):
         self.norm = nn.RMSNorm(args.hidden_size, args.rms_norm_eps)
 
     def __call__(self, tokens: mx.array, cache: list[KVCache]) -> mx.array:
-        # A packed embedding may not have the dtype of the other layers, since its scales
-        # may be bytes. The norms always have the dtype that the model computes in.
+        # A packed embedding may not have the dtype of the other layers, since its
+        # scales may be bytes. The norms always have the dtype of the computation.
         x = self.embed_tokens(tokens).astype(self.norm.weight.dtype)
         for layer, layer_cache in zip(self.layers, cache, strict=True):
             x = layer(x, layer_cache)
@@ -1283,8 +1284,8 @@ def prefill(
     for start in range(0, len(prompt), step):
         tokens = mx.array(prompt[start : start + step])[None]
         logits = model(tokens, cache, logits_to_keep=1)[:, -1]
-        # This computes the caches only. What they do not need, the end of the last block
-        # and the output head, is computed only for the logits that decode asks for.
+        # This computes the caches only. What they do not need, the end of the last
+        # block and the output head, is computed only for logits that decode asks for.
         mx.eval([layer_cache.state for layer_cache in cache])
         mx.clear_cache()  # frees MLX's spare buffers, and does not touch the KV cache
         done = min(start + step, len(prompt))
@@ -5447,8 +5448,7 @@ def load_rank(
     """Return a rank's share of a folder's model, which is all that it reads.
 
     It takes tokens, and gives logits, as the whole does; all ranks must call it with
-    the same tokens. Its cache is that of its own heads. dtype and bits
-    are those of load.
+    the same tokens. Its cache is that of its own heads. dtype, bits: see load.
     """
     model, tensors = rank_share(*examine(folder), group, bits)
     for _ in read_weights(model, tensors, dtype or default_dtype()):
@@ -5712,7 +5712,7 @@ class Piece:
 
     def thinking_end(self) -> int | None:
         """Return how many characters of the text are thinking, with its tags: 0 if it
-        begins otherwise, None if it may still become THINK. Tags further on are text."""
+        begins otherwise, None if it may still become THINK. Later tags are text."""
         begun = self.content.lstrip()
         if not begun.startswith(THINK):
             return None if THINK.startswith(begun) else 0
@@ -5825,8 +5825,8 @@ class Reply(Iterator[str]):
 
     taken: the Piece of all that was taken so far. text: all of its text, and thinking:
     what a reasoning model has thought in it before its answer. stats: a Stats once the
-    iterator has ended. An error in the worker is raised here. A reply that is dropped is
-    cancelled.
+    iterator has ended. An error in the worker is raised here. A reply that is dropped
+    is cancelled.
     """
 
     def __init__(self, request: Request, progress: Callable[[int, int], None] | None):
@@ -6078,16 +6078,17 @@ class Worker(threading.Thread):
                     reason = "cancelled"
         reply.close()  # which trims the step that was launched ahead
         maker.text += stream.close()
-        if maker.stop_found() is not None:
-            self.cut_reply(request, maker)
+        end = maker.stop_found()
+        if end is not None:
+            self.cut_reply(request, maker, end)
             return "stop"
         request.events.put(Piece(maker.text, maker.tokens))
         return reason
 
-    def cut_reply(self, request: Request, maker: PieceMaker) -> None:
-        """End a reply before a stop text: the cache keeps the tokens that end before
-        it, and what is left of the text is encoded anew."""
-        text = maker.text[: maker.stop_found()]
+    def cut_reply(self, request: Request, maker: PieceMaker, end: int) -> None:
+        """End a reply where a stop text begins: the cache keeps the tokens that end
+        before it, and what is left of the text is encoded anew."""
+        text = maker.text[:end]
         piece = maker.take(len(text))
         kept = len(request.tokens) - len(maker.tokens)
         for layer in self.cache:
@@ -8177,18 +8178,14 @@ def build_parser() -> argparse.ArgumentParser:
     options = {}
     for run, name, text, example in (
         (cmd_info, "info", "list models; what one needs, and what fits", "info 8b"),
-        (
-            cmd_inspect,
-            "inspect",
-            "what is in a model folder, and whether it is sound",
-            "inspect ./model",
-        ),
+        (cmd_inspect, "inspect", "list and check a model folder", "inspect ./model"),
         (cmd_chat, "chat", "talk to a model", 'chat ./model --prompt "Hi!"'),
     ):
+        usage = f"llama.py {name} [MODEL] [options]"
         command = commands.add_parser(
             name,
             help=text,
-            usage=f"llama.py {name} [MODEL] [options]\nexample: python llama.py {example}",
+            usage=f"{usage}\nexample: python llama.py {example}",
             formatter_class=layout,
             add_help=False,
         )

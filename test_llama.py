@@ -358,6 +358,10 @@ def test_importing_runs_no_code():
     assert blas.count("\n") == 4
 
 
+def test_lines_are_as_wide_as_a_formatter_leaves_them():
+    assert [line for line in SOURCE.splitlines() if len(line) > 88] == []
+
+
 def test_only_the_agreed_packages_are_imported():
     found = set()
     for node in ast.walk(ast.parse(SOURCE)):
@@ -638,6 +642,18 @@ def test_the_pages_of_an_adopted_tensor_are_in_memory_when_it_is_given(
     before = resident(file)
     llama.read_header(file)["b"].read(mapping)
     assert before < size <= resident(file)
+
+
+def test_an_empty_tensor_at_the_end_of_a_file_is_adopted_too(tmp_path, adopted):
+    """Behind the last page there is nothing to ask for."""
+    for more in range(1, 2 * mmap.PAGESIZE):  # until the end is that of a page
+        header = {"a": entry("U8", [more], 0, more), "w": entry("F32", [0], more, more)}
+        data = file_of(header, bytes(more))
+        if len(data) % mmap.PAGESIZE == 0:
+            break
+    info = llama.read_header(written(tmp_path, data))["w"]
+    [(_, array)] = llama.read_tensors([info])
+    assert array.shape == (0,) and info.start == len(data)
 
 
 def resident(file):
