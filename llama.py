@@ -5830,7 +5830,8 @@ class Reply(Iterator[str]):
     """
 
     def __init__(self, request: Request, progress: Callable[[int, int], None] | None):
-        self.taken, self.stats = Piece(), None
+        self.taken = Piece()
+        self.stats: Stats = None  # until the iterator has ended
         self._request, self._progress = request, progress
         weakref.finalize(self, request.stopped.set)
 
@@ -6199,7 +6200,7 @@ def shut_down(worker: Worker) -> None:
             worker.join()
 
 
-class Engine(contextlib.AbstractContextManager):
+class Engine(contextlib.AbstractContextManager["Engine"]):
     """A model and a worker thread that answers with it; a context manager.
 
     model: a folder or org/name. tokenizer: None is the folder's. context: tokens of

@@ -118,6 +118,7 @@ MISUSES = {
     "llama.load(5)": 'incompatible type "int"',
     "llama.make_sampler(temperature='hot')": 'incompatible type "str"',
     "llama.Engine('folder').chat('Hi!')": 'incompatible type "str"',
+    "with llama.Engine('folder') as e: e.chat(5)": 'incompatible type "int"',
     "llama.Tokenizer.from_folder('folder').encode(b'x')": 'incompatible type "bytes"',
     "llama.main(8)": 'incompatible type "int"',
     "llama.Engine('folder').chat([]).cancelled": 'no attribute "cancelled"',
