@@ -3260,8 +3260,8 @@ class Merging:
     letter, -1 and the letter.
     """
 
-    def __init__(self, letters: Iterable[str], pairs: Sequence[Sequence[str]]):
-        self.ranks = {(left, right): rank for rank, (left, right) in enumerate(pairs)}
+    def __init__(self, letters: Iterable[str], pairs: Sequence[tuple[str, str]]):
+        self.ranks = {pair: rank for rank, pair in enumerate(pairs)}
         self.made = {letter: (-1, letter, letter) for letter in letters}
         for (left, right), rank in self.ranks.items():
             new = left + right not in self.made
@@ -3331,7 +3331,7 @@ def rank_letters(
     return ranks, [ids.get(piece) for piece in ranks]
 
 
-def read_merges(model: dict) -> list[list[str]]:
+def read_merges(model: dict) -> list[tuple[str, str]]:
     """Return the merges of a tokenizer.json's model.
 
     Raises ValueError for what is inconsistent or unknown.
@@ -3344,15 +3344,18 @@ def read_merges(model: dict) -> list[list[str]]:
     whole = all(type(i) is int and 0 <= i < NO_RANK for i in ids)
     if len(ids) < len(vocab) or not whole:
         raise ValueError("the ids of the vocabulary must be whole numbers, each once")
-    # "a b" before tokenizers 0.20, ["a", "b"] since
-    merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
-    merges = [merge for merge in merges if merge[:1] != ["#version:"]]
-    for merge in merges:
-        if len(merge) != 2 or not vocab.keys() >= {*merge, "".join(merge)}:
+    merges = []
+    for merge in model["merges"]:
+        if merge[:9] == "#version:":
+            continue
+        # "a b" before tokenizers 0.20, ["a", "b"] since
+        pair = tuple(merge.split(" ") if isinstance(merge, str) else merge)
+        if len(pair) != 2 or not vocab.keys() >= {*pair, pair[0] + pair[1]}:
             raise ValueError(
                 f"wanted merges of two pieces, all known, got {merge!r:.80}"
             )
-    if not merges or len({*map(tuple, merges)}) < len(merges):
+        merges.append(pair)
+    if not merges or len({*merges}) < len(merges):
         raise ValueError("wanted merges, each once")
     return merges
 

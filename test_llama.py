@@ -3034,7 +3034,7 @@ def test_a_word_that_is_not_merged_is_no_piece_of_other_words(
 
 def test_merges_that_arrive_nowhere_take_no_time():
     """Each piece is merged alone; a vocabulary with so many of them is refused."""
-    merges = [["a", "b" * n] for n in range(2, 400)]
+    merges = [("a", "b" * n) for n in range(2, 400)]
     began = time.monotonic()
     with pytest.raises(ValueError, match="398 pieces that no merges may arrive at"):
         llama.Merging("ab", merges)
