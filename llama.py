@@ -3122,10 +3122,10 @@ def spell(text: str | bytes) -> list[str]:
 
 
 # A step of a pre_tokenizer makes smaller pieces of a piece of a text.
-Step = Callable[[str], list[str]]
+Cut = Callable[[str], list[str]]
 
 
-def read_step(step: dict) -> list[Step]:
+def read_step(step: dict) -> list[Cut]:
     """Return what a step of a pre_tokenizer does. Raises ValueError for what is not
     known."""
     kind, behavior = step.get("type"), step.get("behavior", "Isolated")
@@ -3201,7 +3201,7 @@ class SpelledVocabulary(Vocabulary):
 
     prepend: str = ""  # what the normalizer puts before it
     normalizer: Sequence[Callable[[str], str]] = ()  # its other steps
-    steps: Sequence[Step] = ()  # how it is cut into words
+    steps: Sequence[Cut] = ()  # how it is cut into words
     space: str = " "  # what a space is written as
     # Where a space is put before a text: "missing": unless the text begins with one;
     # "start": as "missing", but only at the start of a document; None: nowhere.
@@ -3628,44 +3628,58 @@ def token_names(settings: dict) -> dict[str, str]:
     }
 
 
-def tokenizer_settings(folder: Path, template: str | None) -> dict:
-    """Return Tokenizer's arguments, gathered from the files of a folder."""
+def ends_of_texts(
+    folder: Path, settings: dict, first: str | None, ids_of: Mapping[str, int]
+) -> tuple[int | None, list[int]]:
+    """Return the id of the token that begins a text, or None, and the ids of those that
+    end one. The tokenizer's files name them; the model's files have their ids.
+
+    first: see read_tokenizer. ids_of: from the contents of added tokens.
+    Raises ValueError for what is no id.
+    """
     config = read_json(folder / "config.json")
     generation = read_json(folder / "generation_config.json")
-    rows = config.get("vocab_size")
+    named = settings.get("bos_token", first), settings.get("eos_token")
+    bos, eos = (ids_of.get(t["content"] if isinstance(t, dict) else t) for t in named)
+    bos, ends = config.get("bos_token_id") if bos is None else bos, [eos]
+    for ids in (config.get("eos_token_id"), generation.get("eos_token_id")):
+        ends += ids if isinstance(ids, list) else [ids]
+    ends = [i for i in ends if i is not None]
+    for i in (*ids_of.values(), *ends, *([] if bos is None else [bos])):
+        if type(i) is not int or not 0 <= i < NO_RANK:
+            raise ValueError(f"token ids must be whole numbers, got {i!r:.200}")
+    return bos, ends
+
+
+def tokenizer_settings(folder: Path, template: str | None) -> dict:
+    """Return Tokenizer's arguments, gathered from the files of a folder."""
+    rows = read_json(folder / "config.json").get("vocab_size")
     rows = rows if type(rows) is int and rows > 0 else MOST_TOKENS
     tokens = min(rows, MOST_TOKENS)
     limit = JSON_BYTES + tokens * BYTES_PER_TOKEN
     settings = read_json(folder / "special_tokens_map.json")
     settings |= read_json(folder / "tokenizer_config.json", limit)
     vocabulary, added, first = read_tokenizer(folder, tokens, settings)
-    ids_of = {token.content: token.id for token in added}
-    named = settings.get("bos_token", first), settings.get("eos_token")
-    bos, eos = (ids_of.get(t["content"] if isinstance(t, dict) else t) for t in named)
-    bos, stops = config.get("bos_token_id") if bos is None else bos, [eos]
-    for ids in (config.get("eos_token_id"), generation.get("eos_token_id")):
-        stops += ids if isinstance(ids, list) else [ids]
-    stops = [i for i in stops if i is not None]
-    ids = [*ids_of.values(), *stops, 0 if bos is None else bos]
-    if not all(type(i) is int and 0 <= i < 2**31 for i in ids):
-        raise ValueError(f"token ids must be whole numbers, got {ids!r:.200}")
     if (size := max(vocabulary.bytes_of_id) + 1) > rows:
         raise ValueError(f"the tokenizer has {size} ids, the model {rows}")
+    ids_of = {token.content: token.id for token in added}
+    bos, ends = ends_of_texts(folder, settings, first, ids_of)
     names = token_names(settings)
     if template is None:
         source = read_template(folder, settings, JSON_BYTES)
     else:  # which needs its tokens, also where a folder does not name them
         source = BUILT_IN[template]
         texts = {token.id: token.content for token in added}
-        ends = {"bos_token": texts.get(bos), "eos_token": texts.get(eos)}
-        names = {name: text for name, text in ends.items() if text} | names
+        eos = ends[0] if ends else None
+        own = {"bos_token": texts.get(bos), "eos_token": texts.get(eos)}
+        names = {name: text for name, text in own.items() if text} | names
     return {
         "vocabulary": vocabulary,
         "added": added,
         "rows": rows,
         "bos": bos,
-        "eos": stops[0] if stops else None,
-        "stop_tokens": stops,
+        "eos": ends[0] if ends else None,
+        "stop_tokens": ends,
         "adds_bos": settings.get("add_bos_token", first is not None),
         "template": source,
         "token_names": names,
@@ -4763,6 +4777,32 @@ def verify_drafts(step: Step, cache: list) -> list[int]:
     return kept
 
 
+def step_after(
+    model: Callable,
+    step: Step,
+    kept: list[int],
+    cache: list,
+    lookup: Lookup,
+    limit: int,
+) -> Step | None:
+    """Return the step that follows another, launched; None if there is no room for it.
+
+    kept: what the other kept; [] if that is not known yet. A step without drafts keeps
+    its one token whatever it is, so the next is launched before the token is known.
+    limit: the tokens that the cache may hold.
+    """
+    room = limit - cache[0].offset
+    if room <= 0:
+        return None
+    drafts = lookup.drafts()[:room]
+    # If the last token is not known, the first draft is a guess of it, and those to be
+    # checked come after that.
+    drafts = drafts[: room - 1] if kept else drafts[1:]
+    last = max(len(kept), 1)
+    token, sampler = step.sampled[:, last - 1 : last], step.samplers[last - 1]
+    return launch(model, token, drafts, cache, sampler)
+
+
 def decode_with_lookup(
     model: Callable,
     logits: mx.array,
@@ -4786,13 +4826,9 @@ def decode_with_lookup(
     mx.async_eval(step.sampled)
     try:
         for count in itertools.count(1):
-            ahead, room = None, limit - cache[0].offset
-            if not step.drafts and room > 0:
-                # Whatever the one token is, it is kept: the step that reads it is
-                # launched before it is known. The first draft is a guess of it; those
-                # to check in its step come after that.
-                drafts = lookup.drafts()[1:room]
-                ahead = launch(model, step.sampled, drafts, cache, step.samplers[0])
+            ahead = None
+            if not step.drafts:
+                ahead = step_after(model, step, [], cache, lookup, limit)
             kept = verify_drafts(step, cache)
             lookup.passes += 1
             for value in kept:
@@ -4804,12 +4840,8 @@ def decode_with_lookup(
                     return "length"
             lookup.extend(kept)
             lookup.accepted += len(kept) - 1
-            room = limit - cache[0].offset
-            if step.drafts and room > 0:
-                token = step.sampled[:, len(kept) - 1 : len(kept)]
-                drafts = lookup.drafts()[: room - 1]
-                sampler = step.samplers[len(kept) - 1]
-                ahead = launch(model, token, drafts, cache, sampler)
+            if step.drafts:
+                ahead = step_after(model, step, kept, cache, lookup, limit)
             if ahead is None:
                 return "context"
             step = ahead
