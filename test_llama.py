@@ -274,6 +274,17 @@ def test_the_sections_are_numbered_in_order():
     assert list(SECTIONS) == list(range(1, len(SECTIONS) + 1))
 
 
+def test_no_name_is_given_to_two_things():
+    """A reader who looks for a name finds one place, and a lifted piece hides none."""
+    named = collections.Counter()
+    for node in ast.parse(SOURCE).body:
+        targets = node.targets if isinstance(node, ast.Assign) else []
+        named.update(name.id for name in targets if isinstance(name, ast.Name))
+        if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
+            named[node.name] += 1
+    assert [name for name, count in named.items() if count > 1] == []
+
+
 @pytest.mark.parametrize("number", SECTIONS)
 def test_a_section_runs_with_just_the_sections_and_imports_that_it_names(number):
     section = SECTIONS[number]
