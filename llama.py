@@ -145,9 +145,11 @@ from mlx.utils import tree_flatten, tree_unflatten
 # its logit: the higher, the likelier this token comes next. Inside, every token is a
 # vector of D numbers, the residual stream. A stack of blocks adds to it. In each block,
 # attention lets a token take something from the tokens up to it: the token has a query,
-# which is compared with the key of each of them, and the better the two fit, the more
-# of that token's value is added. Then an MLP works on each token alone. Last, the
-# output head turns the vector of the last token into logits.
+# which is compared with the key of every token up to it, and the better the two fit,
+# the more of that token's value is added. Then an MLP works on each token alone. Last,
+# the output head turns the vector of the last token into logits. Section 10 puts all of
+# it together, and follows four words through it: a look at it first shows where this
+# goes.
 #
 # MLX, for readers who know PyTorch. It is lazy: an operation on arrays computes
 # nothing, and only notes down what is to be computed. mx.eval(x) computes x and waits
@@ -188,7 +190,7 @@ class ModelArgs:
     intermediate_size: int  # F, width of the MLP's inner layer [14336]
     num_hidden_layers: int  # blocks in the stack [32]
     num_attention_heads: int  # H, query heads [32]
-    vocab_size: int  # V, rows of the embedding, perhaps more than ids [128256]
+    vocab_size: int  # V, rows of the embedding; some may be unused [128256]
     num_key_value_heads: int | None = None  # Hkv; None means H, no sharing [8]
     head_dim: int | None = None  # Dh; None means D // H [128]
     rms_norm_eps: float = 1e-6  # keeps a norm from dividing by zero [1e-5]
@@ -196,7 +198,8 @@ class ModelArgs:
     rope_theta: float = 10000.0  # base of the rotary frequencies [500000]
     rope_scaling: dict | None = None  # how the frequencies are lowered [None]
     rope_traditional: bool = False  # which numbers form a pair; see RoPE [False]
-    tie_word_embeddings: bool = False  # the output head is the embedding [False]
+    # Whether the output head is the embedding. build_model asks the tensors instead.
+    tie_word_embeddings: bool = False  # [False]
     sliding_window: int | None = None  # tokens that a token sees; None: all [None]
 
     def __post_init__(self):
@@ -236,8 +239,8 @@ class ModelArgs:
 # and is not cast to another dtype.) A GPU with memory of its own needs one copy, and so
 # does MLX's CPU build, which adopts no foreign memory.
 #
-# To adopt pages is not to read them: the disk would be waited for when the model first
-# runs, and the first prompt would seem slow. So every page is touched here.
+# To adopt pages is not to read them. The model would then wait for the disk when it
+# first runs, and the first prompt would seem slow. So every page is touched here.
 # uses: none
 # needs: Iterable, Iterator, Path, dataclass, json, mmap, mx
 # -----------------------------------------------------------------------------
@@ -253,8 +256,8 @@ DTYPES = {
     "I64": mx.int64,
 }
 # A memoryview has no bfloat16. So items of n bytes are first read as whole numbers of n
-# bytes, and `view` then gives the array its true type. From n to the letter by which a
-# memoryview calls such a whole number:
+# bytes, and `view` then gives the array its true type. From n to a memoryview's letter
+# for a whole number of n bytes:
 MEMORYVIEW_FORMATS = {1: "B", 2: "H", 4: "I", 8: "Q"}
 
 
@@ -272,7 +275,8 @@ def adopt(
     """
     page_start, end = start - start % mmap.PAGESIZE, start + count * item_size
     page_end = min(end + (-end % mmap.PAGESIZE), len(mapping))
-    page_end -= (page_end - page_start) % item_size  # a file may end within an item
+    # A file may end within an item, and a view of whole numbers must not.
+    page_end -= (page_end - page_start) % item_size
     whole_numbers = mapping[page_start:page_end].cast(MEMORYVIEW_FORMATS[item_size])
     try:
         pages = mx.asarray(whole_numbers, copy=False)
@@ -280,7 +284,7 @@ def adopt(
         return None
     if count:
         # Ask for all of it, since a disk is fast when it knows what comes; then wait
-        # for it by reading one byte of each page.
+        # for it by reading one byte of each page. The bytes themselves are not used.
         mapping.obj.madvise(mmap.MADV_WILLNEED, page_start, page_end - page_start)
         bytes(mapping[page_start : page_end : mmap.PAGESIZE])
     return pages[(start - page_start) // item_size :][:count]
@@ -491,8 +495,8 @@ def dense_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
 def llama3_scaling(
     frequencies: list[float], scaling: dict
 ) -> tuple[list[float], float]:
-    """Return the frequencies with the slow pairs slowed down by `factor`, and the
-    number that the attention scores are multiplied by, which is 1.
+    """Return the frequencies with the slow pairs slowed down by `factor`, and 1: this
+    scaling leaves the attention scores as they are. (YaRN does not.)
 
     Pairs that turn more than high_freq_factor times within the original context keep
     their pace, those that turn less than low_freq_factor times are slowed down, and
@@ -530,6 +534,8 @@ def rope_frequencies(
 class RoPE:
     """Rotate queries or keys (B, heads, L, Dh) by the positions offset .. offset + L-1.
 
+    A pair (x, y) that is turned by the angle a becomes
+        (x cos a - y sin a, x sin a + y cos a)
     traditional: a pair is two neighbours, (0, 1), (2, 3), as in [2]; otherwise one of
     each half, (0, Dh/2), (1, Dh/2 + 1), which is how Hugging Face stores Llamas.
     """
@@ -544,9 +550,9 @@ class RoPE:
         frequencies, self.score_factor = rope_frequencies(head_dim, theta, scaling)
         self.head_dim, self.traditional = head_dim, traditional
         # Despite its name, the argument `freqs` of mx.fast.rope takes 1 / frequency.
-        # The array is built from Python numbers, so it is not lazy: a lazy array
-        # belongs to the thread that made it, and loading and generating may be in
-        # different ones.
+        # The array is built from Python numbers, so it is not lazy. A lazy array can
+        # only be computed by the thread that made it, and one thread may load a model
+        # that another one runs.
         self.tokens_per_radian = mx.array([1 / frequency for frequency in frequencies])
 
     def __call__(self, x: mx.array, offset: int | mx.array) -> mx.array:
@@ -576,12 +582,12 @@ class RoPE:
 # costs the same at every position.
 #
 # Why `buffer[a:b] = x` copies nothing but x. This line makes `buffer` a new array,
-# which MLX notes down as "the old one, with x in it". When MLX computes the new array,
-# and nothing else refers to the old one, it takes over the old one's memory and writes
-# only x into it. This has two consequences. A call of the model must be started, with
+# which MLX notes down as "the old one, with x in it". If nothing else refers to the old
+# one when the new one is computed, the new one gets its memory, and MLX writes only x.
+# Otherwise MLX copies the whole buffer. So a call of the model must be started, with
 # eval or async_eval, before the model is called again. And a caller may use the views
 # that the cache returns, but must not keep them, nor any result that still has to be
-# computed from them: while one exists, MLX copies the whole buffer.
+# computed from them.
 # uses: none
 # needs: math, mx
 # -----------------------------------------------------------------------------
@@ -593,8 +599,8 @@ class KVCache:
     The names of the methods, and what trim returns, are those of the caches in mlx-lm,
     Apple's package of language models, so that this one can be used there too. The two
     buffers, (B, Hkv, capacity, Dh), appear with the first tokens, whose shape and dtype
-    they take. Their length is rounded up to a multiple of 256: attention on CUDA keeps
-    its plan for views of such a buffer.
+    they take. Their length is rounded up to a multiple of 256, which lets CUDA prepare
+    its attention once for many lengths of the past.
     """
 
     def __init__(self, capacity: int):
@@ -665,7 +671,7 @@ class KVCache:
 # becomes H / Hkv times smaller: 4 times in Llama 3 8B, 131 KB a token instead of 524
 # KB.
 #
-# The MLP is SwiGLU [5]: `up` computes F things to say, `gate` how much of each is said,
+# The MLP is SwiGLU [5]: `up` computes F numbers, `gate` how much of each is let pass,
 # and `down` brings the result back to width D.
 # Attributes have the names of the tensors in a checkpoint, so that loading is by name.
 # uses: 1-5
@@ -755,7 +761,8 @@ class TransformerBlock(nn.Module):
         self.self_attn = Attention(args, rope)
         self.mlp = MLP(args)
         self.input_layernorm = nn.RMSNorm(D, eps)
-        self.post_attention_layernorm = nn.RMSNorm(D, eps)  # of what the MLP reads
+        # The norm before the MLP. Checkpoints call it by what precedes it.
+        self.post_attention_layernorm = nn.RMSNorm(D, eps)
 
     def __call__(self, x: mx.array, cache: KVCache) -> mx.array:
         x = x + self.self_attn(self.input_layernorm(x), cache)
@@ -806,12 +813,12 @@ class Llama(nn.Module):
         *,
         logits_to_keep: int | None = None,
     ) -> mx.array:
-        """Return the logits of the token after each token, unnormalised.
+        """Return, for each position, the logits of the token that comes next.
 
         tokens: (B, L) int32. cache: one KVCache per layer, continued in place; None
-        starts from nothing. logits_to_keep: return logits for the last n tokens only;
-        None returns all. Of a prompt only the last are used, and the output head is a
-        large matrix, so this saves much.
+        starts from nothing. logits_to_keep: return logits for the last n positions
+        only; None returns all. What follows a prompt needs those of its last position
+        only, and the output head is a large matrix, so this saves much.
         Returns (B, L or n, V) in the dtype of the weights.
         """
         if cache is None:
@@ -864,6 +871,7 @@ def build_model(args: ModelArgs, tensors: Mapping[str, TensorInfo]) -> Llama:
                 has_biases=f"{path}.biases" in tensors,
             )
             packed = quantized_like(layer, *settings)
+            # This puts it in the place of the layer.
             model.update_modules(tree_unflatten([(path, packed)]))
     return model
 
@@ -920,8 +928,8 @@ def read_weights(
 # needs: Iterable, Mapping, Path, codecs, dataclass, json, tiktoken
 # -----------------------------------------------------------------------------
 
-# Control tokens that end a turn or a text. Config files often name only one of those
-# that their model was trained to stop with.
+# Control tokens that end a turn or a text. Many models write several of them, and their
+# config files often name only one.
 STOP_NAMES = ["<|eot_id|>", "<|eom_id|>", "<|end_of_text|>"]
 
 
@@ -998,7 +1006,8 @@ class ByteLevelTokenizer:
         self.vocabulary, self.special_tokens = vocabulary, special_tokens
         names = [name for name in STOP_NAMES if name in special_tokens]
         self.stop_tokens = {special_tokens[name] for name in names}
-        # Control tokens print nothing; and tiktoken knows none, so it can make none.
+        # Control tokens print nothing. tiktoken is not told of them, so it makes none
+        # from any text.
         nothing = dict.fromkeys(special_tokens.values(), b"")
         self._text = vocabulary.bytes_of_id | nothing
         self._bpe = tiktoken.Encoding(
@@ -1072,8 +1081,8 @@ class ByteLevelTokenizer:
 # probabilities: after normalising they are 0.68, 0.25, 0.06 and 0.01. So below 1 the
 # likely becomes likelier.
 #
-# Each filter takes and returns the logarithms of probabilities, logprobs. A constant
-# may have been added to all of them, which softmax takes out again. A token that is
+# Each filter takes and returns the logarithms of probabilities, logprobs. They may all
+# be too large by the same number, since softmax gives the same then. A token that is
 # ruled out gets -inf. The order is that of Hugging Face's `generate`: repetition
 # penalty, temperature, top-k, top-p and min-p. The draw uses a key that is split for
 # every token, so the same seed draws the same tokens.
@@ -1115,6 +1124,7 @@ def apply_top_p(logprobs: mx.array, p: float) -> mx.array:
     mass_before = mx.cumsum(probs, axis=-1) - probs
     # A p too small for float32 becomes 0; the first token stays even then.
     kept = (mass_before < p) | (mass_before == 0)
+    # The smallest that is kept is the threshold.
     threshold = mx.where(kept, descending, mx.inf).min(axis=-1, keepdims=True)
     return mx.where(logprobs < threshold, -mx.inf, logprobs)
 
@@ -1189,7 +1199,7 @@ class Sampler:
 
     def __post_init__(self):
         check_sampling(**{name: getattr(self, name) for name in INTERVALS})
-        if self.temperature is None:  # this turns off the other options only
+        if self.temperature is None:  # the others may be None, which turns them off
             raise ValueError("temperature must be a number, got None; 0 is greedy")
         self.seed = new_seed() if self.seed is None else self.seed
 
@@ -1228,7 +1238,7 @@ class Sampler:
         return mx.random.categorical(logprobs, key=draw_key)
 
 
-make_sampler = Sampler  # since it reads as a function that makes one
+make_sampler = Sampler  # generate(..., sampler=make_sampler(temperature=0.0))
 
 
 # -----------------------------------------------------------------------------
@@ -1236,18 +1246,21 @@ make_sampler = Sampler  # since it reads as a function that makes one
 # A reply is made in two phases. Prefill reads the prompt: its tokens are known, so many
 # go through the model at once, and the weights are read once for all of them. Decode
 # generates one token after another, since each depends on the one before, and reads all
-# weights for each. So prefill is limited by arithmetic, and decode by memory bandwidth.
+# weights for each. So prefill is limited by arithmetic, and decode by memory bandwidth:
+# Llama 3 8B in 4 bits reads 4.2 GB for a token, so a machine that reads 400 GB/s writes
+# at most 95 tokens/s.
 #
 # Decode is one step ahead. Calling the model and the sampler takes a millisecond or two
-# of Python, and only describes a step. Step n reads token n - 1 and makes token n. It
-# can be described and launched before Python knows which token n - 1 is, while the GPU
-# still computes that one. Only then does Python wait for token n - 1, and yield it:
+# of Python, and only describes a step. The logits of prefill give token 1; from then on
+# step n reads token n - 1 and makes token n. It can be described and launched before
+# Python knows which token n - 1 is, while the GPU still computes that one. Only then
+# does Python wait for token n - 1, and yield it:
 #
 #     Python   describe 2 | wait for 1, yield it | describe 3 | wait for 2, yield it |
 #     GPU        step 1             |         step 2          |         step 3
 #
-# Only these lines make the model compute: mx.eval of the caches, after each step of
-# prefill; require_numbers, of the last logits of a prompt, and later now and then;
+# Only these lines make the loaded model compute: mx.eval of the caches, after each step
+# of prefill; require_numbers, of the last logits of a prompt, and later now and then;
 # mx.async_eval, which starts each step of decode; and token.item(), which waits for it.
 #
 # Prefill and decode are generators, so whoever calls them can report progress, or stop,
@@ -1318,7 +1331,7 @@ def decode(
     mx.async_eval(token)
     try:
         for count in itertools.count(1):
-            full = cache[0].offset == capacity  # so this token cannot be read any more
+            full = cache[0].offset == capacity  # no slot is left for this token
             last = full or count == max_tokens
             if not last:  # launch the step that reads this token, then ask what it is
                 logits = model(token[:, None], cache, logits_to_keep=1)[:, -1]
@@ -1389,6 +1402,20 @@ def generate(
 #         print(piece, end="", flush=True)
 #
 # It reads one file of weights and trusts the folder; Part Two reads shards, and checks.
+# It loads the model for each reply; the engine of Part Four keeps it, and the cache.
+#
+# What it does, seen on a shorter text, "Tom went to the", with the model in stories/,
+# which has 5 blocks, D 256, H 8, Hkv 4, Dh 32 and V 2048:
+#
+#     ids      917, 418, 269, 267: Tom, went, to, the       (the spaces belong to them)
+#     x        (1, 4, 256), four rows of the embedding
+#     a block  queries (1, 8, 4, 32); keys and values (1, 4, 4, 32), kept in its cache;
+#              what attention and the MLP add leaves x (1, 4, 256)
+#     logits   (1, 2048), of what follows "the": park 9.1, store 7.8, house 6.8
+#     softmax  park 0.42, store 0.11, house 0.04, ...
+#
+# Say that " park" is drawn, id 486. Then it goes in alone: x is (1, 1, 256), and its
+# query meets the keys of all five.
 # uses: 1-9
 # needs: Callable, Iterator, Path, json, mx
 # -----------------------------------------------------------------------------

@@ -2066,6 +2066,34 @@ def test_greedy_text_of_a_real_model_is_that_of_transformers():
 
 
 # -----------------------------------------------------------------------------
+# 10. A reply
+# -----------------------------------------------------------------------------
+
+
+@on_the_cpu
+def test_the_example_in_the_banner_is_what_the_built_in_model_does():
+    banner = " ".join(SECTIONS[10].source.split("# uses:")[0].split("#"))
+    banner = re.sub(r"\s+", " ", banner)
+    model, tokenizer = llama.load(STORIES)
+    ids = tokenizer.encode("Tom went to the")
+    cache = model.make_cache(8)
+    x = model.model.embed_tokens(mx.array([ids]))
+    logits = model(mx.array([ids]), cache, logits_to_keep=1)[:, -1]
+    assert f"ids {', '.join(map(str, ids))}: Tom, went, to, the" in banner
+    assert f"x {x.shape}" in banner and f"logits {logits.shape}" in banner
+    queries, keys, _ = model.model.layers[0].self_attn.project(x, 0)
+    assert f"queries {queries.shape}; keys and values {keys.shape}" in banner
+    assert len(cache) == 5 and cache[0].offset == 4
+    probs = mx.softmax(logits[0])
+    likely = mx.argsort(-probs)[:3].tolist()
+    words = [tokenizer.decode([i]).strip() for i in likely]
+    scores = [f"{w} {logits[0, i].item():.1f}" for w, i in zip(words, likely)]
+    shares = [f"{w} {probs[i].item():.2f}" for w, i in zip(words, likely)]
+    assert ", ".join(scores) in banner and ", ".join(shares) in banner
+    assert f"id {likely[0]}." in banner
+
+
+# -----------------------------------------------------------------------------
 # 11. Families
 # -----------------------------------------------------------------------------
 
