@@ -1824,6 +1824,7 @@ def read_args(config: dict) -> ModelArgs:
 
 # Who may have written a character; message i is i.
 UNKNOWN, TEMPLATE = -2, -1
+TEMPLATE_MARK = chr(2 + TEMPLATE)  # in Text.marks
 # Such a role is the template's own word: templates build '<|' + role + '|>'.
 FIXED_ROLES = ("system", "developer", "user", "assistant", "model", "tool", "ipython")
 
@@ -3179,7 +3180,7 @@ def read_step(step: dict) -> list[Cut]:
 def read_pre_tokenizer(spec: dict) -> dict:
     """Return what a tokenizer.json's pre_tokenizer does, as fields of a
     SpelledVocabulary."""
-    steps, space, prefix = [], " ", None
+    steps, space, adds_space = [], " ", None
     whole = spec.get("pre_tokenizer") or {}
     parts = whole.get("pretokenizers", [whole] if whole else [])
     if len(parts) > MOST_STEPS:
@@ -3193,11 +3194,11 @@ def read_pre_tokenizer(spec: dict) -> dict:
             # Older files have add_prefix_space in place of a scheme.
             scheme = "always" if step.get("add_prefix_space", True) else "never"
             scheme = step.get("prepend_scheme", scheme)
-            prefix = {"always": "missing", "first": "start", "never": None}[scheme]
+            adds_space = {"always": "missing", "first": "start", "never": None}[scheme]
             space = SPACE
         elif step.get("add_prefix_space"):
-            prefix = "missing"
-    return {"steps": steps, "space": space, "prefix": prefix}
+            adds_space = "missing"
+    return {"steps": steps, "space": space, "adds_space": adds_space}
 
 
 def read_normalizer(spec: dict) -> dict:
@@ -3232,7 +3233,7 @@ class SpelledVocabulary(Vocabulary):
     space: str = " "  # what a space is written as
     # Where a space is put before a text: "missing": unless the text begins with one;
     # "start": as "missing", but only at the start of a document; None: nowhere.
-    prefix: str | None = None
+    adds_space: str | None = None
     letters: frozenset[str] = frozenset()
     # Other letters become the tokens of their bytes. Without such tokens they are left
     # out, so that what stands beside them is merged.
@@ -3254,17 +3255,18 @@ class SpelledVocabulary(Vocabulary):
     @property
     def spaced(self) -> bool:
         """Whether a space may be put before a text."""
-        return self.prefix is not None or self.prepend != ""
+        return self.adds_space is not None or self.prepend != ""
 
-    def cut(self, text: str, prefix: bool) -> list[str]:
+    def cut(self, text: str, add_space: bool) -> list[str]:
         """Return the words of a normalised text.
 
-        prefix: whether a space is put before it, if that is missing.
+        add_space: whether one may be put before it, if it begins with none.
         """
         # Half of a character that UTF-16 writes as two is no character.
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         text = text.replace(" ", self.space)
-        if prefix and self.prefix is not None and not text.startswith(self.space):
+        missing = add_space and not text.startswith(self.space)
+        if missing and self.adds_space is not None:
             text = self.space + text
         words = [text]
         for step in self.steps:
@@ -3561,8 +3563,8 @@ class TokenTable:
         for text in self.tokens:
             sizes[text[0]].add(len(text))
         self.sizes = {first: sorted(sizes[first], reverse=True) for first in sizes}
-        first = "".join(map(re.escape, self.sizes))
-        self.first = re.compile(f"[{first}]" if first else "(?!)")
+        firsts = "".join(map(re.escape, self.sizes))
+        self.firsts = re.compile(f"[{firsts}]" if firsts else "(?!)")
 
     def longest(self, text: str, start: int, end: int) -> str:
         """Return the longest of what is looked for that begins at `start` and does not
@@ -3574,37 +3576,208 @@ class TokenTable:
         return ""
 
     def split(
-        self, text: str, trusted: Sequence[int], control: Collection[str]
+        self, text: Text, control: Collection[str]
     ) -> Iterator[tuple[AddedToken | None, int, int]]:
         """Yield the parts of a text in their order: (token, or None for text, start,
-        end). trusted: not 0 for each character that may be one of a control token.
-        control: the contents of the tokens which need that."""
-        done = at = 0
-        while found := self.first.search(text, at):
+        end). control: the contents of those that only a template can write."""
+        plain, marks, done, at = str(text), text.marks, 0, 0
+        while found := self.firsts.search(plain, at):
             start = found.start()
-            name = self.longest(text, start, len(text))
+            name = self.longest(plain, start, len(plain))
             at = start + max(len(name), 1)
-            mask = trusted[start:at]
-            if name and self.tokens[name].content in control and 0 in mask:
+            others = marks[start:at].lstrip(TEMPLATE_MARK)
+            if name and self.tokens[name].content in control and others:
                 # A text that goes on where a control token ends must not hide it.
-                name = self.longest(text, start, start + mask.index(0))
-                if any(mask):
+                name = self.longest(plain, start, at - len(others))
+                if TEMPLATE_MARK in marks[start:at]:
                     at = start + max(len(name), 1)
             if not name:
                 continue
             token, end = self.tokens[name], at
-            if token.single_word and not stands_alone(text, start, end):
+            if token.single_word and not stands_alone(plain, start, end):
                 continue
             if token.lstrip:
-                start = done + len(text[done:start].rstrip(WHITE_SPACE))
+                start = done + len(plain[done:start].rstrip(WHITE_SPACE))
             if token.rstrip:
-                end = len(text) - len(text[end:].lstrip(WHITE_SPACE))
+                end = len(plain) - len(plain[end:].lstrip(WHITE_SPACE))
             if done < start:
                 yield None, done, start
             yield token, start, end
             done = end
-        if done < len(text):
-            yield None, done, len(text)
+        if done < len(plain):
+            yield None, done, len(plain)
+
+
+class SpacedStream(TextStream):
+    """A stream that takes away the space before the first text."""
+
+    started = False
+
+    def add(self, token: int) -> str:
+        encoded = self._text.get(token, b"")
+        if encoded and not self.started:
+            encoded, self.started = encoded.removeprefix(b" "), True
+        return self._decoder.decode(encoded)
+
+
+class TextTokenizer(ByteLevelTokenizer):
+    """Text to ids and back, for every kind of vocabulary.
+
+    added: the tokens that are found in a text before it is cut into words. Those that
+    are special, or end a reply, are control tokens: special_tokens, by their contents.
+    The others are words. bos, eos: ids, None if there is none. stop_tokens: end a
+    reply, besides those of STOP_NAMES. adds_bos: whether a text on its own begins with
+    bos. rows: how many ids the model knows. source: whose tokenizer it is, in messages.
+    """
+
+    def __init__(
+        self,
+        vocabulary: SpelledVocabulary,
+        added: Iterable[AddedToken] = (),
+        *,
+        bos: int | None = None,
+        eos: int | None = None,
+        stop_tokens: Collection[int] = (),
+        adds_bos: bool = False,
+        rows: int = NO_RANK,
+        source: str = "this tokenizer",
+    ):
+        ends = {token.id for token in added if token.content in STOP_NAMES}
+        ends |= {*stop_tokens}
+        control = [token for token in added if token.special or token.id in ends]
+        names = {token.content: token.id for token in control}
+        super().__init__(vocabulary, names)
+        self.bos, self.eos, self.source, self.rows = bos, eos, source, rows
+        self.stop_tokens |= ends
+        self.bos_prefix = [bos] if adds_bos and bos is not None else []
+        # A word beyond the rows of a model is no word to it.
+        words = [t for t in added if t.content not in names and t.id < rows]
+        self.added_words = {token.content: token.id for token in words}
+        self._text |= {token.id: token.content.encode() for token in words}
+        # Of two that are normalised alike, the control token counts.
+        known = words + control
+        self._raw = TokenTable({t.content: t for t in known if not t.normalized})
+        self._normalized = TokenTable(
+            {vocabulary.normalize(t.content): t for t in known if t.normalized}
+        )
+        self._control = {*names.values()}
+        self._word_ids = functools.lru_cache(100_000)(self._encode_word)
+
+    def encode(
+        self, text: str, *, first: bool = True, control: Collection[str] = ()
+    ) -> list[int]:
+        """Return the ids of a text, without BOS.
+
+        What is in a str is ordinary text, and never becomes a control token. In a Text,
+        a control token is found where a template wrote all of it. The text between two
+        tokens is encoded as one, whoever wrote it.
+        first: whether the text begins a document; SentencePiece-style vocabularies put
+        a space before it then, so that its first word is a word like any other.
+        control: the contents of words that count as control tokens here.
+        Raises ValueError for a control token that the model does not know.
+        """
+        ids, control = [], self.special_tokens.keys() | {*control}
+        for token, piece, add_space in self._parts(Text.of(text), first, control):
+            if token is None:
+                for word in self.vocabulary.cut(piece, add_space):
+                    # The words of a text come again; a text that is one word does not.
+                    short = len(word) <= LONGEST_WORD
+                    ids += self._word_ids(word) if short else self._encode_word(word)
+            elif token.id < self.rows:
+                ids.append(token.id)
+            else:
+                raise ValueError(
+                    f"{self.source}: {token.content!r:.80} has the id {token.id}, the "
+                    f"model {self.rows:,} ids"
+                )
+        return ids
+
+    def _parts(
+        self, text: Text, first: bool, control: Collection[str]
+    ) -> Iterator[tuple[AddedToken | None, str, bool]]:
+        """Yield the parts of a text: (token, its text, _) or (None, a normalised text,
+        whether a space is to be put before it)."""
+        for token, start, end in self._raw.split(text, control):
+            part = text[start:end]
+            if token is not None:
+                yield token, part, False
+                continue
+            part = self._normalize(part, first or start > 0)
+            for word, at, stop in self._normalized.split(part, control):
+                begins = start == at == 0
+                add_space = first if begins else self.vocabulary.adds_space == "missing"
+                yield word, str(part)[at:stop], add_space
+
+    def _normalize(self, text: Text, prefix: bool) -> Text:
+        """Return a text normalised; prefix: see SpelledVocabulary.normalize.
+
+        Where characters of two writers combine into one, the writer of all is unknown.
+        """
+        whole, parts = self.vocabulary.normalize(str(text), prefix), []
+        if whole == text:
+            return text
+        if not self._normalized.tokens:  # then nobody will ask who wrote it
+            return Text.of(whole)
+        for run, writer in text.runs():
+            part = self.vocabulary.normalize(run, prefix and not parts)
+            parts.append(Text.by(writer, part))
+        joined = NOTHING.join(parts)
+        return joined if joined == whole else Text.of(whole)
+
+    def _encode_word(self, word: str) -> list[int]:
+        """Return the ids of a word of letters."""
+        at_once = self.vocabulary.at_once.get(word)
+        ids = self._merge(word) if at_once is None else [at_once]
+        if self._control.isdisjoint(ids):
+            return ids
+        # A text that spells a control token: letter by letter it is none.
+        return [i for letter in word for i in self._merge(letter)]
+
+    def _merge(self, word: str) -> list[int]:
+        """Return the ids of what the merges make of a word."""
+        own, ids = self.vocabulary, []
+        if not own.byte_ids:
+            word = "".join(letter for letter in word if letter in own.letters)
+        for known, run in itertools.groupby(word, own.letters.__contains__):
+            part = "".join(run)
+            if known:
+                ids += super().encode(part)
+            else:
+                ids += [own.byte_ids[byte] for byte in part.encode()]
+        return ids
+
+    def written_words(self, text: Text) -> set[str]:
+        """Return the contents of added words which a template wrote in a text: they are
+        control tokens in it, whatever their fields say."""
+        if not self.added_words:
+            return set()
+        control = self.special_tokens.keys() | self.added_words.keys()
+        found = {
+            token.content for token, _, _ in self._parts(text, True, control) if token
+        }
+        return found & self.added_words.keys()
+
+    def make_control(self, token: AddedToken) -> None:
+        """Count an added word among the control tokens from now on."""
+        self.special_tokens[token.content] = token.id
+        self.added_words.pop(token.content, None)
+        self._text[token.id] = b""
+        self._control.add(token.id)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Return the text of ids; control tokens, and ids of no token, are no text."""
+        stream = self.stream(drop_space=True)
+        return "".join(map(stream.add, ids)) + stream.close()
+
+    def stream(self, *, drop_space: bool = False) -> TextStream:
+        """Return a decoder for ids as they come.
+
+        drop_space: take away the space that SentencePiece-style vocabularies put
+        before a text; not wanted where the ids continue one.
+        """
+        if drop_space and self.vocabulary.spaced:
+            return SpacedStream(self._text)
+        return super().stream()
 
 
 def read_tokenizer(
@@ -3621,15 +3794,48 @@ def read_tokenizer(
         post = spec.get("post_processor") or {}
         parts = [step.get("single") for step in post.get("processors", [post])]
         starts = [part[0].get("SpecialToken") for part in parts if part]
-        first = next((start["id"] for start in starts if start), None)
+        bos_name = next((start["id"] for start in starts if start), None)
         vocab, declared = spec["model"]["vocab"], spec.get("added_tokens") or []
         vocabulary = read_vocabulary(spec)
     elif ranks.exists():
-        vocabulary, declared, first = rank_file(ranks, tokens)
+        vocabulary, declared, bos_name = rank_file(ranks, tokens)
         vocab = {}
     else:
         raise FileNotFoundError(f"{folder}: no tokenizer.json and no tokenizer.model")
-    return vocabulary, read_added(folder, declared, vocab, settings), first
+    return vocabulary, read_added(folder, declared, vocab, settings), bos_name
+
+
+def token_names(settings: dict) -> dict[str, str]:
+    """Return what chat templates call control tokens, from tokenizer_config.json: from
+    bos_token and the like to a token's text."""
+    named = {key: settings[key] for key in settings if key.endswith("_token")}
+    texts = {k: v["content"] if isinstance(v, dict) else v for k, v in named.items()}
+    return {
+        name: text for name, text in texts.items() if text and isinstance(text, str)
+    }
+
+
+def ends_of_texts(
+    folder: Path, settings: dict, bos_name: str | None, ids_of: Mapping[str, int]
+) -> tuple[int | None, list[int]]:
+    """Return the id of the token that begins a text, or None, and the ids of those that
+    end one. The tokenizer's files name them; the model's files have their ids.
+
+    bos_name: see read_tokenizer. ids_of: from the contents of added tokens.
+    Raises ValueError for what is no id.
+    """
+    config = read_json(folder / "config.json")
+    generation = read_json(folder / "generation_config.json")
+    named = settings.get("bos_token", bos_name), settings.get("eos_token")
+    bos, eos = (ids_of.get(t["content"] if isinstance(t, dict) else t) for t in named)
+    bos, ends = config.get("bos_token_id") if bos is None else bos, [eos]
+    for ids in (config.get("eos_token_id"), generation.get("eos_token_id")):
+        ends += ids if isinstance(ids, list) else [ids]
+    ends = [i for i in ends if i is not None]
+    for i in (*ids_of.values(), *ends, *([] if bos is None else [bos])):
+        if type(i) is not int or not 0 <= i < NO_RANK:
+            raise ValueError(f"token ids must be whole numbers, got {i!r:.200}")
+    return bos, ends
 
 
 def read_template(folder: Path, settings: dict, limit: int) -> str | None:
@@ -3645,39 +3851,6 @@ def read_template(folder: Path, settings: dict, limit: int) -> str | None:
     return template
 
 
-def token_names(settings: dict) -> dict[str, str]:
-    """Return what chat templates call control tokens, from tokenizer_config.json: from
-    bos_token and the like to a token's text."""
-    named = {key: settings[key] for key in settings if key.endswith("_token")}
-    texts = {k: v["content"] if isinstance(v, dict) else v for k, v in named.items()}
-    return {
-        name: text for name, text in texts.items() if text and isinstance(text, str)
-    }
-
-
-def ends_of_texts(
-    folder: Path, settings: dict, first: str | None, ids_of: Mapping[str, int]
-) -> tuple[int | None, list[int]]:
-    """Return the id of the token that begins a text, or None, and the ids of those that
-    end one. The tokenizer's files name them; the model's files have their ids.
-
-    first: see read_tokenizer. ids_of: from the contents of added tokens.
-    Raises ValueError for what is no id.
-    """
-    config = read_json(folder / "config.json")
-    generation = read_json(folder / "generation_config.json")
-    named = settings.get("bos_token", first), settings.get("eos_token")
-    bos, eos = (ids_of.get(t["content"] if isinstance(t, dict) else t) for t in named)
-    bos, ends = config.get("bos_token_id") if bos is None else bos, [eos]
-    for ids in (config.get("eos_token_id"), generation.get("eos_token_id")):
-        ends += ids if isinstance(ids, list) else [ids]
-    ends = [i for i in ends if i is not None]
-    for i in (*ids_of.values(), *ends, *([] if bos is None else [bos])):
-        if type(i) is not int or not 0 <= i < NO_RANK:
-            raise ValueError(f"token ids must be whole numbers, got {i!r:.200}")
-    return bos, ends
-
-
 def tokenizer_settings(folder: Path, template: str | None) -> dict:
     """Return Tokenizer's arguments, gathered from the files of a folder."""
     rows = read_json(folder / "config.json").get("vocab_size")
@@ -3686,11 +3859,11 @@ def tokenizer_settings(folder: Path, template: str | None) -> dict:
     limit = JSON_BYTES + tokens * BYTES_PER_TOKEN
     settings = read_json(folder / "special_tokens_map.json")
     settings |= read_json(folder / "tokenizer_config.json", limit)
-    vocabulary, added, first = read_tokenizer(folder, tokens, settings)
+    vocabulary, added, bos_name = read_tokenizer(folder, tokens, settings)
     if (size := max(vocabulary.bytes_of_id) + 1) > rows:
         raise ValueError(f"the tokenizer has {size} ids, the model {rows}")
     ids_of = {token.content: token.id for token in added}
-    bos, ends = ends_of_texts(folder, settings, first, ids_of)
+    bos, ends = ends_of_texts(folder, settings, bos_name, ids_of)
     names = token_names(settings)
     if template is None:
         source = read_template(folder, settings, JSON_BYTES)
@@ -3707,7 +3880,7 @@ def tokenizer_settings(folder: Path, template: str | None) -> dict:
         "bos": bos,
         "eos": ends[0] if ends else None,
         "stop_tokens": ends,
-        "adds_bos": settings.get("add_bos_token", first is not None),
+        "adds_bos": settings.get("add_bos_token", bos_name is not None),
         "template": source,
         "token_names": names,
         "source": str(folder),
@@ -3733,28 +3906,12 @@ def check_conversation(messages: list[dict]) -> None:
         raise ValueError(f"the last message must be the user's, got roles {roles}")
 
 
-class SpacedStream(TextStream):
-    """A stream that takes away the space before the first text."""
+class Tokenizer(TextTokenizer):
+    """Text to ids and back, and conversations to ids, as a model's template has them.
 
-    started = False
-
-    def add(self, token: int) -> str:
-        encoded = self._text.get(token, b"")
-        if encoded and not self.started:
-            encoded, self.started = encoded.removeprefix(b" "), True
-        return self._decoder.decode(encoded)
-
-
-class Tokenizer(ByteLevelTokenizer):
-    """Text to ids and back, and conversations to ids, for every kind of vocabulary.
-
-    added: the tokens that are found in a text before it is cut into words. Those that
-    are special, or end a reply, are control tokens: special_tokens, by their contents.
-    The others are words. bos, eos: ids, None if there is none. stop_tokens: end a
-    reply, besides those of STOP_NAMES. adds_bos: whether a text on its own begins with
-    bos. rows: how many ids the model knows. template: how conversations are written
-    down, in Jinja; None for a base model. token_names: from what templates call control
-    tokens (bos_token) to their text. source: whose tokenizer it is, in messages.
+    template: how conversations are written down, in Jinja; None for a base model.
+    token_names: from what templates call control tokens (bos_token) to their text.
+    settings: those of TextTokenizer.
     """
 
     def __init__(
@@ -3762,37 +3919,15 @@ class Tokenizer(ByteLevelTokenizer):
         vocabulary: SpelledVocabulary,
         added: Iterable[AddedToken] = (),
         *,
-        bos: int | None = None,
-        eos: int | None = None,
-        stop_tokens: Collection[int] = (),
-        adds_bos: bool = False,
-        rows: int = NO_RANK,
         template: str | None = None,
         token_names: Mapping[str, str] = {},
-        source: str = "this tokenizer",
+        **settings,
     ):
-        ends = {token.id for token in added if token.content in STOP_NAMES}
-        ends |= {*stop_tokens}
-        control = [token for token in added if token.special or token.id in ends]
-        names = {token.content: token.id for token in control}
-        super().__init__(vocabulary, names)
-        self.bos, self.eos, self.source, self.rows = bos, eos, source, rows
-        self.stop_tokens |= ends
-        self.bos_prefix = [bos] if adds_bos and bos is not None else []
+        super().__init__(vocabulary, added, **settings)
         self.template, self.token_names = template, token_names
-        # A word beyond the rows of a model is no word to it.
-        words = [t for t in added if t.content not in names and t.id < rows]
-        self.added_words = {token.content: token.id for token in words}
-        self._text |= {token.id: token.content.encode() for token in words}
-        # Of two that are normalised alike, the control token counts.
-        known = words + control
-        self._raw = TokenTable({t.content: t for t in known if not t.normalized})
-        self._normalized = TokenTable(
-            {vocabulary.normalize(t.content): t for t in known if t.normalized}
-        )
-        self._word_ids = functools.lru_cache(100_000)(self._encode_word)
-        self.stop_tokens |= self.written_after_a_reply()
-        self._control = {*self.special_tokens.values()}
+        if after := self.written_after_a_reply():
+            self.make_control(after)
+            self.stop_tokens.add(after.id)
 
     @classmethod
     def from_folder(
@@ -3816,114 +3951,6 @@ class Tokenizer(ByteLevelTokenizer):
         except (AttributeError, LookupError, TypeError) as error:
             # A part of another type than it should be; which one, the error says.
             raise ValueError(f"{folder}: tokenizer files: {error!r}") from error
-
-    def encode(self, text: str, *, first: bool = True) -> list[int]:
-        """Return the ids of ordinary text: never a control token, and no BOS.
-
-        first: whether the text begins a document; SentencePiece-style vocabularies
-        put a space before it then, so that its first word is a word like any other.
-        """
-        return self.encode_marked(text, bytes(len(text)), first=first)
-
-    def encode_marked(
-        self,
-        text: str,
-        trusted: Sequence[int],
-        *,
-        first: bool = True,
-        written: Collection[str] = (),
-    ) -> list[int]:
-        """Return the ids of a text in which control tokens may be spelled out.
-
-        trusted: for each character, whether it may be one of a control token; 0: it may
-        not. A control token is found where all its characters may. The text between
-        two tokens is encoded as one. first: see encode. written: the contents of added
-        words that count as control tokens here (see `written_tokens`).
-        Raises ValueError for a control token that the model does not know.
-        """
-        ids, control = [], self.special_tokens.keys() | {*written}
-        for token, piece, prefix in self._split(text, trusted, first, control):
-            if token is None:
-                for word in self.vocabulary.cut(piece, prefix):
-                    # The words of a text come again; a text that is one word does not.
-                    short = len(word) <= LONGEST_WORD
-                    ids += self._word_ids(word) if short else self._encode_word(word)
-            elif token.id < self.rows:
-                ids.append(token.id)
-            else:
-                raise ValueError(
-                    f"{self.source}: {token.content!r:.80} has the id {token.id}, the "
-                    f"model {self.rows:,} ids"
-                )
-        return ids
-
-    def written_tokens(self, text: str, trusted: Sequence[int]) -> set[str]:
-        """Return the contents of added words of which all characters are trusted: what
-        a chat template writes is a control token, whatever its fields say."""
-        if not self.added_words:
-            return set()
-        control = self.special_tokens.keys() | self.added_words.keys()
-        found = self._split(text, trusted, True, control)
-        contents = {token.content for token, _, _ in found if token is not None}
-        return contents & self.added_words.keys()
-
-    def _split(
-        self, text: str, trusted: Sequence[int], first: bool, control: Collection[str]
-    ) -> Iterator[tuple[AddedToken | None, str, bool]]:
-        """Yield the parts of a text: (token, its text, _) or (None, a normalised text,
-        whether a space is to be put before it)."""
-        for token, start, end in self._raw.split(text, trusted, control):
-            if token is not None:
-                yield token, text[start:end], False
-                continue
-            piece, mask = self._normalize(
-                text[start:end], trusted[start:end], first or start > 0
-            )
-            for token, at, stop in self._normalized.split(piece, mask, control):
-                begins = start == at == 0
-                prefix = first if begins else self.vocabulary.prefix == "missing"
-                yield token, piece[at:stop], prefix
-
-    def _normalize(
-        self, text: str, trusted: Sequence[int], prefix: bool
-    ) -> tuple[str, Sequence[int]]:
-        """Return a text normalised, and which of its characters are trusted.
-
-        Where characters of both kinds combine into one, it trusts none of the text.
-        """
-        whole = self.vocabulary.normalize(text, prefix)
-        if whole == text or not self._normalized.tokens:
-            return whole, trusted
-        parts, mask, start = [], [], 0
-        for value, run in itertools.groupby(trusted, bool):
-            end = start + len([*run])
-            part = self.vocabulary.normalize(text[start:end], prefix and not start)
-            parts.append(part)
-            mask += [value] * len(part)
-            start = end
-        return whole, mask if "".join(parts) == whole else bytes(len(whole))
-
-    def _encode_word(self, word: str) -> list[int]:
-        """Return the ids of a word of letters."""
-        at_once = self.vocabulary.at_once.get(word)
-        ids = self._merge(word) if at_once is None else [at_once]
-        if self._control.isdisjoint(ids):
-            return ids
-        # A text that spells a control token: letter by letter it is none.
-        return [i for letter in word for i in self._merge(letter)]
-
-    def _merge(self, word: str) -> list[int]:
-        """Return the ids of what the merges make of a word."""
-        own, ids = self.vocabulary, []
-        if not own.byte_ids:
-            word = "".join(letter for letter in word if letter in own.letters)
-        for known, run in itertools.groupby(word, own.letters.__contains__):
-            part = "".join(run)
-            if known:
-                ids += super().encode(part)
-            else:
-                ids += [own.byte_ids[byte] for byte in part.encode()]
-        return ids
 
     @functools.cached_property
     def chat_template(self) -> ChatTemplate:
@@ -3973,21 +4000,18 @@ class Tokenizer(ByteLevelTokenizer):
         self, prompt: Text, messages: list[dict], replies: Mapping[str, list[int]]
     ) -> list[int]:
         """Return the ids of a conversation that is rendered; see encode_chat."""
-        text, runs = str(prompt), [*prompt.runs()]
-        trusted = b"".join([bytes([by == TEMPLATE]) * len(run) for run, by in runs])
-        written = self.written_tokens(text, trusted)
+        control = self.written_words(prompt)
 
         def encode(start: int, end: int | None) -> list[int]:
-            part, mask = text[start:end], trusted[start:end]
-            return self.encode_marked(part, mask, first=start == 0, written=written)
+            return self.encode(prompt[start:end], first=start == 0, control=control)
 
         ids, at, end = [], 0, 0
-        for run, writer in runs:
+        for run, writer in prompt.runs():
             start, end = end, end + len(run)
             message = messages[writer] if writer >= 0 else {}
             if message == {"role": "assistant", "content": run} and run in replies:
                 # What precedes a reply is encoded as when it had not been written.
-                ids += encode(at, self.reply_start(text, start, replies[run]))
+                ids += encode(at, self.reply_start(prompt, start, replies[run]))
                 ids += replies[run]
                 at = end
         return ids + encode(at, None)
@@ -4000,43 +4024,23 @@ class Tokenizer(ByteLevelTokenizer):
         own_space = self.decode(ids) != with_space and prompt[start - 1 : start] == " "
         return start - 1 if own_space else start
 
-    def written_after_a_reply(self) -> set[int]:
-        """Return the id of the token that the template writes right after a reply, if
-        there is one, and count it among the control tokens."""
+    def written_after_a_reply(self) -> AddedToken | None:
+        """Return the token that the template writes right after a reply, if any."""
         reply = {"role": "assistant", "content": "!"}
         talk = [{"role": "user", "content": "?"}, reply]
         try:
             prompt = self.render(talk, add_generation_prompt=False)
         except ValueError:
-            return set()
-        after = ""
-        for run, writer in prompt.runs():
-            after = "" if writer == 1 else after + run
+            return None
+        last = prompt.marks.rfind(Text.by(1, "!").marks)
+        if last < 0:  # the template leaves the reply out
+            return None
+        after = prompt[last + 1 :]
         control = self.special_tokens.keys() | self.added_words.keys()
-        for token, text, _ in self._split(after, b"\1" * len(after), True, control):
-            if token is not None:
-                self.special_tokens[token.content] = token.id
-                self.added_words.pop(token.content, None)
-                self._text[token.id] = b""
-                return {token.id}
-            if text.strip(" "):
-                break
-        return set()
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """Return the text of ids; control tokens, and ids of no token, are no text."""
-        stream = self.stream(drop_space=True)
-        return "".join(map(stream.add, ids)) + stream.close()
-
-    def stream(self, *, drop_space: bool = False) -> TextStream:
-        """Return a decoder for ids as they come.
-
-        drop_space: take away the space that SentencePiece-style vocabularies put
-        before a text; not wanted where the ids continue one.
-        """
-        if drop_space and self.vocabulary.spaced:
-            return SpacedStream(self._text)
-        return super().stream()
+        for token, text, _ in self._parts(after, True, control):
+            if token is not None or text.strip(" "):
+                return token
+        return None
 
 
 # -----------------------------------------------------------------------------
@@ -6332,8 +6336,8 @@ class Engine(contextlib.AbstractContextManager["Engine"]):
             if piece.text:
                 replies[piece.text] = piece.ids
             if piece.opening:
-                trusted = b"\1" * len(piece.opening)
-                opening = tokenizer.encode_marked(piece.opening, trusted, first=False)
+                opening = Text.by(TEMPLATE, piece.opening)
+                opening = tokenizer.encode(opening, first=False)
                 replies[piece.content] = opening + piece.ids
         check_conversation(messages)
         prompt = tokenizer.render(messages, **variables)

@@ -61,6 +61,8 @@ from tests.support import (
     VOCABULARIES,
     WIDE,
     assert_close,
+    by_both,
+    by_template,
     chat_with,
     command,
     continued,
@@ -3170,7 +3172,7 @@ def test_byte_level_vocabularies_may_put_a_space_before_a_text(tmp_path):
     own = llama.Tokenizer.from_folder(write_tokenizer(tmp_path, spec))
     theirs = reference_of(spec)
     for text in ("a", " a", "b", "a<x>a", "<x>"):
-        ids = own.encode_marked(text, b"\1" * len(text))
+        ids = own.encode(by_template(text))
         assert ids == theirs.encode(text).ids
     assert own.encode("a", first=False) == [spec["model"]["vocab"]["a"]]
 
@@ -3249,7 +3251,7 @@ def test_added_tokens_are_found_by_their_own_fields(text, plain, written, tmp_pa
         return [i for part in spelled for i in part]
 
     assert own.encode(text) == ids(plain)
-    assert own.encode_marked(text, b"\1" * len(text)) == ids(written)
+    assert own.encode(by_template(text)) == ids(written)
     assert own.special_tokens.keys() == {"<s>", "<s>x", "</s>", "<|end|>"}
     spec["added_tokens"][3]["special"] = True
     theirs = reference_of(spec)
@@ -3261,11 +3263,9 @@ def test_added_tokens_are_found_by_their_own_fields(text, plain, written, tmp_pa
 def marked(own: llama.Tokenizer, *parts: str) -> str:
     """The text of the ids of parts, of which every other, from the first on, is the
     template's; tokens in brackets."""
-    text = "".join(parts)
-    trusted = b"".join(bytes([1 - n % 2]) * len(part) for n, part in enumerate(parts))
-    written = own.written_tokens(text, trusted)
+    text = by_both(*parts)
     names = {i: name for name, i in (own.special_tokens | own.added_words).items()}
-    ids = own.encode_marked(text, trusted, written=written)
+    ids = own.encode(text, control=own.written_words(text))
     return "".join(f"[{names[i]}]" if i in names else chr(i) for i in ids)
 
 
@@ -3294,13 +3294,13 @@ def test_what_is_trusted_stays_so_in_normalised_text(tmp_path):
     own = llama.Tokenizer.from_folder(write_tokenizer(tmp_path, spec))
     token = own.special_tokens["é1"]
     for text in ("é1", "e\u03011"):
-        assert own.encode_marked(text, b"\1" * len(text)) == [token]
+        assert own.encode(by_template(text)) == [token]
         assert token not in own.encode(text)
-        after = own.encode_marked(text + "e\u0301", b"\1" * len(text) + b"\0\0")
+        after = own.encode(by_both(text, "e\u0301"))
         assert after == [token, *own.encode("é")]
     # An accent of the user's on a letter of the template's: no token is found.
-    assert token not in own.encode_marked("e\u03011", b"\1\0\1")
-    assert token not in own.encode_marked("e\u0301e\u03011", b"\1\0\1\1\1")
+    assert token not in own.encode(by_both("e", "\u0301", "1"))
+    assert token not in own.encode(by_both("e", "\u0301", "e\u03011"))
 
 
 def test_a_space_goes_before_each_text_as_the_vocabulary_has_it(tmp_path):
@@ -3321,11 +3321,11 @@ def test_a_space_goes_before_each_text_as_the_vocabulary_has_it(tmp_path):
         spec |= {"normalizer": normalizer, "pre_tokenizer": step}
         own = llama.Tokenizer.from_folder(write_tokenizer(tmp_path, spec))
         text = "a<s>b<s> a"
-        ids = own.encode_marked(text, b"\1" * len(text))
+        ids = own.encode(by_template(text))
         names = {256: "▁", 257: "a", 258: "b", 501: "<s>"}
         assert "".join(names[i] for i in ids) == wanted
         assert reference_of(spec).encode(text).ids == ids
-        later = own.encode_marked(text, b"\1" * len(text), first=False)
+        later = own.encode(by_template(text), first=False)
         assert later == ids[wanted[0] == "▁" :]
 
 
@@ -3391,7 +3391,7 @@ def test_transformers_reads_the_same_added_tokens(tmp_path):
         own = llama.Tokenizer.from_folder(folder)
         for text in ("x <a> y", "a <b><c>  <d> z"):
             wanted = theirs.encode(text, add_special_tokens=False)
-            assert own.encode_marked(text, b"\1" * len(text)) == wanted
+            assert own.encode(by_template(text)) == wanted
 
 
 def test_a_token_that_the_model_has_no_row_for_is_never_used(tmp_path):
@@ -3405,7 +3405,7 @@ def test_a_token_that_the_model_has_no_row_for_is_never_used(tmp_path):
     own = llama.Tokenizer.from_folder(folder)
     assert max(own.encode("a <pad> word")) < 258
     with pytest.raises(ValueError, match="'<pad>' has the id 258, the model 258 ids"):
-        own.encode_marked("<pad>", b"\1" * 5)
+        own.encode(by_template("<pad>"))
 
 
 def test_a_control_token_is_no_piece_of_a_text_even_where_merges_make_it(tmp_path):
@@ -3440,7 +3440,7 @@ def test_thousands_of_added_tokens_are_found_quickly():
     own = byte_tokenizer([f"<|extra_{n}|>" for n in range(5000)], ["<|word|>"])
     text = "<|extra_4999|> <|extra <| <div> " * 3000
     began = time.monotonic()
-    ids = own.encode_marked(text, b"\1" * len(text))
+    ids = own.encode(by_template(text))
     assert own.encode(text) == [*text.encode()]
     assert time.monotonic() - began < 10
     assert ids.count(256 + 4999) == 3000
@@ -3555,7 +3555,9 @@ STEPS = [
 
 def cut_words(text: str, *steps: Callable[[str], list[str]]) -> list[str]:
     """The words of a text, cut by steps of a pre_tokenizer."""
-    return llama.SpelledVocabulary({}, "", [], {}, steps=steps).cut(text, prefix=False)
+    return llama.SpelledVocabulary({}, "", [], {}, steps=steps).cut(
+        text, add_space=False
+    )
 
 
 @pytest.mark.parametrize(("step", "text", "pieces"), STEPS)
@@ -4070,7 +4072,7 @@ def test_a_byte_order_mark_is_no_part_of_a_template(tmp_path):
 def test_a_space_between_two_replies_belongs_to_one_of_them():
     """Both may begin with one that is not printed; ids are never taken twice."""
     text = "{% for m in messages %}{{ m.content }}{% endfor %}"
-    vocabulary = dataclasses.replace(byte_tokenizer().vocabulary, prefix="missing")
+    vocabulary = dataclasses.replace(byte_tokenizer().vocabulary, adds_space="missing")
     own = llama.Tokenizer(vocabulary, template=text)
     talk = [
         {"role": "assistant", "content": "a "},

@@ -4,6 +4,7 @@ import collections
 import contextlib
 import fcntl
 import functools
+import itertools
 import json
 import math
 import os
@@ -577,3 +578,14 @@ def chat_with(engine: llama.Engine, *words: str) -> llama.Chat:
     chat = llama.Chat(engine, options)
     chat.seed = chat.seed if chat.turns else 1
     return chat
+
+
+def by_template(text: str) -> llama.Text:
+    """A text that a chat template wrote."""
+    return llama.Text.by(llama.TEMPLATE, text)
+
+
+def by_both(*parts: str) -> llama.Text:
+    """A text whose parts a chat template and the first message wrote by turns."""
+    writers = itertools.cycle([llama.TEMPLATE, 0])
+    return llama.NOTHING.join(map(llama.Text.by, writers, parts))
