@@ -3020,6 +3020,13 @@ Today Date: {{ strftime_now('%d %b %Y') }}
 #     added tokens are found -> the text between them is normalised -> it is cut into
 #     words -> the letters of each word are merged, by section 7
 #
+# So with Mistral 7B, whose template wrote <s> and whose user typed "Hi <s>":
+#
+#     parts     <s>    which the template wrote      Hi <s>    which is text
+#     words                                          ▁Hi▁<s>   a space is a letter
+#     merged                                         ▁Hi  ▁<  s  >
+#     ids       1                                    15359, 523, 28713, 28767
+#
 # A byte-level vocabulary writes each byte as a letter, so its words have letters like
 # any other's, and one way of merging serves all. What a file asks for is read exactly,
 # or refused by its name: a wrong split would only show as slightly worse text.

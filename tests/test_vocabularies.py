@@ -10,6 +10,7 @@ many texts and ids were compared.
 import json
 import os
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ import llama
 from tests.support import (
     DATA,
     VOCABULARIES,
+    by_both,
     by_template,
     needs_data,
     peer,
@@ -143,6 +145,18 @@ def test_metas_rank_files_are_read_or_refused():
     own = llama.Tokenizer.from_folder(MADE / "llama3")
     for text in [*TEXTS, *random_texts(own, 100)]:
         assert ranks.encode(text) == own.encode(text), text
+
+
+@pytest.mark.skipif(not MADE.is_dir(), reason="LLAMA_TEST_VOCABULARIES names no folder")
+def test_the_example_in_the_banner_is_what_mistrals_vocabulary_gives():
+    banner = Path(llama.__file__).read_text().split("# 13. Other")[1]
+    shown = re.search(r"words +(\S+) .*\n# +merged +(.+)\n# +ids +(\d+) +(.+)", banner)
+    own = llama.Tokenizer.from_folder(MADE / "mistral-sp-v1-legacy")
+    ids = own.encode(by_both("<s>", "Hi <s>"))
+    assert ids == [int(shown[3]), *map(int, shown[4].split(", "))]
+    assert own.vocabulary.cut("Hi <s>", True) == [shown[1]]
+    pieces = [own.vocabulary.bytes_of_id[i].decode() for i in ids[1:]]
+    assert [p.replace(" ", "▁") for p in pieces] == shown[2].split()
 
 
 def test_there_are_vocabularies_to_compare():
