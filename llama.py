@@ -2038,7 +2038,7 @@ CONSTANTS |= {word: word for word in CONSTANTS.values()}
 SUMS = {"+": "<<", "-": ">>", "~": "+"}
 # Names that no template can write: a block's text, what an `if` without else gives, and
 # what a call block would need.
-BLOCK, ELSE, CALL = "v_0block", "v_0else", "v_0call"
+BLOCK, ELSE = "v_0block", "v_0else"
 # What may follow a test and is no argument of it.
 NO_ARGUMENT = ("and", "or", "else", "(")
 # Where Jinja reads -x|f and x|f.a otherwise than Python reads -x.f and x.f.a.
@@ -2185,7 +2185,7 @@ class Translation:
         elif name == "generation" and not rest:
             return (f"with ({BLOCK}):",)
         elif name == "call":
-            return (f"with ({CALL}):",)  # not known, as is said if it is evaluated
+            return ("with (v_caller):",)  # not known, as is said if it is evaluated
         raise self.error(at, f"the tag {name:.80} is not known in this place")
 
     def loop(self, at: int, words: list[Word]) -> Sequence:
@@ -2484,16 +2484,7 @@ GLOBALS = {
     "strftime_now": global_strftime_now,
 }
 # What Jinja knows under these names, no chat template uses.
-NOT_KNOWN = (
-    CALL[2:],
-    "cycler",
-    "dict",
-    "joiner",
-    "kwargs",
-    "lipsum",
-    "self",
-    "varargs",
-)
+NOT_KNOWN = ("caller", "cycler", "dict", "joiner", "kwargs", "self", "varargs")
 
 
 # Second, a walk over the program's tree.
