@@ -7462,10 +7462,19 @@ def state_folder() -> Path:
 
 def read_line(prompt: str) -> str:
     """Return a line that is typed after a prompt, which stays out of a file or pipe."""
-    if sys.stdout.isatty():
-        return input(prompt)
-    print(prompt, end="", file=sys.stderr, flush=True)
-    return input()
+    # When its terminal is closed, libedit goes on reading it, and Python never gets to
+    # run a handler. Nothing is lost at the prompt, so the hangup may end the process.
+    handled = signal.getsignal(signal.SIGHUP) is end_by_signal
+    if handled:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        if sys.stdout.isatty():
+            return input(prompt)
+        print(prompt, end="", file=sys.stderr, flush=True)
+        return input()
+    finally:
+        if handled:
+            signal.signal(signal.SIGHUP, end_by_signal)
 
 
 def agreed(question: str) -> bool:
