@@ -4051,6 +4051,27 @@ def foreign_file(files: Iterable[Path]) -> str:
     return ""
 
 
+def first_few(names: Iterable[str]) -> str:
+    """Return the first four of names in their order, and whether there are more."""
+    names = sorted(names)
+    return ", ".join(names[:4]) + ", ..." * (len(names) > 4)
+
+
+def missing_weights(folder: Path) -> str:
+    """Return why a folder may have no weights, and what is wanted in its place."""
+    if other := foreign_file(folder.glob("*")):
+        return f"there is {other}"
+    below = set()
+    for place in ("*", "snapshots/*", "*/snapshots/*"):  # the last two: of a cache
+        files = folder.glob(f"{place}/model.safetensors*")
+        below |= {str(file.parent.relative_to(folder)) for file in files}
+    if below:
+        return f"wanted one of its folders: {first_few(below)}"
+    if any(folder.glob("config.json")) or any(folder.glob("tokenizer*")):
+        return "download incomplete?"
+    return "wanted a folder with config.json, model.safetensors and tokenizer.json"
+
+
 def find_folder(model: str | Path) -> Path:
     """Return the folder of a model: a path, or org/name in the Hugging Face cache.
 
@@ -4107,10 +4128,9 @@ def weight_files(folder: Path) -> list[Path]:
                 )
         names = sorted(set(weight_map.values()))
     if missing := [name for name in names if not (folder / name).exists()]:
-        some = ", ".join(missing[:4]) + ", ..." * (len(missing) > 4)
-        other = "" if index.exists() else foreign_file(folder.glob("*"))
-        reason = f"there is {other}" if other else "download incomplete?"
-        raise FileNotFoundError(f"{folder}: no {some}; {reason}")
+        begun = index.exists()
+        reason = "download incomplete?" if begun else missing_weights(folder)
+        raise FileNotFoundError(f"{folder}: no {first_few(missing)}; {reason}")
     return [folder / name for name in names]
 
 
@@ -4218,10 +4238,8 @@ def wanted_extras(config: dict, args: ModelArgs) -> set[str]:
 
 def grouped(names: Iterable[str], what: str) -> Iterator[str]:
     """Yield a line that names the first few of some tensors, if there are any."""
-    names = sorted(names)
-    if names:
-        some = ", ".join(names[:4]) + ", ..." * (len(names) > 4)
-        yield f"{len(names)} tensors {what}: {some}"
+    if names := [*names]:
+        yield f"{len(names)} tensors {what}: {first_few(names)}"
 
 
 def mismatches(

@@ -4306,6 +4306,45 @@ def test_a_folder_of_another_kind_is_told_by_what_is_there(
     assert line.startswith(told) and "incomplete" not in line
 
 
+WHAT_A_MODEL_IS = "a folder with config.json, model.safetensors and tokenizer.json"
+
+
+@pytest.mark.parametrize(
+    ("files", "told"),
+    [
+        ([], f"wanted {WHAT_A_MODEL_IS}"),
+        (["notes.txt", "src/main.c"], f"wanted {WHAT_A_MODEL_IS}"),
+        (["config.json"], "download incomplete?"),
+        (["tokenizer.json"], "download incomplete?"),
+        (["b/model.safetensors", "a/model.safetensors.index.json", "c/config.json"],)
+        + ("wanted one of its folders: a, b",),
+        (["config.json", "best/model.safetensors"], "wanted one of its folders: best"),
+        ([f"{n}/model.safetensors" for n in range(5)],)
+        + ("wanted one of its folders: 0, 1, 2, 3, ...",),
+        # An entry of the Hugging Face cache that has no main, and the cache.
+        (["snapshots/1/model.safetensors", "snapshots/2/model.safetensors"],)
+        + ("wanted one of its folders: snapshots/1, snapshots/2",),
+        (["models--o--n/snapshots/1/model.safetensors"],)
+        + ("wanted one of its folders: models--o--n/snapshots/1",),
+    ],
+)
+def test_a_folder_without_weights_is_told_by_what_is_in_it_and_below(
+    files, told, tmp_path, capsys
+):
+    (tmp_path / "m").mkdir()
+    for name in files:
+        file = tmp_path / "m" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(b"")
+    wanted = f"{tmp_path}/m: no model.safetensors; {told}"
+    assert problems_of(tmp_path / "m")[0] == wanted
+    assert llama.main(["inspect", str(tmp_path / "m")]) == 1
+    assert f"problem     {wanted}\n" in capsys.readouterr().out
+    for words in (["chat", str(tmp_path / "m"), "-p", "x"], ["info", f"{tmp_path}/m"]):
+        assert llama.main(words) == 1
+        assert capsys.readouterr().err == f"llama.py: error: {wanted}\n"
+
+
 def test_a_file_of_another_kind_is_told_too(tmp_path):
     for name, words in (
         ("a.gguf", "this is a.gguf, GGUF"),
