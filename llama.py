@@ -4067,7 +4067,8 @@ def missing_weights(folder: Path) -> str:
         below |= {str(file.parent.relative_to(folder)) for file in files}
     if below:
         return f"wanted one of its folders: {first_few(below)}"
-    if any(folder.glob("config.json")) or any(folder.glob("tokenizer*")):
+    cached = folder.match("models--*") or folder.match("snapshots/*")
+    if cached or any(folder.glob("config.json")) or any(folder.glob("tokenizer*")):
         return "download incomplete?"
     return "wanted a folder with config.json, model.safetensors and tokenizer.json"
 
@@ -4525,13 +4526,21 @@ def wired_limit() -> int | None:
     return machine_memory() if mx.metal.is_available() else None
 
 
+def gigabytes(nbytes: float) -> str:
+    """Return a size in GB, or in the first unit below that shows two digits of it."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if nbytes >= size / 10:
+            return f"{nbytes / size:.2f} {unit}"
+    return f"{nbytes:.0f} bytes"
+
+
 class MemoryTooSmall(ValueError):
     """Weights and cache, in bytes, do not fit into `there`."""
 
     def __init__(self, weights: int, cache: int, there: int):
         self.weights, self.cache, self.there = weights, cache, there
-        parts = f"{weights / 1e9:.2f} GB of weights and {cache / 1e9:.2f} GB of cache"
-        super().__init__(f"{parts} do not fit {there / 1e9:.2f} GB of memory")
+        parts = f"{gigabytes(weights)} of weights and {gigabytes(cache)} of cache"
+        super().__init__(f"{parts} do not fit {gigabytes(there)} of memory")
 
 
 def require_memory(weights: int, cache: int) -> str | None:
@@ -4544,9 +4553,9 @@ def require_memory(weights: int, cache: int) -> str | None:
         raise MemoryTooSmall(weights, cache, there)
     if limit is None or needed < 0.9 * limit:
         return None
-    parts = f"{weights / 1e9:.2f} GB of weights and {cache / 1e9:.2f} GB of cache"
+    parts = f"{gigabytes(weights)} of weights and {gigabytes(cache)} of cache"
     advice = f"sudo sysctl iogpu.wired_limit_mb={needed // 1_000_000 + 4000}"
-    return f"{parts}, of {limit / 1e9:.2f} GB that Metal recommends; if slow: {advice}"
+    return f"{parts}, of {gigabytes(limit)} that Metal recommends; if slow: {advice}"
 
 
 def choose_context(args: ModelArgs, wanted: int | None) -> tuple[int, str | None]:
@@ -6465,35 +6474,38 @@ def larger_context(tokens: int, context: int, longest: int) -> str:
     return ""
 
 
-def advice(error: Exception) -> str:
-    """Return which options may help against an error; "" if none does."""
+def advice(error: Exception, command: str = "chat") -> str:
+    """Return which options of a command may help against an error; "" if none does."""
     if isinstance(error, MemoryTooSmall):
         if error.weights > error.there:
             return "; quantized weights need less, see --bits"
-        return "; --ctx (of info: --prompt-tokens) sets the size of the cache"
+        option = "--prompt-tokens" if command == "info" else "--ctx"
+        return f"; {option} sets the size of the cache"
     if isinstance(error, PromptTooLong):
         return larger_context(error.tokens, error.context, error.longest)
     if isinstance(error, SessionTooLong):
         return "; see --ctx"
     if isinstance(error, NotANumber):
-        return "; `inspect --check` finds NaN in the files, --dtype float32 may help"
+        more = ", --dtype float32 may help" if command == "chat" else ""
+        return f"; `inspect --check` finds NaN in the files{more}"
     if isinstance(error, NoTemplate):
         return f": use --raw, or --template with one of {', '.join(BUILT_IN)}"
     return ""
 
 
-def error_line(error: Exception) -> str:
+def error_line(error: Exception, command: str = "chat") -> str:
     """Return an error as one line, with advice; the system's without their numbers."""
     text = str(error)
     if isinstance(error, OSError) and error.strerror:
         about = "" if error.filename is None else f"{error.filename}: "
         text = about + error.strerror
-    return printable(" ".join(f"{text}{advice(error)}".split()))
+    return printable(" ".join(f"{text}{advice(error, command)}".split()))
 
 
-def complain(error: Exception, who: str = "") -> None:
+def complain(error: Exception, who: str = "", command: str = "chat") -> None:
     """Print the error that ends the program. who: the rank whose it is."""
-    print(f"llama.py: error: {who}{error_line(error)}", file=sys.stderr, flush=True)
+    line = f"llama.py: error: {who}{error_line(error, command)}"
+    print(line, file=sys.stderr, flush=True)
 
 
 class ProgressLine:
@@ -6531,10 +6543,6 @@ def print_table(rows: Iterable[tuple[str, str]]) -> None:
         row = f"{'' if name == before else name:11} {text}"
         print(printable(row), flush=True)
         before = name
-
-
-def gigabytes(nbytes: float) -> str:
-    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.2f} MB"
 
 
 def llama3_args(
@@ -8193,7 +8201,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     version = f"llama.py {__version__}"
     parser.add_argument("--version", action="version", version=version)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(required=True, dest="command", metavar="COMMAND")
     options = {}
     for run, name, text, example in (
         (cmd_info, "info", "list models; what one needs, and what fits", "info 8b"),
@@ -8293,7 +8301,7 @@ def run(argv: Sequence[str] | None) -> int:
     except BrokenPipeError:  # who read the output has gone
         return 0
     except (MemoryError, OSError, RuntimeError, ValueError) as error:
-        complain(error, who=rank)
+        complain(error, who=rank, command=options.command)
         if rank:
             time.sleep(0.5)  # a launcher ends the others as soon as one has ended
         return 1

@@ -5766,11 +5766,14 @@ def test_loading_reports_its_progress_and_ends_with_what_makes_it_faster(
 def test_a_context_that_memory_does_not_allow_is_refused(folder, monkeypatch, capsys):
     monkeypatch.setattr(llama, "machine_memory", lambda: 200_000)
     monkeypatch.setattr(llama, "read_weights", None)  # nothing is read before
-    with pytest.raises(llama.MemoryTooSmall, match="do not fit 0.00 GB of memory$"):
+    with pytest.raises(llama.MemoryTooSmall, match="do not fit 0.20 MB of memory$"):
         llama.Engine(folder)
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"")))
     assert llama.main(["chat", str(folder), "--prompt", "x"]) == 1
-    assert "do not fit 0.00 GB of memory; --ctx (of info" in capsys.readouterr().err
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.endswith(
+        "do not fit 0.20 MB of memory; --ctx sets the size of the cache"
+    )
 
 
 def test_a_reply_cancelled_while_its_prompt_is_read_keeps_what_was_read(
@@ -5880,7 +5883,7 @@ def test_info_describes_a_preset(name, capsys):
 @pytest.mark.parametrize(
     ("weights", "cache", "wanted"),
     [
-        (100, 1, (0, "does not fit, 0.00 MB in memory")),
+        (100, 1, (0, "does not fit, 0.10 kB in memory")),
         (99, 1, (1, "tight, context 1, up to 5.1 tokens/s")),
         (60, 1, (40, "tight, context 40, up to 8.3 tokens/s")),
         (60, 0.5, (50, "tight, context 50, up to 8.3 tokens/s")),
@@ -5909,33 +5912,70 @@ FILE = Path("talk")
 
 
 @pytest.mark.parametrize(
-    ("error", "named"),
+    ("words", "error", "named"),
     [
         # Weights that do not fit alone need fewer bits; a cache, fewer tokens.
-        (llama.MemoryTooSmall(20, 1, 10), ["--bits"]),
-        (llama.MemoryTooSmall(9, 2, 10), ["--ctx", "--prompt-tokens"]),
+        ("chat", llama.MemoryTooSmall(20, 1, 10), ["--bits"]),
+        ("info --measure", llama.MemoryTooSmall(20, 1, 10), ["--bits"]),
+        ("chat", llama.MemoryTooSmall(9, 2, 10), ["--ctx"]),
+        ("info --measure", llama.MemoryTooSmall(9, 2, 10), ["--prompt-tokens"]),
         # A longer context helps if the model can have one that is long enough.
-        (llama.PromptTooLong(500, 100, 512), ["--ctx"]),
-        (llama.PromptTooLong(600, 100, 512), []),
-        (llama.PromptTooLong(600, 512, 512), []),
-        (llama.SessionTooLong(FILE, 20, 16), ["--ctx"]),
-        (llama.NotANumber("noise"), ["--check", "--dtype"]),
-        (llama.NoTemplate("a base model"), ["--raw", "--template"]),
-        (ValueError("top_p"), []),
-        (OSError(2, "No such file"), []),
-        (MemoryError(), []),
+        ("chat", llama.PromptTooLong(500, 100, 512), ["--ctx"]),
+        ("chat", llama.PromptTooLong(600, 100, 512), []),
+        ("chat", llama.PromptTooLong(600, 512, 512), []),
+        ("chat", llama.SessionTooLong(FILE, 20, 16), ["--ctx"]),
+        ("chat", llama.NotANumber("noise"), ["--check", "--dtype"]),
+        ("info --measure", llama.NotANumber("noise"), ["--check"]),
+        ("chat", llama.NoTemplate("a base model"), ["--raw", "--template"]),
+        ("chat", ValueError("top_p"), []),
+        ("inspect", OSError(2, "No such file"), []),
+        ("info", MemoryError(), []),
     ],
 )
 def test_an_error_is_told_with_the_options_that_help_and_no_others(
-    error, named, capsys
+    words, error, named, monkeypatch, capsys
 ):
-    options = re.findall(r"--[a-z-]+", llama.advice(error))
-    assert options == named and "--" not in str(error)
-    llama.complain(error)
-    told = capsys.readouterr().err
-    assert told.endswith(f"{llama.advice(error)}\n") and told.count("\n") == 1
-    for option in options:  # there is such an option
-        assert f'"{option}"' in SECTIONS[23].source
+    """With those of the command that is at fault, or of one that is named."""
+    name = words.split()[0]
+
+    def fails(_):
+        raise error
+
+    monkeypatch.setattr(llama, f"cmd_{name}", fails)
+    assert llama.main(words.split()) == 1 and "--" not in str(error)
+    [told] = capsys.readouterr().err.splitlines()
+    assert re.findall(r"--[a-z-]+", told) == named
+    llama.main([name, "--help"])
+    listed = capsys.readouterr().out
+    for option in named:
+        assert option in listed or f"inspect {option}" in told
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [
+        (0, "0 bytes"),
+        (99, "99 bytes"),
+        (100, "0.10 kB"),
+        (99_999, "100.00 kB"),
+        (100_000, "0.10 MB"),
+        (3_700_000, "3.70 MB"),
+        (99_990_000, "99.99 MB"),
+        (10**8, "0.10 GB"),
+        (512 * 10**9, "512.00 GB"),
+    ],
+)
+def test_a_size_is_told_in_a_unit_that_shows_two_digits(size, text):
+    assert llama.gigabytes(size) == text
+    if size > 99:
+        parts = f"{text} of weights and {text} of cache do not fit {text} of memory"
+        assert str(llama.MemoryTooSmall(size, size, size)) == parts
+
+
+def test_no_row_of_a_table_is_a_size_of_zero(capsys):
+    for words in (["inspect"], ["info"], ["info", "stories"]):
+        assert llama.main([*words]) == 0
+        assert not re.search(r"\b0\.00 [a-zA-Z]", capsys.readouterr().out)
 
 
 def test_no_message_above_part_five_names_an_option_or_a_command_of_the_chat():
