@@ -4651,6 +4651,10 @@ def quantizable(model: Llama) -> set[str]:
     return {f"{path}.weight" for path in fitting}
 
 
+class AlreadyQuantized(ValueError):
+    """Weights that are quantized already were to be quantized."""
+
+
 def quantized(
     model: Llama, tensors: Mapping[str, TensorInfo], bits: int | None
 ) -> tuple[Llama, Mapping[str, TensorInfo]]:
@@ -4664,11 +4668,15 @@ def quantized(
     known, chosen = QUANTIZATION_MODES["affine"][1], quantizable(model)
     if bits not in known:
         raise ValueError(f"bits must be one of {known}, got {bits}")
-    if packed := [info for name, info in tensors.items() if name.endswith(".scales")]:
+    file = next(iter(tensors.values())).file
+    layers = [layer for _, layer in model.named_modules()]
+    packed = {layer.bits for layer in layers if isinstance(layer, QuantizedMatrix)}
+    if packed:
+        there = " and ".join(map(str, sorted(packed)))
         again = f"they cannot be quantized to {bits} bits again"
-        raise ValueError(f"{packed[0].file}: the weights are quantized; {again}")
+        raise AlreadyQuantized(f"{file}: the weights have {there} bits; {again}")
     if not chosen:
-        file, width = next(iter(tensors.values())).file, model.args.hidden_size
+        width = model.args.hidden_size
         wanted = f"wanted a multiple of {GROUP_SIZE} columns, got {width}"
         raise ValueError(f"{file}: no matrix can be quantized: {wanted}")
     parts = {}
@@ -6481,6 +6489,8 @@ def advice(error: Exception, command: str = "chat") -> str:
             return "; quantized weights need less, see --bits"
         option = "--prompt-tokens" if command == "info" else "--ctx"
         return f"; {option} sets the size of the cache"
+    if isinstance(error, AlreadyQuantized):
+        return "; leave out --bits"
     if isinstance(error, PromptTooLong):
         return larger_context(error.tokens, error.context, error.longest)
     if isinstance(error, SessionTooLong):

@@ -4345,6 +4345,12 @@ def test_a_folder_without_weights_is_told_by_what_is_in_it_and_below(
         assert capsys.readouterr().err == f"llama.py: error: {wanted}\n"
 
 
+def test_what_is_in_the_cache_is_of_a_model_even_if_it_holds_no_file_yet(tmp_path):
+    for place in ("models--o--n", "models--o--n/snapshots/1"):
+        (tmp_path / place).mkdir(parents=True)
+        assert llama.missing_weights(tmp_path / place) == "download incomplete?"
+
+
 def test_a_file_of_another_kind_is_told_too(tmp_path):
     for name, words in (
         ("a.gguf", "this is a.gguf, GGUF"),
@@ -4853,14 +4859,22 @@ def test_what_cannot_be_quantized_while_loading_is_refused(tmp_path):
     with pytest.raises(ValueError, match=f"{words} columns, got 32"):
         narrow = random_folder(tmp_path / "m", intermediate_size=48)
         llama.load(narrow, bits=4)
-    words = "stories/model.safetensors: the weights are quantized; they cannot be quan"
+    words = (
+        "stories/model.safetensors: the weights have 8 bits; they cannot be quantized"
+    )
     for loaded in (
         llama.load,
         llama.Engine,
         functools.partial(llama.load_rank, group=None),
     ):
-        with pytest.raises(ValueError, match=words):
+        with pytest.raises(llama.AlreadyQuantized, match=f"{words} to 4 bits again"):
             loaded(STORIES, bits=4)
+    mixed, _ = llama.load(dense)
+    llama.quantize(mixed.model.layers[0], bits=8)
+    llama.quantize(mixed, bits=3)
+    tensors = llama.read_header(STORIES / "model.safetensors")
+    with pytest.raises(llama.AlreadyQuantized, match="have 3 and 8 bits; they cannot"):
+        llama.quantized(mixed, tensors, 4)
 
 
 def test_the_memory_check_counts_what_is_quantized_while_loading(tmp_path, monkeypatch):
@@ -5927,6 +5941,8 @@ FILE = Path("talk")
         ("chat", llama.NotANumber("noise"), ["--check", "--dtype"]),
         ("info --measure", llama.NotANumber("noise"), ["--check"]),
         ("chat", llama.NoTemplate("a base model"), ["--raw", "--template"]),
+        ("chat", llama.AlreadyQuantized("8 bits"), ["--bits"]),
+        ("info --measure", llama.AlreadyQuantized("8 bits"), ["--bits"]),
         ("chat", ValueError("top_p"), []),
         ("inspect", OSError(2, "No such file"), []),
         ("info", MemoryError(), []),
@@ -6346,7 +6362,7 @@ def test_measuring_refuses_what_does_not_fit(monkeypatch, capsys):
     assert llama.main(["info", "8b", "--bits", "8"]) == 2
     assert "--bits is for --measure" in capsys.readouterr().err
     assert llama.main(["info", str(STORIES), "--measure", "--bits", "4"]) == 1
-    assert "cannot be quantized to" in capsys.readouterr().err
+    assert "the weights have 8 bits; they cannot be" in capsys.readouterr().err
 
 
 def test_inspect_lists_what_a_folder_holds(folder, capsys):
@@ -6598,7 +6614,7 @@ def test_a_dense_model_is_quantized_while_the_chat_loads_it(
     assert said[0] != said[1] == said[2]
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"")))
     assert llama.main(["chat", str(packed), "--bits", "8", *words]) == 1
-    assert "cannot be quantized to" in capsys.readouterr().err
+    assert "the weights have 8 bits; they cannot be" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
