@@ -8211,12 +8211,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     version = f"llama.py {__version__}"
     parser.add_argument("--version", action="version", version=version)
-    commands = parser.add_subparsers(required=True, dest="command", metavar="COMMAND")
+    parser.set_defaults(usage=parser.error)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     options = {}
     for run, name, text, example in (
+        (cmd_chat, "chat", "talk to a model", 'chat ./model --prompt "Hi!"'),
         (cmd_info, "info", "list models; what one needs, and what fits", "info 8b"),
         (cmd_inspect, "inspect", "list and check a model folder", "inspect ./model"),
-        (cmd_chat, "chat", "talk to a model", 'chat ./model --prompt "Hi!"'),
     ):
         usage = f"llama.py {name} [MODEL] [options]"
         command = commands.add_parser(
@@ -8266,6 +8267,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--max-tokens", metavar="N", type=number, help=text)
     text = f"{interval('temperature')}, 0 is greedy; default: model's or 0.6"
     add("--temperature", metavar="T", type=float, help=text)
+    # What llama-cli and mlx_lm call it. It is an option of its own, since a second name
+    # of the one above would not fit into the help's column.
+    add("--temp", dest="temperature", type=float, help=argparse.SUPPRESS)
     text = f"{interval('top_k')}, the K likeliest, 0 is all; default: model's"
     add("--top-k", metavar="K", type=int, help=text)
     text = f"{interval('top_p')} or 0, fewest of sum P; default: model's or 0.9"
@@ -8293,11 +8297,26 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def read_options(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Return the options of a command line. What is wrong with it is told with the
+    usage of its command; if there is no command, the help is."""
+    parser = build_parser()
+    options, unknown = parser.parse_known_args(argv)
+    if unknown:
+        plain = options.command == "chat" and not unknown[0].startswith("-")
+        more = "the prompt goes after --prompt, in quotes" if plain else "see --help"
+        options.usage(f"unrecognized arguments: {' '.join(unknown)}; {more}")
+    if options.command is None:
+        parser.print_help(sys.stderr)
+        parser.exit(2)
+    return options
+
+
 def run(argv: Sequence[str] | None) -> int:
     """Do what a command line says; return its exit status, errors told in a line."""
     rank = ""
     try:
-        options = build_parser().parse_args(argv)
+        options = read_options(argv)
         if options.run is cmd_chat or getattr(options, "measure", False):
             options.group = group = join_ranks()
             rank = f"rank {group.rank()} of {group.size()}: " if group else ""

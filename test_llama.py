@@ -6937,6 +6937,9 @@ def test_the_version_is_told(capsys):
         (("--help",), 0),
         (("chat", "--help"), 0),
         (("sing",), 2),
+        (("--sing",), 2),
+        (("chat", "--sing"), 2),
+        (("info", "8b", "9b"), 2),
         (("chat", "--top-p", "1.5"), 2),
         (("chat", "--max-tokens", "-1"), 2),
         (("chat", "--ctx", "0"), 2),
@@ -6949,6 +6952,50 @@ def test_usage_errors_have_status_2(words, status, capsys):
     assert llama.main(words) == status
     out, err = capsys.readouterr()
     assert bool(out) == (status == 0) and bool(err) == (status == 2)
+
+
+@pytest.mark.parametrize(
+    ("words", "usage", "told"),
+    [
+        (
+            "chat stories hello",
+            "llama.py chat [MODEL] ",
+            "hello; the prompt goes after --prompt, in quotes",
+        ),
+        (
+            "chat --prompt tell me a story",
+            "llama.py chat [MODEL] ",
+            "a story; the prompt goes after --prompt, in quotes",
+        ),
+        ("chat --verbose", "llama.py chat [MODEL] ", "--verbose; see --help"),
+        ("chat --ctx-size 9", "llama.py chat [MODEL] ", "--ctx-size; see --help"),
+        ("info 8b 9b", "llama.py info [MODEL] ", "9b; see --help"),
+        ("inspect --prompt x", "llama.py inspect [MODEL] ", "--prompt; see --help"),
+        ("--prompt", "llama.py [-h] [--version] COMMAND ", "--prompt; see --help"),
+    ],
+)
+def test_an_unknown_argument_is_told_with_the_usage_of_its_command(
+    words, usage, told, capsys
+):
+    assert llama.main(words.split()) == 2
+    first, *_, last = capsys.readouterr().err.splitlines()
+    assert first.startswith(f"usage: {usage}")
+    assert last.endswith(f": error: unrecognized arguments: {told}")
+
+
+def test_no_command_at_all_is_answered_with_the_help(capsys):
+    assert llama.main(["--help"]) == 0
+    wanted = capsys.readouterr().out
+    assert llama.main([]) == 2
+    assert capsys.readouterr() == ("", wanted)
+    assert wanted.index(" chat ") < wanted.index(" info ") < wanted.index(" inspect ")
+
+
+def test_temp_is_temperature():
+    """As llama-cli and mlx_lm have it."""
+    for words in (["--temp", "0.5"], ["--temp=0.5"], ["--temperature", "0.5"]):
+        options = llama.build_parser().parse_args(["chat", *words])
+        assert options.temperature == 0.5 and not hasattr(options, "temp")
 
 
 # What is typed, what is piped in, and the line that it is answered with.
