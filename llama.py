@@ -1268,6 +1268,12 @@ def require_numbers(logits: mx.array) -> None:
         raise NotANumber("the model's output is not a number")
 
 
+def require_ids(prompt: Sequence[int]) -> None:
+    """Raise TypeError for a text in the place of its ids."""
+    if isinstance(prompt, str):
+        raise TypeError(f"the prompt must be ids, got {prompt!r:.80}")
+
+
 def greedy(logits: mx.array) -> mx.array:
     """Return the likeliest tokens (B,) of logits (B, V)."""
     return mx.argmax(logits, axis=-1)
@@ -1361,6 +1367,7 @@ def generate(
     Raises ValueError if the prompt is empty or does not fit the cache, for other
     arguments out of range, and if the model computes no numbers.
     """
+    require_ids(prompt)
     if max_tokens is not None and max_tokens < 0:
         raise ValueError(f"max_tokens must be at least 0, got {max_tokens}")
     if prefill_step < 1:
@@ -3675,7 +3682,11 @@ class NoTemplate(ValueError):
 
 
 def check_conversation(messages: list[dict]) -> None:
-    """Raise ValueError unless these are messages, of which the last is the user's."""
+    """Raise ValueError unless these are messages, of which the last is the user's, and
+    TypeError if they are no list of dicts."""
+    if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
+        wanted = 'a list of {"role": ..., "content": ...}'
+        raise TypeError(f"messages must be {wanted}, got {messages!r:.80}")
     for n, message in enumerate(messages):
         role, content = message.get("role"), message.get("content")
         if role not in ("system", "user", "assistant"):
@@ -4667,7 +4678,7 @@ def quantized(
         return model, tensors
     known, chosen = QUANTIZATION_MODES["affine"][1], quantizable(model)
     if bits not in known:
-        raise ValueError(f"bits must be one of {known}, got {bits}")
+        raise ValueError(f"bits must be one of {known}, got {bits!r:.80}")
     file = next(iter(tensors.values())).file
     layers = [layer for _, layer in model.named_modules()]
     packed = {layer.bits for layer in layers if isinstance(layer, QuantizedMatrix)}
@@ -5693,9 +5704,9 @@ def restore_session(
 # queues. So an interface never blocks, and any thread may ask. What the cache holds of
 # one conversation is kept: the next turn begins with the same ids, and reads its own.
 # uses: 1-9, 11-19
-# needs: Callable, Iterator, Mapping, NamedTuple, Path, Sequence, collections,
-#     contextlib, dataclass, field, functools, mx, queue, threading, time, traceback,
-#     weakref
+# needs: Callable, FunctionType, Iterator, Mapping, NamedTuple, Path, Sequence,
+#     collections, contextlib, dataclass, difflib, field, functools, mx, queue,
+#     threading, time, traceback, weakref
 # -----------------------------------------------------------------------------
 
 
@@ -6214,6 +6225,16 @@ def default_sampling(folder: Path) -> dict[str, float | None]:
     return options
 
 
+def check_option_names(function: FunctionType, options: Mapping[str, object]) -> None:
+    """Raise TypeError for an option that is none of a function which hands its options
+    on to `Engine.submit`."""
+    known = (function.__kwdefaults__ or {}) | Engine.submit.__kwdefaults__
+    for name in options.keys() - known.keys():
+        near = ", ".join(difflib.get_close_matches(name, known, 1) or known)
+        called = f"{function.__qualname__}()"
+        raise TypeError(f"{called} has no option {name}; it has {near}")
+
+
 class PromptTooLong(ValueError):
     """A prompt of `tokens` does not fit the context, which can be `longest` at most."""
 
@@ -6309,6 +6330,7 @@ class Engine(contextlib.AbstractContextManager["Engine"]):
                 opening = tokenizer.encode_marked(piece.opening, trusted, first=False)
                 replies[piece.content] = opening + piece.ids
         check_conversation(messages)
+        check_option_names(Engine.chat, options)
         prompt = tokenizer.render(messages, **variables)
         ids = tokenizer.encode_prompt(prompt, messages, replies)
         reply = self.submit(ids, **options)
@@ -6317,6 +6339,7 @@ class Engine(contextlib.AbstractContextManager["Engine"]):
 
     def complete(self, text: str, **options) -> Reply:
         """Return at once with what continues a text, with no chat format; as `chat`."""
+        check_option_names(Engine.complete, options)
         ids = self.tokenizer.bos_prefix + self.tokenizer.encode(text)
         return self.submit(ids, drop_space=False, **options)
 
@@ -6401,6 +6424,7 @@ class Engine(contextlib.AbstractContextManager["Engine"]):
             raise self._worker.failure
 
     def _check_prompt(self, ids: list[int]) -> None:
+        require_ids(ids)
         if not 0 < len(ids) <= self.context:
             longest = self.args.longest_context
             raise PromptTooLong(len(ids), self.context, longest)

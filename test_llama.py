@@ -3998,6 +3998,16 @@ def test_messages_out_of_order_are_refused(messages, error):
 
 
 @pytest.mark.parametrize(
+    "messages", ["Hi!", ["Hi!"], TURNS[0], (TURNS[0],), [("user", "Hi!")], None, [None]]
+)
+def test_what_is_no_list_of_messages_is_refused(messages, engine):
+    got = re.escape(f'a list of {{"role": ..., "content": ...}}, got {messages!r:.80}')
+    for asked in (engine.chat, byte_tokenizer(template="").encode_chat):
+        with pytest.raises(TypeError, match=f"^messages must be {got}$"):
+            asked(messages)
+
+
+@pytest.mark.parametrize(
     ("template", "error"),
     [
         (None, "is a base model"),
@@ -4851,8 +4861,8 @@ def test_quantizing_while_loading_holds_one_dense_matrix_at_most(tmp_path):
 
 def test_what_cannot_be_quantized_while_loading_is_refused(tmp_path):
     dense = random_folder(tmp_path / "dense", width=64)
-    for bits in (0, 1, 7, 16, True):
-        words = rf"bits must be one of \(2, 3, 4, 5, 6, 8\), got {bits}"
+    for bits in (0, 1, 7, 16, True, "4"):
+        words = rf"bits must be one of \(2, 3, 4, 5, 6, 8\), got {bits!r}"
         with pytest.raises(ValueError, match=words):
             llama.load(dense, bits=bits)
     words = r"m/model.safetensors: no matrix can be quantized: wanted a multiple of 64"
@@ -5630,6 +5640,34 @@ def test_every_sampling_option_reaches_the_sampler(engine, monkeypatch):
 def test_bad_options_are_refused_where_they_are_given(engine, options, error):
     with pytest.raises(error):
         engine.chat(USER, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "near"),
+    [
+        ("chat", "temprature", "temperature"),
+        ("chat", "max_token", "max_tokens"),
+        ("chat", "variable", "variables"),
+        ("complete", "top-k", "top_k"),
+        ("chat", "enable_thinking", "variables, drop_space, max_tokens, "),
+        ("complete", "variables", "drop_space, max_tokens, "),
+    ],
+)
+def test_an_option_that_is_none_is_told_of_the_function_that_was_called(
+    engine, name, option, near
+):
+    asked = USER if name == "chat" else "x"
+    with pytest.raises(TypeError) as error:
+        getattr(engine, name)(asked, **{option: 1})
+    said = str(error.value)
+    assert said.startswith(f"Engine.{name}() has no option {option}; it has ")
+    assert near in said and ("drop_space" in said) == (", " in near)
+
+
+def test_a_text_in_the_place_of_ids_is_refused(engine):
+    for asked in (engine.submit, functools.partial(llama.generate, None)):
+        with pytest.raises(TypeError, match="^the prompt must be ids, got 'Hi!'$"):
+            asked("Hi!")
 
 
 def test_a_prompt_that_does_not_fit_is_refused_with_both_numbers(engine):
