@@ -6250,6 +6250,15 @@ def test_a_broken_folder_never_breaks_the_list(damage, folder, hub, capsys):
     assert problems == dict.fromkeys(problems) and len(problems) >= 3
 
 
+def test_info_tells_why_fewer_bits_are_not_faster_on_a_cpu(capsys):
+    assert llama.main(["info", "8b"]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert ("takes the time that reading them saves" in last) == (not ON_A_GPU)
+    for device in ("cpu", "gpu"):
+        rows = dict(llama.info_rows(llama.describe("8b") | {"device": device}))
+        assert ("on a CPU" in rows) == (device == "cpu")
+
+
 def test_info_shows_where_the_bytes_are(capsys):
     assert llama.main(["info", "8b"]) == 0
     shares = re.findall(r"(\S+) +(\d+) % (#+)\n", capsys.readouterr().out)
