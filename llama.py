@@ -6228,7 +6228,7 @@ def default_sampling(folder: Path) -> dict[str, float | None]:
 def check_option_names(function: FunctionType, options: Mapping[str, object]) -> None:
     """Raise TypeError for an option that is none of a function which hands its options
     on to `Engine.submit`."""
-    known = (function.__kwdefaults__ or {}) | Engine.submit.__kwdefaults__
+    known = (function.__kwdefaults__ or {}) | REPLY_OPTIONS
     for name in options.keys() - known.keys():
         near = ", ".join(difflib.get_close_matches(name, known, 1) or known)
         called = f"{function.__qualname__}()"
@@ -6451,6 +6451,9 @@ class Engine(contextlib.AbstractContextManager["Engine"]):
         if isinstance(result := answer.get(), Exception):
             raise result
         return result
+
+
+REPLY_OPTIONS = Engine.submit.__kwdefaults__  # by name, also where submit is replaced
 
 
 # -----------------------------------------------------------------------------
