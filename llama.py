@@ -1281,6 +1281,12 @@ def require_numbers(logits: mx.array) -> None:
         raise NotANumber("the model's output is not a number")
 
 
+def require_ids(prompt: Sequence[int]) -> None:
+    """Raise TypeError for a text in the place of its ids."""
+    if isinstance(prompt, str):
+        raise TypeError(f"the prompt must be ids, got {prompt!r:.80}")
+
+
 def greedy(logits: mx.array) -> mx.array:
     """Return the likeliest tokens (B,) of logits (B, V)."""
     return mx.argmax(logits, axis=-1)
@@ -1374,6 +1380,7 @@ def generate(
     Raises ValueError if the prompt is empty or does not fit the cache, for other
     arguments out of range, and if the model computes no numbers.
     """
+    require_ids(prompt)
     if max_tokens is not None and max_tokens < 0:
         raise ValueError(f"max_tokens must be at least 0, got {max_tokens}")
     if prefill_step < 1:
@@ -3890,7 +3897,11 @@ class NoTemplate(ValueError):
 
 
 def check_conversation(messages: list[dict]) -> None:
-    """Raise ValueError unless these are messages, of which the last is the user's."""
+    """Raise ValueError unless these are messages, of which the last is the user's, and
+    TypeError if they are no list of dicts."""
+    if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
+        wanted = 'a list of {"role": ..., "content": ...}'
+        raise TypeError(f"messages must be {wanted}, got {messages!r:.80}")
     for n, message in enumerate(messages):
         role, content = message.get("role"), message.get("content")
         if role not in ("system", "user", "assistant"):
@@ -4097,6 +4108,28 @@ def foreign_file(files: Iterable[Path]) -> str:
     return ""
 
 
+def first_few(names: Iterable[str]) -> str:
+    """Return the first four of names in their order, and whether there are more."""
+    names = sorted(names)
+    return ", ".join(names[:4]) + ", ..." * (len(names) > 4)
+
+
+def missing_weights(folder: Path) -> str:
+    """Return why a folder may have no weights, and what is wanted in its place."""
+    if other := foreign_file(folder.glob("*")):
+        return f"there is {other}"
+    below = set()
+    for place in ("*", "snapshots/*", "*/snapshots/*"):  # the last two: of a cache
+        files = folder.glob(f"{place}/model.safetensors*")
+        below |= {str(file.parent.relative_to(folder)) for file in files}
+    if below:
+        return f"wanted one of its folders: {first_few(below)}"
+    cached = folder.match("models--*") or folder.match("snapshots/*")
+    if cached or any(folder.glob("config.json")) or any(folder.glob("tokenizer*")):
+        return "download incomplete?"
+    return "wanted a folder with config.json, model.safetensors and tokenizer.json"
+
+
 def find_folder(model: str | Path) -> Path:
     """Return the folder of a model: a path, or org/name in the Hugging Face cache.
 
@@ -4153,10 +4186,9 @@ def weight_files(folder: Path) -> list[Path]:
                 )
         names = sorted(set(weight_map.values()))
     if missing := [name for name in names if not (folder / name).exists()]:
-        some = ", ".join(missing[:4]) + ", ..." * (len(missing) > 4)
-        other = "" if index.exists() else foreign_file(folder.glob("*"))
-        reason = f"there is {other}" if other else "download incomplete?"
-        raise FileNotFoundError(f"{folder}: no {some}; {reason}")
+        begun = index.exists()
+        reason = "download incomplete?" if begun else missing_weights(folder)
+        raise FileNotFoundError(f"{folder}: no {first_few(missing)}; {reason}")
     return [folder / name for name in names]
 
 
@@ -4264,10 +4296,8 @@ def wanted_extras(config: dict, args: ModelArgs) -> set[str]:
 
 def grouped(names: Iterable[str], what: str) -> Iterator[str]:
     """Yield a line that names the first few of some tensors, if there are any."""
-    names = sorted(names)
-    if names:
-        some = ", ".join(names[:4]) + ", ..." * (len(names) > 4)
-        yield f"{len(names)} tensors {what}: {some}"
+    if names := [*names]:
+        yield f"{len(names)} tensors {what}: {first_few(names)}"
 
 
 def mismatches(
@@ -4553,13 +4583,21 @@ def wired_limit() -> int | None:
     return machine_memory() if mx.metal.is_available() else None
 
 
+def gigabytes(nbytes: float) -> str:
+    """Return a size in GB, or in the first unit below that shows two digits of it."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if nbytes >= size / 10:
+            return f"{nbytes / size:.2f} {unit}"
+    return f"{nbytes:.0f} bytes"
+
+
 class MemoryTooSmall(ValueError):
     """Weights and cache, in bytes, do not fit into `there`."""
 
     def __init__(self, weights: int, cache: int, there: int):
         self.weights, self.cache, self.there = weights, cache, there
-        parts = f"{weights / 1e9:.2f} GB of weights and {cache / 1e9:.2f} GB of cache"
-        super().__init__(f"{parts} do not fit {there / 1e9:.2f} GB of memory")
+        parts = f"{gigabytes(weights)} of weights and {gigabytes(cache)} of cache"
+        super().__init__(f"{parts} do not fit {gigabytes(there)} of memory")
 
 
 def require_memory(weights: int, cache: int) -> str | None:
@@ -4572,9 +4610,9 @@ def require_memory(weights: int, cache: int) -> str | None:
         raise MemoryTooSmall(weights, cache, there)
     if limit is None or needed < 0.9 * limit:
         return None
-    parts = f"{weights / 1e9:.2f} GB of weights and {cache / 1e9:.2f} GB of cache"
+    parts = f"{gigabytes(weights)} of weights and {gigabytes(cache)} of cache"
     advice = f"sudo sysctl iogpu.wired_limit_mb={needed // 1_000_000 + 4000}"
-    return f"{parts}, of {limit / 1e9:.2f} GB that Metal recommends; if slow: {advice}"
+    return f"{parts}, of {gigabytes(limit)} that Metal recommends; if slow: {advice}"
 
 
 def choose_context(args: ModelArgs, wanted: int | None) -> tuple[int, str | None]:
@@ -4670,6 +4708,10 @@ def quantizable(model: Llama) -> set[str]:
     return {f"{path}.weight" for path in fitting}
 
 
+class AlreadyQuantized(ValueError):
+    """Weights that are quantized already were to be quantized."""
+
+
 def quantized(
     model: Llama, tensors: Mapping[str, TensorInfo], bits: int | None
 ) -> tuple[Llama, Mapping[str, TensorInfo]]:
@@ -4682,12 +4724,16 @@ def quantized(
         return model, tensors
     known, chosen = QUANTIZATION_MODES["affine"][1], quantizable(model)
     if bits not in known:
-        raise ValueError(f"bits must be one of {known}, got {bits}")
-    if packed := [info for name, info in tensors.items() if name.endswith(".scales")]:
+        raise ValueError(f"bits must be one of {known}, got {bits!r:.80}")
+    file = next(iter(tensors.values())).file
+    layers = [layer for _, layer in model.named_modules()]
+    packed = {layer.bits for layer in layers if isinstance(layer, QuantizedMatrix)}
+    if packed:
+        there = " and ".join(map(str, sorted(packed)))
         again = f"they cannot be quantized to {bits} bits again"
-        raise ValueError(f"{packed[0].file}: the weights are quantized; {again}")
+        raise AlreadyQuantized(f"{file}: the weights have {there} bits; {again}")
     if not chosen:
-        file, width = next(iter(tensors.values())).file, model.args.hidden_size
+        width = model.args.hidden_size
         wanted = f"wanted a multiple of {GROUP_SIZE} columns, got {width}"
         raise ValueError(f"{file}: no matrix can be quantized: {wanted}")
     parts = {}
@@ -5722,9 +5768,9 @@ def restore_session(
 # queues. So an interface never blocks, and any thread may ask. What the cache holds of
 # one conversation is kept: the next turn begins with the same ids, and reads its own.
 # uses: 1-9, 11-19
-# needs: Callable, Iterator, Mapping, NamedTuple, Path, Sequence, collections,
-#     contextlib, dataclass, field, functools, mx, queue, threading, time, traceback,
-#     weakref
+# needs: Callable, FunctionType, Iterator, Mapping, NamedTuple, Path, Sequence,
+#     collections, contextlib, dataclass, difflib, field, functools, mx, queue,
+#     threading, time, traceback, weakref
 # -----------------------------------------------------------------------------
 
 
@@ -6243,6 +6289,16 @@ def default_sampling(folder: Path) -> dict[str, float | None]:
     return options
 
 
+def check_option_names(function: FunctionType, options: Mapping[str, object]) -> None:
+    """Raise TypeError for an option that is none of a function which hands its options
+    on to `Engine.submit`."""
+    known = (function.__kwdefaults__ or {}) | REPLY_OPTIONS
+    for name in options.keys() - known.keys():
+        near = ", ".join(difflib.get_close_matches(name, known, 1) or known)
+        called = f"{function.__qualname__}()"
+        raise TypeError(f"{called} has no option {name}; it has {near}")
+
+
 class PromptTooLong(ValueError):
     """A prompt of `tokens` does not fit the context, which can be `longest` at most."""
 
@@ -6338,6 +6394,7 @@ class Engine(contextlib.AbstractContextManager["Engine"]):
                 opening = tokenizer.encode(opening, first=False)
                 replies[piece.content] = opening + piece.ids
         check_conversation(messages)
+        check_option_names(Engine.chat, options)
         prompt = tokenizer.render(messages, **variables)
         ids = tokenizer.encode_prompt(prompt, messages, replies)
         reply = self.submit(ids, **options)
@@ -6346,6 +6403,7 @@ class Engine(contextlib.AbstractContextManager["Engine"]):
 
     def complete(self, text: str, **options) -> Reply:
         """Return at once with what continues a text, with no chat format; as `chat`."""
+        check_option_names(Engine.complete, options)
         ids = self.tokenizer.bos_prefix + self.tokenizer.encode(text)
         return self.submit(ids, drop_space=False, **options)
 
@@ -6430,6 +6488,7 @@ class Engine(contextlib.AbstractContextManager["Engine"]):
             raise self._worker.failure
 
     def _check_prompt(self, ids: list[int]) -> None:
+        require_ids(ids)
         if not 0 < len(ids) <= self.context:
             longest = self.args.longest_context
             raise PromptTooLong(len(ids), self.context, longest)
@@ -6456,6 +6515,9 @@ class Engine(contextlib.AbstractContextManager["Engine"]):
         if isinstance(result := answer.get(), Exception):
             raise result
         return result
+
+
+REPLY_OPTIONS = Engine.submit.__kwdefaults__  # by name, also where submit is replaced
 
 
 # -----------------------------------------------------------------------------
@@ -6511,35 +6573,40 @@ def larger_context(tokens: int, context: int, longest: int) -> str:
     return ""
 
 
-def advice(error: Exception) -> str:
-    """Return which options may help against an error; "" if none does."""
+def advice(error: Exception, command: str = "chat") -> str:
+    """Return which options of a command may help against an error; "" if none does."""
     if isinstance(error, MemoryTooSmall):
         if error.weights > error.there:
             return "; quantized weights need less, see --bits"
-        return "; --ctx (of info: --prompt-tokens) sets the size of the cache"
+        option = "--prompt-tokens" if command == "info" else "--ctx"
+        return f"; {option} sets the size of the cache"
+    if isinstance(error, AlreadyQuantized):
+        return "; leave out --bits"
     if isinstance(error, PromptTooLong):
         return larger_context(error.tokens, error.context, error.longest)
     if isinstance(error, SessionTooLong):
         return "; see --ctx"
     if isinstance(error, NotANumber):
-        return "; `inspect --check` finds NaN in the files, --dtype float32 may help"
+        more = ", --dtype float32 may help" if command == "chat" else ""
+        return f"; `inspect --check` finds NaN in the files{more}"
     if isinstance(error, NoTemplate):
         return f": use --raw, or --template with one of {', '.join(BUILT_IN)}"
     return ""
 
 
-def error_line(error: Exception) -> str:
+def error_line(error: Exception, command: str = "chat") -> str:
     """Return an error as one line, with advice; the system's without their numbers."""
     text = str(error)
     if isinstance(error, OSError) and error.strerror:
         about = "" if error.filename is None else f"{error.filename}: "
         text = about + error.strerror
-    return printable(" ".join(f"{text}{advice(error)}".split()))
+    return printable(" ".join(f"{text}{advice(error, command)}".split()))
 
 
-def complain(error: Exception, who: str = "") -> None:
+def complain(error: Exception, who: str = "", command: str = "chat") -> None:
     """Print the error that ends the program. who: the rank whose it is."""
-    print(f"llama.py: error: {who}{error_line(error)}", file=sys.stderr, flush=True)
+    line = f"llama.py: error: {who}{error_line(error, command)}"
+    print(line, file=sys.stderr, flush=True)
 
 
 class ProgressLine:
@@ -6577,10 +6644,6 @@ def print_table(rows: Iterable[tuple[str, str]]) -> None:
         row = f"{'' if name == before else name:11} {text}"
         print(printable(row), flush=True)
         before = name
-
-
-def gigabytes(nbytes: float) -> str:
-    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.2f} MB"
 
 
 def llama3_args(
@@ -6672,22 +6735,24 @@ def copy_bandwidth() -> float:
 
 def reading_speed(bits: int) -> float:
     """Return the bytes of weights per second that products with a vector read here."""
-    side, dtype = 8192, mx.bfloat16
+    side, layers, count, dtype = 8192, 1, 4, mx.bfloat16
     if mx.default_device() == mx.cpu:
-        side, dtype = 768, mx.float32
-    layer = nn.Linear(side, side, bias=False)
-    layer.set_dtype(dtype)
-    lay_out_by_columns(layer)
-    layer = layer if bits == 16 else layer.to_quantized(64, bits)
-    mx.eval(layer.parameters())
-    nbytes = sum(array.nbytes for _, array in tree_flatten(layer.parameters()))
+        # Many matrices, as in a model: a CPU's cache would hold a single one.
+        side, layers, count, dtype = 768, 16, 1, mx.float32
+    stack = nn.Sequential(*[nn.Linear(side, side, bias=False) for _ in range(layers)])
+    stack.set_dtype(dtype)
+    lay_out_by_columns(stack)
+    if bits < 16:
+        quantize(stack, 64, bits)
+    mx.eval(stack.parameters())
+    nbytes = sum(array.nbytes for _, array in tree_flatten(stack.parameters()))
     best = math.inf
     for _ in range(3):
-        vectors = [mx.ones((1, side), dtype) for _ in range(4)]
+        vectors = [mx.ones((1, side), dtype) for _ in range(count)]
         started = time.perf_counter()
-        mx.eval([layer(vector) for vector in vectors])
+        mx.eval([stack(vector) for vector in vectors])
         best = min(best, time.perf_counter() - started)
-    return len(vectors) * nbytes / best
+    return count * nbytes / best
 
 
 def fitting(weights: int, cache: int, longest: int, memory: int) -> tuple[int, str]:
@@ -6979,6 +7044,9 @@ def info_rows(found: dict) -> list[tuple[str, str]]:
         name = "as stored" if bits == stored else "weights"
         words = found["verdict"][bits]
         rows.append((name, f"{bits:2} bits {gigabytes(nbytes):>9}: {words}"))
+    if found["device"] == "cpu":
+        why = "unpacking weights of few bits takes the time that reading them saves"
+        rows.append(("on a CPU", why))
     return rows
 
 
@@ -8248,12 +8316,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     version = f"llama.py {__version__}"
     parser.add_argument("--version", action="version", version=version)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    parser.set_defaults(usage=parser.error)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     options = {}
     for run, name, text, example in (
+        (cmd_chat, "chat", "talk to a model", 'chat ./model --prompt "Hi!"'),
         (cmd_info, "info", "list models; what one needs, and what fits", "info 8b"),
         (cmd_inspect, "inspect", "list and check a model folder", "inspect ./model"),
-        (cmd_chat, "chat", "talk to a model", 'chat ./model --prompt "Hi!"'),
     ):
         usage = f"llama.py {name} [MODEL] [options]"
         command = commands.add_parser(
@@ -8303,6 +8372,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--max-tokens", metavar="N", type=number, help=text)
     text = f"{interval('temperature')}, 0 is greedy; default: model's or 0.6"
     add("--temperature", metavar="T", type=float, help=text)
+    # What llama-cli and mlx_lm call it. It is an option of its own, since a second name
+    # of the one above would not fit into the help's column.
+    add("--temp", dest="temperature", type=float, help=argparse.SUPPRESS)
     text = f"{interval('top_k')}, the K likeliest, 0 is all; default: model's"
     add("--top-k", metavar="K", type=int, help=text)
     text = f"{interval('top_p')} or 0, fewest of sum P; default: model's or 0.9"
@@ -8330,11 +8402,26 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def read_options(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Return the options of a command line. What is wrong with it is told with the
+    usage of its command; if there is no command, the help is."""
+    parser = build_parser()
+    options, unknown = parser.parse_known_args(argv)
+    if unknown:
+        plain = options.command == "chat" and not unknown[0].startswith("-")
+        more = "the prompt goes after --prompt, in quotes" if plain else "see --help"
+        options.usage(f"unrecognized arguments: {' '.join(unknown)}; {more}")
+    if options.command is None:
+        parser.print_help(sys.stderr)
+        parser.exit(2)
+    return options
+
+
 def run(argv: Sequence[str] | None) -> int:
     """Do what a command line says; return its exit status, errors told in a line."""
     rank = ""
     try:
-        options = build_parser().parse_args(argv)
+        options = read_options(argv)
         if options.run is cmd_chat or getattr(options, "measure", False):
             options.group = group = join_ranks()
             rank = f"rank {group.rank()} of {group.size()}: " if group else ""
@@ -8348,7 +8435,7 @@ def run(argv: Sequence[str] | None) -> int:
     except BrokenPipeError:  # who read the output has gone
         return 0
     except (MemoryError, OSError, RuntimeError, ValueError) as error:
-        complain(error, who=rank)
+        complain(error, who=rank, command=options.command)
         if rank:
             time.sleep(0.5)  # a launcher ends the others as soon as one has ended
         return 1

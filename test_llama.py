@@ -4039,6 +4039,16 @@ def test_messages_out_of_order_are_refused(messages, error):
 
 
 @pytest.mark.parametrize(
+    "messages", ["Hi!", ["Hi!"], TURNS[0], (TURNS[0],), [("user", "Hi!")], None, [None]]
+)
+def test_what_is_no_list_of_messages_is_refused(messages, engine):
+    got = re.escape(f'a list of {{"role": ..., "content": ...}}, got {messages!r:.80}')
+    for asked in (engine.chat, byte_tokenizer(template="").encode_chat):
+        with pytest.raises(TypeError, match=f"^messages must be {got}$"):
+            asked(messages)
+
+
+@pytest.mark.parametrize(
     ("template", "error"),
     [
         (None, "is a base model"),
@@ -4345,6 +4355,51 @@ def test_a_folder_of_another_kind_is_told_by_what_is_there(
         assert str(error.value).startswith(told)
     line = refusal("chat", other, "--prompt", "x")
     assert line.startswith(told) and "incomplete" not in line
+
+
+WHAT_A_MODEL_IS = "a folder with config.json, model.safetensors and tokenizer.json"
+
+
+@pytest.mark.parametrize(
+    ("files", "told"),
+    [
+        ([], f"wanted {WHAT_A_MODEL_IS}"),
+        (["notes.txt", "src/main.c"], f"wanted {WHAT_A_MODEL_IS}"),
+        (["config.json"], "download incomplete?"),
+        (["tokenizer.json"], "download incomplete?"),
+        (["b/model.safetensors", "a/model.safetensors.index.json", "c/config.json"],)
+        + ("wanted one of its folders: a, b",),
+        (["config.json", "best/model.safetensors"], "wanted one of its folders: best"),
+        ([f"{n}/model.safetensors" for n in range(5)],)
+        + ("wanted one of its folders: 0, 1, 2, 3, ...",),
+        # An entry of the Hugging Face cache that has no main, and the cache.
+        (["snapshots/1/model.safetensors", "snapshots/2/model.safetensors"],)
+        + ("wanted one of its folders: snapshots/1, snapshots/2",),
+        (["models--o--n/snapshots/1/model.safetensors"],)
+        + ("wanted one of its folders: models--o--n/snapshots/1",),
+    ],
+)
+def test_a_folder_without_weights_is_told_by_what_is_in_it_and_below(
+    files, told, tmp_path, capsys
+):
+    (tmp_path / "m").mkdir()
+    for name in files:
+        file = tmp_path / "m" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(b"")
+    wanted = f"{tmp_path}/m: no model.safetensors; {told}"
+    assert problems_of(tmp_path / "m")[0] == wanted
+    assert llama.main(["inspect", str(tmp_path / "m")]) == 1
+    assert f"problem     {wanted}\n" in capsys.readouterr().out
+    for words in (["chat", str(tmp_path / "m"), "-p", "x"], ["info", f"{tmp_path}/m"]):
+        assert llama.main(words) == 1
+        assert capsys.readouterr().err == f"llama.py: error: {wanted}\n"
+
+
+def test_what_is_in_the_cache_is_of_a_model_even_if_it_holds_no_file_yet(tmp_path):
+    for place in ("models--o--n", "models--o--n/snapshots/1"):
+        (tmp_path / place).mkdir(parents=True)
+        assert llama.missing_weights(tmp_path / place) == "download incomplete?"
 
 
 def test_a_file_of_another_kind_is_told_too(tmp_path):
@@ -4847,22 +4902,30 @@ def test_quantizing_while_loading_holds_one_dense_matrix_at_most(tmp_path):
 
 def test_what_cannot_be_quantized_while_loading_is_refused(tmp_path):
     dense = random_folder(tmp_path / "dense", width=64)
-    for bits in (0, 1, 7, 16, True):
-        words = rf"bits must be one of \(2, 3, 4, 5, 6, 8\), got {bits}"
+    for bits in (0, 1, 7, 16, True, "4"):
+        words = rf"bits must be one of \(2, 3, 4, 5, 6, 8\), got {bits!r}"
         with pytest.raises(ValueError, match=words):
             llama.load(dense, bits=bits)
     words = r"m/model.safetensors: no matrix can be quantized: wanted a multiple of 64"
     with pytest.raises(ValueError, match=f"{words} columns, got 32"):
         narrow = random_folder(tmp_path / "m", intermediate_size=48)
         llama.load(narrow, bits=4)
-    words = "stories/model.safetensors: the weights are quantized; they cannot be quan"
+    words = (
+        "stories/model.safetensors: the weights have 8 bits; they cannot be quantized"
+    )
     for loaded in (
         llama.load,
         llama.Engine,
         functools.partial(llama.load_rank, group=None),
     ):
-        with pytest.raises(ValueError, match=words):
+        with pytest.raises(llama.AlreadyQuantized, match=f"{words} to 4 bits again"):
             loaded(STORIES, bits=4)
+    mixed, _ = llama.load(dense)
+    llama.quantize(mixed.model.layers[0], bits=8)
+    llama.quantize(mixed, bits=3)
+    tensors = llama.read_header(STORIES / "model.safetensors")
+    with pytest.raises(llama.AlreadyQuantized, match="have 3 and 8 bits; they cannot"):
+        llama.quantized(mixed, tensors, 4)
 
 
 def test_the_memory_check_counts_what_is_quantized_while_loading(tmp_path, monkeypatch):
@@ -5620,6 +5683,34 @@ def test_bad_options_are_refused_where_they_are_given(engine, options, error):
         engine.chat(USER, **options)
 
 
+@pytest.mark.parametrize(
+    ("name", "option", "near"),
+    [
+        ("chat", "temprature", "temperature"),
+        ("chat", "max_token", "max_tokens"),
+        ("chat", "variable", "variables"),
+        ("complete", "top-k", "top_k"),
+        ("chat", "enable_thinking", "variables, drop_space, max_tokens, "),
+        ("complete", "variables", "drop_space, max_tokens, "),
+    ],
+)
+def test_an_option_that_is_none_is_told_of_the_function_that_was_called(
+    engine, name, option, near
+):
+    asked = USER if name == "chat" else "x"
+    with pytest.raises(TypeError) as error:
+        getattr(engine, name)(asked, **{option: 1})
+    said = str(error.value)
+    assert said.startswith(f"Engine.{name}() has no option {option}; it has ")
+    assert near in said and ("drop_space" in said) == (", " in near)
+
+
+def test_a_text_in_the_place_of_ids_is_refused(engine):
+    for asked in (engine.submit, functools.partial(llama.generate, None)):
+        with pytest.raises(TypeError, match="^the prompt must be ids, got 'Hi!'$"):
+            asked("Hi!")
+
+
 def test_a_prompt_that_does_not_fit_is_refused_with_both_numbers(engine):
     with pytest.raises(llama.PromptTooLong, match=r"1 to 512 tokens, got 700$"):
         engine.complete("x" * 700)
@@ -5768,11 +5859,14 @@ def test_loading_reports_its_progress_and_ends_with_what_makes_it_faster(
 def test_a_context_that_memory_does_not_allow_is_refused(folder, monkeypatch, capsys):
     monkeypatch.setattr(llama, "machine_memory", lambda: 200_000)
     monkeypatch.setattr(llama, "read_weights", None)  # nothing is read before
-    with pytest.raises(llama.MemoryTooSmall, match="do not fit 0.00 GB of memory$"):
+    with pytest.raises(llama.MemoryTooSmall, match="do not fit 0.20 MB of memory$"):
         llama.Engine(folder)
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"")))
     assert llama.main(["chat", str(folder), "--prompt", "x"]) == 1
-    assert "do not fit 0.00 GB of memory; --ctx (of info" in capsys.readouterr().err
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.endswith(
+        "do not fit 0.20 MB of memory; --ctx sets the size of the cache"
+    )
 
 
 def test_a_reply_cancelled_while_its_prompt_is_read_keeps_what_was_read(
@@ -5882,7 +5976,7 @@ def test_info_describes_a_preset(name, capsys):
 @pytest.mark.parametrize(
     ("weights", "cache", "wanted"),
     [
-        (100, 1, (0, "does not fit, 0.00 MB in memory")),
+        (100, 1, (0, "does not fit, 0.10 kB in memory")),
         (99, 1, (1, "tight, context 1, up to 5.1 tokens/s")),
         (60, 1, (40, "tight, context 40, up to 8.3 tokens/s")),
         (60, 0.5, (50, "tight, context 50, up to 8.3 tokens/s")),
@@ -5911,33 +6005,72 @@ FILE = Path("talk")
 
 
 @pytest.mark.parametrize(
-    ("error", "named"),
+    ("words", "error", "named"),
     [
         # Weights that do not fit alone need fewer bits; a cache, fewer tokens.
-        (llama.MemoryTooSmall(20, 1, 10), ["--bits"]),
-        (llama.MemoryTooSmall(9, 2, 10), ["--ctx", "--prompt-tokens"]),
+        ("chat", llama.MemoryTooSmall(20, 1, 10), ["--bits"]),
+        ("info --measure", llama.MemoryTooSmall(20, 1, 10), ["--bits"]),
+        ("chat", llama.MemoryTooSmall(9, 2, 10), ["--ctx"]),
+        ("info --measure", llama.MemoryTooSmall(9, 2, 10), ["--prompt-tokens"]),
         # A longer context helps if the model can have one that is long enough.
-        (llama.PromptTooLong(500, 100, 512), ["--ctx"]),
-        (llama.PromptTooLong(600, 100, 512), []),
-        (llama.PromptTooLong(600, 512, 512), []),
-        (llama.SessionTooLong(FILE, 20, 16), ["--ctx"]),
-        (llama.NotANumber("noise"), ["--check", "--dtype"]),
-        (llama.NoTemplate("a base model"), ["--raw", "--template"]),
-        (ValueError("top_p"), []),
-        (OSError(2, "No such file"), []),
-        (MemoryError(), []),
+        ("chat", llama.PromptTooLong(500, 100, 512), ["--ctx"]),
+        ("chat", llama.PromptTooLong(600, 100, 512), []),
+        ("chat", llama.PromptTooLong(600, 512, 512), []),
+        ("chat", llama.SessionTooLong(FILE, 20, 16), ["--ctx"]),
+        ("chat", llama.NotANumber("noise"), ["--check", "--dtype"]),
+        ("info --measure", llama.NotANumber("noise"), ["--check"]),
+        ("chat", llama.NoTemplate("a base model"), ["--raw", "--template"]),
+        ("chat", llama.AlreadyQuantized("8 bits"), ["--bits"]),
+        ("info --measure", llama.AlreadyQuantized("8 bits"), ["--bits"]),
+        ("chat", ValueError("top_p"), []),
+        ("inspect", OSError(2, "No such file"), []),
+        ("info", MemoryError(), []),
     ],
 )
 def test_an_error_is_told_with_the_options_that_help_and_no_others(
-    error, named, capsys
+    words, error, named, monkeypatch, capsys
 ):
-    options = re.findall(r"--[a-z-]+", llama.advice(error))
-    assert options == named and "--" not in str(error)
-    llama.complain(error)
-    told = capsys.readouterr().err
-    assert told.endswith(f"{llama.advice(error)}\n") and told.count("\n") == 1
-    for option in options:  # there is such an option
-        assert f'"{option}"' in SECTIONS[23].source
+    """With those of the command that is at fault, or of one that is named."""
+    name = words.split()[0]
+
+    def fails(_):
+        raise error
+
+    monkeypatch.setattr(llama, f"cmd_{name}", fails)
+    assert llama.main(words.split()) == 1 and "--" not in str(error)
+    [told] = capsys.readouterr().err.splitlines()
+    assert re.findall(r"--[a-z-]+", told) == named
+    llama.main([name, "--help"])
+    listed = capsys.readouterr().out
+    for option in named:
+        assert option in listed or f"inspect {option}" in told
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [
+        (0, "0 bytes"),
+        (99, "99 bytes"),
+        (100, "0.10 kB"),
+        (99_999, "100.00 kB"),
+        (100_000, "0.10 MB"),
+        (3_700_000, "3.70 MB"),
+        (99_990_000, "99.99 MB"),
+        (10**8, "0.10 GB"),
+        (512 * 10**9, "512.00 GB"),
+    ],
+)
+def test_a_size_is_told_in_a_unit_that_shows_two_digits(size, text):
+    assert llama.gigabytes(size) == text
+    if size > 99:
+        parts = f"{text} of weights and {text} of cache do not fit {text} of memory"
+        assert str(llama.MemoryTooSmall(size, size, size)) == parts
+
+
+def test_no_row_of_a_table_is_a_size_of_zero(capsys):
+    for words in (["inspect"], ["info"], ["info", "stories"]):
+        assert llama.main([*words]) == 0
+        assert not re.search(r"\b0\.00 [a-zA-Z]", capsys.readouterr().out)
 
 
 def test_no_message_above_part_five_names_an_option_or_a_command_of_the_chat():
@@ -6158,6 +6291,15 @@ def test_a_broken_folder_never_breaks_the_list(damage, folder, hub, capsys):
     assert problems == dict.fromkeys(problems) and len(problems) >= 3
 
 
+def test_info_tells_why_fewer_bits_are_not_faster_on_a_cpu(capsys):
+    assert llama.main(["info", "8b"]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert ("takes the time that reading them saves" in last) == (not ON_A_GPU)
+    for device in ("cpu", "gpu"):
+        rows = dict(llama.info_rows(llama.describe("8b") | {"device": device}))
+        assert ("on a CPU" in rows) == (device == "cpu")
+
+
 def test_info_shows_where_the_bytes_are(capsys):
     assert llama.main(["info", "8b"]) == 0
     shares = re.findall(r"(\S+) +(\d+) % (#+)\n", capsys.readouterr().out)
@@ -6308,7 +6450,7 @@ def test_measuring_refuses_what_does_not_fit(monkeypatch, capsys):
     assert llama.main(["info", "8b", "--bits", "8"]) == 2
     assert "--bits is for --measure" in capsys.readouterr().err
     assert llama.main(["info", str(STORIES), "--measure", "--bits", "4"]) == 1
-    assert "cannot be quantized to" in capsys.readouterr().err
+    assert "the weights have 8 bits; they cannot be" in capsys.readouterr().err
 
 
 def test_inspect_lists_what_a_folder_holds(folder, capsys):
@@ -6560,7 +6702,7 @@ def test_a_dense_model_is_quantized_while_the_chat_loads_it(
     assert said[0] != said[1] == said[2]
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"")))
     assert llama.main(["chat", str(packed), "--bits", "8", *words]) == 1
-    assert "cannot be quantized to" in capsys.readouterr().err
+    assert "the weights have 8 bits; they cannot be" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -6883,6 +7025,9 @@ def test_the_version_is_told(capsys):
         (("--help",), 0),
         (("chat", "--help"), 0),
         (("sing",), 2),
+        (("--sing",), 2),
+        (("chat", "--sing"), 2),
+        (("info", "8b", "9b"), 2),
         (("chat", "--top-p", "1.5"), 2),
         (("chat", "--max-tokens", "-1"), 2),
         (("chat", "--ctx", "0"), 2),
@@ -6895,6 +7040,50 @@ def test_usage_errors_have_status_2(words, status, capsys):
     assert llama.main(words) == status
     out, err = capsys.readouterr()
     assert bool(out) == (status == 0) and bool(err) == (status == 2)
+
+
+@pytest.mark.parametrize(
+    ("words", "usage", "told"),
+    [
+        (
+            "chat stories hello",
+            "llama.py chat [MODEL] ",
+            "hello; the prompt goes after --prompt, in quotes",
+        ),
+        (
+            "chat --prompt tell me a story",
+            "llama.py chat [MODEL] ",
+            "a story; the prompt goes after --prompt, in quotes",
+        ),
+        ("chat --verbose", "llama.py chat [MODEL] ", "--verbose; see --help"),
+        ("chat --ctx-size 9", "llama.py chat [MODEL] ", "--ctx-size; see --help"),
+        ("info 8b 9b", "llama.py info [MODEL] ", "9b; see --help"),
+        ("inspect --prompt x", "llama.py inspect [MODEL] ", "--prompt; see --help"),
+        ("--prompt", "llama.py [-h] [--version] COMMAND ", "--prompt; see --help"),
+    ],
+)
+def test_an_unknown_argument_is_told_with_the_usage_of_its_command(
+    words, usage, told, capsys
+):
+    assert llama.main(words.split()) == 2
+    first, *_, last = capsys.readouterr().err.splitlines()
+    assert first.startswith(f"usage: {usage}")
+    assert last.endswith(f": error: unrecognized arguments: {told}")
+
+
+def test_no_command_at_all_is_answered_with_the_help(capsys):
+    assert llama.main(["--help"]) == 0
+    wanted = capsys.readouterr().out
+    assert llama.main([]) == 2
+    assert capsys.readouterr() == ("", wanted)
+    assert wanted.index(" chat ") < wanted.index(" info ") < wanted.index(" inspect ")
+
+
+def test_temp_is_temperature():
+    """As llama-cli and mlx_lm have it."""
+    for words in (["--temp", "0.5"], ["--temp=0.5"], ["--temperature", "0.5"]):
+        options = llama.build_parser().parse_args(["chat", *words])
+        assert options.temperature == 0.5 and not hasattr(options, "temp")
 
 
 # What is typed, what is piped in, and the line that it is answered with.

@@ -62,9 +62,9 @@ KNOWN_DIFFERENCES: dict[str, str] = {}
 MASKS = (
     (r"[\d.,]+ tokens/s", "N tokens/s"),
     (r"first token after +[\d.]+ s", "first token after N s"),
-    (r"(peak +)[\d.]+ [GM]B", r"\1N GB"),
+    (r"(peak +)[\d.]+ [GMk]B", r"\1N GB"),
     (r"[\d.,]+ GB/s", "N GB/s"),
-    (r"[\d.]+ [GM]B at the end", "N GB at the end"),
+    (r"[\d.]+ [GMk]B at the end", "N GB at the end"),
     (r"\d+ % of what copying", "N % of what copying"),
     (r"(as a row .*?\|.*?\|.*?\|).*", r"\1 N |"),
 )

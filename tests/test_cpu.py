@@ -4,6 +4,7 @@ out by columns, and packed ones unpacked."""
 import ast
 import collections
 import functools
+import itertools
 import json
 import os
 import shutil
@@ -261,7 +262,21 @@ def test_the_speed_that_info_promises_is_that_of_this_layout(monkeypatch):
         llama, "lay_out_by_columns", lambda layer: seen.append(layer) or lay_out(layer)
     )
     assert llama.reading_speed(16) > 0
-    assert [*map(by_columns, seen)] == [True]
+    [stack] = seen
+    layers = [layer for _, layer in llama.dense_layers(stack)]
+    assert all(map(by_columns, layers))
+    # More than a CPU's cache holds, or it would promise what no model reaches.
+    assert sum(layer.weight.nbytes for layer in layers) > 32e6
+
+
+@on_the_cpu
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_the_speed_that_info_promises_is_of_all_bytes_that_are_read(bits, monkeypatch):
+    """A clock of one second a look: what is left is the size of the weights."""
+    clock = itertools.count()
+    monkeypatch.setattr(llama.time, "perf_counter", lambda: next(clock))
+    weights = 16 * 768 * 768
+    assert llama.reading_speed(bits) == weights * {16: 4, 8: 1.125, 4: 0.625}[bits]
 
 
 @on_the_cpu
