@@ -7181,8 +7181,8 @@ def cmd_inspect(options: argparse.Namespace) -> int:
 # slash; in a pipe one question and its answer.
 # uses: 1-9, 11-21
 # needs: Callable, Iterator, Path, Sequence, TextIO, argparse, asdict, collections,
-#     contextlib, difflib, fields, functools, json, os, select, signal, sys, termios,
-#     unicodedata
+#     contextlib, difflib, fields, functools, json, os, re, select, signal, sys,
+#     termios, unicodedata
 # -----------------------------------------------------------------------------
 
 CHOICES = "/undo and /reset make room"
@@ -7458,24 +7458,45 @@ def on_stop(handler: Callable) -> Iterator[None]:
         signal.signal(signal.SIGTSTP, before)
 
 
+PASTE_BEGINS, PASTE_ENDS = "\x1b[200~", "\x1b[201~"
+
+
+def typed_lines(text: str) -> list[str]:
+    """Return the lines of what was typed. What is between the marks of a paste is in
+    one of them, with its own ends of lines."""
+    lines = [""]
+    parts = re.split(r"\x1b\[200~(.*?)(?:\x1b\[201~|\Z)", text, flags=re.DOTALL)
+    for n, part in enumerate(parts):  # typed, pasted, typed, ...
+        first, *others = [part] if n % 2 else part.split("\n")
+        lines[-1] += first
+        lines += others
+    return lines
+
+
 class LineEditor:
     """Reads messages from the terminal, with editing, completion and history.
 
     words: the commands. files: those that a path follows. Without readline, which is
     not everywhere, it reads lines and does no more. On a Mac readline often is libedit,
     which has other commands, and does not know where a paste ends.
+
+    A terminal that is asked to mark pastes sends PASTE_BEGINS and PASTE_ENDS around
+    each. GNU readline asks for that while it reads a line. While a reply is printed we
+    ask, so that readline finds the marks later, or we do if it is libedit.
     """
 
     def __init__(self, words: Sequence[str], files: Sequence[str] = ()):
         self.words, self.files = words, files
         self.terminal = termios.tcgetattr(sys.stdin) if sys.stdin.isatty() else None
-        self.readline, self.libedit = None, False
+        self.readline, self.libedit, self.marks = None, False, False
         self.ahead = [""]  # lines typed before their prompt; the last one is begun
         with contextlib.suppress(ImportError):
             import readline
 
             self.readline = readline
             self.libedit = bool(self.terminal) and "libedit" in (readline.__doc__ or "")
+            # To ask the terminal for marks takes an escape sequence.
+            self.marks = bool(self.terminal) and styled(sys.stdout)
             self.prepare()
 
     def prepare(self) -> None:
@@ -7483,8 +7504,10 @@ class LineEditor:
         readline = self.readline
         if self.libedit:
             readline.parse_and_bind("bind ^I rl_complete")
+            for mark in (PASTE_BEGINS, PASTE_ENDS):  # of a paste during a reply
+                readline.parse_and_bind(f"bind {mark} ed-ignore")
         else:
-            paste = "on" if styled(sys.stdout) else "off"  # it takes an escape
+            paste = "on" if self.marks else "off"
             readline.parse_and_bind(f"set enable-bracketed-paste {paste}")
             readline.parse_and_bind("tab: complete")
         readline.set_completer_delims(" ")
@@ -7540,17 +7563,33 @@ class LineEditor:
         # needs it, to tell a line that was ended from one that was begun.
         hidden = (termios.ECHO,) if self.libedit else (termios.ECHO, termios.ICANON)
 
-        def stop(*_) -> None:
-            self.set_terminal()
-            suspend()
+        def hide() -> None:
             self.set_terminal(*hidden)
+            self.mark_pastes(True)
+
+        def show() -> None:
+            self.mark_pastes(False)
+            self.set_terminal()
+
+        def stop(*_) -> None:
+            show()
+            suspend()
+            hide()
 
         with on_stop(stop):
             try:
-                self.set_terminal(*hidden)
+                hide()
                 yield
             finally:
-                self.set_terminal()
+                show()
+
+    def mark_pastes(self, wanted: bool) -> None:
+        """Ask the terminal to mark what is pasted, or no longer to mark it."""
+        if self.marks:
+            with contextlib.suppress(OSError):  # it has gone
+                # A handler of Ctrl-Z must not print: it may have interrupted a print.
+                asked = b"\x1b[?2004h" if wanted else b"\x1b[?2004l"
+                os.write(sys.stdout.fileno(), asked)
 
     def edit(self, prompt: str, text: str) -> str:
         """Return a line that is typed after a prompt, and begins with a text; libedit
@@ -7574,9 +7613,8 @@ class LineEditor:
                 if self.readline:
                     self.readline.set_startup_hook()
 
-    def waiting(self, seconds: float) -> list[str]:
-        """Return what waits on the terminal, or comes within some seconds, in lines;
-        the last one, often "", has not been ended."""
+    def waiting(self, seconds: float) -> str:
+        """Return what waits on the terminal, or comes within some seconds."""
         data = b""
         while select.select([sys.stdin], [], [], seconds)[0]:
             part = os.read(sys.stdin.fileno(), 4096)
@@ -7584,37 +7622,49 @@ class LineEditor:
                 break
             data += part
         text = data.decode("utf-8", "replace").replace("\r\n", "\n")
-        return text.replace("\r", "\n").split("\n")
+        return text.replace("\r", "\n")
 
-    def pasted(self) -> list[str]:
-        """Return, under libedit, the lines that follow one at once; see `waiting`."""
+    def pasted(self, seconds: float) -> str:
+        """Return, under libedit, what follows a line at once, ended or not."""
         if not self.libedit:
-            return [""]
+            return ""
         self.set_terminal(termios.ECHO, termios.ICANON)
         try:
-            return self.waiting(0.02)
+            return self.waiting(seconds)
         finally:
             self.set_terminal()
+
+    def take_ahead(self) -> None:
+        """Take, under libedit, the lines that were typed during a reply, and all of a
+        paste that began then. The rest of the last line is left to libedit."""
+        text = self.waiting(0) if self.libedit else ""
+        if text.rfind(PASTE_BEGINS) > text.rfind(PASTE_ENDS):
+            text += self.pasted(0.1)
+        first, *lines = typed_lines(text)
+        self.ahead[-1] += first
+        self.ahead += lines
 
     def line(self, prompt: str) -> str:
         """Return a line that is typed after a prompt, or lines that are pasted."""
         self.set_terminal()
-        if self.libedit:  # lines that were typed during a reply
-            first, *lines = self.waiting(0)
-            self.ahead[-1] += first
-            self.ahead += lines
-        if len(self.ahead) > 1:
-            print(printable(prompt + self.ahead[0]), file=sys.stderr)
-            return self.ahead.pop(0)
-        text, self.ahead = self.edit(prompt, self.ahead[0]), [""]
-        while (pasted := self.pasted()) != [""]:
-            *lines, begun = pasted
-            for line in lines:
+        self.take_ahead()
+        *above, last = self.ahead.pop(0).split("\n")
+        for line in above:
+            print(printable(prompt + line), file=sys.stderr)
+            prompt = "... "
+        if self.ahead:  # it was ended
+            print(printable(prompt + last), file=sys.stderr)
+            return "\n".join([*above, last])
+        self.ahead = [""]
+        lines = [*above, self.edit(prompt, last)]
+        while pasted := self.pasted(0.02):
+            *more, begun = pasted.split("\n")
+            for line in more:
                 print(printable(f"... {line}"), file=sys.stderr)
-            text = "\n".join([text, *lines])
+            lines += more
             if begun:
-                text += "\n" + self.edit("... ", begun)
-        return text
+                lines.append(self.edit("... ", begun))
+        return "\n".join(lines)
 
     def read(self) -> str | None:
         """Return a message, or None at Ctrl-D. Ctrl-C clears what was typed.
