@@ -5544,7 +5544,8 @@ class SessionTooLong(ValueError):
     """A session file holds more tokens than the context."""
 
     def __init__(self, file: Path, tokens: int, context: int):
-        super().__init__(f"{file}: {tokens} tokens, context {context}")
+        sizes = f"{tokens} tokens, the context {context}"
+        super().__init__(f"{file}: the session has {sizes}")
 
 
 def are_ids(value: object) -> bool:
@@ -5627,7 +5628,7 @@ def restore_session(
     infos, session = checked_header(file), read_session(file)
     ids, capacity = session["ids"], cache[0].capacity
     if session.get("fingerprint") != model:
-        raise ValueError(f"{file}: a session with another model")
+        raise ValueError(f"{file}: the session was written by another model")
     if len(ids) > capacity:
         raise SessionTooLong(file, len(ids), capacity)
     if "checksum" not in session:
@@ -7405,12 +7406,17 @@ def read_line(prompt: str) -> str:
 
 
 def agreed(question: str) -> bool:
-    """Ask a question on the terminal; return whether the answer is yes."""
-    try:
-        return read_line(f"{question} [y/N] ").strip().lower() in ("y", "yes")
-    except (EOFError, KeyboardInterrupt):
-        note("")
-        return False
+    """Ask a question on the terminal, again if need be; return whether the answer is
+    yes. An empty one is no, and so are Ctrl-C and Ctrl-D."""
+    while True:
+        try:
+            answer = read_line(f"{question} [y/N] ").strip().lower()
+        except (EOFError, KeyboardInterrupt):
+            note("")
+            return False
+        if answer in ("y", "yes", "n", "no", ""):
+            return answer in ("y", "yes")
+        note("y is yes, n is no")
 
 
 def read_text(path: str) -> str:
@@ -7772,10 +7778,18 @@ class Conversation:
             for user, piece, stats, seed in self.turns
         ]
         notes = {"system": self.system, "turns": turns, "seed": self.seed}
+        notes["model"] = self.model_name()
         notes["settings"] = {name: getattr(self.options, name) for name in INTERVALS}
         used = self.turns[-1][2].context_used if self.turns else 0
         self.engine.save(file, notes, tokens=used)  # and nothing that was forgotten
         self.saved = [*self.turns]
+
+    def model_name(self) -> str:
+        """Return what the user calls the model."""
+        source = Path(os.path.abspath(self.engine.tokenizer.source))
+        if source.parent.name == "snapshots":  # of the Hugging Face cache
+            return f"{self.options.model}, revision {source.name}"
+        return source.name
 
     def set_aside(self) -> str:
         """Rename the file of --session, if there is one, before other turns take its
@@ -7821,8 +7835,11 @@ class Conversation:
             notes = read_session(file)["notes"]
             if not sys.stdin.isatty():
                 raise
-            WordWrap(sys.stderr).write(f"{error_line(error)}\n")
-            if not agreed("Read its text anew?"):
+            told, writer = f"{error_line(error)}\n", notes.get("model")
+            if isinstance(writer, str):
+                told += f"It is a conversation with {writer:.200}.\n"
+            WordWrap(sys.stderr).write(told)
+            if not agreed("Shall this model read the conversation again?"):
                 raise ValueError(f"{file} stays as it is") from None
             return notes
 
@@ -7867,16 +7884,12 @@ class Chat(Conversation):
 
     def run(self) -> None:
         """Read messages and commands, and answer them, until Ctrl-D."""
-        source = Path(os.path.abspath(self.engine.tokenizer.source))
-        if source.parent.name == "snapshots":  # of the Hugging Face cache
-            note(f"{self.options.model}, revision {source.name}")
-        else:
-            note(source.name)
         keys = "Ctrl-C stops a reply, Ctrl-D quits"
         if self.options.group and not sys.stdin.isatty():
             # mlx.launch passes on what is typed, but not Ctrl-D, and ends at Ctrl-C.
             signal.signal(signal.SIGINT, end_by_signal)
             keys = "Ctrl-C quits"
+        note(self.model_name())
         note(
             f"context {self.engine.context} tokens, seed {self.seed}\n"
             f'/help lists commands, """ begins and ends a message of several lines,\n'
