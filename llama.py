@@ -7202,14 +7202,17 @@ def early_end(stats: Stats, limit: str, longest: int) -> str | None:
 
 
 def stats_lines(stats: Stats, seed: int) -> str:
-    """Return statistics as lines that fit a terminal."""
+    """Return statistics as lines that fit a terminal, without what is not known of a
+    reply that was stopped early."""
     copied = f", {stats.accepted_tokens} looked up" if stats.accepted_tokens else ""
     adopted = f", {gigabytes(stats.adopted_memory)} of the weights not copied"
+    read = f" at {stats.prefill_tps:.0f} tokens/s" if stats.prefill_tps else ""
+    wrote = f" at {stats.decode_tps:.1f} tokens/s" if stats.decode_tps else ""
+    first = f"first token after {stats.time_to_first_token_s:.2f} s, "
     return (
-        f"prompt {stats.prompt_tokens} (reused {stats.reused_tokens}) at "
-        f"{stats.prefill_tps:.0f} tokens/s, reply {stats.generation_tokens} at "
-        f"{stats.decode_tps:.1f} tokens/s{copied}\nfirst token after "
-        f"{stats.time_to_first_token_s:.2f} s, context {stats.context_used} of "
+        f"prompt {stats.prompt_tokens} (reused {stats.reused_tokens}){read}, reply "
+        f"{stats.generation_tokens}{wrote}{copied}\n"
+        f"{first if stats.generation_tokens else ''}context {stats.context_used} of "
         f"{stats.context}, peak {gigabytes(stats.peak_memory)}, seed {seed}"
         + (f", {stats.ranks} ranks" if stats.ranks > 1 else "")
         + (adopted if stats.adopted_memory else "")
@@ -7327,13 +7330,29 @@ class WordWrap:
 
 def print_piece(screen: WordWrap, piece: Piece, shown: int) -> int:
     """Show a piece, of which some characters were shown before, with its thinking dim;
-    return how many are shown then: none of a beginning that may become a tag."""
-    end = piece.thinking_end()
+    return how many are shown then: none of a beginning that may become a tag, nor of
+    the blanks and ends of lines after which nothing has come yet."""
+    end, last = piece.thinking_end(), len(piece.text.rstrip())
     if end is None:
         return shown
-    screen.write(piece.text[shown:end], dim=True)
-    screen.write(piece.text[max(shown, end) :])
-    return len(piece.text)
+    screen.write(piece.text[shown : min(end, last)], dim=True)
+    screen.write(piece.text[max(shown, end) : last])
+    return max(shown, last)
+
+
+def print_end(screen: WordWrap, piece: Piece, shown: int) -> None:
+    """Show what `print_piece` has not shown, and end the line; on a terminal no more
+    than one empty line follows the text."""
+    text = piece.text[shown:]
+    if screen.stream.isatty():
+        ended = text.rstrip()
+        empty = text.count("\n", len(ended)) > 1
+        text = ended + ("\n\n" if empty else "\n")
+    elif not text.endswith("\n"):
+        text += "\n"
+    if piece.text:
+        screen.write(text)
+    screen.end_line()
 
 
 def template_variables(options: argparse.Namespace) -> dict[str, object]:
@@ -7370,17 +7389,14 @@ def print_reply(
         collections.deque(reply, 0)  # no more text: waits until the worker has stopped
     finally:
         progress.clear()
-        if not options.json and reply.taken.thinking_end() is None:
-            screen.write(reply.text)  # of which nothing was shown
-        screen.end_line()
+        if not options.json:
+            print_end(screen, reply.taken, shown)
     if options.json:
         found = {"text": reply.text, "thinking": reply.thinking}
         found |= {"finish_reason": reply.stats.finish_reason}
         found |= {"seed": seed, "stats": asdict(reply.stats)}
         print(json.dumps(found), flush=True)
     else:
-        if not reply.text.endswith("\n"):
-            print(flush=True)
         longest = engine.args.longest_context
         if reason := early_end(reply.stats, options.limit, longest):
             note(f"[stopped: {reason}]")
@@ -7987,11 +8003,14 @@ class Chat(Conversation):
             note(f"/{name:8} {takes + ', ' if takes else ''}{text}")
 
     def do_history(self, _: str) -> None:
-        user, piece, *_ = self.last()
+        user, piece, stats, _ = self.last()
         screen = WordWrap(sys.stderr)
         screen.write(f"\n>>> {user}\n")
         shown = print_piece(screen, piece, 0)
-        screen.write(f"{piece.text[shown:]}\n\n")
+        screen.write(piece.text[shown:].rstrip() + "\n")
+        if early_end(stats, self.options.limit, self.engine.args.longest_context):
+            note("[stopped]")
+        screen.write("\n")
 
     def do_system(self, text: str) -> None:
         if text not in ("", "none") and self.options.raw:

@@ -279,6 +279,64 @@ def test_thinking_is_dim_on_a_terminal_and_text_in_a_pipe(
             assert done.stdout.decode() == text + "\n"
 
 
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("Rome", "Rome\n"),
+        ("Rome\n", "Rome\n"),
+        ("Rome.\n\n", "Rome.\n\n"),
+        ("Rome.\n\n\n", "Rome.\n\n"),
+        ("Rome.\n\n  ", "Rome.\n\n"),
+        ("one\n\n\n\ntwo ", "one\n\n\n\ntwo\n"),
+        ("<thi", "<thi\n"),
+        ("<think>\n\n", "<think>\n\n"),
+        ("", ""),
+    ],
+)
+def test_one_empty_line_at_most_follows_a_reply_and_a_pipe_gets_all_of_it(
+    text, shown, monkeypatch
+):
+    for stream in (Screen(40, monkeypatch), io.StringIO()):
+        wrap, piece, count = llama.WordWrap(stream), llama.Piece(), 0
+        for piece.text in [text[:end] for end in range(len(text) + 1)]:
+            count = llama.print_piece(wrap, piece, count)
+        llama.print_end(wrap, piece, count)
+        if stream.isatty():
+            assert re.sub(r"\x1b\[[02]m", "", stream.getvalue()) == shown
+        else:
+            assert stream.getvalue().removesuffix("\n") == text.removesuffix("\n")
+
+
+def test_history_says_of_a_reply_that_it_was_stopped(engine, capsys):
+    chat = chat_with(engine)
+    for reason, told in (
+        ("cancelled", "[stopped]\n"),
+        ("length", "[stopped]\n"),
+        ("context", "[stopped]\n"),
+        ("stop", ""),
+    ):
+        reply, stats = llama.Piece("Rome.\n\n"), llama.Stats(finish_reason=reason)
+        chat.turns = [("Where?", reply, stats, 1)]
+        chat.take("/history")
+        assert capsys.readouterr().err == f"\n>>> Where?\nRome.\n{told}\n"
+
+
+def test_statistics_tell_only_what_is_known():
+    for stats, told in (
+        ({}, "prompt 9 (reused 4), reply 0\ncontext 0 of 0, "),
+        (
+            {"generation_tokens": 1, "prefill_tps": 50.0, "time_to_first_token_s": 0.5},
+            "prompt 9 (reused 4) at 50 tokens/s, reply 1\nfirst token after 0.50 s, ",
+        ),
+        (
+            {"generation_tokens": 2, "prefill_tps": 50.0, "decode_tps": 2.0},
+            "prompt 9 (reused 4) at 50 tokens/s, reply 2 at 2.0 tokens/s\nfirst token ",
+        ),
+    ):
+        stats = llama.Stats(prompt_tokens=9, reused_tokens=4, **stats)
+        assert llama.stats_lines(stats, 1).startswith(told)
+
+
 def test_the_conversation_is_what_the_commands_make_of_it(engine, monkeypatch):
     chat, asked = chat_with(engine, "--system", "Be kind."), []
     stats = llama.Stats(context_used=10, context=100)
@@ -702,7 +760,7 @@ def test_options_are_named_as_they_were_given(folder):
         ("x\r", "[stopped: 2 tokens, as /set max_tokens says]"),
         ("/set colour 2\r", "\rno option colour; /set lists them"),
         ("/nothing\r", "\rno command /nothing; "),
-        ("x" * 600 + "\r", "\rthe prompt must have"),
+        ("x" * 600 + "\r", f"{PASTES_ARE_PLAIN}the prompt must have"),
         ("/load nowhere\r", "\rnowhere: No such file"),
     ):
         chat.wait_for(">>> ")
@@ -733,9 +791,10 @@ def test_a_conversation_that_is_resumed_shows_its_end_and_the_banner_the_model(
     chat = Terminal("chat", folder, *words)
     banner = chat.wait_for("Ctrl-D quits")
     assert "org\x1b[0m\r\ncontext 512 tokens" in banner.replace("\x1b[2m", "")
-    wanted = f">>> two\nlines\n{llama.printable(said[1])}\n\n"
+    wanted = f">>> two\nlines\n{llama.printable(said[1])}\n[stopped]\n\n"
     for typed in ("/history\r", "/undo\r"):
-        assert wanted in chat.wait_for(PASTES_ARE_MARKED).replace("\r", "")
+        shown = chat.wait_for(PASTES_ARE_MARKED).replace("\r", "")
+        assert wanted in re.sub(r"\x1b\[[02]m", "", shown)
         chat.wait_for(">>> ")
         chat.type(typed)
     chat.wait_for("forgotten")
