@@ -7616,11 +7616,12 @@ class LineEditor:
     def edit(self, prompt: str, text: str) -> str:
         """Return a line that is typed after a prompt, and begins with a text; libedit
         cannot change that part of it."""
+        first = prompt == ">>> "  # nothing is above
         if coloured(sys.stdout) and self.readline and not self.libedit:
             # For GNU readline, \x01 and \x02 enclose characters that take no space.
             prompt = f"\x01\x1b[2m\x02{prompt}\x01\x1b[0m\x02"
         while True:
-            shown = text if self.libedit else ""
+            shown, before = text if self.libedit else "", self.buffer()
             if text and not self.libedit:
                 insert = functools.partial(self.readline.insert_text, text)
                 self.readline.set_startup_hook(insert)
@@ -7628,12 +7629,24 @@ class LineEditor:
                 with on_stop(leave_prompt):
                     return shown + read_line(prompt + shown)
             except InterruptedError:
-                if self.readline:
-                    text = shown + self.readline.get_line_buffer()
+                text = shown + self.typed(before)
                 suspend()
+            except KeyboardInterrupt:
+                cleared = not first or shown + self.typed(before)
+                note("" if cleared else "\n(Ctrl-D quits)")
+                raise
             finally:
                 if self.readline:
                     self.readline.set_startup_hook()
+
+    def buffer(self) -> str:
+        return self.readline.get_line_buffer() if self.readline else ""
+
+    def typed(self, before: str) -> str:
+        """Return what is on the line, whose buffer was this before it was edited: in
+        libedit it is so until a key is typed."""
+        text = self.buffer()
+        return "" if self.libedit and text == before else text
 
     def waiting(self, seconds: float) -> str:
         """Return what waits on the terminal, or comes within some seconds."""
@@ -7701,7 +7714,6 @@ class LineEditor:
                 note("")
                 return None
             except KeyboardInterrupt:
-                note("\n(Ctrl-D quits)")
                 lines = []
                 continue
             text = "\n".join(lines)

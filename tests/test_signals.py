@@ -367,6 +367,13 @@ def test_a_stopped_chat_gives_the_terminal_back_and_goes_on(line_editor, tmp_pat
     chat.type("/context\r")
     chat.wait_for("'half a line and the rest'")
     chat.wait_for(">>> ")
+    chat.type(CTRL_Z)  # at a prompt at which nothing was typed
+    chat.wait_for("stopped, shows what is typed")
+    chat.type("\r")
+    chat.wait_for(">>> ")
+    chat.type("/undo\r")
+    chat.wait_for("forgotten: 'half a line and the rest'")
+    chat.wait_for(">>> ")
     chat.type(CTRL_D)
     assert chat.status() == 0
 

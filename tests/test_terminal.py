@@ -684,13 +684,30 @@ def test_a_conversation_on_a_terminal(folder):
     chat.type("Hello!\r")
     chat.wait_for("reused 0")
     chat.wait_for(">>> ")
-    chat.type("half a line" + CTRL_C)
+    chat.type(CTRL_C)
     chat.wait_for("(Ctrl-D quits)")
     chat.wait_for(">>> ")
     chat.type("And now?\r")
     reused = re.match(r"\d+", chat.wait_for(")", 60).partition("(reused ")[2])
     assert int(reused[0]) > 20
     chat.wait_for(">>> ")
+    chat.type(CTRL_D)
+    assert chat.status() == 0
+
+
+def test_ctrl_c_says_how_to_quit_where_nothing_was_typed(folder, line_editor):
+    chat = Terminal("chat", folder, "--max-tokens", 2, **line_editor)
+    chat.wait_for(">>> ")
+    for typed, shown, told in (
+        ("half a line", "half a line", False),
+        ("\r", ">>> ", True),
+        ('"""in a block\r', "... ", False),
+        ("Hi!\r", ">>> ", True),
+    ):
+        chat.type(typed)
+        chat.wait_for(shown)
+        chat.type(CTRL_C)
+        assert ("(Ctrl-D quits)" in chat.wait_for(">>> ")) == told
     chat.type(CTRL_D)
     assert chat.status() == 0
 
