@@ -7877,7 +7877,7 @@ COMMANDS = {
     "context": ("", "shows how full the context is, and what each turn took"),
     "exit": ("", "ends the program, as /quit, /bye and Ctrl-D do"),
     "file": ("PATH", "puts a text file before the next message"),
-    "help": ("", "lists these commands"),
+    "help": ("", "lists what can be typed"),
     "history": ("", "shows the last message and its reply again"),
     "load": ("FILE", "resumes the conversation of a session file"),
     "reset": ("", "forgets the conversation, but not the instructions"),
@@ -7886,15 +7886,32 @@ COMMANDS = {
         "FILE",
         "writes a new file: a session, or Markdown if it ends in .md",
     ),
-    "set": ("NAME VALUE", "changes a setting; without a VALUE, shows it"),
+    "set": ("NAME VALUE", "changes a setting; without VALUE shows it, or all"),
     "stats": ("", "shows speed and memory of the last reply"),
-    "system": ("TEXT", "instructions, or none to remove them; without, shows them"),
-    "undo": ("", "removes the last attached file, or else the last message and reply"),
+    "system": ("TEXT", "sets the instructions, or shows them; none removes them"),
+    "undo": ("", "removes the last attached file, or else the last exchange"),
 }
 
+# What else can be typed, and what it does.
+KEYS = {
+    '"""': "begins and ends a message of several lines",
+    "//": "begins a message whose first character is a slash",
+    "a blank": "begins a message that the history does not keep",
+    "up arrow": "brings back what was typed before",
+    "Tab": "completes a command, or the path after it",
+    "Ctrl-C": "stops a reply, or clears what is typed",
+}
 
 OTHER_NAMES = {"bye": "exit", "quit": "exit"}
 PATHS = ("FILE", "PATH")  # what a command takes if it is a path
+
+
+def ask_which(name: str, names: Sequence[str], otherwise: str, sign: str = "") -> str:
+    """Return a question which name is meant, with a sign before it: those that begin so,
+    or else the one that is most like it; without one, another text."""
+    near = [known for known in names if name and known.startswith(name)]
+    near = near or difflib.get_close_matches(name, names, 1)
+    return f"did you mean {' or '.join(sign + n for n in near)}?" if near else otherwise
 
 
 class Chat(Conversation):
@@ -7942,8 +7959,8 @@ class Chat(Conversation):
         argument = argument.strip()
         method = OTHER_NAMES.get(name, name)
         if method not in COMMANDS:
-            near = difflib.get_close_matches(name, [*COMMANDS, *OTHER_NAMES], 1)
-            hint = f"did you mean /{near[0]}?" if near else "/help lists them"
+            names = [*COMMANDS, *OTHER_NAMES]
+            hint = ask_which(name, names, "/help lists them", sign="/")
             raise ValueError(f"no command /{name}; {hint} (// sends a slash)")
         takes = COMMANDS[method][0]
         if argument and not takes:
@@ -8012,7 +8029,9 @@ class Chat(Conversation):
 
     def do_help(self, _: str) -> None:
         for name, (takes, text) in COMMANDS.items():
-            note(f"/{name:8} {takes + ', ' if takes else ''}{text}")
+            note(f"{f'/{name} {takes}':16} {text}")
+        for keys, text in KEYS.items():
+            note(f"{keys:16} {text}")
 
     def do_history(self, _: str) -> None:
         user, piece, stats, _ = self.last()
@@ -8100,16 +8119,24 @@ class Chat(Conversation):
             values[n] = usual[n] if given is None else given
         words = {True: "on", False: "off", None: "default"}
         values["thinking"] = words[self.options.thinking]
+        values["stop"] = ", ".join(map(repr, self.options.stop)) or "off"
         if name and name not in values:
-            raise ValueError(f"no option {name}; /set lists them")
+            hint = ask_which(name, [*values], "/set lists them")
+            raise ValueError(f"no option {name}; {hint}")
         if not value:
-            for n in [name] if name else (*names, "seed", "thinking"):
+            for n in [name] if name else (*names, "seed", "stop", "thinking"):
                 note(f"{n:18} {values[n]}")
-            return
-        if name == "thinking":
+        elif name == "thinking":
             self.set_thinking(value)
-            return
-        if name in names and value in ("default", str(usual[name])):
+        elif name == "stop":
+            self.options.stop = [] if value in ("default", "off") else [value]
+            note(f"stop is {value!r}" if self.options.stop else "stop is off")
+        else:
+            self.set_number(name, value, usual)
+
+    def set_number(self, name: str, value: str, usual: dict) -> None:
+        """Set an option that is a number, or have it as usual again."""
+        if name in usual and value in ("default", str(usual[name])):
             setattr(self.options, name, None)
             note(f"{name} is {usual[name]}")
             return

@@ -513,10 +513,15 @@ def test_options_are_set_and_shown_while_talking(engine, capsys):
         "temperature        0.25",
         "top_k              3",
         "seed 9",
+        "stop               off",
         "turn 1: ",
     ):
         assert part in shown
-    assert shown.count("\n/") == len(llama.COMMANDS)
+    helped = re.findall(r"^/(\w+)( [A-Z ]+)?  ", shown, re.MULTILINE)
+    assert [name for name, _ in helped] == [*llama.COMMANDS]
+    assert "\n/file PATH " in shown
+    for keys in ('"""', "//", "a blank", "up arrow", "Tab", "Ctrl-C"):
+        assert f"\n{keys}  " in shown
     for text in ("/set top-k 3", "/set seed 7", "/system Be kind."):
         chat.take(text)
     chat.take("/set max_tokens off")
@@ -530,6 +535,8 @@ def test_options_are_set_and_shown_while_talking(engine, capsys):
         ("/set top_k", "top_k              3\n"),
         ("/set max-tokens", "max_tokens         off\n"),
         ("/set seed", "seed               7\n"),
+        ("/set stop red hat", "stop is 'red hat'\n"),
+        ("/set stop", "stop               'red hat'\n"),
         ("/system", "instructions: Be kind.\n"),
         ("/system none", "no instructions\n"),
         ("/system", "no instructions\n"),
@@ -539,11 +546,38 @@ def test_options_are_set_and_shown_while_talking(engine, capsys):
     assert not chat.system
 
 
+def test_a_stop_text_is_set_and_removed_while_talking(engine, capsys):
+    chat = chat_with(engine, "--temperature", "0", "--stop", "no such text")
+    chat.options.max_tokens = 20
+    chat.take("x")
+    whole = chat.last()[1].text
+    stop = max(whole.split(), key=whole.find)[:3]  # of its last word
+    cut = whole[: whole.find(stop)]
+    assert cut
+    for value, told, text in (
+        (stop, repr(stop), cut),
+        ("off", "off", whole),
+        (stop, repr(stop), cut),
+        ("default", "off", whole),
+    ):
+        chat.take("/undo")
+        capsys.readouterr()
+        chat.take(f"/set stop {value}")
+        assert capsys.readouterr().err == f"stop is {llama.printable(told)}\n"
+        chat.take("x")
+        assert chat.last()[1].text == text
+
+
 def test_commands_that_cannot_be_followed_say_why(engine):
     chat = chat_with(engine)
     for text, error in (
         ("/set top_p 2", r"top_p must be in \(0, 1\], got 2"),
         ("/set colour red", "no option colour; /set lists them"),
+        ("/set temp 1", r"no option temp; did you mean temperature\?"),
+        ("/set top 1", r"no option top; did you mean top_k or top_p\?"),
+        ("/set temprature 1", r"no option temprature; did you mean temperature\?"),
+        ("/re", r"no command /re; did you mean /reset or /retry\?"),
+        ("/", r"no command /; /help lists them"),
         ("/set temperature hot", "temperature must be a number, got 'hot'"),
         (f"/set seed {2**63}", r"seed must be a whole number in \[0, 2\*\*63\), got"),
         ("/set max-tokens -1", "max_tokens must be a whole number .*, got '-1'"),
