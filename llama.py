@@ -5654,7 +5654,8 @@ class SessionTooLong(ValueError):
     """A session file holds more tokens than the context."""
 
     def __init__(self, file: Path, tokens: int, context: int):
-        super().__init__(f"{file}: {tokens} tokens, context {context}")
+        sizes = f"{tokens} tokens, the context {context}"
+        super().__init__(f"{file}: the session has {sizes}")
 
 
 def are_ids(value: object) -> bool:
@@ -5737,7 +5738,7 @@ def restore_session(
     infos, session = checked_header(file), read_session(file)
     ids, capacity = session["ids"], cache[0].capacity
     if session.get("fingerprint") != model:
-        raise ValueError(f"{file}: a session with another model")
+        raise ValueError(f"{file}: the session was written by another model")
     if len(ids) > capacity:
         raise SessionTooLong(file, len(ids), capacity)
     if "checksum" not in session:
@@ -7313,8 +7314,8 @@ def cmd_inspect(options: argparse.Namespace) -> int:
 # slash; in a pipe one question and its answer.
 # uses: 1-9, 11-21
 # needs: Callable, Iterator, Path, Sequence, TextIO, argparse, asdict, collections,
-#     contextlib, difflib, fields, functools, json, os, select, signal, sys, termios,
-#     unicodedata
+#     contextlib, difflib, fields, functools, json, os, re, select, signal, sys,
+#     termios, unicodedata
 # -----------------------------------------------------------------------------
 
 CHOICES = "/undo and /reset make room"
@@ -7333,14 +7334,17 @@ def early_end(stats: Stats, limit: str, longest: int) -> str | None:
 
 
 def stats_lines(stats: Stats, seed: int) -> str:
-    """Return statistics as lines that fit a terminal."""
+    """Return statistics as lines that fit a terminal, without what is not known of a
+    reply that was stopped early."""
     copied = f", {stats.accepted_tokens} looked up" if stats.accepted_tokens else ""
     adopted = f", {gigabytes(stats.adopted_memory)} of the weights not copied"
+    read = f" at {stats.prefill_tps:.0f} tokens/s" if stats.prefill_tps else ""
+    wrote = f" at {stats.decode_tps:.1f} tokens/s" if stats.decode_tps else ""
+    first = f"first token after {stats.time_to_first_token_s:.2f} s, "
     return (
-        f"prompt {stats.prompt_tokens} (reused {stats.reused_tokens}) at "
-        f"{stats.prefill_tps:.0f} tokens/s, reply {stats.generation_tokens} at "
-        f"{stats.decode_tps:.1f} tokens/s{copied}\nfirst token after "
-        f"{stats.time_to_first_token_s:.2f} s, context {stats.context_used} of "
+        f"prompt {stats.prompt_tokens} (reused {stats.reused_tokens}){read}, reply "
+        f"{stats.generation_tokens}{wrote}{copied}\n"
+        f"{first if stats.generation_tokens else ''}context {stats.context_used} of "
         f"{stats.context}, peak {gigabytes(stats.peak_memory)}, seed {seed}"
         + (f", {stats.ranks} ranks" if stats.ranks > 1 else "")
         + (adopted if stats.adopted_memory else "")
@@ -7458,13 +7462,29 @@ class WordWrap:
 
 def print_piece(screen: WordWrap, piece: Piece, shown: int) -> int:
     """Show a piece, of which some characters were shown before, with its thinking dim;
-    return how many are shown then: none of a beginning that may become a tag."""
-    end = piece.thinking_end()
+    return how many are shown then: none of a beginning that may become a tag, nor of
+    the blanks and ends of lines after which nothing has come yet."""
+    end, last = piece.thinking_end(), len(piece.text.rstrip())
     if end is None:
         return shown
-    screen.write(piece.text[shown:end], dim=True)
-    screen.write(piece.text[max(shown, end) :])
-    return len(piece.text)
+    screen.write(piece.text[shown : min(end, last)], dim=True)
+    screen.write(piece.text[max(shown, end) : last])
+    return max(shown, last)
+
+
+def print_end(screen: WordWrap, piece: Piece, shown: int) -> None:
+    """Show what `print_piece` has not shown, and end the line; on a terminal no more
+    than one empty line follows the text."""
+    text = piece.text[shown:]
+    if screen.stream.isatty():
+        ended = text.rstrip()
+        empty = text.count("\n", len(ended)) > 1
+        text = ended + ("\n\n" if empty else "\n")
+    elif not text.endswith("\n"):
+        text += "\n"
+    if piece.text:
+        screen.write(text)
+    screen.end_line()
 
 
 def template_variables(options: argparse.Namespace) -> dict[str, object]:
@@ -7501,17 +7521,14 @@ def print_reply(
         collections.deque(reply, 0)  # no more text: waits until the worker has stopped
     finally:
         progress.clear()
-        if not options.json and reply.taken.thinking_end() is None:
-            screen.write(reply.text)  # of which nothing was shown
-        screen.end_line()
+        if not options.json:
+            print_end(screen, reply.taken, shown)
     if options.json:
         found = {"text": reply.text, "thinking": reply.thinking}
         found |= {"finish_reason": reply.stats.finish_reason}
         found |= {"seed": seed, "stats": asdict(reply.stats)}
         print(json.dumps(found), flush=True)
     else:
-        if not reply.text.endswith("\n"):
-            print(flush=True)
         longest = engine.args.longest_context
         if reason := early_end(reply.stats, options.limit, longest):
             note(f"[stopped: {reason}]")
@@ -7546,12 +7563,17 @@ def read_line(prompt: str) -> str:
 
 
 def agreed(question: str) -> bool:
-    """Ask a question on the terminal; return whether the answer is yes."""
-    try:
-        return read_line(f"{question} [y/N] ").strip().lower() in ("y", "yes")
-    except (EOFError, KeyboardInterrupt):
-        note("")
-        return False
+    """Ask a question on the terminal, again if need be; return whether the answer is
+    yes. An empty one is no, and so are Ctrl-C and Ctrl-D."""
+    while True:
+        try:
+            answer = read_line(f"{question} [y/N] ").strip().lower()
+        except (EOFError, KeyboardInterrupt):
+            note("")
+            return False
+        if answer in ("y", "yes", "n", "no", ""):
+            return answer in ("y", "yes")
+        note("y is yes, n is no")
 
 
 def read_text(path: str) -> str:
@@ -7599,24 +7621,45 @@ def on_stop(handler: Callable) -> Iterator[None]:
         signal.signal(signal.SIGTSTP, before)
 
 
+PASTE_BEGINS, PASTE_ENDS = "\x1b[200~", "\x1b[201~"
+
+
+def typed_lines(text: str) -> list[str]:
+    """Return the lines of what was typed. What is between the marks of a paste is in
+    one of them, with its own ends of lines."""
+    lines = [""]
+    parts = re.split(r"\x1b\[200~(.*?)(?:\x1b\[201~|\Z)", text, flags=re.DOTALL)
+    for n, part in enumerate(parts):  # typed, pasted, typed, ...
+        first, *others = [part] if n % 2 else part.split("\n")
+        lines[-1] += first
+        lines += others
+    return lines
+
+
 class LineEditor:
     """Reads messages from the terminal, with editing, completion and history.
 
     words: the commands. files: those that a path follows. Without readline, which is
     not everywhere, it reads lines and does no more. On a Mac readline often is libedit,
     which has other commands, and does not know where a paste ends.
+
+    A terminal that is asked to mark pastes sends PASTE_BEGINS and PASTE_ENDS around
+    each. GNU readline asks for that while it reads a line. While a reply is printed we
+    ask, so that readline finds the marks later, or we do if it is libedit.
     """
 
     def __init__(self, words: Sequence[str], files: Sequence[str] = ()):
         self.words, self.files = words, files
         self.terminal = termios.tcgetattr(sys.stdin) if sys.stdin.isatty() else None
-        self.readline, self.libedit = None, False
+        self.readline, self.libedit, self.marks = None, False, False
         self.ahead = [""]  # lines typed before their prompt; the last one is begun
         with contextlib.suppress(ImportError):
             import readline
 
             self.readline = readline
             self.libedit = bool(self.terminal) and "libedit" in (readline.__doc__ or "")
+            # To ask the terminal for marks takes an escape sequence.
+            self.marks = bool(self.terminal) and styled(sys.stdout)
             self.prepare()
 
     def prepare(self) -> None:
@@ -7624,8 +7667,10 @@ class LineEditor:
         readline = self.readline
         if self.libedit:
             readline.parse_and_bind("bind ^I rl_complete")
+            for mark in (PASTE_BEGINS, PASTE_ENDS):  # of a paste during a reply
+                readline.parse_and_bind(f"bind {mark} ed-ignore")
         else:
-            paste = "on" if styled(sys.stdout) else "off"  # it takes an escape
+            paste = "on" if self.marks else "off"
             readline.parse_and_bind(f"set enable-bracketed-paste {paste}")
             readline.parse_and_bind("tab: complete")
         readline.set_completer_delims(" ")
@@ -7681,26 +7726,43 @@ class LineEditor:
         # needs it, to tell a line that was ended from one that was begun.
         hidden = (termios.ECHO,) if self.libedit else (termios.ECHO, termios.ICANON)
 
-        def stop(*_) -> None:
-            self.set_terminal()
-            suspend()
+        def hide() -> None:
             self.set_terminal(*hidden)
+            self.mark_pastes(True)
+
+        def show() -> None:
+            self.mark_pastes(False)
+            self.set_terminal()
+
+        def stop(*_) -> None:
+            show()
+            suspend()
+            hide()
 
         with on_stop(stop):
             try:
-                self.set_terminal(*hidden)
+                hide()
                 yield
             finally:
-                self.set_terminal()
+                show()
+
+    def mark_pastes(self, wanted: bool) -> None:
+        """Ask the terminal to mark what is pasted, or no longer to mark it."""
+        if self.marks:
+            with contextlib.suppress(OSError):  # it has gone
+                # A handler of Ctrl-Z must not print: it may have interrupted a print.
+                asked = b"\x1b[?2004h" if wanted else b"\x1b[?2004l"
+                os.write(sys.stdout.fileno(), asked)
 
     def edit(self, prompt: str, text: str) -> str:
         """Return a line that is typed after a prompt, and begins with a text; libedit
         cannot change that part of it."""
+        first = prompt == ">>> "  # nothing is above
         if coloured(sys.stdout) and self.readline and not self.libedit:
             # For GNU readline, \x01 and \x02 enclose characters that take no space.
             prompt = f"\x01\x1b[2m\x02{prompt}\x01\x1b[0m\x02"
         while True:
-            shown = text if self.libedit else ""
+            shown, before = text if self.libedit else "", self.buffer()
             if text and not self.libedit:
                 insert = functools.partial(self.readline.insert_text, text)
                 self.readline.set_startup_hook(insert)
@@ -7708,16 +7770,27 @@ class LineEditor:
                 with on_stop(leave_prompt):
                     return shown + read_line(prompt + shown)
             except InterruptedError:
-                if self.readline:
-                    text = shown + self.readline.get_line_buffer()
+                text = shown + self.typed(before)
                 suspend()
+            except KeyboardInterrupt:
+                cleared = not first or shown + self.typed(before)
+                note("" if cleared else "\n(Ctrl-D quits)")
+                raise
             finally:
                 if self.readline:
                     self.readline.set_startup_hook()
 
-    def waiting(self, seconds: float) -> list[str]:
-        """Return what waits on the terminal, or comes within some seconds, in lines;
-        the last one, often "", has not been ended."""
+    def buffer(self) -> str:
+        return self.readline.get_line_buffer() if self.readline else ""
+
+    def typed(self, before: str) -> str:
+        """Return what is on the line, whose buffer was this before it was edited: in
+        libedit it is so until a key is typed."""
+        text = self.buffer()
+        return "" if self.libedit and text == before else text
+
+    def waiting(self, seconds: float) -> str:
+        """Return what waits on the terminal, or comes within some seconds."""
         data = b""
         while select.select([sys.stdin], [], [], seconds)[0]:
             part = os.read(sys.stdin.fileno(), 4096)
@@ -7725,37 +7798,49 @@ class LineEditor:
                 break
             data += part
         text = data.decode("utf-8", "replace").replace("\r\n", "\n")
-        return text.replace("\r", "\n").split("\n")
+        return text.replace("\r", "\n")
 
-    def pasted(self) -> list[str]:
-        """Return, under libedit, the lines that follow one at once; see `waiting`."""
+    def pasted(self, seconds: float) -> str:
+        """Return, under libedit, what follows a line at once, ended or not."""
         if not self.libedit:
-            return [""]
+            return ""
         self.set_terminal(termios.ECHO, termios.ICANON)
         try:
-            return self.waiting(0.02)
+            return self.waiting(seconds)
         finally:
             self.set_terminal()
+
+    def take_ahead(self) -> None:
+        """Take, under libedit, the lines that were typed during a reply, and all of a
+        paste that began then. The rest of the last line is left to libedit."""
+        text = self.waiting(0) if self.libedit else ""
+        if text.rfind(PASTE_BEGINS) > text.rfind(PASTE_ENDS):
+            text += self.pasted(0.1)
+        first, *lines = typed_lines(text)
+        self.ahead[-1] += first
+        self.ahead += lines
 
     def line(self, prompt: str) -> str:
         """Return a line that is typed after a prompt, or lines that are pasted."""
         self.set_terminal()
-        if self.libedit:  # lines that were typed during a reply
-            first, *lines = self.waiting(0)
-            self.ahead[-1] += first
-            self.ahead += lines
-        if len(self.ahead) > 1:
-            print(printable(prompt + self.ahead[0]), file=sys.stderr)
-            return self.ahead.pop(0)
-        text, self.ahead = self.edit(prompt, self.ahead[0]), [""]
-        while (pasted := self.pasted()) != [""]:
-            *lines, begun = pasted
-            for line in lines:
+        self.take_ahead()
+        *above, last = self.ahead.pop(0).split("\n")
+        for line in above:
+            print(printable(prompt + line), file=sys.stderr)
+            prompt = "... "
+        if self.ahead:  # it was ended
+            print(printable(prompt + last), file=sys.stderr)
+            return "\n".join([*above, last])
+        self.ahead = [""]
+        lines = [*above, self.edit(prompt, last)]
+        while pasted := self.pasted(0.02):
+            *more, begun = pasted.split("\n")
+            for line in more:
                 print(printable(f"... {line}"), file=sys.stderr)
-            text = "\n".join([text, *lines])
+            lines += more
             if begun:
-                text += "\n" + self.edit("... ", begun)
-        return text
+                lines.append(self.edit("... ", begun))
+        return "\n".join(lines)
 
     def read(self) -> str | None:
         """Return a message, or None at Ctrl-D. Ctrl-C clears what was typed.
@@ -7770,7 +7855,6 @@ class LineEditor:
                 note("")
                 return None
             except KeyboardInterrupt:
-                note("\n(Ctrl-D quits)")
                 lines = []
                 continue
             text = "\n".join(lines)
@@ -7863,10 +7947,18 @@ class Conversation:
             for user, piece, stats, seed in self.turns
         ]
         notes = {"system": self.system, "turns": turns, "seed": self.seed}
+        notes["model"] = self.model_name()
         notes["settings"] = {name: getattr(self.options, name) for name in INTERVALS}
         used = self.turns[-1][2].context_used if self.turns else 0
         self.engine.save(file, notes, tokens=used)  # and nothing that was forgotten
         self.saved = [*self.turns]
+
+    def model_name(self) -> str:
+        """Return what the user calls the model."""
+        source = Path(os.path.abspath(self.engine.tokenizer.source))
+        if source.parent.name == "snapshots":  # of the Hugging Face cache
+            return f"{self.options.model}, revision {source.name}"
+        return source.name
 
     def set_aside(self) -> str:
         """Rename the file of --session, if there is one, before other turns take its
@@ -7912,8 +8004,11 @@ class Conversation:
             notes = read_session(file)["notes"]
             if not sys.stdin.isatty():
                 raise
-            WordWrap(sys.stderr).write(f"{error_line(error)}\n")
-            if not agreed("Read its text anew?"):
+            told, writer = f"{error_line(error)}\n", notes.get("model")
+            if isinstance(writer, str):
+                told += f"It is a conversation with {writer:.200}.\n"
+            WordWrap(sys.stderr).write(told)
+            if not agreed("Shall this model read the conversation again?"):
                 raise ValueError(f"{file} stays as it is") from None
             return notes
 
@@ -7923,7 +8018,7 @@ COMMANDS = {
     "context": ("", "shows how full the context is, and what each turn took"),
     "exit": ("", "ends the program, as /quit, /bye and Ctrl-D do"),
     "file": ("PATH", "puts a text file before the next message"),
-    "help": ("", "lists these commands"),
+    "help": ("", "lists what can be typed"),
     "history": ("", "shows the last message and its reply again"),
     "load": ("FILE", "resumes the conversation of a session file"),
     "reset": ("", "forgets the conversation, but not the instructions"),
@@ -7932,15 +8027,32 @@ COMMANDS = {
         "FILE",
         "writes a new file: a session, or Markdown if it ends in .md",
     ),
-    "set": ("NAME VALUE", "changes a setting; without a VALUE, shows it"),
+    "set": ("NAME VALUE", "changes a setting; without VALUE shows it, or all"),
     "stats": ("", "shows speed and memory of the last reply"),
-    "system": ("TEXT", "instructions, or none to remove them; without, shows them"),
-    "undo": ("", "removes the last attached file, or else the last message and reply"),
+    "system": ("TEXT", "sets the instructions, or shows them; none removes them"),
+    "undo": ("", "removes the last attached file, or else the last exchange"),
 }
 
+# What else can be typed, and what it does.
+KEYS = {
+    '"""': "begins and ends a message of several lines",
+    "//": "begins a message whose first character is a slash",
+    "a blank": "begins a message that the history does not keep",
+    "up arrow": "brings back what was typed before",
+    "Tab": "completes a command, or the path after it",
+    "Ctrl-C": "stops a reply, or clears what is typed",
+}
 
 OTHER_NAMES = {"bye": "exit", "quit": "exit"}
 PATHS = ("FILE", "PATH")  # what a command takes if it is a path
+
+
+def ask_which(name: str, names: Sequence[str], otherwise: str, sign: str = "") -> str:
+    """Return a question which name is meant, with a sign before it: those that begin so,
+    or else the one that is most like it; without one, another text."""
+    near = [known for known in names if name and known.startswith(name)]
+    near = near or difflib.get_close_matches(name, names, 1)
+    return f"did you mean {' or '.join(sign + n for n in near)}?" if near else otherwise
 
 
 class Chat(Conversation):
@@ -7958,16 +8070,12 @@ class Chat(Conversation):
 
     def run(self) -> None:
         """Read messages and commands, and answer them, until Ctrl-D."""
-        source = Path(os.path.abspath(self.engine.tokenizer.source))
-        if source.parent.name == "snapshots":  # of the Hugging Face cache
-            note(f"{self.options.model}, revision {source.name}")
-        else:
-            note(source.name)
         keys = "Ctrl-C stops a reply, Ctrl-D quits"
         if self.options.group and not sys.stdin.isatty():
             # mlx.launch passes on what is typed, but not Ctrl-D, and ends at Ctrl-C.
             signal.signal(signal.SIGINT, end_by_signal)
             keys = "Ctrl-C quits"
+        note(self.model_name())
         note(
             f"context {self.engine.context} tokens, seed {self.seed}\n"
             f'/help lists commands, """ begins and ends a message of several lines,\n'
@@ -7992,8 +8100,8 @@ class Chat(Conversation):
         argument = argument.strip()
         method = OTHER_NAMES.get(name, name)
         if method not in COMMANDS:
-            near = difflib.get_close_matches(name, [*COMMANDS, *OTHER_NAMES], 1)
-            hint = f"did you mean /{near[0]}?" if near else "/help lists them"
+            names = [*COMMANDS, *OTHER_NAMES]
+            hint = ask_which(name, names, "/help lists them", sign="/")
             raise ValueError(f"no command /{name}; {hint} (// sends a slash)")
         takes = COMMANDS[method][0]
         if argument and not takes:
@@ -8062,14 +8170,19 @@ class Chat(Conversation):
 
     def do_help(self, _: str) -> None:
         for name, (takes, text) in COMMANDS.items():
-            note(f"/{name:8} {takes + ', ' if takes else ''}{text}")
+            note(f"{f'/{name} {takes}':16} {text}")
+        for keys, text in KEYS.items():
+            note(f"{keys:16} {text}")
 
     def do_history(self, _: str) -> None:
-        user, piece, *_ = self.last()
+        user, piece, stats, _ = self.last()
         screen = WordWrap(sys.stderr)
         screen.write(f"\n>>> {user}\n")
         shown = print_piece(screen, piece, 0)
-        screen.write(f"{piece.text[shown:]}\n\n")
+        screen.write(piece.text[shown:].rstrip() + "\n")
+        if early_end(stats, self.options.limit, self.engine.args.longest_context):
+            note("[stopped]")
+        screen.write("\n")
 
     def do_system(self, text: str) -> None:
         if text not in ("", "none") and self.options.raw:
@@ -8147,16 +8260,24 @@ class Chat(Conversation):
             values[n] = usual[n] if given is None else given
         words = {True: "on", False: "off", None: "default"}
         values["thinking"] = words[self.options.thinking]
+        values["stop"] = ", ".join(map(repr, self.options.stop)) or "off"
         if name and name not in values:
-            raise ValueError(f"no option {name}; /set lists them")
+            hint = ask_which(name, [*values], "/set lists them")
+            raise ValueError(f"no option {name}; {hint}")
         if not value:
-            for n in [name] if name else (*names, "seed", "thinking"):
+            for n in [name] if name else (*names, "seed", "stop", "thinking"):
                 note(f"{n:18} {values[n]}")
-            return
-        if name == "thinking":
+        elif name == "thinking":
             self.set_thinking(value)
-            return
-        if name in names and value in ("default", str(usual[name])):
+        elif name == "stop":
+            self.options.stop = [] if value in ("default", "off") else [value]
+            note(f"stop is {value!r}" if self.options.stop else "stop is off")
+        else:
+            self.set_number(name, value, usual)
+
+    def set_number(self, name: str, value: str, usual: dict) -> None:
+        """Set an option that is a number, or have it as usual again."""
+        if name in usual and value in ("default", str(usual[name])):
             setattr(self.options, name, None)
             note(f"{name} is {usual[name]}")
             return

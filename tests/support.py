@@ -486,6 +486,10 @@ while True:
 """
 
 
+# What a terminal is sent to ask for marks around what is pasted, or for none.
+PASTES_ARE_MARKED, PASTES_ARE_PLAIN = "\x1b[?2004h", "\x1b[?2004l"
+
+
 class Terminal:
     """llama.py on a terminal of its own, driven as a person would."""
 
@@ -498,7 +502,7 @@ class Terminal:
         start: str = ON_A_TERMINAL,
         **environment: str,
     ):
-        self.screen = ""
+        self.screen = self.output = ""  # what is not waited for yet, and all there was
         self.master, terminal = pty.openpty()
         self.resize(columns)
         self.process = subprocess.Popen(
@@ -518,7 +522,9 @@ class Terminal:
         """Take what there is, waiting for it for a moment."""
         with contextlib.suppress(OSError):  # Linux, when the other side has closed
             if select.select([self.master], [], [], 0.05)[0]:
-                self.screen += os.read(self.master, 65536).decode("utf-8", "replace")
+                text = os.read(self.master, 65536).decode("utf-8", "replace")
+                self.screen += text
+                self.output += text
 
     def wait_for(self, text: str, seconds: float = 60) -> str:
         """Read on until the text appears; return what came before it, taking both."""
@@ -534,6 +540,15 @@ class Terminal:
         readline does not notice a Ctrl-C until the next key."""
         time.sleep(0.2)
         os.write(self.master, text.encode())
+
+    def marks_pastes(self) -> bool:
+        asked = map(self.output.rfind, (PASTES_ARE_MARKED, PASTES_ARE_PLAIN))
+        return next(asked) > next(asked)
+
+    def paste(self, text: str) -> None:
+        text = text.replace("\n", "\r")
+        marks = ("\x1b[200~", "\x1b[201~") if self.marks_pastes() else ("", "")
+        self.type(text.join(marks))
 
     def status(self, seconds: float = 60) -> int:
         """Wait for the end; return the exit status."""

@@ -69,7 +69,9 @@ def test_a_session_belongs_to_the_bits_that_it_was_computed_in(tmp_path):
                 if other == bits:
                     assert engine.restore(file) == {"bits": bits}
                     continue
-                with pytest.raises(ValueError, match="a session with another model"):
+                with pytest.raises(
+                    ValueError, match="the session was written by another model"
+                ):
                     engine.restore(file)
 
 
@@ -161,12 +163,12 @@ def test_a_session_that_cannot_be_trusted_is_refused(folder, tmp_path):
         engine.restore(file)
     with (
         llama.Engine(other) as engine,
-        pytest.raises(ValueError, match="a session with another model"),
+        pytest.raises(ValueError, match="the session was written by another model"),
     ):
         engine.restore(file)
     with (
         llama.Engine(folder, context=16) as engine,
-        pytest.raises(llama.SessionTooLong, match=r"\d+ tokens, context 16$"),
+        pytest.raises(llama.SessionTooLong, match=r"\d+ tokens, the context 16$"),
     ):
         engine.restore(file)
 
@@ -207,7 +209,10 @@ def test_a_session_that_is_refused_leaves_the_cache_as_it_was(folder, tmp_path):
             (data[:-1] + bytes([data[-1] ^ 1]), "the cache in it is damaged"),
             (of_an_older_llama(file), "older"),
             (session_file(session | {"fingerprint": "x"}, file), "another model"),
-            (session_file(session | {"ids": [1] * 600}, file), "600 tokens, context"),
+            (
+                session_file(session | {"ids": [1] * 600}, file),
+                "600 tokens, the context",
+            ),
             (with_arrays(without(arrays, "1.values"), file), "damaged: 1.values"),
         ):
             again = engine.chat(USER, **options)
@@ -325,6 +330,9 @@ def test_loading_asks_before_it_forgets_what_no_file_has(folder, tmp_path):
     chat.wait_for(">>> ")
     chat.type("\r")
     chat.wait_for("[y/N] ")
+    chat.type(f"/file {other}\r")  # for a prompt, and no answer
+    chat.wait_for("y is yes, n is no")
+    chat.wait_for("1 turn not saved. Forget them? [y/N] ")
     chat.type("yes\r")  # all that the answer has, not the line after Ctrl-Z too
     chat.wait_for(">>> of the file")
     chat.wait_for(">>> ")
@@ -373,7 +381,7 @@ def test_a_session_with_another_model_offers_its_text(folder, tmp_path):
     words = ("--session", session, "--max-tokens", 3)
     assert command("chat", other, *words, "--prompt", "x").returncode == 0
     line = refusal("chat", folder, *words, "--prompt", "y")
-    assert "a session with another model" in line
+    assert "the session was written by another model" in line
     before = session.read_bytes()
     for no in ("\r", CTRL_C, CTRL_D):  # and no reply takes the place of what is there
         chat = Terminal("chat", folder, *words)
@@ -382,9 +390,11 @@ def test_a_session_with_another_model_offers_its_text(folder, tmp_path):
         chat.wait_for(f"llama.py: error: {session} stays as it is")
         assert chat.status() == 1 and session.read_bytes() == before
     chat = Terminal("chat", folder, *words)
-    chat.wait_for("a session with another model")
-    chat.wait_for("[y/N] ")
-    chat.type("y\r")
+    chat.wait_for("the session was written by another model")
+    chat.wait_for("It is a conversation with m.")
+    for typed in ("Hello!\r", "y\r"):  # it asks again
+        chat.wait_for("Shall this model read the conversation again? [y/N] ")
+        chat.type(typed)
     chat.wait_for("s: 1 turn\x1b")
     chat.wait_for(">>> ")
     chat.type("and?\r")
@@ -404,14 +414,14 @@ def test_a_session_whose_cache_cannot_be_used_offers_its_text(spoilt, folder, tm
         "older": (of_an_older_llama(file), "s: a session of an older llama.py"),
         "truncated": (data[:-1], "truncated or"),
         "damaged": (data[:-1] + bytes([data[-1] ^ 1]), "the cache in it is damaged"),
-        "too long": (data, " tokens, context 16; see --ctx"),
+        "too long": (data, " tokens, the context 16; see --ctx"),
     }[spoilt]
     file.write_bytes(content)
     words += ("--ctx", 16) if spoilt == "too long" else ()
     assert told in refusal("chat", folder, *words, "--prompt", "y")
     chat = Terminal("chat", folder, *words, "--stats")
     chat.wait_for(told)
-    chat.wait_for("Read its text anew? [y/N] ")
+    chat.wait_for("Shall this model read the conversation again? [y/N] ")
     chat.type("y\r")
     chat.wait_for("s: 1 turn\x1b")
     if spoilt != "too long":

@@ -4,6 +4,7 @@ import collections
 import contextlib
 import gc
 import itertools
+import json
 import os
 import random
 import signal
@@ -187,8 +188,8 @@ def test_ctrl_c_stops_the_reading_of_a_prompt_and_keeps_what_was_read(tmp_path):
     chat.type("Sum up.\r")
     chat.wait_for("reading the prompt")
     chat.type(CTRL_C)
-    chat.wait_for("[stopped: Ctrl-C]", 10)
-    chat.wait_for("context ")
+    assert "\n" not in chat.wait_for("[stopped: Ctrl-C]", 10)
+    assert "/s" not in chat.wait_for("context ")  # it has no speed yet
     kept = int(chat.wait_for(" of"))
     assert kept > 0
     chat.wait_for("(the message is forgotten; the up arrow brings it back)")
@@ -275,8 +276,64 @@ def test_what_is_typed_during_a_reply_waits_for_the_prompt(line_editor, tmp_path
     chat.wait_for(">>> ")
     chat.type(CTRL_D)
     chat.process.wait(10)
+    chat.read()
+    assert not chat.marks_pastes()
     assert termios.tcgetattr(chat.master) == before
     assert chat.status() == 0
+
+
+CODE = "def f(x):\n\treturn x\n\nWhat does this do?"
+
+
+@pytest.mark.parametrize(
+    ("steps", "messages"),
+    [
+        (
+            [
+                ("type", "one\rtwo\r"),
+                ("paste", CODE),
+                ("type", " So?\rthree: "),
+                ("paste", "a single line"),
+            ],
+            ["one", "two", f"{CODE} So?", "three: a single line"],
+        ),
+        (
+            [("type", "one: "), ("paste", CODE), ("type", " "), ("paste", "x\ny")],
+            [f"one: {CODE} x\ny"],
+        ),
+        (
+            [
+                ("paste", CODE * 150),  # more than a terminal keeps of a line
+                ("type", "\r"),
+                ("paste", "ended\n"),
+                ("type", "here"),
+            ],
+            [CODE * 150, "ended\nhere"],
+        ),
+    ],
+)
+def test_what_is_pasted_during_a_reply_is_one_message(
+    steps, messages, line_editor, state, tmp_path
+):
+    slow = random_folder(tmp_path / "m", context=16384, width=128)
+    chat = Terminal("chat", slow, "--temperature", 0, "--ctx", 16384, **line_editor)
+    chat.wait_for(">>> ")
+    chat.type("Hello!\r")
+    chat.wait_for("\\x")  # bytes that are no text: it writes
+    for action, text in [("type", "/set max_tokens 2\r"), *steps]:
+        getattr(chat, action)(text)
+    time.sleep(0.2)
+    chat.process.send_signal(signal.SIGINT)  # a full terminal takes no Ctrl-C
+    chat.wait_for("[stopped: Ctrl-C]", 10)
+    chat.type("\r")
+    chat.type("/context\r")
+    chat.wait_for("tokens used")
+    chat.wait_for(">>> ")
+    chat.type(CTRL_D)
+    assert chat.status() == 0
+    lines = (state / "history").read_text().splitlines()
+    typed = [json.loads(line) for line in lines]
+    assert typed == ["Hello!", "/set max_tokens 2", *messages, "/context"]
 
 
 def test_a_stopped_chat_gives_the_terminal_back_and_goes_on(line_editor, tmp_path):
@@ -293,10 +350,13 @@ def test_a_stopped_chat_gives_the_terminal_back_and_goes_on(line_editor, tmp_pat
     chat.wait_for("half a line")
     chat.type(" and the rest\r")
     chat.wait_for("\\x")  # it writes
+    assert chat.marks_pastes()
     chat.type(CTRL_Z)
     chat.wait_for("stopped, shows what is typed")
+    assert not chat.marks_pastes()
     chat.type("\r")
     chat.wait_for("\\x")
+    assert chat.marks_pastes()
     chat.type("typed")
     chat.type(CTRL_C)
     assert "typed" not in chat.wait_for("[stopped: Ctrl-C]", 10)
@@ -306,6 +366,13 @@ def test_a_stopped_chat_gives_the_terminal_back_and_goes_on(line_editor, tmp_pat
     chat.wait_for(">>> ")
     chat.type("/context\r")
     chat.wait_for("'half a line and the rest'")
+    chat.wait_for(">>> ")
+    chat.type(CTRL_Z)  # at a prompt at which nothing was typed
+    chat.wait_for("stopped, shows what is typed")
+    chat.type("\r")
+    chat.wait_for(">>> ")
+    chat.type("/undo\r")
+    chat.wait_for("forgotten: 'half a line and the rest'")
     chat.wait_for(">>> ")
     chat.type(CTRL_D)
     assert chat.status() == 0
@@ -324,6 +391,8 @@ def test_a_signal_ends_it_and_restores_the_terminal(number, writing, folder):
     chat.process.send_signal(number)
     chat.process.wait(10)
     assert termios.tcgetattr(chat.master) == before
+    chat.read()
+    assert not chat.marks_pastes()
     assert chat.status(10) == 128 + number and "Traceback" not in chat.screen
 
 

@@ -21,6 +21,8 @@ from tests.support import (
     CTRL_C,
     CTRL_D,
     HERE,
+    PASTES_ARE_MARKED,
+    PASTES_ARE_PLAIN,
     THINKS,
     Terminal,
     chat_with,
@@ -51,9 +53,6 @@ def test_a_prompt_on_the_screen_stays_out_of_a_file(folder, tmp_path):
     assert ">>>" not in out.read_text() and out.read_text()
 
 
-# What readline sends to the terminal before and after it reads a line.
-PASTES_ARE_MARKED, PASTES_ARE_PLAIN = "\x1b[?2004h", "\x1b[?2004l"
-
 STORY = ("--prompt", "Tell me a story about a dog.", "--temperature", 0)
 
 
@@ -66,8 +65,9 @@ def test_a_reply_wraps_at_the_edge_of_the_terminal_and_in_a_pipe_it_does_not():
         chat.wait_for(">>> ")
         chat.resize(columns)
         chat.type(STORY[1] + "\r")
-        chat.wait_for(PASTES_ARE_PLAIN)
-        shown = chat.wait_for(PASTES_ARE_MARKED).strip("\r\n")
+        chat.wait_for(PASTES_ARE_PLAIN)  # readline has read the message
+        chat.wait_for(PASTES_ARE_MARKED)  # as long as the reply is printed
+        shown = chat.wait_for(PASTES_ARE_PLAIN).strip("\r\n")
         # On a slow machine the progress of reading comes first, and is wiped out.
         shown = re.sub(r"^(\r?(reading the prompt[^\x1b]*)?\x1b\[K)+", "", shown)
         assert shown.replace("\r\n", "\n") == wrapped(text, columns)
@@ -251,7 +251,10 @@ def test_thinking_is_dim_on_a_terminal_and_text_in_a_pipe(
     for typed in ("Hi!\r", "/history\r"):
         chat.type(typed)
         chat.wait_for(PASTES_ARE_PLAIN)
-        screen = chat.wait_for(PASTES_ARE_MARKED).replace("\r\n", "\n")
+        screen = chat.wait_for(PASTES_ARE_MARKED)
+        if typed == "Hi!\r":  # they are marked as long as the reply is printed
+            screen = chat.wait_for(PASTES_ARE_PLAIN)
+        screen = screen.replace("\r\n", "\n")
         dim = "".join(re.findall(r"\x1b\[2m(.*?)\x1b\[0m", screen, re.DOTALL))
         thinking = text[: text.index("</think>")]
         wanted = "" if environment else thinking + "</think>"
@@ -275,6 +278,64 @@ def test_thinking_is_dim_on_a_terminal_and_text_in_a_pipe(
             assert found["thinking"] == thinking.removeprefix("<think>").strip()
         else:
             assert done.stdout.decode() == text + "\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("Rome", "Rome\n"),
+        ("Rome\n", "Rome\n"),
+        ("Rome.\n\n", "Rome.\n\n"),
+        ("Rome.\n\n\n", "Rome.\n\n"),
+        ("Rome.\n\n  ", "Rome.\n\n"),
+        ("one\n\n\n\ntwo ", "one\n\n\n\ntwo\n"),
+        ("<thi", "<thi\n"),
+        ("<think>\n\n", "<think>\n\n"),
+        ("", ""),
+    ],
+)
+def test_one_empty_line_at_most_follows_a_reply_and_a_pipe_gets_all_of_it(
+    text, shown, monkeypatch
+):
+    for stream in (Screen(40, monkeypatch), io.StringIO()):
+        wrap, piece, count = llama.WordWrap(stream), llama.Piece(), 0
+        for piece.text in [text[:end] for end in range(len(text) + 1)]:
+            count = llama.print_piece(wrap, piece, count)
+        llama.print_end(wrap, piece, count)
+        if stream.isatty():
+            assert re.sub(r"\x1b\[[02]m", "", stream.getvalue()) == shown
+        else:
+            assert stream.getvalue().removesuffix("\n") == text.removesuffix("\n")
+
+
+def test_history_says_of_a_reply_that_it_was_stopped(engine, capsys):
+    chat = chat_with(engine)
+    for reason, told in (
+        ("cancelled", "[stopped]\n"),
+        ("length", "[stopped]\n"),
+        ("context", "[stopped]\n"),
+        ("stop", ""),
+    ):
+        reply, stats = llama.Piece("Rome.\n\n"), llama.Stats(finish_reason=reason)
+        chat.turns = [("Where?", reply, stats, 1)]
+        chat.take("/history")
+        assert capsys.readouterr().err == f"\n>>> Where?\nRome.\n{told}\n"
+
+
+def test_statistics_tell_only_what_is_known():
+    for stats, told in (
+        ({}, "prompt 9 (reused 4), reply 0\ncontext 0 of 0, "),
+        (
+            {"generation_tokens": 1, "prefill_tps": 50.0, "time_to_first_token_s": 0.5},
+            "prompt 9 (reused 4) at 50 tokens/s, reply 1\nfirst token after 0.50 s, ",
+        ),
+        (
+            {"generation_tokens": 2, "prefill_tps": 50.0, "decode_tps": 2.0},
+            "prompt 9 (reused 4) at 50 tokens/s, reply 2 at 2.0 tokens/s\nfirst token ",
+        ),
+    ):
+        stats = llama.Stats(prompt_tokens=9, reused_tokens=4, **stats)
+        assert llama.stats_lines(stats, 1).startswith(told)
 
 
 def test_the_conversation_is_what_the_commands_make_of_it(engine, monkeypatch):
@@ -453,10 +514,15 @@ def test_options_are_set_and_shown_while_talking(engine, capsys):
         "temperature        0.25",
         "top_k              3",
         "seed 9",
+        "stop               off",
         "turn 1: ",
     ):
         assert part in shown
-    assert shown.count("\n/") == len(llama.COMMANDS)
+    helped = re.findall(r"^/(\w+)( [A-Z ]+)?  ", shown, re.MULTILINE)
+    assert [name for name, _ in helped] == [*llama.COMMANDS]
+    assert "\n/file PATH " in shown
+    for keys in ('"""', "//", "a blank", "up arrow", "Tab", "Ctrl-C"):
+        assert f"\n{keys}  " in shown
     for text in ("/set top-k 3", "/set seed 7", "/system Be kind."):
         chat.take(text)
     chat.take("/set max_tokens off")
@@ -470,6 +536,8 @@ def test_options_are_set_and_shown_while_talking(engine, capsys):
         ("/set top_k", "top_k              3\n"),
         ("/set max-tokens", "max_tokens         off\n"),
         ("/set seed", "seed               7\n"),
+        ("/set stop red hat", "stop is 'red hat'\n"),
+        ("/set stop", "stop               'red hat'\n"),
         ("/system", "instructions: Be kind.\n"),
         ("/system none", "no instructions\n"),
         ("/system", "no instructions\n"),
@@ -479,11 +547,38 @@ def test_options_are_set_and_shown_while_talking(engine, capsys):
     assert not chat.system
 
 
+def test_a_stop_text_is_set_and_removed_while_talking(engine, capsys):
+    chat = chat_with(engine, "--temperature", "0", "--stop", "no such text")
+    chat.options.max_tokens = 20
+    chat.take("x")
+    whole = chat.last()[1].text
+    stop = max(whole.split(), key=whole.find)[:3]  # of its last word
+    cut = whole[: whole.find(stop)]
+    assert cut
+    for value, told, text in (
+        (stop, repr(stop), cut),
+        ("off", "off", whole),
+        (stop, repr(stop), cut),
+        ("default", "off", whole),
+    ):
+        chat.take("/undo")
+        capsys.readouterr()
+        chat.take(f"/set stop {value}")
+        assert capsys.readouterr().err == f"stop is {llama.printable(told)}\n"
+        chat.take("x")
+        assert chat.last()[1].text == text
+
+
 def test_commands_that_cannot_be_followed_say_why(engine):
     chat = chat_with(engine)
     for text, error in (
         ("/set top_p 2", r"top_p must be in \(0, 1\], got 2"),
         ("/set colour red", "no option colour; /set lists them"),
+        ("/set temp 1", r"no option temp; did you mean temperature\?"),
+        ("/set top 1", r"no option top; did you mean top_k or top_p\?"),
+        ("/set temprature 1", r"no option temprature; did you mean temperature\?"),
+        ("/re", r"no command /re; did you mean /reset or /retry\?"),
+        ("/", r"no command /; /help lists them"),
         ("/set temperature hot", "temperature must be a number, got 'hot'"),
         (f"/set seed {2**63}", r"seed must be a whole number in \[0, 2\*\*63\), got"),
         ("/set max-tokens -1", "max_tokens must be a whole number .*, got '-1'"),
@@ -624,13 +719,30 @@ def test_a_conversation_on_a_terminal(folder):
     chat.type("Hello!\r")
     chat.wait_for("reused 0")
     chat.wait_for(">>> ")
-    chat.type("half a line" + CTRL_C)
+    chat.type(CTRL_C)
     chat.wait_for("(Ctrl-D quits)")
     chat.wait_for(">>> ")
     chat.type("And now?\r")
     reused = re.match(r"\d+", chat.wait_for(")", 60).partition("(reused ")[2])
     assert int(reused[0]) > 20
     chat.wait_for(">>> ")
+    chat.type(CTRL_D)
+    assert chat.status() == 0
+
+
+def test_ctrl_c_says_how_to_quit_where_nothing_was_typed(folder, line_editor):
+    chat = Terminal("chat", folder, "--max-tokens", 2, **line_editor)
+    chat.wait_for(">>> ")
+    for typed, shown, told in (
+        ("half a line", "half a line", False),
+        ("\r", ">>> ", True),
+        ('"""in a block\r', "... ", False),
+        ("Hi!\r", ">>> ", True),
+    ):
+        chat.type(typed)
+        chat.wait_for(shown)
+        chat.type(CTRL_C)
+        assert ("(Ctrl-D quits)" in chat.wait_for(">>> ")) == told
     chat.type(CTRL_D)
     assert chat.status() == 0
 
@@ -700,7 +812,7 @@ def test_options_are_named_as_they_were_given(folder):
         ("x\r", "[stopped: 2 tokens, as /set max_tokens says]"),
         ("/set colour 2\r", "\rno option colour; /set lists them"),
         ("/nothing\r", "\rno command /nothing; "),
-        ("x" * 600 + "\r", "\rthe prompt must have"),
+        ("x" * 600 + "\r", f"{PASTES_ARE_PLAIN}the prompt must have"),
         ("/load nowhere\r", "\rnowhere: No such file"),
     ):
         chat.wait_for(">>> ")
@@ -731,9 +843,10 @@ def test_a_conversation_that_is_resumed_shows_its_end_and_the_banner_the_model(
     chat = Terminal("chat", folder, *words)
     banner = chat.wait_for("Ctrl-D quits")
     assert "org\x1b[0m\r\ncontext 512 tokens" in banner.replace("\x1b[2m", "")
-    wanted = f">>> two\nlines\n{llama.printable(said[1])}\n\n"
+    wanted = f">>> two\nlines\n{llama.printable(said[1])}\n[stopped]\n\n"
     for typed in ("/history\r", "/undo\r"):
-        assert wanted in chat.wait_for(PASTES_ARE_MARKED).replace("\r", "")
+        shown = chat.wait_for(PASTES_ARE_MARKED).replace("\r", "")
+        assert wanted in re.sub(r"\x1b\[[02]m", "", shown)
         chat.wait_for(">>> ")
         chat.type(typed)
     chat.wait_for("forgotten")
