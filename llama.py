@@ -4047,7 +4047,7 @@ class Tokenizer(ByteLevelTokenizer):
 # after this.
 # uses: 1-7, 11-13
 # needs: Callable, Iterable, Iterator, Mapping, Path, ctypes, dataclass, difflib, math,
-#     mx, nn, os, re, safetensors, sys, tree_flatten, tree_unflatten
+#     mx, os, re, safetensors, sys, tree_flatten
 # -----------------------------------------------------------------------------
 
 
@@ -4595,23 +4595,6 @@ def choose_context(args: ModelArgs, wanted: int | None) -> tuple[int, str | None
     if wanted is None and context == window and window < longest:
         return context, f"the context is {window} tokens{reason}"
     return context, None
-
-
-def quantize(model: nn.Module, group_size: int = 64, bits: int = 4) -> None:
-    """Quantize in place every Linear and Embedding that can be cut into groups.
-
-    The others, whose number of columns is no multiple of G, stay as they are; MLX's
-    converter does the same.
-    """
-    layers = dense_layers(model)
-    while layers:  # popped, so that no list keeps the old weights alive
-        path, layer = layers.pop()
-        if layer.weight.shape[1] % group_size == 0:
-            quantized = quantized_like(layer, group_size, bits, "affine")
-            weight, scales, biases = mx.quantize(layer.weight, group_size, bits)
-            quantized.update({"weight": weight, "scales": scales, "biases": biases})
-            mx.eval(quantized.parameters())
-            model.update_modules(tree_unflatten([(path, quantized)]))
 
 
 GROUP_SIZE = 64  # of what is quantized while it is read, as MLX's converter has it

@@ -67,7 +67,6 @@ from tests.support import (
     entry,
     file_of,
     fill,
-    filled,
     held,
     hostile,
     in_another_thread,
@@ -81,6 +80,7 @@ from tests.support import (
     on_the_cpu,
     peer,
     problems_of,
+    quantize,
     random_folder,
     random_tokens,
     random_weights,
@@ -807,53 +807,12 @@ def test_floating_point_layers_are_what_mlx_unpacks(mode, group_size, bits):
 def test_a_quantized_layer_keeps_its_bias():
     model = nn.Sequential(nn.Linear(64, 24), nn.Linear(24, 8))
     bias, x = model.layers[0].bias, mx.random.normal((3, 64), key=mx.random.key(0))
-    llama.quantize(model)
+    quantize(model)
     layer = model.layers[0]
     assert isinstance(layer, llama.QuantizedLinear)
     assert mx.array_equal(layer.bias, bias)
     assert_close(layer(x), np.array(layer.as_linear(x)) + np.array(bias), 1e-6)
     assert mx.abs(bias).max() > 0.01
-
-
-def test_quantizing_replaces_layers_in_place_and_leaves_those_that_do_not_divide():
-    model, x = tiny_model(), mx.array(random_tokens(CONFIG))
-    before, logits = dict(model.named_modules()), np.array(model(x))
-    llama.quantize(model, group_size=32, bits=8)
-    after = dict(model.named_modules())
-    changed = {path for path in before if after.get(path) is not before[path]}
-    # Only o_proj has a number of columns, 6 heads of 16, that 32 divides.
-    assert changed == {f"model.layers.{n}.self_attn.o_proj" for n in range(2)}
-    assert after.keys() == before.keys()
-    assert all(type(after[path]) is llama.QuantizedLinear for path in changed)
-    names = [name for name, _ in tree_flatten(model.parameters())]
-    assert len(names) == len(set(names)) == len(random_weights(CONFIG)) + 2 * 2
-    assert_close(model(x), logits, 0.02)
-    wide = filled(WIDE)
-    llama.quantize(wide)
-    kinds = [type(layer) for layer in dict(wide.named_modules()).values()]
-    assert kinds.count(llama.QuantizedLinear) == 2 * 7 + 1
-    assert kinds.count(llama.QuantizedEmbedding) == 1
-    assert kinds.count(nn.Linear) == kinds.count(nn.Embedding) == 0
-    assert {m.bits for m in wide.modules() if hasattr(m, "bits")} == {4}
-    wide = filled(WIDE)
-    llama.quantize(wide, group_size=32, bits=8)
-    llama.quantize(wide, group_size=32)  # what is packed already stays as it is
-    assert {m.bits for m in wide.modules() if hasattr(m, "bits")} == {8}
-
-
-def test_quantizing_takes_little_memory_beside_the_model():
-    layers = [nn.Linear(512, 512, bias=False) for _ in range(16)]
-    model = nn.Sequential(*layers)
-    del layers
-    mx.eval(model.parameters())
-    mx.clear_cache()
-    mx.synchronize()
-    mx.reset_peak_memory()
-    before = mx.get_active_memory()
-    llama.quantize(model)
-    mx.synchronize()
-    assert mx.get_peak_memory() < before + 2**20  # a layer's bytes; of all, packed: 2.6
-    assert mx.get_active_memory() < before - 16 * 2**20 / 2
 
 
 # -----------------------------------------------------------------------------
@@ -4907,7 +4866,7 @@ def test_a_folder_where_one_matrix_could_not_be_quantized_loads(tmp_path):
     """stories260K at 4 bits: 64 divides the 64 inputs, not the 172 of down_proj."""
     folder = DATA / "models" / "stories260K"
     model = load_model(folder)
-    llama.quantize(model, bits=4, group_size=64)
+    quantize(model, bits=4, group_size=64)
     weights = dict(tree_flatten(model.parameters()))
     config = json.loads((folder / "config.json").read_text())
     config["quantization"] = {"group_size": 64, "bits": 4}
@@ -5970,8 +5929,8 @@ def test_info_marks_the_bits_that_are_stored(dtype, bits, stored, tmp_path, caps
     model, _ = llama.load(folder, dtype=dtype)
     config = json.loads((folder / "config.json").read_text())
     if bits:  # one layer is in others
-        llama.quantize(model.model.layers[0].self_attn, bits=4)
-        llama.quantize(model, bits=bits)
+        quantize(model.model.layers[0].self_attn, bits=4)
+        quantize(model, bits=bits)
     write_model(folder, config, dict(tree_flatten(model.parameters())))
     assert llama.main(["info", str(folder)]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -6097,7 +6056,7 @@ def test_a_model_that_fits_only_quantized_is_listed_so(hub, tmp_path, monkeypatc
     packed = in_the_cache(hub, "org/packed")
     model, _ = llama.load(dense)
     config = json.loads((dense / "config.json").read_text())
-    llama.quantize(model, bits=8)
+    quantize(model, bits=8)
     write_model(packed, config, dict(tree_flatten(model.parameters())))
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(dense / name, packed / name)
@@ -6181,7 +6140,7 @@ def test_info_predicts_the_bytes_of_a_quantized_folder(tmp_path, capsys):
     model, _ = llama.load(folder, dtype=mx.bfloat16)
     llama.main(["info", str(folder), "--json"])
     predicted = json.loads(capsys.readouterr().out)["weight_bytes"]
-    llama.quantize(model, bits=4)
+    quantize(model, bits=4)
     assert predicted["4"] == sum(a.nbytes for _, a in tree_flatten(model.parameters()))
 
 
@@ -6545,7 +6504,7 @@ def test_a_dense_model_is_quantized_while_the_chat_loads_it(
     dense = random_folder(tmp_path / "dense", width=128)
     packed = shutil.copytree(dense, tmp_path / "packed")
     model, _ = llama.load(dense)
-    llama.quantize(model, bits=8)
+    quantize(model, bits=8)
     config = json.loads((dense / "config.json").read_text())
     config["quantization"] = {"group_size": 64, "bits": 8}
     write_model(packed, config, dict(tree_flatten(model.parameters())))

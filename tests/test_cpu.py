@@ -28,6 +28,7 @@ from tests.support import (
     in_parts,
     needs_exact_counts,
     on_the_cpu,
+    quantize,
     random_folder,
     random_tokens,
     with_extras,
@@ -328,7 +329,7 @@ def packed_folder(tmp_path_factory):
     """A folder of random weights, packed in 4 bits."""
     folder = random_folder(tmp_path_factory.mktemp("packed"), width=128, context=8192)
     model, _ = llama.load(folder)
-    llama.quantize(model, 64, 4)
+    quantize(model, 64, 4)
     weights = dict(tree_flatten(model.parameters()))
     mx.save_safetensors(str(folder / "model.safetensors"), weights)
     return folder
