@@ -5789,49 +5789,35 @@ def check_stop(stop: Sequence[str]) -> None:
 class PieceMaker:
     """Makes Pieces of the tokens of a reply, up to the first of the texts in stop.
 
-    A Piece is made of whole tokens and whole characters. So a token waits while a later
-    one may finish its last character, or while it may belong to a stop text.
+    A Piece is made of whole tokens and whole characters. So tokens wait, all or none,
+    while a later one may finish the last character, or a stop text.
     """
 
     def __init__(self, stream: TextStream, stop: Sequence[str]):
         self.stream, self.stop = stream, stop
-        self.text, self.tokens = "", []  # those that wait
-        self.ends = []  # how many tokens make how much text, of whole characters
+        self.beginnings = tuple(text[:n] for text in stop for n in range(1, len(text)))
+        self.waiting = Piece()
 
     def add(self, token: int) -> None:
-        self.text += self.stream.add(token)
-        self.tokens.append(token)
-        if self.stream.is_whole():
-            self.ends.append((len(self.tokens), len(self.text)))
+        self.waiting.text += self.stream.add(token)
+        self.waiting.ids.append(token)
 
     def stop_found(self) -> int | None:
         """Return where a stop text begins; of several, the one that ends first."""
         found = []
         for text in self.stop:
-            at = self.text.find(text)
+            at = self.waiting.text.find(text)
             if at >= 0:
                 found.append((at + len(text), at))
         return min(found)[1] if found else None
 
-    def decided(self) -> int:
-        """Return where a stop text may have begun, or else where the text ends."""
-        longest = max(map(len, self.stop), default=0)
-        end = len(self.text)
-        for at in range(max(end - longest, 0), end):
-            if any(text.startswith(self.text[at:]) for text in self.stop):
-                return at
-        return end
+    def must_wait(self) -> bool:
+        begun = self.waiting.text.endswith(self.beginnings)
+        return begun or not self.stream.is_whole()
 
-    def take(self, end: int) -> Piece:
-        """Return the tokens that end there or before, which then wait no longer."""
-        n = cut = 0
-        for count, length in self.ends:
-            if length <= end:
-                n, cut = count, length
-        piece = Piece(self.text[:cut], self.tokens[:n])
-        self.text, self.tokens = self.text[cut:], self.tokens[n:]
-        later = [(count - n, length - cut) for count, length in self.ends]
-        self.ends = [(count, length) for count, length in later if count > 0]
+    def take(self) -> Piece:
+        """Return the Piece of the tokens that wait, which then wait no longer."""
+        piece, self.waiting = self.waiting, Piece()
         return piece
 
 
@@ -6116,32 +6102,30 @@ class Worker(threading.Thread):
             maker.add(token)
             if maker.stop_found() is not None:
                 break
-            request.events.put(maker.take(maker.decided()))
+            if not maker.must_wait():
+                request.events.put(maker.take())
             # Asked once for all tokens of a pass, since ranks ask by a sum over them.
             if lookup is None or lookup.passes > passes:
                 passes = lookup.passes if lookup else 0
                 if cancelled():
                     reason = "cancelled"
         reply.close()  # which trims the step that was launched ahead
-        maker.text += stream.close()
+        maker.waiting.text += stream.close()
         end = maker.stop_found()
         if end is not None:
-            self.cut_reply(request, maker, end)
+            self.cut_reply(request, maker.waiting, end)
             return "stop"
-        request.events.put(Piece(maker.text, maker.tokens))
+        request.events.put(maker.take())
         return reason
 
-    def cut_reply(self, request: Request, maker: PieceMaker, end: int) -> None:
-        """End a reply where a stop text begins: the cache keeps the tokens that end
-        before it, and what is left of the text is encoded anew."""
-        text = maker.text[:end]
-        piece = maker.take(len(text))
-        kept = len(request.tokens) - len(maker.tokens)
+    def cut_reply(self, request: Request, waiting: Piece, end: int) -> None:
+        """End a reply where a stop text begins, in the tokens that wait: the cache
+        keeps those before them, and the text up to the end is encoded anew."""
+        kept = len(request.tokens) - len(waiting.ids)
         for layer in self.cache:
             layer.trim(max(layer.offset - len(request.ids) - kept, 0))
-        if rest := text.removeprefix(piece.text):
-            piece.ids += self.tokenizer.encode(rest, first=False)
-        request.events.put(Piece(text, piece.ids))
+        text = waiting.text[:end]
+        request.events.put(Piece(text, self.tokenizer.encode(text, first=False)))
 
     def statistics(self, request: Request, reused: int) -> Stats:
         """Return what a reply took; reused: how many of its ids the cache held."""

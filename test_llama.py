@@ -5206,11 +5206,11 @@ def test_a_cancelled_reply_counts_as_far_as_it_was_taken(engine, folder, taken):
         (["One", " two", " three"], ["o t"], ["One", "", ""], "One tw"),
         (["One", " t", "wo", "."], [" two"], ["One", "", ""], "One"),
         (["a", " b", " d", " b c", "e"], ["b c"], ["a", "", " b d", ""], "a b d "),
-        (["a", "a", "a", "b"], ["aab"], ["", "", "a", ""], "a"),
-        (["a", "a", "a", "c"], ["aab"], ["", "", "a", "aac"], None),
-        (["a", "\n"], ["\n\n", "a\t"], ["", "a"], None),  # which waits to its end
+        (["a", "a", "a", "b"], ["aab"], ["", "", "", ""], "a"),
+        (["a", "a", "a", "c"], ["aab"], ["", "", "", "aaac"], None),  # all or none
+        (["a", "\n"], ["\n\n", "a\t"], ["", ""], None),  # they wait to the end
         (["x", "abc"], ["abc", "b"], ["x", ""], "xa"),  # "b" is complete first
-        (["x", "a", "b", "c"], ["abc", "b"], ["x", "", "a"], "xa"),
+        (["x", "a", "b", "c"], ["abc", "b"], ["x", "", ""], "xa"),
         (["x", b"y\xc3", b"\xa9z", "."], [], ["x", "", "yéz", "."], None),
         (["x", b"y\xc3", b"\xa9", "."], ["é"], ["x", "", ""], "xy"),
         (["x", b"\xc3", "", b"\xa9!"], ["!"], ["x", "", "", ""], "xé"),
@@ -5227,14 +5227,15 @@ def test_pieces_are_whole_tokens_and_nothing_that_may_begin_a_stop_text(
     for token in range(len(tokens)):
         maker.add(token)
         found = maker.stop_found()
-        piece = maker.take(maker.decided() if found is None else found)
+        waits = found is not None or maker.must_wait()
+        piece = llama.Piece() if waits else maker.take()
         assert b"".join(encoded[i] for i in piece.ids).decode() == piece.text
         passed_on.append(piece.text)
         if found is not None:
             break
-    rest = maker.text if found is None else maker.text[: found - len(piece.text)]
     whole = b"".join(encoded).decode(errors="ignore")
     assert passed_on == pieces
+    rest = maker.waiting.text[:found]
     assert "".join(passed_on) + rest == (whole if text is None else text)
 
 
