@@ -6667,18 +6667,6 @@ def fitting(weights: int, cache: int, longest: int, memory: int) -> tuple[int, s
     return context, "fits" if usual <= 0.8 * memory else "tight"
 
 
-def verdict(
-    weights: int, cache: int, longest: int, memory: int, speed: float
-) -> tuple[int, str]:
-    """Return what `fitting` does, with more words. All weights are read for every
-    token, at `speed` in bytes per second."""
-    context, word = fitting(weights, cache, longest, memory)
-    if context == 0:
-        return 0, f"{word}, {gigabytes(weights)} in memory"
-    rate = f"up to {speed / weights:,.1f} tokens/s"
-    return context, f"{word}, context {context:,}, {rate}"
-
-
 def stored_bits(model: Llama, tensors: Mapping[str, TensorInfo]) -> int:
     """Return in how many bits the files hold a weight, in most of their bytes."""
     sizes = collections.Counter()
@@ -6698,49 +6686,61 @@ PARTS = {  # where parameters are, by what their names contain
 }
 
 
+def stored_model(name: str | None) -> tuple[Llama, dict]:
+    """Return a folder's model as it is when nothing is packed, and what `info` tells of
+    its files."""
+    try:
+        folder = choose_folder(name)
+    except FileNotFoundError as error:
+        if name is None:
+            raise
+        raise FileNotFoundError(
+            f"{name} is none of {', '.join(PRESETS)}; {error}"
+        ) from None
+    model, tensors = examine(folder)
+    unpacked = {n: t for n, t in tensors.items() if not n.endswith(".scales")}
+    return build_model(model.args, unpacked), {
+        "folder": str(folder),
+        "stored_bytes": sum(info.nbytes for info in tensors.values()),
+        "stored_bits": stored_bits(model, tensors),
+    }
+
+
 def describe(model: str | None) -> dict:
     """Return what `info` tells of a preset or a model."""
-    args, stored, folder, unpacked = PRESETS.get(model), None, None, {}
-    bits_stored = None
-    # In memory: the CPU computes in float32, so all that is not packed doubles.
-    item_size = 4 if mx.default_device() == mx.cpu else 2
-    if args is None:
-        try:
-            folder = choose_folder(model)
-        except FileNotFoundError as error:
-            if model is None:
-                raise
-            raise FileNotFoundError(
-                f"{model} is none of {', '.join(PRESETS)}; {error}"
-            ) from None
-        skeleton, tensors = examine(folder)
-        args, stored = skeleton.args, sum(info.nbytes for info in tensors.values())
-        bits_stored = stored_bits(skeleton, tensors)
-        unpacked = {n: t for n, t in tensors.items() if not n.endswith(".scales")}
-    dense = build_model(args, unpacked) if unpacked else Llama(args)
+    if model in PRESETS:
+        dense, files = Llama(PRESETS[model]), {}
+    else:
+        dense, files = stored_model(model)
     parts = collections.Counter()
     for name, array in tree_flatten(dense.parameters()):
         parts[next((PARTS[k] for k in PARTS if k in name), "norms")] += array.size
-    cache, memory = kv_bytes_per_token(args, item_size), machine_memory()
-    longest, verdicts = args.longest_context, {}
+    # In memory: the CPU computes in float32, so all that is not packed doubles.
+    item_size = 4 if mx.default_device() == mx.cpu else 2
+    cache, memory = kv_bytes_per_token(dense.args, item_size), machine_memory()
+    contexts, verdicts = {}, {}
     for bits in (16, 8, 4):
         there = bits_in_memory(dense, bits)
         size, speed = weight_bytes(dense, there, item_size), reading_speed(there)
-        verdicts[bits] = verdict(size, cache, longest, memory, speed)
+        context, word = fitting(size, cache, dense.args.longest_context, memory)
+        details = f"{gigabytes(size)} in memory"
+        if context:  # all weights are read for every token
+            details = f"context {context:,}, up to {speed / size:,.1f} tokens/s"
+        contexts[bits], verdicts[bits] = context, f"{word}, {details}"
     return {
         "model": model or "stories",
-        "folder": folder and str(folder),
-        "config": asdict(args),
+        "folder": files.get("folder"),
+        "config": asdict(dense.args),
         "parameters": parts.total(),
         "parameters_of": dict(parts.most_common()),
         "weight_bytes": {bits: weight_bytes(dense, bits) for bits in verdicts},
-        "stored_bytes": stored,
-        "stored_bits": bits_stored,
+        "stored_bytes": files.get("stored_bytes"),
+        "stored_bits": files.get("stored_bits"),
         "kv_bytes_per_token": cache,
         "memory_bytes": memory,
         "device": mx.default_device().type.name,
-        "longest_context": {bits: context for bits, (context, _) in verdicts.items()},
-        "verdict": {bits: words for bits, (_, words) in verdicts.items()},
+        "longest_context": contexts,
+        "verdict": verdicts,
     }
 
 
@@ -7113,26 +7113,44 @@ def made_up_exchange(tokenizer: Tokenizer) -> str:
         return str(tokenizer.render(talk[1:]))
 
 
-def inspection(folder: Path, check: bool) -> dict:
-    """Return what `inspect` tells of a folder; check: look at every value too."""
-    model, tensors, problems = check_folder(folder)
-    tokenizer, sampling = None, {}
-    try:
-        sampling = default_sampling(folder)
-    except (OSError, ValueError) as error:
-        problems.append(error)
+def inspected_tokenizer(folder: Path, problems: list[Exception]) -> dict:
+    """Return what `inspect` tells of a folder's tokenizer and chat template, {} if it
+    cannot be read; adds to the problems what is wrong with them."""
     try:
         tokenizer = Tokenizer.from_folder(folder)
     except (OSError, ValueError) as error:
         problems.append(error)
+        return {}
+    exchange = None
     try:
-        exchange = made_up_exchange(tokenizer) if tokenizer else None
+        exchange = made_up_exchange(tokenizer)
     except ValueError as error:
-        exchange = None
         problems.append(ValueError(f"{error}{advice(error)}"))
+    vocabulary = tokenizer.vocabulary
+    added = tokenizer.special_tokens | tokenizer.added_words
+    return {
+        "tokenizer_size": len(vocabulary.bytes_of_id.keys() | added.values()),
+        "special_tokens": tokenizer.special_tokens,
+        "added_words": tokenizer.added_words,
+        "lacking_bytes": len(vocabulary.lacking),
+        "chat_template": tokenizer.template,
+        "exchange": exchange,
+        "stop_tokens": sorted(tokenizer.stop_tokens),
+    }
+
+
+def inspection(folder: Path, check: bool) -> dict:
+    """Return what `inspect` tells of a folder; check: look at every value too."""
+    model, tensors, problems = check_folder(folder)
+    sampling = {}
+    try:
+        sampling = default_sampling(folder)
+    except (OSError, ValueError) as error:
+        problems.append(error)
+    words = inspected_tokenizer(folder, problems)
     if check:
         problems += not_finite(tensors.values())
-    found = {
+    return {
         "folder": str(folder),
         "files": {t.file.name: t.file.stat().st_size for t in tensors.values()},
         "tensors": [
@@ -7144,21 +7162,8 @@ def inspection(folder: Path, check: bool) -> dict:
         "layers": layer_kinds(model) if model and tensors else {},
         "sampling": sampling,
         "problems": [*dict.fromkeys(map(str, problems))],
+        **words,
     }
-    if tokenizer:
-        added = tokenizer.special_tokens | tokenizer.added_words
-        found |= {
-            "tokenizer_size": len(
-                tokenizer.vocabulary.bytes_of_id.keys() | added.values()
-            ),
-            "special_tokens": tokenizer.special_tokens,
-            "added_words": tokenizer.added_words,
-            "lacking_bytes": len(tokenizer.vocabulary.lacking),
-            "chat_template": tokenizer.template,
-            "exchange": exchange,
-            "stop_tokens": sorted(tokenizer.stop_tokens),
-        }
-    return found
 
 
 def cmd_inspect(options: argparse.Namespace) -> int:

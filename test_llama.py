@@ -5847,8 +5847,19 @@ def test_info_describes_a_preset(name, capsys):
         (50, 0.5, (50, "fits, context 50, up to 10.0 tokens/s")),
     ],
 )
-def test_the_verdict_says_whether_a_model_fits(weights, cache, wanted):
-    assert llama.verdict(weights, cache, 50, 100, 500.0) == wanted
+def test_the_verdict_says_whether_a_model_fits(weights, cache, wanted, monkeypatch):
+    for name, value in (
+        ("weight_bytes", weights),
+        ("kv_bytes_per_token", cache),
+        ("machine_memory", 100),
+        ("reading_speed", 500.0),
+    ):
+        monkeypatch.setattr(llama, name, lambda *_, value=value: value)
+    args = llama.ModelArgs.from_dict(CONFIG | {"max_position_embeddings": 50})
+    monkeypatch.setitem(llama.PRESETS, "tiny", args)
+    found = llama.describe("tiny")
+    for bits in (16, 8, 4):
+        assert (found["longest_context"][bits], found["verdict"][bits]) == wanted
 
 
 @pytest.mark.parametrize("words", [("info", "405b"), ("inspect",)])
