@@ -5150,16 +5150,12 @@ def launch_in_pieces(model: Llama) -> None:
         blocks[n] = LaunchedBlock.of(block, launch)
 
 
-def compile_blocks(model: Llama) -> None:
-    """Have the blocks of a model decode through compiled pieces."""
-    for n, block in enumerate(blocks := model.model.layers):
-        if type(block) is TransformerBlock:
-            blocks[n] = CompiledBlock.of(block)
-
-
 def arrange_steps(model: Llama) -> None:
-    """Put into a model everything else in this section that a GPU gains by."""
-    for block in model.model.layers:
+    """Put into a model everything of this section that a GPU gains by."""
+    blocks = model.model.layers
+    for n, block in enumerate(blocks):
+        if type(block) is TransformerBlock:
+            block = blocks[n] = CompiledBlock.of(block)
         if type(block.mlp) is MLP:
             block.mlp = as_subclass(block.mlp, FusedMLP)
         if on_cuda() and type(block.self_attn) is Attention:
@@ -5480,7 +5476,6 @@ def accelerate(
         return
     if not shared:
         fuse(model)
-    compile_blocks(model)
     arrange_steps(model)
 
 
