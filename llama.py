@@ -4459,8 +4459,8 @@ def has_openblas() -> bool:
     return hasattr(ctypes.CDLL(None), "openblas_get_config")
 
 
-def holds_unpacked(nbytes: int) -> bool:
-    """Return whether this machine is to hold a packed model unpacked: on a CPU where
+def holds_dequantized(nbytes: int) -> bool:
+    """Return whether this machine is to hold a packed model dequantized: on a CPU where
     OpenBLAS makes up for it, if its `nbytes` in float32 are a third of the memory.
     """
     on_cpu = mx.default_device() == mx.cpu
@@ -4651,7 +4651,7 @@ def quantizable(model: Llama) -> set[str]:
     return {f"{path}.weight" for path in fitting}
 
 
-def quantized(
+def to_quantize(
     model: Llama, tensors: Mapping[str, TensorInfo], bits: int | None
 ) -> tuple[Llama, Mapping[str, TensorInfo]]:
     """Return a model without its weights, and where these lie, for `read_weights` to
@@ -4688,7 +4688,7 @@ def load(
     Raises FileNotFoundError or ValueError that names the file at fault.
     """
     folder, dtype = find_folder(folder), dtype or default_dtype()
-    model, tensors = quantized(*examine(folder), bits)
+    model, tensors = to_quantize(*examine(folder), bits)
     tokenizer = Tokenizer.from_folder(folder)
     require_memory(memory_of(tensors.values(), dtype), 0)
     for _ in read_weights(model, tensors, dtype):
@@ -4934,8 +4934,8 @@ def unpack_for_many(model: Llama) -> None:
             model.update_modules(tree_unflatten([(path, unpacked)]))
 
 
-def unpack(model: Llama) -> None:
-    """Unpack the packed matrices of a model for good, into float32."""
+def dequantize(model: Llama) -> None:
+    """Replace the packed matrices of a model, for good, by dense ones in float32."""
     modules = model.named_modules()
     while modules:  # popped, so that no list keeps the packed weights alive
         path, layer = modules.pop()
@@ -4954,8 +4954,8 @@ def unpack(model: Llama) -> None:
         model.update_modules(tree_unflatten([(path, dense)]))
 
 
-def unpacked_bytes(model: Llama) -> int:
-    """Return the bytes that the weights of a model take after `unpack`, in float32."""
+def dequantized_bytes(model: Llama) -> int:
+    """Return the bytes that weights take after `dequantize`, in float32."""
     numbers = sum(array.size for _, array in tree_flatten(model.parameters()))
     for layer in model.modules():
         if isinstance(layer, QuantizedMatrix):
@@ -5429,7 +5429,7 @@ def rank_share(
     Raises ValueError if the ranks cannot share it.
     """
     if group is None:
-        return quantized(model, tensors, bits)
+        return to_quantize(model, tensors, bits)
     rank, n = group.rank(), group.size()
     args = rank_args(model.args, n)
     share = {name: rank_tensor(info, rank, n) for name, info in tensors.items()}
@@ -5440,16 +5440,16 @@ def rank_share(
             f"{n} ranks cannot share {min(cut)}, {shape}, to quantize it: each needs "
             f"a multiple of {GROUP_SIZE} columns"
         )
-    return quantized(part, share, bits)
+    return to_quantize(part, share, bits)
 
 
-def unpacks(model: Llama, dtype: mx.Dtype | None, group: Group | None) -> bool:
+def dequantizes(model: Llama, dtype: mx.Dtype | None, group: Group | None) -> bool:
     """Return whether `accelerate` unpacks a model that computes in this dtype."""
     alone = group is None or group.size() == 1
     packed = any(isinstance(module, QuantizedMatrix) for module in model.modules())
     if not (alone and packed) or dtype is None or dtype != mx.float32:
         return False
-    return holds_unpacked(unpacked_bytes(model))
+    return holds_dequantized(dequantized_bytes(model))
 
 
 def accelerate(
@@ -5458,9 +5458,10 @@ def accelerate(
     """Put into a model whatever makes it faster on this device; to be called when the
     weights are in place.
 
-    The ranks of a group need their sums instead of the kernel: one after attention, one
-    after the MLP. Without this a model gives the same logits, but for rounding.
-    keep_packed: packed weights stay so, even where `unpacks` says otherwise.
+    Without this a whole model gives the same logits, but for rounding. A rank's share
+    needs it: the sums over all ranks, one after attention and one after the MLP, are
+    put in here, and take the place of the kernel.
+    keep_packed: packed weights stay so, even where `dequantizes` says otherwise.
     """
     shared = group is not None and group.size() > 1
     if shared:
@@ -5468,8 +5469,8 @@ def accelerate(
             block.self_attn.o_proj = SummedLinear(block.self_attn.o_proj, group)
             block.mlp.down_proj = SummedLinear(block.mlp.down_proj, group)
     if mx.default_device() == mx.cpu:
-        if not keep_packed and unpacks(model, model.model.norm.weight.dtype, group):
-            unpack(model)
+        if not keep_packed and dequantizes(model, model.model.norm.weight.dtype, group):
+            dequantize(model)
         lay_out_by_columns(model)
         if has_openblas():
             unpack_for_many(model)
@@ -6004,8 +6005,8 @@ class Worker(threading.Thread):
         item_size = cache_item_size(tensors, dtype)
         cache = self.context * kv_bytes_per_token(model.args, item_size)
         # Whoever asks for few bits wants them in memory.
-        self.unpacked = self.bits is None and unpacks(model, dtype, self.group)
-        dense = unpacked_bytes(model)
+        self.unpacked = self.bits is None and dequantizes(model, dtype, self.group)
+        dense = dequantized_bytes(model)
         weights = dense if self.unpacked else memory_of(tensors.values(), dtype)
         warnings = warning, require_memory(weights, cache), slow_products(dense // 4)
         self.warnings = [text for text in warnings if text]
@@ -6045,7 +6046,7 @@ class Worker(threading.Thread):
             cancelled = cancelled_by_any(self.group, cancelled, request.tokens)
         reused = self.reuse(ids)
         lookup = Lookup(request.drafts, ids) if request.drafts else None
-        logits = self.read_prompt(request, ids[reused:], cancelled)
+        logits = self.prefill_prompt(request, ids[reused:], cancelled)
         if logits is None:
             reason = "cancelled"
         else:
@@ -6063,7 +6064,7 @@ class Worker(threading.Thread):
         stats.finish_reason = reason
         request.finish(stats)
 
-    def read_prompt(
+    def prefill_prompt(
         self, request: Request, prompt: list[int], cancelled: Callable[[], bool]
     ) -> mx.array | None:
         """Return the logits that follow a prompt, None if the reply is cancelled before
@@ -6611,8 +6612,8 @@ def weight_bytes(model: Llama, bits: int, item_size: int = 2) -> int:
 
 
 def bits_in_memory(model: Llama, bits: int) -> int:
-    """Return how many bits weights have here once loaded: 16 if they are unpacked."""
-    return 16 if holds_unpacked(weight_bytes(model, 16, 4)) else bits
+    """Return how many bits weights have here once loaded: 16 if dequantized."""
+    return 16 if holds_dequantized(weight_bytes(model, 16, 4)) else bits
 
 
 def copy_bandwidth() -> float:
@@ -6867,8 +6868,8 @@ def measured(options: argparse.Namespace, found: dict) -> Iterator[dict[str, flo
         item_size = cache_item_size(tensors, dtype)
         cache = total * kv_bytes_per_token(args, item_size)
         weights = memory_of(tensors.values(), dtype)
-        if not keep_packed and unpacks(model, dtype, group):
-            weights = unpacked_bytes(model)
+        if not keep_packed and dequantizes(model, dtype, group):
+            weights = dequantized_bytes(model)
         require_memory(weights, cache)
         progress = ProgressLine("loading")
         size = sum(info.nbytes for info in tensors.values())

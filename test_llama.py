@@ -4746,7 +4746,7 @@ def test_quantizing_while_loading_gives_what_the_whole_quantized_gives(
         assert mx.array_equal(array, expected[name]), name
     tokens = mx.array(random_tokens(WIDE))
     assert mx.array_equal(ours(tokens), wanted(tokens))
-    _, tensors = llama.quantized(*llama.examine(dense), bits)
+    _, tensors = llama.to_quantize(*llama.examine(dense), bits)
     sizes = [array.nbytes for array in arrays.values()]
     assert llama.memory_of(tensors.values(), llama.default_dtype()) == sum(sizes)
 
@@ -4784,7 +4784,7 @@ def test_quantizing_while_loading_holds_one_dense_matrix_at_most(tmp_path):
     largest = max(array.nbytes for array in weights.values())
     folder = write_model(tmp_path, config, weights)
     del weights
-    model, tensors = llama.quantized(*llama.examine(folder), 4)
+    model, tensors = llama.to_quantize(*llama.examine(folder), 4)
     gc.collect()
     mx.clear_cache()
     mx.reset_peak_memory()
@@ -5800,7 +5800,7 @@ def test_on_a_cpu_a_reply_goes_through_the_functions_of_part_one(folder, monkeyp
     after = lines.index(f"# 18. {SECTIONS[18].title}")
     extras = {c.co_name for c in entered if first <= c.co_firstlineno < after}
     asked = {"default_drafts", "default_prefill_step", "on_cuda"}
-    loading = {"lay_out_by_columns", "unpack_for_many", "unpacked_bytes"}
+    loading = {"lay_out_by_columns", "unpack_for_many", "dequantized_bytes"}
     assert {name for name in extras if name[0] != "<"} <= asked | loading
 
 

@@ -147,7 +147,7 @@ def tiny_model():
 
 def load_model(folder, dtype=None, bits=None):
     """The model of a folder, which needs no tokenizer."""
-    model, tensors = llama.quantized(*llama.examine(folder), bits)
+    model, tensors = llama.to_quantize(*llama.examine(folder), bits)
     for _ in llama.read_weights(model, tensors, dtype or llama.default_dtype()):
         pass
     return model
