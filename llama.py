@@ -1138,21 +1138,20 @@ def apply_min_p(logprobs: mx.array, p: float) -> mx.array:
     return mx.where(logprobs < threshold, -mx.inf, logprobs)
 
 
-# From an option to its minimum, whether it may be equal to that, and its maximum.
-INTERVALS = {
-    "temperature": (0, True, 1e9),
-    "top_k": (1, True, 1e9),
-    "top_p": (0, False, 1),
-    "min_p": (0, False, 1),
-    "repetition_penalty": (0, False, 1e9),
+INTERVALS = {  # from an option to its minimum and its maximum
+    "temperature": (0, 1e9),
+    "top_k": (-1, 1e9),
+    "top_p": (0, 1),
+    "min_p": (0, 1),
+    "repetition_penalty": (0, 1e9),
 }
 
 
 def interval(name: str) -> str:
-    """Return an option's interval as it is written, (0, 1] for instance."""
-    least, closed, greatest = INTERVALS[name]
+    """Return an option's interval as it is written, [0, 1] for instance."""
+    least, greatest = INTERVALS[name]
     greatest = "1e9" if greatest == 1e9 else greatest
-    return f"{'[' if closed else '('}{least}, {greatest}]"
+    return f"[{least}, {greatest}]"
 
 
 def check_sampling(**options: float | None) -> None:
@@ -1160,10 +1159,8 @@ def check_sampling(**options: float | None) -> None:
     for name, value in options.items():
         if value is None:
             continue
-        least, closed, greatest = INTERVALS[name]
+        least, greatest = INTERVALS[name]
         inside = type(value) in (int, float) and least <= value <= greatest
-        if inside and value == least:
-            inside = closed
         if inside and name == "top_k":
             inside = value == int(value)
         if not inside:
@@ -1188,10 +1185,11 @@ class Sampler:
     """
 
     temperature: float = 0.6  # 0 is greedy, the likeliest token
-    top_k: int | None = None  # at least 1; None turns a filter off
-    top_p: float | None = 0.9  # in (0, 1]
-    min_p: float | None = None  # in (0, 1]
-    repetition_penalty: float | None = None  # above 1 discourages what was seen
+    # None turns these off, and so does what config files write for it.
+    top_k: int | None = None  # 0 and -1 are off
+    top_p: float | None = 0.9  # 0 and 1 are off
+    min_p: float | None = None  # 0 is off
+    repetition_penalty: float | None = None  # over 1 discourages; 0 and 1 are off
     seed: int | None = None  # the same seed draws the same tokens; None takes a new one
     prompt: Sequence[int] = ()  # seen before the tokens sampled, for the penalty
     key: mx.array | None = field(default=None, init=False)
@@ -1206,7 +1204,7 @@ class Sampler:
     def __call__(self, logits: mx.array) -> mx.array:
         # 16-bit cumulative sums would misjudge the tail, so float32 from here on.
         logits = logits.astype(mx.float32)
-        if self.repetition_penalty is not None:
+        if self.repetition_penalty not in (None, 0, 1):
             logits = self.penalize(logits)
         if self.temperature < 1e-30:  # 0, or what float32 cannot divide by
             token = mx.argmax(logits, axis=-1)
@@ -1226,11 +1224,11 @@ class Sampler:
     def draw(self, logits: mx.array) -> mx.array:
         # Subtract the maximum first: a shift changes no probability, avoids overflow.
         logprobs = (logits - logits.max(axis=-1, keepdims=True)) / self.temperature
-        if self.top_k is not None:
+        if self.top_k not in (None, 0, -1):
             logprobs = apply_top_k(logprobs, int(self.top_k))
-        if self.top_p is not None and self.top_p < 1:
+        if self.top_p not in (None, 0, 1):
             logprobs = apply_top_p(logprobs, self.top_p)
-        if self.min_p is not None:
+        if self.min_p not in (None, 0):
             logprobs = apply_min_p(logprobs, self.min_p)
         if self.key is None:
             self.key = mx.random.key(self.seed)
@@ -6170,20 +6168,6 @@ def put_result(task: Callable, answer: queue.SimpleQueue) -> None:
         answer.put(error)
 
 
-# What turns a filter off in config files, and in other programs.
-OFF = {"top_k": (0, -1), "top_p": (0, 1), "min_p": (0,), "repetition_penalty": (0, 1)}
-
-
-def off_is_none(options: dict[str, float | None]) -> dict[str, float | None]:
-    """Return make_sampler's options with None for all that turns a filter off."""
-    options = dict(options)
-    for name, values in OFF.items():
-        value = options.get(name)
-        if type(value) in (int, float) and value in values:
-            options[name] = None
-    return options
-
-
 def default_sampling(folder: Path) -> dict[str, float | None]:
     """Return make_sampler's options as generation_config.json has them.
 
@@ -6196,7 +6180,7 @@ def default_sampling(folder: Path) -> dict[str, float | None]:
     if config.get("do_sample") is False:
         given["temperature"] = 0.0
     usual = {"temperature": Sampler.temperature, "top_p": Sampler.top_p}
-    options = off_is_none(usual | given)
+    options = usual | given
     try:
         check_sampling(**options)
     except ValueError as error:
@@ -6346,7 +6330,7 @@ class Engine(contextlib.AbstractContextManager["Engine"]):
         given = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
         given |= {"min_p": min_p, "repetition_penalty": repetition_penalty}
         given = {name: value for name, value in given.items() if value is not None}
-        sampling = off_is_none(self.defaults | given)
+        sampling = self.defaults | given
         check_sampling(**sampling)
         sampling["seed"] = new_seed() if seed is None else seed
         request = Request(ids, max_tokens, sampling, lookup, drop_space, [*stop])
@@ -7198,7 +7182,7 @@ def cmd_inspect(options: argparse.Namespace) -> int:
             lines = found["exchange"].split("\n")
             rows += [("example", line) for line in lines]
     sampling = found["sampling"].items()
-    sampling = ", ".join(f"{name} {'off' if n is None else n}" for name, n in sampling)
+    sampling = ", ".join(f"{name} {value}" for name, value in sampling)
     rows.append(("sampling", sampling))
     rows += [("problem", text) for text in found["problems"] or ["none found"]]
     print_table(rows)
@@ -7775,7 +7759,7 @@ class Conversation:
                 for user, piece, stats, seed in notes["turns"]
             ]
             settings = {name: notes["settings"][name] for name in INTERVALS}
-            check_sampling(**off_is_none(settings))
+            check_sampling(**settings)
             system, seed = notes["system"], notes["seed"]
             if type(seed) is not int or not 0 <= seed < 2**64:
                 raise TypeError(f"seed: got {seed!r:.80}")
@@ -8029,7 +8013,7 @@ class Chat(Conversation):
         name, value = name.replace("-", "_"), value.strip()
         names = (*INTERVALS, "max_tokens")
         usual = dict.fromkeys(names, "off")
-        usual |= {n: v for n, v in self.engine.defaults.items() if v is not None}
+        usual |= self.engine.defaults
         values = {"seed": self.seed}
         for n in names:
             given = getattr(self.options, n)
@@ -8049,7 +8033,7 @@ class Chat(Conversation):
             setattr(self.options, name, None)
             note(f"{name} is {usual[name]}")
             return
-        value = "0" if name in OFF and value == "off" else value
+        value = "0" if name in INTERVALS and value == "off" else value
         whole = name in ("max_tokens", "seed")
         try:
             if whole and not (value.isdecimal() and int(value) < 2**63):
@@ -8059,7 +8043,7 @@ class Chat(Conversation):
             kind = "a whole number in [0, 2**63)" if whole else "a number"
             raise ValueError(f"{name} must be {kind}, got {value!r}") from None
         if not whole:
-            check_sampling(**off_is_none({name: number}))
+            check_sampling(**{name: number})
         number = int(number) if name == "top_k" else number
         setattr(self if name == "seed" else self.options, name, number)
         if name == "max_tokens":
@@ -8142,7 +8126,7 @@ def check_chat(options: argparse.Namespace) -> None:
     """Refuse options that chat cannot honour."""
     try:
         given = {name: getattr(options, name) for name in INTERVALS}
-        check_sampling(**off_is_none(given))
+        check_sampling(**given)
         check_stop(options.stop)
     except ValueError as error:
         options.usage(str(error))
@@ -8262,7 +8246,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--temperature", metavar="T", type=float, help=text)
     text = f"{interval('top_k')}, the K likeliest, 0 is all; default: model's"
     add("--top-k", metavar="K", type=int, help=text)
-    text = f"{interval('top_p')} or 0, fewest of sum P; default: model's or 0.9"
+    text = f"{interval('top_p')}, likeliest P, 0 is off; default: model's or 0.9"
     add("--top-p", metavar="P", type=float, help=text)
     text = f"{interval('min_p')} of the likeliest's, 0 is off; default: model's"
     add("--min-p", metavar="P", type=float, help=text)

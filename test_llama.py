@@ -1732,6 +1732,22 @@ def test_sampled_tokens_and_the_prompt_count_as_seen():
     assert [sampler(logits).item() for _ in range(4)] == [0, 1, 2, 3]
 
 
+OFF = [("top_k", 0), ("top_k", -1), ("top_p", 0), ("top_p", 1), ("top_p", 1.0)]
+OFF += [("min_p", 0), ("min_p", 0.0)]
+OFF += [("repetition_penalty", off) for off in (0, 1, 1.0)]
+
+
+@pytest.mark.parametrize(("name", "off"), [*OFF, *((name, None) for name in dict(OFF))])
+def test_a_filter_is_off_with_none_and_with_what_the_field_writes(
+    monkeypatch, name, off
+):
+    """A filter that is off is not even called, so it cannot round."""
+    monkeypatch.setattr(llama, f"apply_{name}", None)
+    sampler = llama.Sampler(**{"temperature": 1, "top_p": None, "seed": 0, name: off})
+    assert sampler(logits_of(0.5, 0.3, 0.15, 0.05)).item() in range(4)
+    assert sampler.seen is None
+
+
 def test_sixteen_bit_logits_are_sampled_in_float32(monkeypatch):
     seen = []
     spy = lambda logprobs, p: seen.append(logprobs.dtype) or logprobs
@@ -1750,16 +1766,22 @@ def test_sixteen_bit_logits_are_sampled_in_float32(monkeypatch):
         ("temperature", True, r"got True"),
         ("temperature", "hot", r"got 'hot'"),
         ("temperature", None, "temperature must be a number, got None"),
-        ("top_k", 0, r"top_k must be in \[1, 1e9\], a whole number, got 0"),
+        ("top_k", -2, r"top_k must be in \[-1, 1e9\], a whole number, got -2"),
+        ("top_k", True, "a whole number, got True"),
+        ("top_k", -0.5, "a whole number, got -0.5"),
         ("top_k", math.inf, r"a whole number, got inf"),
         ("top_k", 1.5, "a whole number, got 1.5"),
-        ("top_p", 0, r"top_p must be in \(0, 1\], got 0"),
-        ("top_p", 1.5, r"top_p must be in \(0, 1\], got 1.5"),
-        ("min_p", 0, r"min_p must be in \(0, 1\], got 0"),
+        ("top_p", 1.5, r"top_p must be in \[0, 1\], got 1.5"),
+        ("top_p", math.nan, "got nan"),
+        ("top_p", True, "got True"),
+        ("top_p", False, "got False"),
+        ("top_p", "0", "got '0'"),
+        ("top_p", [0], r"got \[0\]"),
+        ("min_p", -1, r"min_p must be in \[0, 1\], got -1"),
         (
             "repetition_penalty",
-            0,
-            r"repetition_penalty must be in \(0, 1e9\], got 0",
+            -1,
+            r"repetition_penalty must be in \[0, 1e9\], got -1",
         ),
     ],
 )
@@ -5462,11 +5484,6 @@ def test_sampling_defaults_are_the_folders(tmp_path, folder):
     assert llama.default_sampling(folder) == {"temperature": 0.6, "top_p": 0.9}
 
 
-OFF = [("top_k", 0), ("top_k", -1), ("top_p", 0), ("top_p", 1), ("top_p", 1.0)]
-OFF += [("min_p", 0), ("min_p", 0.0)]
-OFF += [("repetition_penalty", off) for off in (0, 1, 1.0)]
-
-
 ON = {"top_k": 5, "top_p": 0.5, "min_p": 0.2, "repetition_penalty": 1.5}
 
 
@@ -5482,39 +5499,27 @@ def test_what_the_field_writes_for_off_is_off(
     )
     own = shutil.copytree(folder, tmp_path / "m")
     hostile(generation_config={name: off})(own)
-    assert llama.default_sampling(own)[name] is None
+    assert llama.default_sampling(own)[name] == off
     assert llama.main(["inspect", str(own)]) == 0
-    assert f"{name} off" in capsys.readouterr().out
+    assert f"{name} {off}" in capsys.readouterr().out
     words = ["chat", str(own), "--prompt", "x", "--max-tokens", "1"]
     option = ["--" + name.replace("_", "-"), str(off)]
     for settings, more in (({name: off}, []), (ON, option)):
         hostile(generation_config=settings)(own)
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"")))
         assert llama.main([*words, *more]) == 0
-        assert seen.pop()[name] is None
+        assert seen.pop()[name] == off
     with llama.Engine(own) as engine:
         collections.deque(engine.chat(USER, max_tokens=1), 0)
         assert seen.pop()[name] == ON[name]
         collections.deque(engine.chat(USER, max_tokens=1, **{name: off}), 0)
-        assert seen.pop()[name] is None
+        assert seen.pop()[name] == off
         chat = chat_with(engine)
-        for value in (off, "off"):
+        for typed, number in ((off, off), ("off", 0)):
             chat.take(f"/set {name} default")
-            chat.take(f"/set {name} {value}")
+            chat.take(f"/set {name} {typed}")
             chat.take("x")
-            assert seen.pop()[name] is None
-
-
-def test_a_sampler_of_ones_own_takes_none_alone_and_nonsense_is_not_off():
-    for name in ON:
-        with pytest.raises(ValueError, match=name):
-            llama.make_sampler(**{name: 0})
-    for name, wrong in (
-        *(("top_p", value) for value in (True, False, "0", [0], -1, math.nan)),
-        *(("min_p", -1), ("repetition_penalty", -1), ("top_k", -2), ("top_k", True)),
-    ):
-        with pytest.raises(ValueError, match=name):
-            llama.check_sampling(**llama.off_is_none({name: wrong}))
+            assert seen.pop()[name] == number
 
 
 def test_a_model_with_a_window_says_so_once_and_stays_inside(folder, tmp_path):
