@@ -5997,28 +5997,38 @@ class Worker(threading.Thread):
         model, tensors = examine(self.folder)
         args = model.args
         self.context, warning = choose_context(args, self.context)
-        model, tensors = rank_share(model, tensors, self.group, self.bits)
-        dtype, self.drafts = self.dtype or default_dtype(), default_drafts()
+        self.dtype = self.dtype or default_dtype()
         self.prefill_step = self.prefill_step or default_prefill_step()
-        item_size = cache_item_size(tensors, dtype)
-        cache = self.context * kv_bytes_per_token(model.args, item_size)
+        self.drafts = default_drafts()
+        model, self.tensors = rank_share(model, tensors, self.group, self.bits)
+        warnings = warning, *self.require_room(model)
+        self.warnings = [text for text in warnings if text]
+        self.read(model)
+        self.model = model
+        self.forget()
+        self.events.put(args)
+
+    def require_room(self, model: Llama) -> tuple[str | None, str | None]:
+        """Find what the model will take in memory; return warnings about memory and
+        speed. Raises MemoryTooSmall."""
+        tensors, dtype = self.tensors.values(), self.dtype
         # Whoever asks for few bits wants them in memory.
         self.unpacked = self.bits is None and dequantizes(model, dtype, self.group)
         dense = dequantized_bytes(model)
-        weights = dense if self.unpacked else memory_of(tensors.values(), dtype)
-        warnings = warning, require_memory(weights, cache), slow_products(dense // 4)
-        self.warnings = [text for text in warnings if text]
-        self.nbytes = weights + cache
-        self.adopted = adopted_bytes(tensors.values(), dtype)
-        total = sum(info.nbytes for info in tensors.values())
-        for done in read_weights(model, tensors, dtype):
+        weights = dense if self.unpacked else memory_of(tensors, dtype)
+        item_size = cache_item_size(self.tensors, dtype)
+        cache = self.context * kv_bytes_per_token(model.args, item_size)
+        self.nbytes, self.adopted = weights + cache, adopted_bytes(tensors, dtype)
+        return require_memory(weights, cache), slow_products(dense // 4)
+
+    def read(self, model: Llama) -> None:
+        """Read the weights of a model, and make it faster. Reports Progress."""
+        total = sum(info.nbytes for info in self.tensors.values())
+        for done in read_weights(model, self.tensors, self.dtype):
             self.events.put(Progress(done, total))
             if self.closing.is_set():
                 raise RuntimeError("the engine was closed while loading")
         accelerate(model, self.group, keep_packed=not self.unpacked)
-        self.model, self.tensors = model, tensors
-        self.forget()
-        self.events.put(args)
 
     def forget(self) -> None:
         self.cache, self.cached = self.model.make_cache(self.context), []
