@@ -1138,21 +1138,20 @@ def apply_min_p(logprobs: mx.array, p: float) -> mx.array:
     return mx.where(logprobs < threshold, -mx.inf, logprobs)
 
 
-# From an option to its minimum, whether it may be equal to that, and its maximum.
-INTERVALS = {
-    "temperature": (0, True, 1e9),
-    "top_k": (1, True, 1e9),
-    "top_p": (0, False, 1),
-    "min_p": (0, False, 1),
-    "repetition_penalty": (0, False, 1e9),
+INTERVALS = {  # from an option to its minimum and its maximum
+    "temperature": (0, 1e9),
+    "top_k": (-1, 1e9),
+    "top_p": (0, 1),
+    "min_p": (0, 1),
+    "repetition_penalty": (0, 1e9),
 }
 
 
 def interval(name: str) -> str:
-    """Return an option's interval as it is written, (0, 1] for instance."""
-    least, closed, greatest = INTERVALS[name]
+    """Return an option's interval as it is written, [0, 1] for instance."""
+    least, greatest = INTERVALS[name]
     greatest = "1e9" if greatest == 1e9 else greatest
-    return f"{'[' if closed else '('}{least}, {greatest}]"
+    return f"[{least}, {greatest}]"
 
 
 def check_sampling(**options: float | None) -> None:
@@ -1160,10 +1159,8 @@ def check_sampling(**options: float | None) -> None:
     for name, value in options.items():
         if value is None:
             continue
-        least, closed, greatest = INTERVALS[name]
+        least, greatest = INTERVALS[name]
         inside = type(value) in (int, float) and least <= value <= greatest
-        if inside and value == least:
-            inside = closed
         if inside and name == "top_k":
             inside = value == int(value)
         if not inside:
@@ -1188,10 +1185,11 @@ class Sampler:
     """
 
     temperature: float = 0.6  # 0 is greedy, the likeliest token
-    top_k: int | None = None  # at least 1; None turns a filter off
-    top_p: float | None = 0.9  # in (0, 1]
-    min_p: float | None = None  # in (0, 1]
-    repetition_penalty: float | None = None  # above 1 discourages what was seen
+    # None turns these off, and so does what config files write for it.
+    top_k: int | None = None  # 0 and -1 are off
+    top_p: float | None = 0.9  # 0 and 1 are off
+    min_p: float | None = None  # 0 is off
+    repetition_penalty: float | None = None  # over 1 discourages; 0 and 1 are off
     seed: int | None = None  # the same seed draws the same tokens; None takes a new one
     prompt: Sequence[int] = ()  # seen before the tokens sampled, for the penalty
     key: mx.array | None = field(default=None, init=False)
@@ -1206,7 +1204,7 @@ class Sampler:
     def __call__(self, logits: mx.array) -> mx.array:
         # 16-bit cumulative sums would misjudge the tail, so float32 from here on.
         logits = logits.astype(mx.float32)
-        if self.repetition_penalty is not None:
+        if self.repetition_penalty not in (None, 0, 1):
             logits = self.penalize(logits)
         if self.temperature < 1e-30:  # 0, or what float32 cannot divide by
             token = mx.argmax(logits, axis=-1)
@@ -1226,11 +1224,11 @@ class Sampler:
     def draw(self, logits: mx.array) -> mx.array:
         # Subtract the maximum first: a shift changes no probability, avoids overflow.
         logprobs = (logits - logits.max(axis=-1, keepdims=True)) / self.temperature
-        if self.top_k is not None:
+        if self.top_k not in (None, 0, -1):
             logprobs = apply_top_k(logprobs, int(self.top_k))
-        if self.top_p is not None and self.top_p < 1:
+        if self.top_p not in (None, 0, 1):
             logprobs = apply_top_p(logprobs, self.top_p)
-        if self.min_p is not None:
+        if self.min_p not in (None, 0):
             logprobs = apply_min_p(logprobs, self.min_p)
         if self.key is None:
             self.key = mx.random.key(self.seed)
@@ -4060,7 +4058,7 @@ class Tokenizer(TextTokenizer):
 # after this.
 # uses: 1-7, 11-13
 # needs: Callable, Iterable, Iterator, Mapping, Path, ctypes, dataclass, difflib, math,
-#     mx, nn, os, re, safetensors, sys, tree_flatten, tree_unflatten
+#     mx, os, re, safetensors, sys, tree_flatten
 # -----------------------------------------------------------------------------
 
 
@@ -4491,8 +4489,8 @@ def has_openblas() -> bool:
     return hasattr(ctypes.CDLL(None), "openblas_get_config")
 
 
-def holds_unpacked(nbytes: int) -> bool:
-    """Return whether this machine is to hold a packed model unpacked: on a CPU where
+def holds_dequantized(nbytes: int) -> bool:
+    """Return whether this machine is to hold a packed model dequantized: on a CPU where
     OpenBLAS makes up for it, if its `nbytes` in float32 are a third of the memory.
     """
     on_cpu = mx.default_device() == mx.cpu
@@ -4637,23 +4635,6 @@ def choose_context(args: ModelArgs, wanted: int | None) -> tuple[int, str | None
     return context, None
 
 
-def quantize(model: nn.Module, group_size: int = 64, bits: int = 4) -> None:
-    """Quantize in place every Linear and Embedding that can be cut into groups.
-
-    The others, whose number of columns is no multiple of G, stay as they are; MLX's
-    converter does the same.
-    """
-    layers = dense_layers(model)
-    while layers:  # popped, so that no list keeps the old weights alive
-        path, layer = layers.pop()
-        if layer.weight.shape[1] % group_size == 0:
-            quantized = quantized_like(layer, group_size, bits, "affine")
-            weight, scales, biases = mx.quantize(layer.weight, group_size, bits)
-            quantized.update({"weight": weight, "scales": scales, "biases": biases})
-            mx.eval(quantized.parameters())
-            model.update_modules(tree_unflatten([(path, quantized)]))
-
-
 GROUP_SIZE = 64  # of what is quantized while it is read, as MLX's converter has it
 
 
@@ -4712,7 +4693,7 @@ class AlreadyQuantized(ValueError):
     """Weights that are quantized already were to be quantized."""
 
 
-def quantized(
+def to_quantize(
     model: Llama, tensors: Mapping[str, TensorInfo], bits: int | None
 ) -> tuple[Llama, Mapping[str, TensorInfo]]:
     """Return a model without its weights, and where these lie, for `read_weights` to
@@ -4753,7 +4734,7 @@ def load(
     Raises FileNotFoundError or ValueError that names the file at fault.
     """
     folder, dtype = find_folder(folder), dtype or default_dtype()
-    model, tensors = quantized(*examine(folder), bits)
+    model, tensors = to_quantize(*examine(folder), bits)
     tokenizer = Tokenizer.from_folder(folder)
     require_memory(memory_of(tensors.values(), dtype), 0)
     for _ in read_weights(model, tensors, dtype):
@@ -4999,8 +4980,8 @@ def unpack_for_many(model: Llama) -> None:
             model.update_modules(tree_unflatten([(path, unpacked)]))
 
 
-def unpack(model: Llama) -> None:
-    """Unpack the packed matrices of a model for good, into float32."""
+def dequantize(model: Llama) -> None:
+    """Replace the packed matrices of a model, for good, by dense ones in float32."""
     modules = model.named_modules()
     while modules:  # popped, so that no list keeps the packed weights alive
         path, layer = modules.pop()
@@ -5019,8 +5000,8 @@ def unpack(model: Llama) -> None:
         model.update_modules(tree_unflatten([(path, dense)]))
 
 
-def unpacked_bytes(model: Llama) -> int:
-    """Return the bytes that the weights of a model take after `unpack`, in float32."""
+def dequantized_bytes(model: Llama) -> int:
+    """Return the bytes that weights take after `dequantize`, in float32."""
     numbers = sum(array.size for _, array in tree_flatten(model.parameters()))
     for layer in model.modules():
         if isinstance(layer, QuantizedMatrix):
@@ -5215,16 +5196,12 @@ def launch_in_pieces(model: Llama) -> None:
         blocks[n] = LaunchedBlock.of(block, launch)
 
 
-def compile_blocks(model: Llama) -> None:
-    """Have the blocks of a model decode through compiled pieces."""
-    for n, block in enumerate(blocks := model.model.layers):
-        if type(block) is TransformerBlock:
-            blocks[n] = CompiledBlock.of(block)
-
-
 def arrange_steps(model: Llama) -> None:
-    """Put into a model everything else in this section that a GPU gains by."""
-    for block in model.model.layers:
+    """Put into a model everything of this section that a GPU gains by."""
+    blocks = model.model.layers
+    for n, block in enumerate(blocks):
+        if type(block) is TransformerBlock:
+            block = blocks[n] = CompiledBlock.of(block)
         if type(block.mlp) is MLP:
             block.mlp = as_subclass(block.mlp, FusedMLP)
         if on_cuda() and type(block.self_attn) is Attention:
@@ -5498,7 +5475,7 @@ def rank_share(
     Raises ValueError if the ranks cannot share it.
     """
     if group is None:
-        return quantized(model, tensors, bits)
+        return to_quantize(model, tensors, bits)
     rank, n = group.rank(), group.size()
     args = rank_args(model.args, n)
     share = {name: rank_tensor(info, rank, n) for name, info in tensors.items()}
@@ -5509,16 +5486,16 @@ def rank_share(
             f"{n} ranks cannot share {min(cut)}, {shape}, to quantize it: each needs "
             f"a multiple of {GROUP_SIZE} columns"
         )
-    return quantized(part, share, bits)
+    return to_quantize(part, share, bits)
 
 
-def unpacks(model: Llama, dtype: mx.Dtype | None, group: Group | None) -> bool:
+def dequantizes(model: Llama, dtype: mx.Dtype | None, group: Group | None) -> bool:
     """Return whether `accelerate` unpacks a model that computes in this dtype."""
     alone = group is None or group.size() == 1
     packed = any(isinstance(module, QuantizedMatrix) for module in model.modules())
     if not (alone and packed) or dtype is None or dtype != mx.float32:
         return False
-    return holds_unpacked(unpacked_bytes(model))
+    return holds_dequantized(dequantized_bytes(model))
 
 
 def accelerate(
@@ -5527,9 +5504,10 @@ def accelerate(
     """Put into a model whatever makes it faster on this device; to be called when the
     weights are in place.
 
-    The ranks of a group need their sums instead of the kernel: one after attention, one
-    after the MLP. Without this a model gives the same logits, but for rounding.
-    keep_packed: packed weights stay so, even where `unpacks` says otherwise.
+    Without this a whole model gives the same logits, but for rounding. A rank's share
+    needs it: the sums over all ranks, one after attention and one after the MLP, are
+    put in here, and take the place of the kernel.
+    keep_packed: packed weights stay so, even where `dequantizes` says otherwise.
     """
     shared = group is not None and group.size() > 1
     if shared:
@@ -5537,15 +5515,14 @@ def accelerate(
             block.self_attn.o_proj = SummedLinear(block.self_attn.o_proj, group)
             block.mlp.down_proj = SummedLinear(block.mlp.down_proj, group)
     if mx.default_device() == mx.cpu:
-        if not keep_packed and unpacks(model, model.model.norm.weight.dtype, group):
-            unpack(model)
+        if not keep_packed and dequantizes(model, model.model.norm.weight.dtype, group):
+            dequantize(model)
         lay_out_by_columns(model)
         if has_openblas():
             unpack_for_many(model)
         return
     if not shared:
         fuse(model)
-    compile_blocks(model)
     arrange_steps(model)
 
 
@@ -5855,49 +5832,35 @@ def check_stop(stop: Sequence[str]) -> None:
 class PieceMaker:
     """Makes Pieces of the tokens of a reply, up to the first of the texts in stop.
 
-    A Piece is made of whole tokens and whole characters. So a token waits while a later
-    one may finish its last character, or while it may belong to a stop text.
+    A Piece is made of whole tokens and whole characters. So tokens wait, all or none,
+    while a later one may finish the last character, or a stop text.
     """
 
     def __init__(self, stream: TextStream, stop: Sequence[str]):
         self.stream, self.stop = stream, stop
-        self.text, self.tokens = "", []  # those that wait
-        self.ends = []  # how many tokens make how much text, of whole characters
+        self.beginnings = tuple(text[:n] for text in stop for n in range(1, len(text)))
+        self.waiting = Piece()
 
     def add(self, token: int) -> None:
-        self.text += self.stream.add(token)
-        self.tokens.append(token)
-        if self.stream.is_whole():
-            self.ends.append((len(self.tokens), len(self.text)))
+        self.waiting.text += self.stream.add(token)
+        self.waiting.ids.append(token)
 
     def stop_found(self) -> int | None:
         """Return where a stop text begins; of several, the one that ends first."""
         found = []
         for text in self.stop:
-            at = self.text.find(text)
+            at = self.waiting.text.find(text)
             if at >= 0:
                 found.append((at + len(text), at))
         return min(found)[1] if found else None
 
-    def decided(self) -> int:
-        """Return where a stop text may have begun, or else where the text ends."""
-        longest = max(map(len, self.stop), default=0)
-        end = len(self.text)
-        for at in range(max(end - longest, 0), end):
-            if any(text.startswith(self.text[at:]) for text in self.stop):
-                return at
-        return end
+    def must_wait(self) -> bool:
+        begun = self.waiting.text.endswith(self.beginnings)
+        return begun or not self.stream.is_whole()
 
-    def take(self, end: int) -> Piece:
-        """Return the tokens that end there or before, which then wait no longer."""
-        n = cut = 0
-        for count, length in self.ends:
-            if length <= end:
-                n, cut = count, length
-        piece = Piece(self.text[:cut], self.tokens[:n])
-        self.text, self.tokens = self.text[cut:], self.tokens[n:]
-        later = [(count - n, length - cut) for count, length in self.ends]
-        self.ends = [(count, length) for count, length in later if count > 0]
+    def take(self) -> Piece:
+        """Return the Piece of the tokens that wait, which then wait no longer."""
+        piece, self.waiting = self.waiting, Piece()
         return piece
 
 
@@ -6083,28 +6046,38 @@ class Worker(threading.Thread):
         model, tensors = examine(self.folder)
         args = model.args
         self.context, warning = choose_context(args, self.context)
-        model, tensors = rank_share(model, tensors, self.group, self.bits)
-        dtype, self.drafts = self.dtype or default_dtype(), default_drafts()
+        self.dtype = self.dtype or default_dtype()
         self.prefill_step = self.prefill_step or default_prefill_step()
-        item_size = cache_item_size(tensors, dtype)
-        cache = self.context * kv_bytes_per_token(model.args, item_size)
-        # Whoever asks for few bits wants them in memory.
-        self.unpacked = self.bits is None and unpacks(model, dtype, self.group)
-        dense = unpacked_bytes(model)
-        weights = dense if self.unpacked else memory_of(tensors.values(), dtype)
-        warnings = warning, require_memory(weights, cache), slow_products(dense // 4)
+        self.drafts = default_drafts()
+        model, self.tensors = rank_share(model, tensors, self.group, self.bits)
+        warnings = warning, *self.require_room(model)
         self.warnings = [text for text in warnings if text]
-        self.nbytes = weights + cache
-        self.adopted = adopted_bytes(tensors.values(), dtype)
-        total = sum(info.nbytes for info in tensors.values())
-        for done in read_weights(model, tensors, dtype):
+        self.read(model)
+        self.model = model
+        self.forget()
+        self.events.put(args)
+
+    def require_room(self, model: Llama) -> tuple[str | None, str | None]:
+        """Find what the model will take in memory; return warnings about memory and
+        speed. Raises MemoryTooSmall."""
+        tensors, dtype = self.tensors.values(), self.dtype
+        # Whoever asks for few bits wants them in memory.
+        self.unpacked = self.bits is None and dequantizes(model, dtype, self.group)
+        dense = dequantized_bytes(model)
+        weights = dense if self.unpacked else memory_of(tensors, dtype)
+        item_size = cache_item_size(self.tensors, dtype)
+        cache = self.context * kv_bytes_per_token(model.args, item_size)
+        self.nbytes, self.adopted = weights + cache, adopted_bytes(tensors, dtype)
+        return require_memory(weights, cache), slow_products(dense // 4)
+
+    def read(self, model: Llama) -> None:
+        """Read the weights of a model, and make it faster. Reports Progress."""
+        total = sum(info.nbytes for info in self.tensors.values())
+        for done in read_weights(model, self.tensors, self.dtype):
             self.events.put(Progress(done, total))
             if self.closing.is_set():
                 raise RuntimeError("the engine was closed while loading")
         accelerate(model, self.group, keep_packed=not self.unpacked)
-        self.model, self.tensors = model, tensors
-        self.forget()
-        self.events.put(args)
 
     def forget(self) -> None:
         self.cache, self.cached = self.model.make_cache(self.context), []
@@ -6130,7 +6103,7 @@ class Worker(threading.Thread):
             cancelled = cancelled_by_any(self.group, cancelled, request.tokens)
         reused = self.reuse(ids)
         lookup = Lookup(request.drafts, ids) if request.drafts else None
-        logits = self.read_prompt(request, ids[reused:], cancelled)
+        logits = self.prefill_prompt(request, ids[reused:], cancelled)
         if logits is None:
             reason = "cancelled"
         else:
@@ -6148,7 +6121,7 @@ class Worker(threading.Thread):
         stats.finish_reason = reason
         request.finish(stats)
 
-    def read_prompt(
+    def prefill_prompt(
         self, request: Request, prompt: list[int], cancelled: Callable[[], bool]
     ) -> mx.array | None:
         """Return the logits that follow a prompt, None if the reply is cancelled before
@@ -6182,32 +6155,30 @@ class Worker(threading.Thread):
             maker.add(token)
             if maker.stop_found() is not None:
                 break
-            request.events.put(maker.take(maker.decided()))
+            if not maker.must_wait():
+                request.events.put(maker.take())
             # Asked once for all tokens of a pass, since ranks ask by a sum over them.
             if lookup is None or lookup.passes > passes:
                 passes = lookup.passes if lookup else 0
                 if cancelled():
                     reason = "cancelled"
         reply.close()  # which trims the step that was launched ahead
-        maker.text += stream.close()
+        maker.waiting.text += stream.close()
         end = maker.stop_found()
         if end is not None:
-            self.cut_reply(request, maker, end)
+            self.cut_reply(request, maker.waiting, end)
             return "stop"
-        request.events.put(Piece(maker.text, maker.tokens))
+        request.events.put(maker.take())
         return reason
 
-    def cut_reply(self, request: Request, maker: PieceMaker, end: int) -> None:
-        """End a reply where a stop text begins: the cache keeps the tokens that end
-        before it, and what is left of the text is encoded anew."""
-        text = maker.text[:end]
-        piece = maker.take(len(text))
-        kept = len(request.tokens) - len(maker.tokens)
+    def cut_reply(self, request: Request, waiting: Piece, end: int) -> None:
+        """End a reply where a stop text begins, in the tokens that wait: the cache
+        keeps those before them, and the text up to the end is encoded anew."""
+        kept = len(request.tokens) - len(waiting.ids)
         for layer in self.cache:
             layer.trim(max(layer.offset - len(request.ids) - kept, 0))
-        if rest := text.removeprefix(piece.text):
-            piece.ids += self.tokenizer.encode(rest, first=False)
-        request.events.put(Piece(text, piece.ids))
+        text = waiting.text[:end]
+        request.events.put(Piece(text, self.tokenizer.encode(text, first=False)))
 
     def statistics(self, request: Request, reused: int) -> Stats:
         """Return what a reply took; reused: how many of its ids the cache held."""
@@ -6256,20 +6227,6 @@ def put_result(task: Callable, answer: queue.SimpleQueue) -> None:
         answer.put(error)
 
 
-# What turns a filter off in config files, and in other programs.
-OFF = {"top_k": (0, -1), "top_p": (0, 1), "min_p": (0,), "repetition_penalty": (0, 1)}
-
-
-def off_is_none(options: dict[str, float | None]) -> dict[str, float | None]:
-    """Return make_sampler's options with None for all that turns a filter off."""
-    options = dict(options)
-    for name, values in OFF.items():
-        value = options.get(name)
-        if type(value) in (int, float) and value in values:
-            options[name] = None
-    return options
-
-
 def default_sampling(folder: Path) -> dict[str, float | None]:
     """Return make_sampler's options as generation_config.json has them.
 
@@ -6282,7 +6239,7 @@ def default_sampling(folder: Path) -> dict[str, float | None]:
     if config.get("do_sample") is False:
         given["temperature"] = 0.0
     usual = {"temperature": Sampler.temperature, "top_p": Sampler.top_p}
-    options = off_is_none(usual | given)
+    options = usual | given
     try:
         check_sampling(**options)
     except ValueError as error:
@@ -6444,7 +6401,7 @@ class Engine(contextlib.AbstractContextManager["Engine"]):
         given = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
         given |= {"min_p": min_p, "repetition_penalty": repetition_penalty}
         given = {name: value for name, value in given.items() if value is not None}
-        sampling = off_is_none(self.defaults | given)
+        sampling = self.defaults | given
         check_sampling(**sampling)
         sampling["seed"] = new_seed() if seed is None else seed
         request = Request(ids, max_tokens, sampling, lookup, drop_space, [*stop])
@@ -6715,8 +6672,8 @@ def weight_bytes(model: Llama, bits: int, item_size: int = 2) -> int:
 
 
 def bits_in_memory(model: Llama, bits: int) -> int:
-    """Return how many bits weights have here once loaded: 16 if they are unpacked."""
-    return 16 if holds_unpacked(weight_bytes(model, 16, 4)) else bits
+    """Return how many bits weights have here once loaded: 16 if dequantized."""
+    return 16 if holds_dequantized(weight_bytes(model, 16, 4)) else bits
 
 
 def copy_bandwidth() -> float:
@@ -6768,18 +6725,6 @@ def fitting(weights: int, cache: int, longest: int, memory: int) -> tuple[int, s
     return context, "fits" if usual <= 0.8 * memory else "tight"
 
 
-def verdict(
-    weights: int, cache: int, longest: int, memory: int, speed: float
-) -> tuple[int, str]:
-    """Return what `fitting` does, with more words. All weights are read for every
-    token, at `speed` in bytes per second."""
-    context, word = fitting(weights, cache, longest, memory)
-    if context == 0:
-        return 0, f"{word}, {gigabytes(weights)} in memory"
-    rate = f"up to {speed / weights:,.1f} tokens/s"
-    return context, f"{word}, context {context:,}, {rate}"
-
-
 def stored_bits(model: Llama, tensors: Mapping[str, TensorInfo]) -> int:
     """Return in how many bits the files hold a weight, in most of their bytes."""
     sizes = collections.Counter()
@@ -6799,49 +6744,61 @@ PARTS = {  # where parameters are, by what their names contain
 }
 
 
+def stored_model(name: str | None) -> tuple[Llama, dict]:
+    """Return a folder's model as it is when nothing is packed, and what `info` tells of
+    its files."""
+    try:
+        folder = choose_folder(name)
+    except FileNotFoundError as error:
+        if name is None:
+            raise
+        raise FileNotFoundError(
+            f"{name} is none of {', '.join(PRESETS)}; {error}"
+        ) from None
+    model, tensors = examine(folder)
+    unpacked = {n: t for n, t in tensors.items() if not n.endswith(".scales")}
+    return build_model(model.args, unpacked), {
+        "folder": str(folder),
+        "stored_bytes": sum(info.nbytes for info in tensors.values()),
+        "stored_bits": stored_bits(model, tensors),
+    }
+
+
 def describe(model: str | None) -> dict:
     """Return what `info` tells of a preset or a model."""
-    args, stored, folder, unpacked = PRESETS.get(model), None, None, {}
-    bits_stored = None
-    # In memory: the CPU computes in float32, so all that is not packed doubles.
-    item_size = 4 if mx.default_device() == mx.cpu else 2
-    if args is None:
-        try:
-            folder = choose_folder(model)
-        except FileNotFoundError as error:
-            if model is None:
-                raise
-            raise FileNotFoundError(
-                f"{model} is none of {', '.join(PRESETS)}; {error}"
-            ) from None
-        skeleton, tensors = examine(folder)
-        args, stored = skeleton.args, sum(info.nbytes for info in tensors.values())
-        bits_stored = stored_bits(skeleton, tensors)
-        unpacked = {n: t for n, t in tensors.items() if not n.endswith(".scales")}
-    dense = build_model(args, unpacked) if unpacked else Llama(args)
+    if model in PRESETS:
+        dense, files = Llama(PRESETS[model]), {}
+    else:
+        dense, files = stored_model(model)
     parts = collections.Counter()
     for name, array in tree_flatten(dense.parameters()):
         parts[next((PARTS[k] for k in PARTS if k in name), "norms")] += array.size
-    cache, memory = kv_bytes_per_token(args, item_size), machine_memory()
-    longest, verdicts = args.longest_context, {}
+    # In memory: the CPU computes in float32, so all that is not packed doubles.
+    item_size = 4 if mx.default_device() == mx.cpu else 2
+    cache, memory = kv_bytes_per_token(dense.args, item_size), machine_memory()
+    contexts, verdicts = {}, {}
     for bits in (16, 8, 4):
         there = bits_in_memory(dense, bits)
         size, speed = weight_bytes(dense, there, item_size), reading_speed(there)
-        verdicts[bits] = verdict(size, cache, longest, memory, speed)
+        context, word = fitting(size, cache, dense.args.longest_context, memory)
+        details = f"{gigabytes(size)} in memory"
+        if context:  # all weights are read for every token
+            details = f"context {context:,}, up to {speed / size:,.1f} tokens/s"
+        contexts[bits], verdicts[bits] = context, f"{word}, {details}"
     return {
         "model": model or "stories",
-        "folder": folder and str(folder),
-        "config": asdict(args),
+        "folder": files.get("folder"),
+        "config": asdict(dense.args),
         "parameters": parts.total(),
         "parameters_of": dict(parts.most_common()),
         "weight_bytes": {bits: weight_bytes(dense, bits) for bits in verdicts},
-        "stored_bytes": stored,
-        "stored_bits": bits_stored,
+        "stored_bytes": files.get("stored_bytes"),
+        "stored_bits": files.get("stored_bits"),
         "kv_bytes_per_token": cache,
         "memory_bytes": memory,
         "device": mx.default_device().type.name,
-        "longest_context": {bits: context for bits, (context, _) in verdicts.items()},
-        "verdict": {bits: words for bits, (_, words) in verdicts.items()},
+        "longest_context": contexts,
+        "verdict": verdicts,
     }
 
 
@@ -6973,8 +6930,8 @@ def measured(options: argparse.Namespace, found: dict) -> Iterator[dict[str, flo
         item_size = cache_item_size(tensors, dtype)
         cache = total * kv_bytes_per_token(args, item_size)
         weights = memory_of(tensors.values(), dtype)
-        if not keep_packed and unpacks(model, dtype, group):
-            weights = unpacked_bytes(model)
+        if not keep_packed and dequantizes(model, dtype, group):
+            weights = dequantized_bytes(model)
         require_memory(weights, cache)
         progress = ProgressLine("loading")
         size = sum(info.nbytes for info in tensors.values())
@@ -7217,26 +7174,44 @@ def made_up_exchange(tokenizer: Tokenizer) -> str:
         return str(tokenizer.render(talk[1:]))
 
 
-def inspection(folder: Path, check: bool) -> dict:
-    """Return what `inspect` tells of a folder; check: look at every value too."""
-    model, tensors, problems = check_folder(folder)
-    tokenizer, sampling = None, {}
-    try:
-        sampling = default_sampling(folder)
-    except (OSError, ValueError) as error:
-        problems.append(error)
+def inspected_tokenizer(folder: Path, problems: list[Exception]) -> dict:
+    """Return what `inspect` tells of a folder's tokenizer and chat template, {} if it
+    cannot be read; adds to the problems what is wrong with them."""
     try:
         tokenizer = Tokenizer.from_folder(folder)
     except (OSError, ValueError) as error:
         problems.append(error)
+        return {}
+    exchange = None
     try:
-        exchange = made_up_exchange(tokenizer) if tokenizer else None
+        exchange = made_up_exchange(tokenizer)
     except ValueError as error:
-        exchange = None
         problems.append(ValueError(f"{error}{advice(error)}"))
+    vocabulary = tokenizer.vocabulary
+    added = tokenizer.special_tokens | tokenizer.added_words
+    return {
+        "tokenizer_size": len(vocabulary.bytes_of_id.keys() | added.values()),
+        "special_tokens": tokenizer.special_tokens,
+        "added_words": tokenizer.added_words,
+        "lacking_bytes": len(vocabulary.lacking),
+        "chat_template": tokenizer.template,
+        "exchange": exchange,
+        "stop_tokens": sorted(tokenizer.stop_tokens),
+    }
+
+
+def inspection(folder: Path, check: bool) -> dict:
+    """Return what `inspect` tells of a folder; check: look at every value too."""
+    model, tensors, problems = check_folder(folder)
+    sampling = {}
+    try:
+        sampling = default_sampling(folder)
+    except (OSError, ValueError) as error:
+        problems.append(error)
+    words = inspected_tokenizer(folder, problems)
     if check:
         problems += not_finite(tensors.values())
-    found = {
+    return {
         "folder": str(folder),
         "files": {t.file.name: t.file.stat().st_size for t in tensors.values()},
         "tensors": [
@@ -7248,21 +7223,8 @@ def inspection(folder: Path, check: bool) -> dict:
         "layers": layer_kinds(model) if model and tensors else {},
         "sampling": sampling,
         "problems": [*dict.fromkeys(map(str, problems))],
+        **words,
     }
-    if tokenizer:
-        added = tokenizer.special_tokens | tokenizer.added_words
-        found |= {
-            "tokenizer_size": len(
-                tokenizer.vocabulary.bytes_of_id.keys() | added.values()
-            ),
-            "special_tokens": tokenizer.special_tokens,
-            "added_words": tokenizer.added_words,
-            "lacking_bytes": len(tokenizer.vocabulary.lacking),
-            "chat_template": tokenizer.template,
-            "exchange": exchange,
-            "stop_tokens": sorted(tokenizer.stop_tokens),
-        }
-    return found
 
 
 def cmd_inspect(options: argparse.Namespace) -> int:
@@ -7301,7 +7263,7 @@ def cmd_inspect(options: argparse.Namespace) -> int:
             lines = found["exchange"].split("\n")
             rows += [("example", line) for line in lines]
     sampling = found["sampling"].items()
-    sampling = ", ".join(f"{name} {'off' if n is None else n}" for name, n in sampling)
+    sampling = ", ".join(f"{name} {value}" for name, value in sampling)
     rows.append(("sampling", sampling))
     rows += [("problem", text) for text in found["problems"] or ["none found"]]
     print_table(rows)
@@ -7978,7 +7940,7 @@ class Conversation:
                 for user, piece, stats, seed in notes["turns"]
             ]
             settings = {name: notes["settings"][name] for name in INTERVALS}
-            check_sampling(**off_is_none(settings))
+            check_sampling(**settings)
             system, seed = notes["system"], notes["seed"]
             if type(seed) is not int or not 0 <= seed < 2**64:
                 raise TypeError(f"seed: got {seed!r:.80}")
@@ -8253,7 +8215,7 @@ class Chat(Conversation):
         name, value = name.replace("-", "_"), value.strip()
         names = (*INTERVALS, "max_tokens")
         usual = dict.fromkeys(names, "off")
-        usual |= {n: v for n, v in self.engine.defaults.items() if v is not None}
+        usual |= self.engine.defaults
         values = {"seed": self.seed}
         for n in names:
             given = getattr(self.options, n)
@@ -8281,7 +8243,7 @@ class Chat(Conversation):
             setattr(self.options, name, None)
             note(f"{name} is {usual[name]}")
             return
-        value = "0" if name in OFF and value == "off" else value
+        value = "0" if name in INTERVALS and value == "off" else value
         whole = name in ("max_tokens", "seed")
         try:
             if whole and not (value.isdecimal() and int(value) < 2**63):
@@ -8291,7 +8253,7 @@ class Chat(Conversation):
             kind = "a whole number in [0, 2**63)" if whole else "a number"
             raise ValueError(f"{name} must be {kind}, got {value!r}") from None
         if not whole:
-            check_sampling(**off_is_none({name: number}))
+            check_sampling(**{name: number})
         number = int(number) if name == "top_k" else number
         setattr(self if name == "seed" else self.options, name, number)
         if name == "max_tokens":
@@ -8374,7 +8336,7 @@ def check_chat(options: argparse.Namespace) -> None:
     """Refuse options that chat cannot honour."""
     try:
         given = {name: getattr(options, name) for name in INTERVALS}
-        check_sampling(**off_is_none(given))
+        check_sampling(**given)
         check_stop(options.stop)
     except ValueError as error:
         options.usage(str(error))
@@ -8498,7 +8460,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--temp", dest="temperature", type=float, help=argparse.SUPPRESS)
     text = f"{interval('top_k')}, the K likeliest, 0 is all; default: model's"
     add("--top-k", metavar="K", type=int, help=text)
-    text = f"{interval('top_p')} or 0, fewest of sum P; default: model's or 0.9"
+    text = f"{interval('top_p')}, likeliest P, 0 is off; default: model's or 0.9"
     add("--top-p", metavar="P", type=float, help=text)
     text = f"{interval('min_p')} of the likeliest's, 0 is off; default: model's"
     add("--min-p", metavar="P", type=float, help=text)

@@ -69,7 +69,6 @@ from tests.support import (
     entry,
     file_of,
     fill,
-    filled,
     held,
     hostile,
     in_another_thread,
@@ -83,6 +82,7 @@ from tests.support import (
     on_the_cpu,
     peer,
     problems_of,
+    quantize,
     random_folder,
     random_tokens,
     random_weights,
@@ -809,53 +809,12 @@ def test_floating_point_layers_are_what_mlx_unpacks(mode, group_size, bits):
 def test_a_quantized_layer_keeps_its_bias():
     model = nn.Sequential(nn.Linear(64, 24), nn.Linear(24, 8))
     bias, x = model.layers[0].bias, mx.random.normal((3, 64), key=mx.random.key(0))
-    llama.quantize(model)
+    quantize(model)
     layer = model.layers[0]
     assert isinstance(layer, llama.QuantizedLinear)
     assert mx.array_equal(layer.bias, bias)
     assert_close(layer(x), np.array(layer.as_linear(x)) + np.array(bias), 1e-6)
     assert mx.abs(bias).max() > 0.01
-
-
-def test_quantizing_replaces_layers_in_place_and_leaves_those_that_do_not_divide():
-    model, x = tiny_model(), mx.array(random_tokens(CONFIG))
-    before, logits = dict(model.named_modules()), np.array(model(x))
-    llama.quantize(model, group_size=32, bits=8)
-    after = dict(model.named_modules())
-    changed = {path for path in before if after.get(path) is not before[path]}
-    # Only o_proj has a number of columns, 6 heads of 16, that 32 divides.
-    assert changed == {f"model.layers.{n}.self_attn.o_proj" for n in range(2)}
-    assert after.keys() == before.keys()
-    assert all(type(after[path]) is llama.QuantizedLinear for path in changed)
-    names = [name for name, _ in tree_flatten(model.parameters())]
-    assert len(names) == len(set(names)) == len(random_weights(CONFIG)) + 2 * 2
-    assert_close(model(x), logits, 0.02)
-    wide = filled(WIDE)
-    llama.quantize(wide)
-    kinds = [type(layer) for layer in dict(wide.named_modules()).values()]
-    assert kinds.count(llama.QuantizedLinear) == 2 * 7 + 1
-    assert kinds.count(llama.QuantizedEmbedding) == 1
-    assert kinds.count(nn.Linear) == kinds.count(nn.Embedding) == 0
-    assert {m.bits for m in wide.modules() if hasattr(m, "bits")} == {4}
-    wide = filled(WIDE)
-    llama.quantize(wide, group_size=32, bits=8)
-    llama.quantize(wide, group_size=32)  # what is packed already stays as it is
-    assert {m.bits for m in wide.modules() if hasattr(m, "bits")} == {8}
-
-
-def test_quantizing_takes_little_memory_beside_the_model():
-    layers = [nn.Linear(512, 512, bias=False) for _ in range(16)]
-    model = nn.Sequential(*layers)
-    del layers
-    mx.eval(model.parameters())
-    mx.clear_cache()
-    mx.synchronize()
-    mx.reset_peak_memory()
-    before = mx.get_active_memory()
-    llama.quantize(model)
-    mx.synchronize()
-    assert mx.get_peak_memory() < before + 2**20  # a layer's bytes; of all, packed: 2.6
-    assert mx.get_active_memory() < before - 16 * 2**20 / 2
 
 
 # -----------------------------------------------------------------------------
@@ -1775,6 +1734,22 @@ def test_sampled_tokens_and_the_prompt_count_as_seen():
     assert [sampler(logits).item() for _ in range(4)] == [0, 1, 2, 3]
 
 
+OFF = [("top_k", 0), ("top_k", -1), ("top_p", 0), ("top_p", 1), ("top_p", 1.0)]
+OFF += [("min_p", 0), ("min_p", 0.0)]
+OFF += [("repetition_penalty", off) for off in (0, 1, 1.0)]
+
+
+@pytest.mark.parametrize(("name", "off"), [*OFF, *((name, None) for name in dict(OFF))])
+def test_a_filter_is_off_with_none_and_with_what_the_field_writes(
+    monkeypatch, name, off
+):
+    """A filter that is off is not even called, so it cannot round."""
+    monkeypatch.setattr(llama, f"apply_{name}", None)
+    sampler = llama.Sampler(**{"temperature": 1, "top_p": None, "seed": 0, name: off})
+    assert sampler(logits_of(0.5, 0.3, 0.15, 0.05)).item() in range(4)
+    assert sampler.seen is None
+
+
 def test_sixteen_bit_logits_are_sampled_in_float32(monkeypatch):
     seen = []
     spy = lambda logprobs, p: seen.append(logprobs.dtype) or logprobs
@@ -1793,16 +1768,22 @@ def test_sixteen_bit_logits_are_sampled_in_float32(monkeypatch):
         ("temperature", True, r"got True"),
         ("temperature", "hot", r"got 'hot'"),
         ("temperature", None, "temperature must be a number, got None"),
-        ("top_k", 0, r"top_k must be in \[1, 1e9\], a whole number, got 0"),
+        ("top_k", -2, r"top_k must be in \[-1, 1e9\], a whole number, got -2"),
+        ("top_k", True, "a whole number, got True"),
+        ("top_k", -0.5, "a whole number, got -0.5"),
         ("top_k", math.inf, r"a whole number, got inf"),
         ("top_k", 1.5, "a whole number, got 1.5"),
-        ("top_p", 0, r"top_p must be in \(0, 1\], got 0"),
-        ("top_p", 1.5, r"top_p must be in \(0, 1\], got 1.5"),
-        ("min_p", 0, r"min_p must be in \(0, 1\], got 0"),
+        ("top_p", 1.5, r"top_p must be in \[0, 1\], got 1.5"),
+        ("top_p", math.nan, "got nan"),
+        ("top_p", True, "got True"),
+        ("top_p", False, "got False"),
+        ("top_p", "0", "got '0'"),
+        ("top_p", [0], r"got \[0\]"),
+        ("min_p", -1, r"min_p must be in \[0, 1\], got -1"),
         (
             "repetition_penalty",
-            0,
-            r"repetition_penalty must be in \(0, 1e9\], got 0",
+            -1,
+            r"repetition_penalty must be in \[0, 1e9\], got -1",
         ),
     ],
 )
@@ -4844,7 +4825,7 @@ def test_quantizing_while_loading_gives_what_the_whole_quantized_gives(
         assert mx.array_equal(array, expected[name]), name
     tokens = mx.array(random_tokens(WIDE))
     assert mx.array_equal(ours(tokens), wanted(tokens))
-    _, tensors = llama.quantized(*llama.examine(dense), bits)
+    _, tensors = llama.to_quantize(*llama.examine(dense), bits)
     sizes = [array.nbytes for array in arrays.values()]
     assert llama.memory_of(tensors.values(), llama.default_dtype()) == sum(sizes)
 
@@ -4882,7 +4863,7 @@ def test_quantizing_while_loading_holds_one_dense_matrix_at_most(tmp_path):
     largest = max(array.nbytes for array in weights.values())
     folder = write_model(tmp_path, config, weights)
     del weights
-    model, tensors = llama.quantized(*llama.examine(folder), 4)
+    model, tensors = llama.to_quantize(*llama.examine(folder), 4)
     gc.collect()
     mx.clear_cache()
     mx.reset_peak_memory()
@@ -4972,7 +4953,7 @@ def test_a_folder_where_one_matrix_could_not_be_quantized_loads(tmp_path):
     """stories260K at 4 bits: 64 divides the 64 inputs, not the 172 of down_proj."""
     folder = DATA / "models" / "stories260K"
     model = load_model(folder)
-    llama.quantize(model, bits=4, group_size=64)
+    quantize(model, bits=4, group_size=64)
     weights = dict(tree_flatten(model.parameters()))
     config = json.loads((folder / "config.json").read_text())
     config["quantization"] = {"group_size": 64, "bits": 4}
@@ -5312,11 +5293,11 @@ def test_a_cancelled_reply_counts_as_far_as_it_was_taken(engine, folder, taken):
         (["One", " two", " three"], ["o t"], ["One", "", ""], "One tw"),
         (["One", " t", "wo", "."], [" two"], ["One", "", ""], "One"),
         (["a", " b", " d", " b c", "e"], ["b c"], ["a", "", " b d", ""], "a b d "),
-        (["a", "a", "a", "b"], ["aab"], ["", "", "a", ""], "a"),
-        (["a", "a", "a", "c"], ["aab"], ["", "", "a", "aac"], None),
-        (["a", "\n"], ["\n\n", "a\t"], ["", "a"], None),  # which waits to its end
+        (["a", "a", "a", "b"], ["aab"], ["", "", "", ""], "a"),
+        (["a", "a", "a", "c"], ["aab"], ["", "", "", "aaac"], None),  # all or none
+        (["a", "\n"], ["\n\n", "a\t"], ["", ""], None),  # they wait to the end
         (["x", "abc"], ["abc", "b"], ["x", ""], "xa"),  # "b" is complete first
-        (["x", "a", "b", "c"], ["abc", "b"], ["x", "", "a"], "xa"),
+        (["x", "a", "b", "c"], ["abc", "b"], ["x", "", ""], "xa"),
         (["x", b"y\xc3", b"\xa9z", "."], [], ["x", "", "yéz", "."], None),
         (["x", b"y\xc3", b"\xa9", "."], ["é"], ["x", "", ""], "xy"),
         (["x", b"\xc3", "", b"\xa9!"], ["!"], ["x", "", "", ""], "xé"),
@@ -5333,14 +5314,15 @@ def test_pieces_are_whole_tokens_and_nothing_that_may_begin_a_stop_text(
     for token in range(len(tokens)):
         maker.add(token)
         found = maker.stop_found()
-        piece = maker.take(maker.decided() if found is None else found)
+        waits = found is not None or maker.must_wait()
+        piece = llama.Piece() if waits else maker.take()
         assert b"".join(encoded[i] for i in piece.ids).decode() == piece.text
         passed_on.append(piece.text)
         if found is not None:
             break
-    rest = maker.text if found is None else maker.text[: found - len(piece.text)]
     whole = b"".join(encoded).decode(errors="ignore")
     assert passed_on == pieces
+    rest = maker.waiting.text[:found]
     assert "".join(passed_on) + rest == (whole if text is None else text)
 
 
@@ -5567,11 +5549,6 @@ def test_sampling_defaults_are_the_folders(tmp_path, folder):
     assert llama.default_sampling(folder) == {"temperature": 0.6, "top_p": 0.9}
 
 
-OFF = [("top_k", 0), ("top_k", -1), ("top_p", 0), ("top_p", 1), ("top_p", 1.0)]
-OFF += [("min_p", 0), ("min_p", 0.0)]
-OFF += [("repetition_penalty", off) for off in (0, 1, 1.0)]
-
-
 ON = {"top_k": 5, "top_p": 0.5, "min_p": 0.2, "repetition_penalty": 1.5}
 
 
@@ -5587,39 +5564,27 @@ def test_what_the_field_writes_for_off_is_off(
     )
     own = shutil.copytree(folder, tmp_path / "m")
     hostile(generation_config={name: off})(own)
-    assert llama.default_sampling(own)[name] is None
+    assert llama.default_sampling(own)[name] == off
     assert llama.main(["inspect", str(own)]) == 0
-    assert f"{name} off" in capsys.readouterr().out
+    assert f"{name} {off}" in capsys.readouterr().out
     words = ["chat", str(own), "--prompt", "x", "--max-tokens", "1"]
     option = ["--" + name.replace("_", "-"), str(off)]
     for settings, more in (({name: off}, []), (ON, option)):
         hostile(generation_config=settings)(own)
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"")))
         assert llama.main([*words, *more]) == 0
-        assert seen.pop()[name] is None
+        assert seen.pop()[name] == off
     with llama.Engine(own) as engine:
         collections.deque(engine.chat(USER, max_tokens=1), 0)
         assert seen.pop()[name] == ON[name]
         collections.deque(engine.chat(USER, max_tokens=1, **{name: off}), 0)
-        assert seen.pop()[name] is None
+        assert seen.pop()[name] == off
         chat = chat_with(engine)
-        for value in (off, "off"):
+        for typed, number in ((off, off), ("off", 0)):
             chat.take(f"/set {name} default")
-            chat.take(f"/set {name} {value}")
+            chat.take(f"/set {name} {typed}")
             chat.take("x")
-            assert seen.pop()[name] is None
-
-
-def test_a_sampler_of_ones_own_takes_none_alone_and_nonsense_is_not_off():
-    for name in ON:
-        with pytest.raises(ValueError, match=name):
-            llama.make_sampler(**{name: 0})
-    for name, wrong in (
-        *(("top_p", value) for value in (True, False, "0", [0], -1, math.nan)),
-        *(("min_p", -1), ("repetition_penalty", -1), ("top_k", -2), ("top_k", True)),
-    ):
-        with pytest.raises(ValueError, match=name):
-            llama.check_sampling(**llama.off_is_none({name: wrong}))
+            assert seen.pop()[name] == number
 
 
 def test_a_model_with_a_window_says_so_once_and_stays_inside(folder, tmp_path):
@@ -5936,7 +5901,7 @@ def test_on_a_cpu_a_reply_goes_through_the_functions_of_part_one(folder, monkeyp
     after = lines.index(f"# 18. {SECTIONS[18].title}")
     extras = {c.co_name for c in entered if first <= c.co_firstlineno < after}
     asked = {"default_drafts", "default_prefill_step", "on_cuda"}
-    loading = {"lay_out_by_columns", "unpack_for_many", "unpacked_bytes"}
+    loading = {"lay_out_by_columns", "unpack_for_many", "dequantized_bytes"}
     assert {name for name in extras if name[0] != "<"} <= asked | loading
 
 
@@ -5983,8 +5948,19 @@ def test_info_describes_a_preset(name, capsys):
         (50, 0.5, (50, "fits, context 50, up to 10.0 tokens/s")),
     ],
 )
-def test_the_verdict_says_whether_a_model_fits(weights, cache, wanted):
-    assert llama.verdict(weights, cache, 50, 100, 500.0) == wanted
+def test_the_verdict_says_whether_a_model_fits(weights, cache, wanted, monkeypatch):
+    for name, value in (
+        ("weight_bytes", weights),
+        ("kv_bytes_per_token", cache),
+        ("machine_memory", 100),
+        ("reading_speed", 500.0),
+    ):
+        monkeypatch.setattr(llama, name, lambda *_, value=value: value)
+    args = llama.ModelArgs.from_dict(CONFIG | {"max_position_embeddings": 50})
+    monkeypatch.setitem(llama.PRESETS, "tiny", args)
+    found = llama.describe("tiny")
+    for bits in (16, 8, 4):
+        assert (found["longest_context"][bits], found["verdict"][bits]) == wanted
 
 
 @pytest.mark.parametrize("words", [("info", "405b"), ("inspect",)])
@@ -6105,8 +6081,8 @@ def test_info_marks_the_bits_that_are_stored(dtype, bits, stored, tmp_path, caps
     model, _ = llama.load(folder, dtype=dtype)
     config = json.loads((folder / "config.json").read_text())
     if bits:  # one layer is in others
-        llama.quantize(model.model.layers[0].self_attn, bits=4)
-        llama.quantize(model, bits=bits)
+        quantize(model.model.layers[0].self_attn, bits=4)
+        quantize(model, bits=bits)
     write_model(folder, config, dict(tree_flatten(model.parameters())))
     assert llama.main(["info", str(folder)]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -6232,7 +6208,7 @@ def test_a_model_that_fits_only_quantized_is_listed_so(hub, tmp_path, monkeypatc
     packed = in_the_cache(hub, "org/packed")
     model, _ = llama.load(dense)
     config = json.loads((dense / "config.json").read_text())
-    llama.quantize(model, bits=8)
+    quantize(model, bits=8)
     write_model(packed, config, dict(tree_flatten(model.parameters())))
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(dense / name, packed / name)
@@ -6325,7 +6301,7 @@ def test_info_predicts_the_bytes_of_a_quantized_folder(tmp_path, capsys):
     model, _ = llama.load(folder, dtype=mx.bfloat16)
     llama.main(["info", str(folder), "--json"])
     predicted = json.loads(capsys.readouterr().out)["weight_bytes"]
-    llama.quantize(model, bits=4)
+    quantize(model, bits=4)
     assert predicted["4"] == sum(a.nbytes for _, a in tree_flatten(model.parameters()))
 
 
@@ -6689,7 +6665,7 @@ def test_a_dense_model_is_quantized_while_the_chat_loads_it(
     dense = random_folder(tmp_path / "dense", width=128)
     packed = shutil.copytree(dense, tmp_path / "packed")
     model, _ = llama.load(dense)
-    llama.quantize(model, bits=8)
+    quantize(model, bits=8)
     config = json.loads((dense / "config.json").read_text())
     config["quantization"] = {"group_size": 64, "bits": 8}
     write_model(packed, config, dict(tree_flatten(model.parameters())))

@@ -829,7 +829,7 @@ def save_tokenizer(tokenizer: tokenizers.Tokenizer, folder: Path) -> None:
 
 def save(model: llama.Llama, folder: Path) -> None:
     """Quantize a model to 8 bits, and write it in MLX's layout."""
-    llama.quantize(model, bits=8)
+    nn.quantize(model, group_size=64, bits=8)
     weights = dict(tree_flatten(model.parameters()))
     mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "mlx"})
     quantization = {"group_size": 64, "bits": 8, "mode": "affine"}

@@ -148,7 +148,7 @@ def tiny_model():
 
 def load_model(folder, dtype=None, bits=None):
     """The model of a folder, which needs no tokenizer."""
-    model, tensors = llama.quantized(*llama.examine(folder), bits)
+    model, tensors = llama.to_quantize(*llama.examine(folder), bits)
     for _ in llama.read_weights(model, tensors, dtype or llama.default_dtype()):
         pass
     return model
@@ -282,6 +282,17 @@ def with_extras(model: llama.Llama, config: dict) -> llama.Llama:
     return model
 
 
+def quantize(model, group_size=64, bits=4, mode="affine"):
+    """Quantize every matrix of a model that can be cut into groups, as MLX's converter
+    does."""
+    for path, layer in llama.dense_layers(model):
+        if layer.weight.shape[1] % group_size == 0:
+            packed = mx.quantize(layer.weight, group_size, bits, mode)
+            layer = llama.quantized_like(layer, group_size, bits, mode)
+            layer.update(dict(zip(("weight", "scales", "biases"), packed)))
+            model.update_modules(tree_unflatten([(path, layer)]))
+
+
 def four_bit_model(tied, mode="affine", **changes):
     """A model in bfloat16 and 4 bits, small enough for the emulated kernel."""
     config = CONFIG | {"hidden_size": 64, "intermediate_size": 128, "head_dim": 32}
@@ -289,11 +300,7 @@ def four_bit_model(tied, mode="affine", **changes):
     config |= {"tie_word_embeddings": tied}
     mx.random.seed(0)
     model = with_extras(llama.Llama(llama.ModelArgs.from_dict(config)), config)
-    for path, layer in llama.dense_layers(model):
-        packed = mx.quantize(layer.weight, 32, 4, mode)
-        layer = llama.quantized_like(layer, 32, 4, mode)
-        layer.update(dict(zip(("weight", "scales", "biases"), packed)))
-        model.update_modules(tree_unflatten([(path, layer)]))
+    quantize(model, 32, 4, mode)
     for block in model.model.layers:
         size = block.input_layernorm.weight.shape
         block.input_layernorm.weight = mx.random.uniform(0.5, 1.5, size)

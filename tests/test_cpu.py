@@ -29,6 +29,7 @@ from tests.support import (
     in_parts,
     needs_exact_counts,
     on_the_cpu,
+    quantize,
     random_folder,
     random_tokens,
     with_extras,
@@ -217,12 +218,12 @@ def test_an_unpacked_model_gives_what_the_packed_one_gives(form, tied):
     tokens = mx.array(random_tokens(WIDE))
     model = packed_model(*form, tie_word_embeddings=tied)
     wanted, names = np.array(model(tokens)), [*dict(model.named_modules())]
-    predicted = llama.unpacked_bytes(model)
-    llama.unpack(model)
+    predicted = llama.dequantized_bytes(model)
+    llama.dequantize(model)
     assert packed_layers(model) == []
     assert [*dict(model.named_modules())] == names
     assert {a.dtype for _, a in tree_flatten(model.parameters())} == {mx.float32}
-    assert nbytes(model) == predicted == llama.unpacked_bytes(model)
+    assert nbytes(model) == predicted == llama.dequantized_bytes(model)
     assert_close(model(tokens), wanted, 1e-5)
     assert_close(in_parts(model, tokens, (1, 2, 9)), wanted, 1e-5)
 
@@ -236,7 +237,7 @@ def test_no_more_than_the_unpacked_model_is_in_memory_while_it_is_made():
     largest = max(4 * layer.scales.size * 32 for layer in packed_layers(model))
     before, packed = mx.get_active_memory(), nbytes(model)
     mx.reset_peak_memory()
-    llama.unpack(model)
+    llama.dequantize(model)
     more, wanted = mx.get_peak_memory() - before, nbytes(model) - packed
     assert 0.9 * wanted < mx.get_active_memory() - before  # there, not only promised
     assert more < wanted + 2 * largest < nbytes(model)
@@ -316,11 +317,11 @@ def test_what_a_model_must_be_to_be_unpacked(monkeypatch, changes, wanted):
     given = {"dtype": mx.float32, "group": None, "packed": True, "spare": 0}
     given |= {"device": mx.cpu, "blas": True} | changes
     model = packed_model() if given["packed"] else filled(WIDE)
-    memory = 3 * llama.unpacked_bytes(model) + given["spare"]
+    memory = 3 * llama.dequantized_bytes(model) + given["spare"]
     monkeypatch.setattr(llama, "machine_memory", lambda: memory)
     monkeypatch.setattr(llama, "has_openblas", lambda: given["blas"])
     monkeypatch.setattr(mx, "default_device", lambda: given["device"])
-    assert llama.unpacks(model, given["dtype"], given["group"]) == wanted
+    assert llama.dequantizes(model, given["dtype"], given["group"]) == wanted
 
 
 @on_the_cpu
@@ -343,7 +344,7 @@ def packed_folder(tmp_path_factory):
     """A folder of random weights, packed in 4 bits."""
     folder = random_folder(tmp_path_factory.mktemp("packed"), width=128, context=8192)
     model, _ = llama.load(folder)
-    llama.quantize(model, 64, 4)
+    quantize(model, 64, 4)
     weights = dict(tree_flatten(model.parameters()))
     mx.save_safetensors(str(folder / "model.safetensors"), weights)
     return folder
@@ -376,7 +377,7 @@ def test_an_engine_unpacks_and_says_so(packed_folder, monkeypatch):
     assert texts[0] == texts[1]
     model, tensors = llama.examine(packed_folder)
     packed = llama.memory_of(tensors.values(), mx.float32)
-    assert asked == [packed, llama.unpacked_bytes(model)]
+    assert asked == [packed, llama.dequantized_bytes(model)]
     dense = filled_sizes(model)
     assert asked[1] == 4 * dense > 3 * packed
 
@@ -398,7 +399,7 @@ def test_an_engine_of_a_dense_model_has_nothing_unpacked(openblas, tmp_path):
 @pytest.mark.parametrize("there", [False, True])
 def test_info_counts_what_will_be_in_memory(packed_folder, monkeypatch, capsys, there):
     model, tensors = llama.examine(packed_folder)
-    size = llama.unpacked_bytes(model)
+    size = llama.dequantized_bytes(model)
     monkeypatch.setattr(llama, "has_openblas", lambda: there)
     for memory, unpacked in ((3 * size, there), (3 * size - 1, False)):
         monkeypatch.setattr(llama, "machine_memory", functools.partial(int, memory))
@@ -476,4 +477,4 @@ def test_a_chat_with_a_large_model_says_that_openblas_is_missing(
 def test_the_built_in_model_is_too_small_for_it():
     done = command("chat", "--prompt", "Hi!", "--max-tokens", "2")
     assert done.returncode == 0 and b"apt" not in done.stderr
-    assert llama.unpacked_bytes(llama.examine(STORIES)[0]) < 4 * llama.LARGE_FOR_CPU
+    assert llama.dequantized_bytes(llama.examine(STORIES)[0]) < 4 * llama.LARGE_FOR_CPU

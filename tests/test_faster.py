@@ -25,6 +25,7 @@ from tests.support import (
     in_parts,
     on_a_gpu,
     on_the_cpu,
+    quantize,
     random_tokens,
     tiny_model,
 )
@@ -34,7 +35,7 @@ pytest_plugins = ["tests.fixtures"]
 
 def packed_model(group_size=32, bits=8, config=WIDE):
     model = filled(config)
-    llama.quantize(model, group_size, bits)
+    quantize(model, group_size, bits)
     return model
 
 
@@ -85,7 +86,7 @@ def test_a_packed_matrix_is_unpacked_for_many_rows(
 ):
     monkeypatch.setattr(llama, "on_cuda", lambda: True)
     model = nn.Sequential(nn.Linear(columns, 24, bias=bias))
-    llama.quantize(model, group_size=64, bits=4)
+    quantize(model, group_size=64, bits=4)
     layer, x = model.layers[0], mx.random.normal((rows, columns))
     other = llama.as_subclass(layer, llama.UnpackedLinear)
     for given in (x, x[None], x[:, None]):
@@ -98,7 +99,7 @@ def test_a_packed_matrix_is_unpacked_for_many_rows(
 @pytest.mark.parametrize(("rows", "whole"), [(1, False), (7, False), (8, True)])
 def test_on_a_cpu_fewer_rows_are_many(unpacked, rows, whole):
     model, x = nn.Sequential(nn.Linear(128, 24)), mx.random.normal((rows, 128))
-    llama.quantize(model, 64, 4)
+    quantize(model, 64, 4)
     (layer,) = model.layers
     got = llama.as_subclass(layer, llama.UnpackedLinear)(x)
     assert_close(got, np.array(layer(x)), 1e-5)

@@ -37,6 +37,7 @@ from tests.support import (
     needs_data,
     on_the_cpu,
     places,
+    quantize,
     random_folder,
     random_weights,
     small_spec,
@@ -656,7 +657,7 @@ def packed_folder(path: Path) -> Path:
     """A model in 4 bits, in groups of 32, with an index."""
     random_folder(path, width=64)
     model = load_model(path)
-    llama.quantize(model, group_size=32, bits=4)
+    quantize(model, group_size=32, bits=4)
     weights = dict(tree_flatten(model.parameters()))
     mx.save_safetensors(str(path / "model.safetensors"), weights)
     hostile(config={"quantization": {"group_size": 32, "bits": 4}})(path)

@@ -39,6 +39,7 @@ from tests.support import (
     load_model,
     on_the_cpu,
     peer,
+    quantize,
     random_folder,
     start,
     turns,
@@ -77,8 +78,8 @@ def split_folder(path: Path, *, bits: int | None = None, **changes) -> Path:
     if bits:
         own = {"group_size": 64, "bits": 8}
         for block in model.model.layers:
-            llama.quantize(block.mlp, 64, 8)  # down_proj alone: 64 divides no D
-        llama.quantize(model, 32, bits)
+            quantize(block.mlp, 64, 8)  # down_proj alone: 64 divides no D
+        quantize(model, 32, bits)
         names = [f"model.layers.{n}.mlp.down_proj" for n in range(2)]
         settings = {"group_size": 32, "bits": bits} | dict.fromkeys(names, own)
         config = config | {"quantization": settings}
@@ -89,7 +90,7 @@ def split_folder(path: Path, *, bits: int | None = None, **changes) -> Path:
 def quantized_copy(folder: Path, path: Path) -> Path:
     """A folder at 4 bits, in groups of 32."""
     model = load_model(folder)
-    llama.quantize(model, group_size=32, bits=4)
+    quantize(model, group_size=32, bits=4)
     config = json.loads((folder / "config.json").read_text())
     config["quantization"] = {"group_size": 32, "bits": 4}
     path.mkdir()
