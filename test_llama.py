@@ -233,21 +233,29 @@ for node in ast.parse(IMPORTS).body:
         IMPORT_OF[alias.asname or alias.name] = f"{from_}import {alias.name}{as_}\n"
 
 
+@functools.cache
+def compiled(source: str) -> types.CodeType:
+    """A section is compiled once, and then lifted with many others."""
+    return compile(source, "lifted", "exec")
+
+
 def lifted(sections: Sequence[int]) -> types.ModuleType:
     """A new module that holds these sections, and only the imports that they need."""
     module = types.ModuleType("lifted")
     module.__file__ = llama.__file__
     sys.modules["lifted"] = module  # where dataclasses look themselves up
     needs = {name for n in sections for name in SECTIONS[n].needs}
-    code = "".join(IMPORT_OF[name] for name in sorted(needs))
-    code += "".join(SECTIONS[n].source for n in sorted(sections))
-    exec(compile(code, "lifted", "exec"), module.__dict__)  # noqa: S102
+    sources = [IMPORT_OF[name] for name in sorted(needs)]
+    sources += [SECTIONS[n].source for n in sorted(sections)]
+    for source in sources:
+        exec(compiled(source), module.__dict__)  # noqa: S102
     return module
 
 
+@functools.cache
 def names_loaded(source: str, *instructions: str) -> set[str]:
     """The names that code loads by some of Python's instructions, functions' too."""
-    pending, names = [compile(source, "section", "exec")], set()
+    pending, names = [compiled(source)], set()
     while pending:
         code = pending.pop()
         pending += [const for const in code.co_consts if hasattr(const, "co_code")]
@@ -268,6 +276,9 @@ def missing_names(number: int, uses: Sequence[int]) -> set[str]:
     sources = [SECTIONS[n].source for n in (*uses, number)]
     names = set().union(*(names_loaded(source, "LOAD_GLOBAL") for source in sources))
     return {n for n in names if not hasattr(module, n) and not hasattr(builtins, n)}
+
+
+parsed = functools.cache(ast.parse)
 
 
 def test_the_sections_are_numbered_in_order():
@@ -296,7 +307,7 @@ def test_a_section_needs_every_import_that_it_names(number):
 def test_a_section_says_which_tables_of_others_it_adds_to(number):
     """An entry into a table of a section above is how a later one extends it."""
     section, found = SECTIONS[number], set()
-    for node in ast.parse(section.source).body:
+    for node in parsed(section.source).body:
         target = node.targets[0] if isinstance(node, ast.Assign) else None
         if isinstance(node, ast.AugAssign):
             target = node.target
@@ -307,7 +318,7 @@ def test_a_section_says_which_tables_of_others_it_adds_to(number):
     above = {
         target.id
         for n in range(1, number)
-        for node in ast.parse(SECTIONS[n].source).body
+        for node in parsed(SECTIONS[n].source).body
         if isinstance(node, ast.Assign)
         for target in node.targets
         if isinstance(target, ast.Name)
