@@ -55,6 +55,7 @@ from tests.support import (
     HERE,
     ON_A_GPU,
     ONE,
+    PROGRAM,
     STORIES,
     THINKS,
     USER,
@@ -6744,7 +6745,7 @@ def test_a_byte_order_mark_is_no_text(engine, folder, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("prompt", [("--prompt", "Hi"), ()])
 def test_standard_input_that_stays_open_is_told_after_a_second(folder, prompt):
-    words = (HERE / "llama.py", "chat", folder, *prompt, "--max-tokens", "2")
+    words = (*PROGRAM, "chat", folder, *prompt, "--max-tokens", "2")
     process = start({}, *words, stdin=subprocess.PIPE)
     try:
         assert select.select([process.stderr], [], [], 30)[0], "nothing is told"
@@ -6899,7 +6900,7 @@ def test_input_at_fault_is_one_line_and_status_1(
     (tmp_path / "foreign" / "config.json").write_text(red)
     (tmp_path / "empty").mkdir()
     words = [word.format(model=folder, tmp=tmp_path) for word in typed.split()]
-    line = refusal(*words, text=piped, env=os.environ | {"HOME": "/"})
+    line = refusal(*words, text=piped, HOME="/")
     assert re.search(wanted.replace("{tmp}", re.escape(str(tmp_path))), line), line
     assert "\x1b" not in line
 

@@ -51,6 +51,14 @@ from tests.support import (
 pytest_plugins = ["tests.fixtures"]
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A model whose tokenizer splits a text as most others do."""
+    folder = random_folder(tmp_path_factory.mktemp("model"))
+    hostile(tokenizer={"pre_tokenizer": small_spec()["pre_tokenizer"]})(folder)
+    return folder
+
+
 def test_a_json_file_of_more_bytes_than_belong_to_a_model_is_refused(tmp_path):
     file, most = tmp_path / "config.json", llama.JSON_BYTES
     assert 500_000 <= most <= 5_000_000  # real ones have 100 KB, an index has 300 KB
