@@ -4298,9 +4298,10 @@ def test_a_family_must_hold_what_it_is_made_of(
 )
 @pytest.mark.parametrize("settings", [True, False])
 def test_a_folder_of_another_kind_is_told_by_what_is_there(
-    name, words, settings, folder, tmp_path
+    name, words, settings, folder, tmp_path, monkeypatch, capsys
 ):
     """First of all, whether its tokenizer and config.json are there or not."""
+    monkeypatch.setattr(sys, "stdin", open(os.devnull))  # noqa: SIM115
     other = tmp_path / "m"
     if settings:
         shutil.copytree(folder, other)
@@ -4314,8 +4315,10 @@ def test_a_folder_of_another_kind_is_told_by_what_is_there(
         with pytest.raises(FileNotFoundError, match=re.escape(words)) as error:
             read(other)
         assert str(error.value).startswith(told)
-    line = refusal("chat", other, "--prompt", "x")
-    assert line.startswith(told) and "incomplete" not in line
+    assert llama.main(["chat", str(other), "--prompt", "x"]) == 1
+    out, error = capsys.readouterr()
+    assert error.startswith(f"llama.py: error: {told}") and error.count("\n") == 1
+    assert "incomplete" not in error and not out
 
 
 def test_a_file_of_another_kind_is_told_too(tmp_path):
