@@ -5267,6 +5267,7 @@ def test_a_reply_ends_before_a_stop_text_and_the_next_turn_goes_on_from_there(
     options = {"max_tokens": 30, "temperature": 1, "seed": seed, "lookup": lookup}
     whole = engine.chat(USER, **options)
     text = "".join(whole)
+    model, tokenizer = llama.load(folder)
     undecided = "".join(engine.chat(USER, stop=[text[-2:] + "."], **options))
     assert undecided == text  # at its end what was held back comes
     for at, size in ((0, 1), (1, 3), (5, 2), (9, 4), (len(text) - 2, 2)):
@@ -5289,7 +5290,6 @@ def test_a_reply_ends_before_a_stop_text_and_the_next_turn_goes_on_from_there(
         ids = engine.tokenizer.encode_chat(
             continued(reply), replies={reply.text: reply.taken.ids}
         )
-        model, tokenizer = llama.load(folder)
         wanted, _ = run(llama.generate(model, ids, max_tokens=8))
         assert said == tokenizer.decode(wanted)
 

@@ -52,12 +52,16 @@ from tests.support import (
 pytest_plugins = ["tests.fixtures"]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    """A model whose tokenizer splits a text as most others do."""
-    folder = random_folder(tmp_path_factory.mktemp("model"))
+def splitting_folder(path: Path, **config) -> Path:
+    """A model of random weights whose tokenizer splits a text as most others do."""
+    folder = random_folder(path, **config)
     hostile(tokenizer={"pre_tokenizer": small_spec()["pre_tokenizer"]})(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return splitting_folder(tmp_path_factory.mktemp("model"))
 
 
 def test_a_json_file_of_more_bytes_than_belong_to_a_model_is_refused(tmp_path):
@@ -683,7 +687,7 @@ def within(seconds: float, nbytes: float = math.inf) -> Iterator[None]:
 
 def packed_folder(path: Path) -> Path:
     """A model in 4 bits, in groups of 32, with an index."""
-    random_folder(path, width=64)
+    splitting_folder(path, width=64)
     model = load_model(path)
     llama.quantize(model, group_size=32, bits=4)
     weights = dict(tree_flatten(model.parameters()))
@@ -804,7 +808,7 @@ def test_a_spoilt_folder_is_used_or_refused_in_one_line(
     seed, and then inspected and talked to."""
     window = {"use_sliding_window": True, "sliding_window": 100, "head_dim": 8}
     window |= {"model_type": "qwen3", "max_window_layers": 1}
-    qwen = random_folder(tmp_path / "qwen", **window)
+    qwen = splitting_folder(tmp_path / "qwen", **window)
     sound = folder, packed_folder(tmp_path / "packed"), qwen
     monkeypatch.setattr(sys, "stdin", open(os.devnull))  # noqa: SIM115
     refused = 0
