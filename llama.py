@@ -6701,7 +6701,7 @@ def reading_speed(bits: int) -> float:
     stack.set_dtype(dtype)
     lay_out_by_columns(stack)
     if bits < 16:
-        quantize(stack, 64, bits)
+        nn.quantize(stack, 64, bits)
     mx.eval(stack.parameters())
     nbytes = sum(array.nbytes for _, array in tree_flatten(stack.parameters()))
     best = math.inf

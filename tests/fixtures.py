@@ -1,5 +1,6 @@
 """Fixtures that several test files ask for."""
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -34,10 +35,15 @@ def engine(folder):
         yield engine
 
 
+state_numbers = itertools.count()
+
+
 @pytest.fixture(autouse=True)
 def state(tmp_path_factory, monkeypatch) -> Path:
     """What the program remembers of its user, out of the way of the real one."""
-    folder = tmp_path_factory.mktemp("state")
+    # pytest's own mktemp looks for a name among all those before, thousands of times.
+    folder = tmp_path_factory.getbasetemp() / "states" / str(next(state_numbers))
+    folder.mkdir(parents=True)
     monkeypatch.setenv("XDG_STATE_HOME", str(folder))
     return folder / "llama.py"
 

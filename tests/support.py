@@ -9,6 +9,7 @@ import json
 import math
 import os
 import pty
+import py_compile
 import re
 import select
 import struct
@@ -32,6 +33,20 @@ HERE = Path(llama.__file__).parent
 
 
 STORIES = HERE / "stories"
+
+
+# The words with which Python runs llama.py as a program. Of a module it keeps the
+# bytecode: each of some 250 programs that the tests start would take longer to compile
+# 8,000 lines than to do what it is tested for. Python finds the module by PYTHONPATH.
+PROGRAM = ("-m", "llama")
+
+
+HERE_ON_THE_PATH = {"PYTHONPATH": str(HERE)}
+
+
+if sys.dont_write_bytecode:  # even where Python is told to keep none
+    with contextlib.suppress(OSError):
+        py_compile.compile(llama.__file__)
 
 
 DATA = Path(os.environ.get("LLAMA_TEST_DATA", "") or "/nonexistent")
@@ -340,7 +355,11 @@ def ends(*ranks: subprocess.Popen, seconds: float = 60) -> list[tuple[int, str, 
 
 
 def random_folder(path: Path, *, context: int = 512, width: int = 32, **config) -> Path:
-    """A model of random weights that speaks ChatML in bytes."""
+    """A model of random weights that speaks ChatML in bytes.
+
+    A text is one word to its tokenizer. For the split of most others, a program has to
+    find out first which characters are letters, which takes longer than all the rest.
+    """
     size = 260  # small_spec's 257 pieces, and three control tokens
     config = {
         "model_type": "llama",
@@ -361,7 +380,8 @@ def random_folder(path: Path, *, context: int = 512, width: int = 32, **config) 
         for i, t in zip(ids, special, strict=True)
     ]
     settings = {"chat_template": llama.BUILT_IN["chatml"]}
-    spec = small_spec(added_tokens=added)
+    step = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
+    spec = small_spec(added_tokens=added, pre_tokenizer=step)
     path.mkdir(parents=True, exist_ok=True)
     write_tokenizer(path, spec, config=config, tokenizer_config=settings)
     mx.random.seed(0)
@@ -420,15 +440,17 @@ def turns(engine: llama.Engine) -> list:
     return [first.text, reason, text, stats.reused_tokens > 20, third]
 
 
-def command(*words: object, text: str = "", **options) -> subprocess.CompletedProcess:
+def command(
+    *words: object, text: str | bytes = "", **environment: str
+) -> subprocess.CompletedProcess:
     """Run llama.py as a user does, with text piped in."""
     return subprocess.run(
-        [sys.executable, str(HERE / "llama.py"), *map(str, words)],
+        [sys.executable, *PROGRAM, *map(str, words)],
+        env=os.environ | HERE_ON_THE_PATH | environment,
         input=text.encode() if isinstance(text, str) else text,
         capture_output=True,
         timeout=100,
         check=False,
-        **options,
     )
 
 
@@ -503,7 +525,7 @@ class Terminal:
     def __init__(
         self,
         *words: object,
-        program: Path = HERE / "llama.py",
+        program: Path | None = None,  # in place of llama.py
         stdout: int | None = None,  # a file, in place of the terminal
         columns: int = 0,  # a terminal may not know
         start: str = ON_A_TERMINAL,
@@ -512,12 +534,13 @@ class Terminal:
         self.screen = self.output = ""  # what is not waited for yet, and all there was
         self.master, terminal = pty.openpty()
         self.resize(columns)
+        program = PROGRAM if program is None else [program]
         self.process = subprocess.Popen(
-            [sys.executable, "-c", start, program, *map(str, words)],
+            [sys.executable, "-c", start, *program, *map(str, words)],
             stdin=terminal,
             stdout=terminal if stdout is None else stdout,
             stderr=terminal,
-            env=os.environ | {"TERM": "xterm"} | environment,
+            env=os.environ | HERE_ON_THE_PATH | {"TERM": "xterm"} | environment,
         )
         os.close(terminal)
 
@@ -543,9 +566,14 @@ class Terminal:
         return before
 
     def type(self, text: str) -> None:
-        """Type after a moment: between printing its prompt and waiting for input,
-        readline does not notice a Ctrl-C until the next key."""
-        time.sleep(0.2)
+        """Type as soon as it makes no difference that no person is as fast."""
+        if text in (CTRL_C, CTRL_Z):
+            # Between printing its prompt and waiting for input, readline does not
+            # notice a signal until the next key.
+            time.sleep(0.2)
+        ends = time.monotonic() + 2
+        while text == CTRL_D and self.takes_lines() and time.monotonic() < ends:
+            time.sleep(0.01)  # only where keys are read one by one is it a key
         os.write(self.master, text.encode())
 
     def marks_pastes(self) -> bool:
@@ -556,6 +584,10 @@ class Terminal:
         text = text.replace("\n", "\r")
         marks = ("\x1b[200~", "\x1b[201~") if self.marks_pastes() else ("", "")
         self.type(text.join(marks))
+
+    def takes_lines(self) -> bool:
+        """No line editor reads each key as it comes: a prompt is not there yet."""
+        return bool(termios.tcgetattr(self.master)[3] & termios.ICANON)
 
     def status(self, seconds: float = 60) -> int:
         """Wait for the end; return the exit status."""

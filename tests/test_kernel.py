@@ -94,7 +94,8 @@ def test_a_fused_model_decodes_as_before(kernels, tied):
 
 
 def test_a_fused_model_runs_in_any_thread(kernels):
-    model, tokens = four_bit_model(True), mx.array(random_tokens(WIDE, length=4))
+    model = four_bit_model(True, num_hidden_layers=1)
+    tokens = mx.array(random_tokens(WIDE, length=4))
     mx.eval(model.parameters())
     llama.fuse(model)
     logits = []
@@ -126,11 +127,11 @@ def test_a_fused_model_is_not_taken_for_one_that_is_gone(kernels, monkeypatch):
     models = [four_bit_model(True, num_hidden_layers=2) for _ in range(2)]
     last = models[1].model.layers[1].mlp.down_proj
     last.scales, last.biases = -last.scales, -last.biases
-    tokens = mx.array(random_tokens(WIDE, length=4))
+    tokens = mx.array(random_tokens(WIDE, length=3))
     for model in models:
-        wanted = as_float64(in_parts(model, tokens, [2, 3]))
+        wanted = as_float64(in_parts(model, tokens, [2]))
         llama.fuse(model)
-        got = in_parts(model, tokens, [2, 3])
+        got = in_parts(model, tokens, [2])
         assert_close(got, wanted, 0.15)  # bfloat16, rounded elsewhere
 
 

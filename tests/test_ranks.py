@@ -28,6 +28,7 @@ from tests.support import (
     CTRL_D,
     DATA,
     HERE,
+    PROGRAM,
     STORIES,
     USER,
     Terminal,
@@ -445,7 +446,7 @@ def test_a_turn_cancelled_on_all_ranks_and_the_next_are_those_of_one(folder, tmp
     assert json.loads(lines[0]) == wanted and wanted[1::2] == ["cancelled", True]
 
 
-CHAT = (HERE / "llama.py", "chat")
+CHAT = (*PROGRAM, "chat")
 
 
 def test_ranks_that_cannot_load_say_why_and_end(folder, tmp_path, monkeypatch, capsys):
@@ -477,7 +478,7 @@ def test_rank_0_alone_reads_and_prints(folder, tmp_path):
 
 def test_info_measures_all_ranks_together(folder, tmp_path):
     few = ("--prompt-tokens", 4, "--generation-tokens", 4)
-    words = (HERE / "llama.py", "info", folder, "--measure", "--json", *few)
+    words = (*PROGRAM, "info", folder, "--measure", "--json", *few)
     (status, out, error), other = in_ranks(2, tmp_path, *words)
     assert (status, error) == (0, "") and other == (0, "", "")
     found = json.loads(out)["measured"]

@@ -27,6 +27,7 @@ from tests.support import (
     CTRL_Z,
     HERE,
     ON_A_GPU,
+    PROGRAM,
     SHELL,
     Terminal,
     chat_with,
@@ -131,7 +132,8 @@ def test_a_reader_that_goes_away_is_no_error(folder, buffered):
     words = ["chat", str(folder), "--raw", "--prompt", "x"]
     environment = os.environ | {"PYTHONUNBUFFERED": "" if buffered else "1"}
     process = subprocess.Popen(
-        [sys.executable, str(HERE / "llama.py"), *words],
+        [sys.executable, *PROGRAM, *words],
+        cwd=HERE,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -152,7 +154,7 @@ def test_a_reader_that_goes_away_is_no_error(folder, buffered):
 def test_output_that_goes_nowhere_is_told_in_one_line_or_not_at_all(
     words, out, status, error, folder
 ):
-    line = f"'{sys.executable}' llama.py {words.format(folder)} {out}"
+    line = f"'{sys.executable}' -m llama {words.format(folder)} {out}"
     shell = f"set -o pipefail; {line.replace('| true', '| (sleep 0.5; true)')}"
     done = subprocess.run(
         ["bash", "-c", shell],
@@ -168,7 +170,7 @@ def test_output_that_goes_nowhere_is_told_in_one_line_or_not_at_all(
 
 
 def test_standard_input_may_be_closed(folder):
-    line = f"'{sys.executable}' llama.py chat {folder} --prompt x --max-tokens 2 <&-"
+    line = f"'{sys.executable}' -m llama chat {folder} --prompt x --max-tokens 2 <&-"
     done = subprocess.run(
         ["bash", "-c", line], cwd=HERE, capture_output=True, check=False
     )
