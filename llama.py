@@ -7487,7 +7487,8 @@ def typed_lines(text: str) -> list[str]:
     """Return the lines of what was typed. What is between the marks of a paste is in
     one of them, with its own ends of lines."""
     lines = [""]
-    parts = re.split(r"\x1b\[200~(.*?)(?:\x1b\[201~|\Z)", text, flags=re.DOTALL)
+    begins, ends = re.escape(PASTE_BEGINS), re.escape(PASTE_ENDS)
+    parts = re.split(rf"{begins}(.*?)(?:{ends}|\Z)", text, flags=re.DOTALL)
     for n, part in enumerate(parts):  # typed, pasted, typed, ...
         first, *others = [part] if n % 2 else part.split("\n")
         lines[-1] += first
@@ -7643,8 +7644,8 @@ class LineEditor:
         return self.readline.get_line_buffer() if self.readline else ""
 
     def typed(self, before: str) -> str:
-        """Return what is on the line, whose buffer was this before it was edited: in
-        libedit it is so until a key is typed."""
+        """Return what is typed on a line. before: the buffer when the line began, which
+        libedit empties only at the first key."""
         text = self.buffer()
         return "" if self.libedit and text == before else text
 
@@ -7865,7 +7866,7 @@ class Conversation:
                 raise
             told, writer = f"{error_line(error)}\n", notes.get("model")
             if isinstance(writer, str):
-                told += f"It is a conversation with {writer:.200}.\n"
+                told += f"It is a conversation with the model {writer:.200}.\n"
             WordWrap(sys.stderr).write(told)
             if not agreed("Shall this model read the conversation again?"):
                 raise ValueError(f"{file} stays as it is") from None
