@@ -7908,8 +7908,8 @@ PATHS = ("FILE", "PATH")  # what a command takes if it is a path
 
 
 def ask_which(name: str, names: Sequence[str], otherwise: str, sign: str = "") -> str:
-    """Return a question which name is meant, with a sign before it: those that begin so,
-    or else the one that is most like it; without one, another text."""
+    """Return a question which name is meant, with a sign before it: those that begin
+    so, or else the one that is most like it; without one, another text."""
     near = [known for known in names if name and known.startswith(name)]
     near = near or difflib.get_close_matches(name, names, 1)
     return f"did you mean {' or '.join(sign + n for n in near)}?" if near else otherwise
