@@ -7590,7 +7590,8 @@ def typed_lines(text: str) -> list[str]:
     """Return the lines of what was typed. What is between the marks of a paste is in
     one of them, with its own ends of lines."""
     lines = [""]
-    parts = re.split(r"\x1b\[200~(.*?)(?:\x1b\[201~|\Z)", text, flags=re.DOTALL)
+    begins, ends = re.escape(PASTE_BEGINS), re.escape(PASTE_ENDS)
+    parts = re.split(rf"{begins}(.*?)(?:{ends}|\Z)", text, flags=re.DOTALL)
     for n, part in enumerate(parts):  # typed, pasted, typed, ...
         first, *others = [part] if n % 2 else part.split("\n")
         lines[-1] += first
@@ -7746,8 +7747,8 @@ class LineEditor:
         return self.readline.get_line_buffer() if self.readline else ""
 
     def typed(self, before: str) -> str:
-        """Return what is on the line, whose buffer was this before it was edited: in
-        libedit it is so until a key is typed."""
+        """Return what is typed on a line. before: the buffer when the line began, which
+        libedit empties only at the first key."""
         text = self.buffer()
         return "" if self.libedit and text == before else text
 
@@ -7968,7 +7969,7 @@ class Conversation:
                 raise
             told, writer = f"{error_line(error)}\n", notes.get("model")
             if isinstance(writer, str):
-                told += f"It is a conversation with {writer:.200}.\n"
+                told += f"It is a conversation with the model {writer:.200}.\n"
             WordWrap(sys.stderr).write(told)
             if not agreed("Shall this model read the conversation again?"):
                 raise ValueError(f"{file} stays as it is") from None
@@ -8010,8 +8011,8 @@ PATHS = ("FILE", "PATH")  # what a command takes if it is a path
 
 
 def ask_which(name: str, names: Sequence[str], otherwise: str, sign: str = "") -> str:
-    """Return a question which name is meant, with a sign before it: those that begin so,
-    or else the one that is most like it; without one, another text."""
+    """Return a question which name is meant, with a sign before it: those that begin
+    so, or else the one that is most like it; without one, another text."""
     near = [known for known in names if name and known.startswith(name)]
     near = near or difflib.get_close_matches(name, names, 1)
     return f"did you mean {' or '.join(sign + n for n in near)}?" if near else otherwise

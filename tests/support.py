@@ -571,9 +571,10 @@ class Terminal:
             # Between printing its prompt and waiting for input, readline does not
             # notice a signal until the next key.
             time.sleep(0.2)
-        ends = time.monotonic() + 2
-        while text == CTRL_D and self.takes_lines() and time.monotonic() < ends:
-            time.sleep(0.01)  # only where keys are read one by one is it a key
+        # Where no line editor reads single keys yet, Ctrl-D would be lost.
+        ends = time.monotonic() + (2 if text == CTRL_D else 0.2)
+        while self.takes_lines() and time.monotonic() < ends:
+            time.sleep(0.01)
         os.write(self.master, text.encode())
 
     def marks_pastes(self) -> bool:

@@ -391,7 +391,7 @@ def test_a_session_with_another_model_offers_its_text(folder, tmp_path):
         assert chat.status() == 1 and session.read_bytes() == before
     chat = Terminal("chat", folder, *words)
     chat.wait_for("the session was written by another model")
-    chat.wait_for("It is a conversation with m.")
+    chat.wait_for("It is a conversation with the model m.")
     for typed in ("Hello!\r", "y\r"):  # it asks again
         chat.wait_for("Shall this model read the conversation again? [y/N] ")
         chat.type(typed)
