@@ -3090,10 +3090,15 @@ READABLE = re.compile(rf"{BRANCH}(?:\|{BRANCH}){{0,11}}")
 NESTED = {r" ?[^(\s|[.,!?…。，、।۔،])]+": r" ?[^(\s|.,!?…。，、।۔،)]+"}
 
 
+# Most texts have no character from here on. For them, the expressions below are made
+# without such characters, since to find all that are letters takes a quarter of a second.
+RARE = 0x250
+
+
 @functools.cache
-def characters_of(escape: str) -> str:
-    r"""Return the characters that an escape, as \p{L}, stands for, as they are spelled
-    in a class of a regular expression.
+def characters_of(escape: str, end: int = 0x110000) -> str:
+    r"""Return the characters before `end` that an escape, as \p{L}, stands for, as they
+    are spelled in a class of a regular expression.
 
     tiktoken's engine knows them: it drops what an expression does not match. Python's
     own Unicode is older.
@@ -3103,42 +3108,62 @@ def characters_of(escape: str) -> str:
     every = tiktoken.Encoding(
         "escape", pat_str=f"{escape}+", mergeable_ranks=ranks, special_tokens={}
     )
-    ids = every.encode("".join(map(chr, planes)), disallowed_special=())
+    text = "".join(map(chr, planes[:end]))
+    ids = every.encode(text, disallowed_special=())
     spans, numbered = [], enumerate(map(ord, every.decode(ids)))
     for _, run in itertools.groupby(numbered, lambda item: item[1] - item[0]):
         codes = [code for _, code in run]
         spans.append(f"{re.escape(chr(codes[0]))}-{re.escape(chr(codes[-1]))}")
-    return "".join(spans)
+    # A class must not be empty: then it has the last character, which is none.
+    return "".join(spans) or chr(0x10FFFF)
 
 
 @functools.lru_cache
-def compile_split(regex: str) -> re.Pattern:
-    r"""Return a readable expression as a group for `re`, which has no \p{L}."""
+def compile_split(regex: str, end: int = 0x110000) -> re.Pattern:
+    r"""Return a readable expression as a group for `re`, which has no \p{L}. It holds
+    for texts of characters before `end`."""
     outside = rf"({CHAR_CLASS}|\\[^psS])|(\\p\{{\w+\}}|\\s)"
     regex = regex.replace(r"(?!\S)", r"(?![^\s])")
     regex = re.sub(outside, lambda found: found[1] or f"[{found[2]}]", regex)
     inside = r"(\\[^ps])|(\\p\{\w+\}|\\s)"
-    regex = re.sub(inside, lambda found: found[1] or characters_of(found[2]), regex)
-    return re.compile(f"({regex})", re.MULTILINE)
+    spell_out = lambda found: found[1] or characters_of(found[2], end)
+    return re.compile(f"({re.sub(inside, spell_out, regex)})", re.MULTILINE)
 
 
-def read_split(pattern: dict) -> re.Pattern:
+class Split(NamedTuple):
+    """An expression of READABLE that texts are split by."""
+
+    regex: str
+
+    def pattern(self, text: str) -> re.Pattern:
+        rare = max(text, default="") >= chr(RARE)
+        return compile_split(self.regex, 0x110000 if rare else RARE)
+
+    def split(self, text: str) -> list[str]:
+        return self.pattern(text).split(text)
+
+    def findall(self, text: str) -> list[str]:
+        return self.pattern(text).findall(text)
+
+
+def read_split(pattern: dict) -> Split | re.Pattern:
     """Return what a folder splits at.
 
     Raises ValueError for an expression whose meaning, or whose time, is not sure.
     """
     if "String" in pattern:
-        found = re.compile(f"({re.escape(pattern['String'])})")
+        found = compiled = re.compile(f"({re.escape(pattern['String'])})")
     else:
         regex = NESTED.get(pattern["Regex"], pattern["Regex"])
         readable = len(regex) <= LONGEST_SPLIT and READABLE.fullmatch(regex)
+        found = Split(regex)
         try:
-            found = compile_split(regex) if readable else None
+            compiled = found.pattern("") if readable else None
         except re.error:  # a range that goes backwards
-            found = None
-        if found is None:
+            compiled = None
+        if compiled is None:
             raise ValueError(f"unknown split: {regex!r:.80}")
-    if found.fullmatch(""):
+    if compiled.fullmatch(""):
         raise ValueError(f"the split {pattern!r:.80} matches no text")
     return found
 
@@ -3162,15 +3187,15 @@ def read_step(step: dict) -> list[Cut]:
     kind, behavior = step.get("type"), step.get("behavior", "Isolated")
     if kind == "ByteLevel":
         words = step.get("use_regex", True)
-        return [compile_split(GPT2_SPLIT).split, spell] if words else [spell]
+        return [Split(GPT2_SPLIT).split, spell] if words else [spell]
     if kind == "Metaspace" and step["replacement"] == SPACE:
-        return [compile_split(SPACE_SPLIT).split] if step.get("split", True) else []
+        return [Split(SPACE_SPLIT).split] if step.get("split", True) else []
     if kind == "Digits":
         each = step["individual_digits"]
-        return [compile_split(r"\p{N}" if each else r"\p{N}+").split]
+        return [Split(r"\p{N}" if each else r"\p{N}+").split]
     if kind == "Punctuation" and behavior in ("Isolated", "Contiguous"):
         repeated = "+" if behavior == "Contiguous" else ""
-        return [compile_split(PUNCTUATION + repeated).split]
+        return [Split(PUNCTUATION + repeated).split]
     if kind == "Split" and behavior in ("Isolated", "Removed"):
         found = read_split(step["pattern"])
         if behavior == "Isolated":
@@ -3477,7 +3502,7 @@ def rank_file(file: Path, tokens: int) -> tuple[SpelledVocabulary, list[dict], s
         )
     places = LLAMA3_TOKENS.items()
     added = [{"content": t, "id": size + n, "special": True} for t, n in places]
-    letters, steps = byte_letters(), (compile_split(LLAMA3_SPLIT).split, spell)
+    letters, steps = byte_letters(), (Split(LLAMA3_SPLIT).split, spell)
     ranks, ids = rank_letters(letters, vocab, vocab)
     vocabulary = SpelledVocabulary(
         ranks, ANY_TEXT, ids, text, steps=steps, letters=frozenset(letters)

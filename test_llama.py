@@ -3556,6 +3556,35 @@ def cut_words(text: str, *steps: Callable[[str], list[str]]) -> list[str]:
     )
 
 
+SPLITS = [
+    llama.GPT2_SPLIT,
+    llama.LLAMA3_SPLIT,
+    llama.PUNCTUATION,
+    r"\p{M}+|[^\p{Mn}\s]",
+]
+
+
+@pytest.mark.parametrize("regex", SPLITS)
+def test_a_text_without_rare_characters_is_split_as_any_other(regex):
+    chance, common = random.Random(regex), [chr(code) for code in range(llama.RARE)]
+    for _ in range(300):
+        text = "".join(chance.choices([*common, *" 'sl19.,\n" * 20], k=40))
+        assert llama.Split(regex).split(text) == llama.compile_split(regex).split(text)
+
+
+def test_only_a_rare_character_costs_the_time_to_find_all_of_its_kind(monkeypatch):
+    asked, found = [], llama.characters_of
+    own = llama.Tokenizer.from_folder(STORIES)
+    monkeypatch.setattr(
+        llama, "characters_of", lambda e, end: asked.append(end) or found(e, end)
+    )
+    for text, ends in (("A naïve test, isn't it?", {llama.RARE}), ("人", {0x110000})):
+        llama.compile_split.cache_clear()
+        own.encode(text)
+        assert {*asked} == ends
+        asked.clear()
+
+
 @pytest.mark.parametrize(("step", "text", "pieces"), STEPS)
 def test_a_step_cuts_as_hugging_face_does(step, text, pieces):
     step = {"behavior": "Isolated", "invert": False} | step
