@@ -526,12 +526,14 @@ def test_options_are_set_and_shown_while_talking(engine, capsys):
     for text in ("/set top-k 3", "/set seed 7", "/system Be kind."):
         chat.take(text)
     chat.take("/set max_tokens off")
+    chat.take("/set temperature off")
     chat.take("/set temperature default")
     assert chat.options.max_tokens is None and chat.options.temperature is None
     shown = capsys.readouterr().err
     for part in ("top_k is 3", "seed is 7", "instructions: Be kind."):
         assert part in shown
     assert "max_tokens is off" in shown
+    assert "temperature is 0.0\n" in shown  # which is greedy
     for text, told in (
         ("/set top_k", "top_k              3\n"),
         ("/set max-tokens", "max_tokens         off\n"),
