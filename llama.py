@@ -7532,11 +7532,17 @@ def state_folder() -> Path:
     return folder
 
 
+def edits_with_libedit() -> bool:
+    """Return whether lines are edited by libedit, which is readline on many Macs."""
+    readline = sys.modules.get("readline")
+    return readline is not None and "libedit" in (readline.__doc__ or "")
+
+
 def read_line(prompt: str) -> str:
     """Return a line that is typed after a prompt, which stays out of a file or pipe."""
     # When its terminal is closed, libedit goes on reading it, and Python never gets to
     # run a handler. Nothing is lost at the prompt, so the hangup may end the process.
-    handled = signal.getsignal(signal.SIGHUP) is end_by_signal
+    handled = signal.getsignal(signal.SIGHUP) is end_by_signal and edits_with_libedit()
     if handled:
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
     try:
@@ -7645,7 +7651,7 @@ class LineEditor:
             import readline
 
             self.readline = readline
-            self.libedit = bool(self.terminal) and "libedit" in (readline.__doc__ or "")
+            self.libedit = bool(self.terminal) and edits_with_libedit()
             # To ask the terminal for marks takes an escape sequence.
             self.marks = bool(self.terminal) and styled(sys.stdout)
             self.prepare()

@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 import types
 
 import pytest
@@ -925,14 +924,3 @@ def test_a_conversation_without_escapes(environment, escapes, folder):
         chat.type(typed)
     assert chat.status() == 0
     assert not re.search(escapes, seen + chat.screen)
-
-
-def test_a_terminal_that_is_closed_ends_the_chat(folder, line_editor):
-    chat = Terminal("chat", folder, **line_editor)
-    chat.wait_for(">>> ")
-    time.sleep(0.2)  # until the line editor waits
-    os.close(chat.master)
-    try:
-        assert chat.process.wait(20) == -signal.SIGHUP
-    finally:
-        chat.process.kill()
