@@ -7368,9 +7368,11 @@ class WordWrap:
         self.stream, self.columns, self.column = stream, 0, 0
         self.blanks, self.word, self.crosses = "", "", False
         self.dim = False
+        self.taken = 0  # characters that were to be shown
 
     def write(self, text: str, *, dim: bool = False) -> None:
         """Show text, dim where colour is wanted."""
+        self.taken += len(text)  # before Ctrl-C can come between
         if text and dim != self.dim:
             self.end_word()
             self.dim = dim
@@ -7447,22 +7449,19 @@ class WordWrap:
         return column <= self.columns
 
 
-def print_piece(screen: WordWrap, piece: Piece, shown: int) -> int:
-    """Show a piece, of which some characters were shown before, with its thinking dim;
-    return how many are shown then: none of a beginning that may become a tag, nor of
-    the blanks and ends of lines after which nothing has come yet."""
-    end, last = piece.thinking_end(), len(piece.text.rstrip())
-    if end is None:
-        return shown
-    screen.write(piece.text[shown : min(end, last)], dim=True)
-    screen.write(piece.text[max(shown, end) : last])
-    return max(shown, last)
+def print_piece(screen: WordWrap, piece: Piece) -> None:
+    """Show what has come of a piece, with its thinking dim: nothing of a beginning that
+    may become a tag, nor the blanks and ends of lines that nothing follows yet."""
+    shown, end, last = screen.taken, piece.thinking_end(), len(piece.text.rstrip())
+    if end is not None:
+        screen.write(piece.text[shown : min(end, last)], dim=True)
+        screen.write(piece.text[max(shown, end) : last])
 
 
-def print_end(screen: WordWrap, piece: Piece, shown: int) -> None:
+def print_end(screen: WordWrap, piece: Piece) -> None:
     """Show what `print_piece` has not shown, and end the line; on a terminal no more
     than one empty line follows the text."""
-    text = piece.text[shown:]
+    text = piece.text[screen.taken :]
     if screen.stream.isatty():
         ended = text.rstrip()
         empty = text.count("\n", len(ended)) > 1
@@ -7497,19 +7496,19 @@ def print_reply(
     else:
         variables = template_variables(options)
         reply = engine.chat(messages, variables=variables, **settings)
-    screen, shown = WordWrap(sys.stdout), 0
+    screen = WordWrap(sys.stdout)
     try:
         for _piece in reply:
             progress.clear()
             if not options.json:
-                shown = print_piece(screen, reply.taken, shown)
+                print_piece(screen, reply.taken)
     except KeyboardInterrupt:
         reply.cancel()
         collections.deque(reply, 0)  # no more text: waits until the worker has stopped
     finally:
         progress.clear()
         if not options.json:
-            print_end(screen, reply.taken, shown)
+            print_end(screen, reply.taken)
     if options.json:
         found = {"text": reply.text, "thinking": reply.thinking}
         found |= {"finish_reason": reply.stats.finish_reason}
@@ -8170,10 +8169,10 @@ class Chat(Conversation):
 
     def do_history(self, _: str) -> None:
         user, piece, stats, _ = self.last()
+        WordWrap(sys.stderr).write(f"\n>>> {user}\n")
         screen = WordWrap(sys.stderr)
-        screen.write(f"\n>>> {user}\n")
-        shown = print_piece(screen, piece, 0)
-        screen.write(piece.text[shown:].rstrip() + "\n")
+        print_piece(screen, piece)
+        screen.write(piece.text[screen.taken :].rstrip() + "\n")
         if early_end(stats, self.options.limit, self.engine.args.longest_context):
             note("[stopped]")
         screen.write("\n")

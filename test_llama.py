@@ -4949,11 +4949,11 @@ def test_what_cannot_be_quantized_while_loading_is_refused(tmp_path):
         with pytest.raises(llama.AlreadyQuantized, match=f"{words} to 4 bits again"):
             loaded(STORIES, bits=4)
     mixed, _ = llama.load(dense)
-    llama.quantize(mixed.model.layers[0], bits=8)
-    llama.quantize(mixed, bits=3)
+    quantize(mixed.model.layers[0], bits=8)
+    quantize(mixed, bits=3)
     tensors = llama.read_header(STORIES / "model.safetensors")
     with pytest.raises(llama.AlreadyQuantized, match="have 3 and 8 bits; they cannot"):
-        llama.quantized(mixed, tensors, 4)
+        llama.to_quantize(mixed, tensors, 4)
 
 
 def test_the_memory_check_counts_what_is_quantized_while_loading(tmp_path, monkeypatch):
@@ -5440,18 +5440,20 @@ def test_thinking_is_what_the_tags_at_the_beginning_enclose(
     assert (whole.thinking_end(), whole.thinking) == (end, thinking)
     assert whole.content == opening + text
     # Character by character, nothing is shown that later turns out to be otherwise.
-    shown, dim, plain = 0, "", ""
+    screen, dim, plain = types.SimpleNamespace(taken=0), "", ""
 
     def write(text: str, dim: bool = False) -> None:
         parts.append((text, dim))
+        screen.taken += len(text)
 
+    screen.write = write
     for size in range(1, len(text) + 1):
         parts, part = [], llama.Piece(text[:size], opening=opening)
-        shown = llama.print_piece(types.SimpleNamespace(write=write), part, shown)
+        llama.print_piece(screen, part)
         dim += "".join(text for text, is_dim in parts if is_dim)
         plain += "".join(text for text, is_dim in parts if not is_dim)
-    assert dim == text[: end or 0] and dim + plain == text[:shown]
-    assert shown == (0 if end is None else len(text))
+    assert dim == text[: end or 0] and dim + plain == text[: screen.taken]
+    assert screen.taken == (0 if end is None else len(text))
 
 
 def saying(text: str, engine: llama.Engine, monkeypatch) -> None:
@@ -5514,7 +5516,7 @@ def test_what_might_have_become_thinking_is_shown_in_the_end(
     chat.take("Hi!")
     assert capsys.readouterr().out.rstrip("\n") == text.rstrip("\n")
     chat.take("/history")
-    assert capsys.readouterr().err == f"\n>>> Hi!\n{text}\n\n"
+    assert capsys.readouterr().err == f"\n>>> Hi!\n{text.rstrip()}\n\n"
 
 
 def test_ctrl_c_while_text_is_shown_shows_none_of_it_twice(engine, monkeypatch, capsys):
@@ -5522,7 +5524,7 @@ def test_ctrl_c_while_text_is_shown_shows_none_of_it_twice(engine, monkeypatch, 
 
     def interrupted(screen, text, **options):
         write(screen, text, **options)
-        if text == "t":
+        if text == " t":
             raise KeyboardInterrupt
 
     saying("Hi there!", engine, monkeypatch)
