@@ -41,7 +41,11 @@ STORIES = HERE / "stories"
 PROGRAM = ("-m", "llama")
 
 
-HERE_ON_THE_PATH = {"PYTHONPATH": str(HERE)}
+# MLX itself may lie where an inherited PYTHONPATH says.
+INHERITED = os.environ.get("PYTHONPATH", "")
+
+
+HERE_ON_THE_PATH = {"PYTHONPATH": os.pathsep.join(filter(None, [str(HERE), INHERITED]))}
 
 
 if sys.dont_write_bytecode:  # even where Python is told to keep none
