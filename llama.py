@@ -2773,6 +2773,11 @@ class Rendering:
             return self.visit(source.ifs[0])
 
         if source.ifs:
+            parts = ast.walk(source.ifs[0])
+            names = [part.id[2:] for part in parts if isinstance(part, ast.Name)]
+            if any(isinstance(scope.get(name), Namespace) for name in names):
+                # Jinja asks before each round, and the one before may have set it.
+                raise ValueError("a loop's condition cannot read a namespace here")
             items = [item for item in items if passes(item)]
         completed = False
         for n, item in enumerate(items):
@@ -3702,8 +3707,11 @@ class TextTokenizer(ByteLevelTokenizer):
         first: whether the text begins a document; SentencePiece-style vocabularies put
         a space before it then, so that its first word is a word like any other.
         control: the contents of words that count as control tokens here.
-        Raises ValueError for a control token that the model does not know.
+        Raises TypeError for what is no text, and ValueError for a control token that
+        the model does not know.
         """
+        if not isinstance(text, str):
+            raise TypeError(f"wanted a text to encode, got {text!r:.80}")
         ids, control = [], self.special_tokens.keys() | {*control}
         for token, piece, add_space in self._parts(Text.of(text), first, control):
             if token is None:

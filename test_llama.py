@@ -5723,6 +5723,9 @@ def test_a_text_in_the_place_of_ids_is_refused(engine):
     for asked in (engine.submit, functools.partial(llama.generate, None)):
         with pytest.raises(TypeError, match="^the prompt must be ids, got 'Hi!'$"):
             asked("Hi!")
+    for asked in (engine.tokenizer.encode, engine.complete):
+        with pytest.raises(TypeError, match=r"^wanted a text to encode, got \[1, 2\]$"):
+            asked([1, 2])
 
 
 def test_a_prompt_that_does_not_fit_is_refused_with_both_numbers(engine):

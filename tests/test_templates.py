@@ -357,6 +357,14 @@ def test_random_templates_render_as_jinja2_does_or_are_refused(seed):
     assert same > 50
 
 
+def test_a_condition_that_rounds_of_its_loop_may_change_is_refused():
+    """Jinja asks it before each round, and this interpreter before them all."""
+    begin = "{% set ns = namespace(x='a') %}{% for m in messages if ns.x == 'a' %}"
+    source = begin + "{% set ns.x = 'b' %}{{ m.content }}{% endfor %}"
+    assert str(rendered(source, CONVERSATIONS[2])) == "Hi"
+    assert "cannot read a namespace" in str(ours(source, CONVERSATIONS[2]))
+
+
 # Attacks. Each is refused in one line, before it takes much time or memory.
 
 TEXT = "{% set ns = namespace(x='ab', l=[1], t=(1,)) %}"
