@@ -129,13 +129,18 @@ def test_no_published_template_takes_a_message_for_its_own_words():
 @needs_data
 def test_a_conversation_costs_in_proportion_to_its_length():
     source = source_of("openvino-deepseek-ai-DeepSeek-R1.jinja")
-    template, seconds = llama.ChatTemplate(source), {}
-    for count in (101, 1001):
-        messages = conversation(*["word " * 20] * count)
-        began = time.process_time()
-        template.render(messages, NAMES)
-        seconds[count] = time.process_time() - began
-    assert seconds[1001] < 30 * max(seconds[101], 0.001)
+    template = llama.ChatTemplate(source)
+
+    def seconds(count: int) -> float:
+        """The least of five, since garbage of other tests may be collected meanwhile."""
+        messages, took = conversation(*["word " * 20] * count), []
+        for _ in range(5):
+            began = time.process_time()
+            template.render(messages, NAMES)
+            took.append(time.process_time() - began)
+        return min(took)
+
+    assert seconds(1001) < 30 * max(seconds(101), 0.001)
 
 
 # Random templates. Each is rendered as jinja2 does, or refused.
