@@ -1,8 +1,8 @@
 """Llama in one file: run Llama-family models with Apple's MLX.
 
+    python llama.py chat MODEL          talk to a model; --help lists the options
     python llama.py info 8b             what a model is, and whether it fits here
     python llama.py inspect MODEL       what a model folder holds, and what is wrong
-    python llama.py chat MODEL          talk to it; --help lists the options
 
 MODEL is a folder in Hugging Face's layout, or org/name in the local Hugging Face cache;
 without one it is the small storyteller in stories/.
