@@ -3739,10 +3739,10 @@ class TextTokenizer(ByteLevelTokenizer):
                 yield token, part, False
                 continue
             part = self._normalize(part, first or start > 0)
-            for word, at, stop in self._normalized.split(part, control):
+            for token, at, stop in self._normalized.split(part, control):
                 begins = start == at == 0
                 add_space = first if begins else self.vocabulary.adds_space == "missing"
-                yield word, str(part)[at:stop], add_space
+                yield token, str(part)[at:stop], add_space
 
     def _normalize(self, text: Text, prefix: bool) -> Text:
         """Return a text normalised; prefix: see SpelledVocabulary.normalize.
@@ -7036,7 +7036,8 @@ def info_rows(found: dict) -> list[tuple[str, str]]:
         words = found["verdict"][bits]
         rows.append((name, f"{bits:2} bits {gigabytes(nbytes):>9}: {words}"))
     if found["device"] == "cpu":
-        why = "unpacking weights of few bits takes the time that reading them saves"
+        # With OpenBLAS they are unpacked once, if there is room, and else each time.
+        why = "fewer bits are hardly faster, since weights are unpacked first"
         rows.append(("on a CPU", why))
     return rows
 
@@ -7882,8 +7883,7 @@ def counted(turns: list) -> str:
 
 def rebuilt(kind: type, values: dict) -> object:
     """Return a Piece or Stats from what JSON kept of one. Raises TypeError if the keys
-    are
-    not its fields, or a value is of another type than the default."""
+    are not its fields, or a value is of another type than the default."""
     made, usual = kind(**values), kind()
     for entry in fields(kind):
         value, wanted = getattr(made, entry.name), type(getattr(usual, entry.name))

@@ -3280,6 +3280,9 @@ def test_a_control_token_is_found_where_all_of_it_is_trusted():
     assert marked(own, "<s>w", "ord") == "[<s>][word]"
     assert marked(own, "word", " and word <think>") == "[word] and word [<think>]"
     assert marked(own, "<think>", "</s><think>") == "[<think>]</s><think>"
+    # A word within a control token that a user wrote is none.
+    own = byte_tokenizer(["<s>"], ["s"])
+    assert marked(own, "", "<s>s") == "<s>[s]"
 
 
 def test_what_is_trusted_stays_so_in_normalised_text(tmp_path):
@@ -3892,6 +3895,13 @@ def test_templates_are_found_in_either_file_and_by_name(tmp_path):
     assert llama.Tokenizer.from_folder(folder).template == "<|start_header_id|>"
     own = llama.Tokenizer.from_folder(folder, template="zephyr")
     assert own.template == llama.BUILT_IN["zephyr"]
+    # A built-in template gets the token whose id config.json alone has.
+    end = {"id": 300, "content": "</s>", "special": True}
+    spec = small_spec() | {"added_tokens": [end]}
+    config = {"vocab_size": 301, "eos_token_id": [300]}
+    bare = write_tokenizer(tmp_path / "bare", spec, config=config)
+    own = llama.Tokenizer.from_folder(bare, template="zephyr")
+    assert own.token_names == {"eos_token": "</s>"}
     with pytest.raises(ValueError, match="template must be one of llama3, .* got 'x'"):
         llama.Tokenizer.from_folder(folder, template="x")
 
@@ -4030,6 +4040,21 @@ def test_what_a_template_writes_after_a_reply_ends_one():
     for end, stops in (("'<|done|>'", {256}), ("' <|done|>'", {256}), ("'.'", set())):
         text = template.replace("end }}", f"{end} }}}}")
         assert byte_tokenizer(["<|done|>"], template=text).stop_tokens == stops
+    # A template that leaves replies out writes nothing after them.
+    first = "{{ '<|done|>' + messages[0].content }}"
+    assert byte_tokenizer(["<|done|>"], template=first).stop_tokens == set()
+
+
+def test_a_word_that_ends_replies_is_not_merged_from_text(tmp_path):
+    spec = merged_spec(["a b"])
+    token = {"id": spec["model"]["vocab"]["ab"], "content": "ab", "special": False}
+    template = "{% for m in messages %}{{ m.content + 'ab' }}{% endfor %}"
+    settings = {"chat_template": template}
+    spec |= {"added_tokens": [token]}
+    folder = write_tokenizer(tmp_path, spec, tokenizer_config=settings)
+    own = llama.Tokenizer.from_folder(folder)
+    assert own.stop_tokens == {token["id"]}
+    assert own.encode("ab") == own.encode("a") + own.encode("b")
 
 
 def test_the_date_is_todays():
@@ -6322,7 +6347,7 @@ def test_a_broken_folder_never_breaks_the_list(damage, folder, hub, capsys):
 def test_info_tells_why_fewer_bits_are_not_faster_on_a_cpu(capsys):
     assert llama.main(["info", "8b"]) == 0
     last = capsys.readouterr().out.splitlines()[-1]
-    assert ("takes the time that reading them saves" in last) == (not ON_A_GPU)
+    assert ("fewer bits are hardly faster" in last) == (not ON_A_GPU)
     for device in ("cpu", "gpu"):
         rows = dict(llama.info_rows(llama.describe("8b") | {"device": device}))
         assert ("on a CPU" in rows) == (device == "cpu")
