@@ -3095,7 +3095,7 @@ READABLE = re.compile(rf"{BRANCH}(?:\|{BRANCH}){{0,11}}")
 NESTED = {r" ?[^(\s|[.,!?…。，、।۔،])]+": r" ?[^(\s|.,!?…。，、।۔،)]+"}
 
 
-# Most texts have no character from here on. For them, the expressions below are made
+# Many texts have no character from here on. For them, the expressions below are made
 # without such characters, since to find all letters there are takes 0.2 seconds.
 RARE = 0x250
 
