@@ -66,9 +66,7 @@ def test_a_reply_wraps_at_the_edge_of_the_terminal_and_in_a_pipe_it_does_not():
         chat.type(STORY[1] + "\r")
         chat.wait_for(PASTES_ARE_PLAIN)  # readline has read the message
         chat.wait_for(PASTES_ARE_MARKED)  # as long as the reply is printed
-        shown = chat.wait_for(PASTES_ARE_PLAIN).strip("\r\n")
-        # On a slow machine the progress of reading comes first, and is wiped out.
-        shown = re.sub(r"^(\r?(reading the prompt[^\x1b]*)?\x1b\[K)+", "", shown)
+        shown = without_progress(chat.wait_for(PASTES_ARE_PLAIN).strip("\r\n"))
         assert shown.replace("\r\n", "\n") == wrapped(text, columns)
         chat.wait_for(">>> ")
         chat.type("/reset\r")
@@ -76,6 +74,12 @@ def test_a_reply_wraps_at_the_edge_of_the_terminal_and_in_a_pipe_it_does_not():
     chat.wait_for(">>> ")
     chat.type(CTRL_D)
     assert chat.status() == 0
+
+
+def without_progress(shown: str) -> str:
+    """What was printed after the progress of reading, which a slow machine shows first
+    and wipes out."""
+    return re.sub(r"^\s*(\r?(reading the prompt[^\x1b]*)?\x1b\[K)+", "", shown)
 
 
 def wrapped(text: str, columns: int) -> str:
@@ -253,7 +257,7 @@ def test_thinking_is_dim_on_a_terminal_and_text_in_a_pipe(
         screen = chat.wait_for(PASTES_ARE_MARKED)
         if typed == "Hi!\r":  # they are marked as long as the reply is printed
             screen = chat.wait_for(PASTES_ARE_PLAIN)
-        screen = screen.replace("\r\n", "\n")
+        screen = without_progress(screen).replace("\r\n", "\n")
         dim = "".join(re.findall(r"\x1b\[2m(.*?)\x1b\[0m", screen, re.DOTALL))
         thinking = text[: text.index("</think>")]
         wanted = "" if environment else thinking + "</think>"
