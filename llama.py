@@ -4954,11 +4954,12 @@ def decode_with_lookup(
 #     through. So a long prompt would take memory for all its layers at once, and over a
 #     large cache a step would copy what the last step still reads: they are launched in
 #     pieces.
-# A CPU gains by how weights lie in memory, and by matrices that are not packed.
+# A CPU gains by how weights lie in memory, by matrices that are not packed, and by
+# products that all its cores share.
 # All of this is put into a model by exchanging parts of it, each for one that holds
 # the same weights; the loop over the blocks stays as it is.
 # uses: 1-6
-# needs: Callable, copy, functools, itertools, math, mx, nn, tree_flatten,
+# needs: Callable, copy, functools, itertools, math, mx, nn, os, sys, tree_flatten,
 #     tree_unflatten
 # -----------------------------------------------------------------------------
 
@@ -5042,6 +5043,76 @@ def dequantized_bytes(model: Llama) -> int:
             numbers -= layer.weight.size + layer.scales.size
             numbers -= layer.biases.size if "biases" in layer else 0
     return 4 * numbers
+
+
+WORTH_A_CORE = 100_000  # weights, whose product takes longer than to wake a core
+
+
+class SpreadLinear(nn.Module):
+    """A linear layer whose product is spread over the cores of a CPU.
+
+    MLX computes a product on one core, but each stream of operations has a thread of
+    its own. So the rows of the matrix are cut into parts, and each has a stream.
+    """
+
+    def __init__(self, layer: nn.Module, streams: list):
+        super().__init__()
+        rows, count = layer.weight.shape[0], len(streams)
+        edges = [n * rows // count for n in range(count + 1)]
+        self.parts = [copy.copy(layer) for _ in streams]
+        for part, start, end in zip(self.parts, edges, edges[1:]):
+            for name, array in layer.parameters().items():
+                part[name] = array[start:end]
+        vars(self)["streams"] = streams  # no parameters
+
+    def spread(self, products: list[Callable], x: mx.array) -> mx.array:
+        """Return x W^T, each of its parts computed in a stream."""
+        done = []
+        for product, stream in zip(products, self.streams):
+            with mx.stream(stream):
+                done.append(product(x))
+        return mx.concatenate(done, axis=-1)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.spread(self.parts, x)
+
+
+class SpreadEmbedding(SpreadLinear):
+    """An embedding whose product, where it is the head, is spread over the cores."""
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        return self.spread([part.as_linear for part in self.parts], x)
+
+    def __call__(self, tokens: mx.array) -> mx.array:
+        vectors, start = 0, 0
+        for part in self.parts:
+            end = start + part.weight.shape[0]
+            there = (tokens >= start) & (tokens < end)
+            found = part(mx.where(there, tokens - start, 0))
+            vectors += mx.where(there[..., None], found, 0)
+            start = end
+        return vectors
+
+
+def spread_products(model: nn.Module, *, dense: bool) -> None:
+    """Have products with the packed matrices of a model spread over the cores that
+    this process may use, on Linux; dense: those with dense matrices too."""
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1
+    streams = [mx.new_thread_local_stream(mx.cpu) for _ in range(cores)]
+    for path, layer in model.named_modules():
+        if isinstance(layer, QuantizedMatrix):
+            weights = layer.scales.size * layer.group_size
+        elif dense and isinstance(layer, (nn.Linear, nn.Embedding)):
+            weights = layer.weight.size
+        else:
+            continue
+        count = min(cores, weights // WORTH_A_CORE)
+        if count > 1:
+            is_linear = isinstance(layer, (nn.Linear, QuantizedLinear))
+            kind = SpreadLinear if is_linear else SpreadEmbedding
+            layer = kind(layer, streams[:count])
+            mx.eval(layer.parameters())  # in this thread, which may not be the next
+            model.update_modules(tree_unflatten([(path, layer)]))
 
 
 def lay_out_by_columns(model: nn.Module) -> None:
@@ -5550,6 +5621,10 @@ def accelerate(
     if mx.default_device() == mx.cpu:
         if not keep_packed and dequantizes(model, model.model.norm.weight.dtype, group):
             dequantize(model)
+        # The ranks of a CPU share its cores. In a small model other work counts more.
+        if not shared and dequantized_bytes(model) // 4 > LARGE_FOR_CPU:
+            # OpenBLAS spreads products with dense matrices by itself.
+            spread_products(model, dense=not has_openblas())
         lay_out_by_columns(model)
         if has_openblas():
             unpack_for_many(model)
@@ -6727,18 +6802,21 @@ def copy_bandwidth() -> float:
 def reading_speed(bits: int) -> float:
     """Return the bytes of weights per second that products with a vector read here."""
     side, layers, count, dtype = 8192, 1, 4, mx.bfloat16
-    if mx.default_device() == mx.cpu:
+    on_cpu = mx.default_device() == mx.cpu
+    if on_cpu:
         # Many matrices, as in a model: a CPU's cache would hold a single one.
         side, layers, count, dtype = 768, 16, 1, mx.float32
     stack = nn.Sequential(*[nn.Linear(side, side, bias=False) for _ in range(layers)])
     stack.set_dtype(dtype)
+    if on_cpu:
+        spread_products(stack, dense=bits < 16 or not has_openblas())
     lay_out_by_columns(stack)
     if bits < 16:
         nn.quantize(stack, 64, bits)
     mx.eval(stack.parameters())
     nbytes = sum(array.nbytes for _, array in tree_flatten(stack.parameters()))
     best = math.inf
-    for _ in range(3):
+    for _ in range(10):  # threads of other cores take a few to wake
         vectors = [mx.ones((1, side), dtype) for _ in range(count)]
         started = time.perf_counter()
         mx.eval([stack(vector) for vector in vectors])

@@ -1,5 +1,5 @@
 """Tests of what a CPU of Linux gains by: OpenBLAS in MLX, if there is one, matrices laid
-out by columns, and packed ones unpacked."""
+out by columns, packed ones unpacked, and products that all cores share."""
 
 import ast
 import collections
@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 
 import llama  # isort: skip  (before MLX, whose BLAS it chooses)
 
@@ -244,6 +245,142 @@ def test_no_more_than_the_unpacked_model_is_in_memory_while_it_is_made():
 
 
 # -----------------------------------------------------------------------------
+# Products that all cores share
+# -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def three_cores(monkeypatch):
+    """Three cores, each worth waking for the matrices of a small model."""
+    monkeypatch.setattr(llama.sys, "platform", "linux")
+    found = lambda _: {0, 1, 2}
+    monkeypatch.setattr(llama.os, "sched_getaffinity", found, raising=False)
+    monkeypatch.setattr(llama, "WORTH_A_CORE", 1000)
+    monkeypatch.setattr(llama, "LARGE_FOR_CPU", 1000)
+
+
+def spread_layers(model):
+    return [m for m in model.modules() if isinstance(m, llama.SpreadLinear)]
+
+
+def dense_model(tied):
+    model = filled(WIDE | {"tie_word_embeddings": tied, "attention_bias": True})
+    for name, array in tree_flatten(model.parameters()):
+        if name.endswith(".bias"):  # which are zeros, and would not be missed
+            model.update(tree_unflatten([(name, mx.random.normal(array.shape))]))
+    return model
+
+
+@on_the_cpu
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("form", [None, *FORMATS])
+def test_a_spread_model_gives_what_the_whole_gives(form, tied, three_cores):
+    tokens = mx.array(random_tokens(WIDE, length=40))
+    model = packed_model(*form, tie_word_embeddings=tied) if form else dense_model(tied)
+    wanted, size = np.array(model(tokens)), nbytes(model)
+    vectors = np.array(model.model.embed_tokens(tokens).astype(mx.float32))
+    llama.spread_products(model, dense=not form)
+    assert {len(layer.parts) for layer in spread_layers(model)} == {3}
+    assert len(spread_layers(model)) == 7 * len(model.model.layers) + 2 - tied
+    assert nbytes(model) == size
+    llama.lay_out_by_columns(model)
+    if not form:
+        assert all(by_columns(layer) for _, layer in llama.dense_layers(model))
+    found = model.model.embed_tokens(tokens).astype(mx.float32)
+    assert np.array_equal(np.array(found), vectors)
+    for _ in range(20):  # three threads at once: it must be right every time
+        assert_close(model(tokens), wanted, 1e-5)
+        assert_close(in_parts(model, tokens, (1, 2, 9, 39)), wanted, 1e-5)
+
+
+@on_the_cpu
+def test_each_part_of_a_product_is_computed_in_a_stream_of_its_own(
+    three_cores, monkeypatch
+):
+    used, stream = [], mx.stream
+    layer = llama.nn.Linear(100, 100)
+    model = llama.nn.Sequential(layer)
+    llama.spread_products(model, dense=True)
+    [spread] = spread_layers(model)
+    spy = lambda one: used.append(one) or stream(one)
+    monkeypatch.setattr(mx, "stream", spy)
+    assert spread(mx.ones((1, 100))).shape == (1, 100)
+    assert len(used) == len({id(one) for one in used}) == 3
+
+
+@on_the_cpu
+def test_a_spread_model_works_in_other_threads_than_the_one_that_made_it(three_cores):
+    model, tokens = packed_model(), mx.array(random_tokens(WIDE))
+    wanted = np.array(model(tokens))
+    mx.eval(model.parameters())
+    llama.spread_products(model, dense=True)
+    found = []
+
+    def compute():
+        found.append(np.array(model(tokens)))
+        mx.clear_streams()
+
+    for _ in range(3):
+        thread = threading.Thread(target=compute)
+        thread.start()
+        thread.join(60)
+    for logits in found:
+        assert_close(logits, wanted, 1e-5)
+    assert len(found) == 3
+
+
+@on_the_cpu
+@pytest.mark.parametrize(
+    ("there", "changes", "wanted"),
+    [
+        (False, {}, {"dense", "packed"}),
+        (True, {}, {"packed"}),  # OpenBLAS spreads the others by itself
+        (False, {"platform": "darwin"}, set()),
+        (False, {"cores": 1}, set()),
+        (False, {"WORTH_A_CORE": 10**6}, set()),
+        (False, {"LARGE_FOR_CPU": 10**6}, set()),
+        (False, {"ranks": 2}, set()),
+    ],
+)
+def test_which_products_are_spread(there, changes, wanted, three_cores, monkeypatch):
+    monkeypatch.setattr(llama, "has_openblas", lambda: there)
+    if "platform" in changes:
+        monkeypatch.setattr(llama.sys, "platform", changes["platform"])
+    if "cores" in changes:
+        monkeypatch.setattr(llama.os, "sched_getaffinity", lambda _: {5})
+    for name in changes.keys() & {"WORTH_A_CORE", "LARGE_FOR_CPU"}:
+        monkeypatch.setattr(llama, name, changes[name])
+    found = set()
+    for name, model in (("dense", filled(WIDE)), ("packed", packed_model())):
+        group = one(changes["ranks"]) if "ranks" in changes else None
+        llama.accelerate(model, group, keep_packed=True)
+        if spread_layers(model):
+            found.add(name)
+    assert found == wanted
+
+
+@on_the_cpu
+def test_the_built_in_model_computes_as_part_one_has_it():
+    """Its matrices are too small to be worth a second core."""
+    with llama.Engine(STORIES) as engine:
+        assert spread_layers(engine._worker.model) == []
+
+
+@needs_exact_counts
+@on_the_cpu
+def test_no_second_copy_of_a_dense_model_is_in_memory_while_it_is_spread(three_cores):
+    model = filled(WIDE | {"num_hidden_layers": 8})
+    mx.eval(model.parameters())
+    largest = max(layer.weight.nbytes for _, layer in llama.dense_layers(model))
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    llama.spread_products(model, dense=True)
+    llama.lay_out_by_columns(model)
+    assert mx.get_active_memory() < 1.02 * before  # each part's size is rounded up
+    assert mx.get_peak_memory() - before <= 2 * largest < nbytes(model) / 4
+
+
+# -----------------------------------------------------------------------------
 # What is unpacked, and when
 # -----------------------------------------------------------------------------
 
@@ -268,6 +405,20 @@ def test_the_speed_that_info_promises_is_that_of_this_layout(monkeypatch):
     assert all(map(by_columns, layers))
     # More than a CPU's cache holds, or it would promise what no model reaches.
     assert sum(layer.weight.nbytes for layer in layers) > 32e6
+
+
+@on_the_cpu
+@pytest.mark.parametrize(
+    ("bits", "there", "spread"), [(16, False, 16), (16, True, 0), (4, True, 16)]
+)
+def test_the_speed_that_info_promises_is_that_of_all_cores(
+    bits, there, spread, three_cores, monkeypatch
+):
+    seen = []
+    monkeypatch.setattr(llama, "lay_out_by_columns", seen.append)
+    monkeypatch.setattr(llama, "has_openblas", lambda: there)
+    assert llama.reading_speed(bits) > 0
+    assert len(spread_layers(seen[0])) == spread
 
 
 @on_the_cpu
