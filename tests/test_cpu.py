@@ -376,7 +376,7 @@ def test_no_second_copy_of_a_dense_model_is_in_memory_while_it_is_spread(three_c
     mx.reset_peak_memory()
     llama.spread_products(model, dense=True)
     llama.lay_out_by_columns(model)
-    assert mx.get_active_memory() < 1.02 * before  # each part's size is rounded up
+    assert mx.get_active_memory() < 1.1 * before  # the size of a part is rounded up
     assert mx.get_peak_memory() - before <= 2 * largest < nbytes(model) / 4
 
 
