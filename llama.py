@@ -6643,7 +6643,7 @@ def advice(error: Exception, command: str = "chat") -> str:
     """Return which options of a command may help against an error; "" if none does."""
     if isinstance(error, MemoryTooSmall):
         if error.weights > error.there:
-            return "; quantized weights need less, see --bits"
+            return "; fewer bits need less, and --bits packs what is not packed yet"
         option = "--prompt-tokens" if command == "info" else "--ctx"
         return f"; {option} sets the size of the cache"
     if isinstance(error, AlreadyQuantized):
