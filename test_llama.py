@@ -4820,7 +4820,7 @@ def test_memory_is_refused_or_warned_of_before_anything_is_read(monkeypatch):
     warning = llama.require_memory(7 * 10**9, 2 * 10**9)
     assert "7.00 GB of weights" in warning and "of 10.00 GB that Metal" in warning
     assert "sudo sysctl iogpu.wired_limit_mb=13000" in warning
-    for weights, cache, help_ in ((9, 2, "; --ctx"), (11, 1, "; quantized weights")):
+    for weights, cache, help_ in ((9, 2, "; --ctx"), (11, 1, "; fewer bits")):
         with pytest.raises(
             ValueError, match=r"do not fit 10\.00 GB of memory$"
         ) as error:
