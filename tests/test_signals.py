@@ -425,12 +425,12 @@ def test_ctrl_c_at_any_moment_is_quiet(moments):
     On CUDA attention is computed without cuDNN: the compiler that cuDNN calls for each
     new length of a prompt has a handler of its own for Ctrl-C, which ends the process.
     """
-    environment = os.environ | {"MLX_CUDA_USE_CUDNN_SDPA": "0"}
+    without_cudnn = {"MLX_CUDA_USE_CUDNN_SDPA": "0"}
     # One text, whose drafts and so whose shapes are the same each time.
     words = ["chat", "--prompt", "Tell me a story about a cat. " * 20, "--seed", "1"]
     line = [sys.executable, "-c", WHEN_IMPORTED, *words]
     if ON_A_GPU:  # kernels that no run has used yet are compiled, whatever is typed
-        assert command(*words, env=environment).returncode == 0
+        assert command(*words, **without_cudnn).returncode == 0
     ends = set()
     for n in range(moments):
         process = subprocess.Popen(
@@ -439,7 +439,7 @@ def test_ctrl_c_at_any_moment_is_quiet(moments):
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
-            env=environment,
+            env=os.environ | without_cudnn,
         )
         process.stderr.readline()
         time.sleep(2.0 * random.Random(n).random() ** 3)
