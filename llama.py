@@ -6095,6 +6095,8 @@ class Worker(threading.Thread):
         self.closing = threading.Event()
 
     def run(self) -> None:
+        if self.closing.is_set():  # by a Ctrl-C before it began; nobody waits for it
+            return
         try:
             self.load()
             while (request := self.next_request()) is not None:

@@ -410,6 +410,24 @@ def test_a_terminal_that_goes_away_ends_it(folder, line_editor):
         chat.process.kill()  # libedit would read on
 
 
+def test_a_thread_that_is_not_wanted_before_it_began_does_nothing(folder, monkeypatch):
+    """Ctrl-C can strike while Python starts the thread; Python then takes it for one
+    that never ran, and waits for none. It may run all the same, while all else ends."""
+
+    def struck(worker):
+        raise KeyboardInterrupt
+
+    made = []
+    monkeypatch.setattr(llama.Worker, "start", lambda w: made.append(w) or struck(w))
+    with pytest.raises(KeyboardInterrupt):
+        llama.Engine(folder)
+    gc.collect()  # the engine, which nobody has got
+    [worker] = made
+    assert worker.closing.is_set() and not worker.is_alive()
+    worker.run()
+    assert worker.events.empty() and worker.failure is None
+
+
 WHEN_IMPORTED = """
 import sys
 import llama
