@@ -1546,6 +1546,7 @@ SUPPORTED = {
     "attention_bias": (False, True, None),
     "mlp_bias": (False, True, None),
     "use_sliding_window": (False, True, None),
+    "is_causal": (True, None),
 }
 
 # type of a field: (in words, whether a value is of it)
@@ -2026,8 +2027,9 @@ END = {
     "#": re.compile(r"\+#\}|-#\}\s*|#\}\n?"),
 }
 BLANKS = re.compile(r"\s*")
+# A number after a dot is an index: [[1, 2]].0.1 is 2.
 WORD = re.compile(
-    r"""(?P<number>(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?)
+    r"""(?P<number>(?<=\.)[0-9]+|(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?)
     | (?P<name>[A-Za-z_][A-Za-z_0-9]*)
     | (?P<text>'[^'\\]*(?:\\.[^'\\]*)*'|"[^"\\]*(?:\\.[^"\\]*)*")
     | (?P<sign>//|\*\*|[=!<>]=|[-+*/%~<>=.,:|])
@@ -2568,8 +2570,10 @@ class Rendering:
         """Return value.name: what a mapping holds under that name."""
         if isinstance(value, Fields):
             return value.names.get(name, Undefined(name))
-        # Jinja finds Python's own attributes before a mapping's keys.
-        if hasattr(str if isinstance(value, str) else type(defined(value)), name):
+        # Jinja finds Python's own attributes before a mapping's keys, and a macro has
+        # some that are Jinja's.
+        kind = str if isinstance(value, str) else type(defined(value))
+        if callable(value) or hasattr(kind, name):
             raise ValueError(f"{name:.80} is not known here")
         missing = Undefined(name)
         return value.get(name, missing) if isinstance(value, dict) else missing
@@ -3841,10 +3845,34 @@ def read_tokenizer(
     return vocabulary, read_added(folder, declared, vocab, settings), bos_name
 
 
+# What a folder may leave out, since Hugging Face's class of tokenizers has it.
+LLAMA_NAMES = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+END_OF_TEXT = "<|endoftext|>"
+USUAL_NAMES = {
+    "LlamaTokenizer": LLAMA_NAMES,
+    "CodeLlamaTokenizer": LLAMA_NAMES,
+    "GPT2Tokenizer": dict.fromkeys(LLAMA_NAMES, END_OF_TEXT),
+    "Qwen2Tokenizer": dict.fromkeys(
+        ("eos_token", "unk_token", "pad_token"), END_OF_TEXT
+    ),
+}
+
+
+def usual_names(settings: dict, contents: Iterable[str]) -> dict[str, str]:
+    """Return the names of control tokens that a tokenizer_config.json leaves to its
+    class; contents: of the added tokens, all that there are."""
+    kind = str(settings.get("tokenizer_class")).removesuffix("Fast")
+    usual = USUAL_NAMES.get(kind, {})
+    # A vocabulary of another kind may be under the name of the class; it lacks some.
+    return usual if {*usual.values()} <= {*contents} else {}
+
+
 def token_names(settings: dict) -> dict[str, str]:
     """Return what chat templates call control tokens, from tokenizer_config.json: from
     bos_token and the like to a token's text."""
     named = {key: settings[key] for key in settings if key.endswith("_token")}
+    extra = settings.get("extra_special_tokens")
+    named |= extra if isinstance(extra, dict) else {}
     texts = {k: v["content"] if isinstance(v, dict) else v for k, v in named.items()}
     return {
         name: text for name, text in texts.items() if text and isinstance(text, str)
@@ -3883,8 +3911,8 @@ def read_template(folder: Path, settings: dict, limit: int) -> str | None:
     if file.exists():
         return read_bounded(file, limit).decode("utf-8-sig")
     if isinstance(template, list):  # several, by name
-        template = {entry["name"]: entry["template"] for entry in template}["default"]
-    return template
+        template = {entry["name"]: entry["template"] for entry in template}
+    return template.get("default") if isinstance(template, dict) else template
 
 
 def tokenizer_settings(folder: Path, template: str | None) -> dict:
@@ -3893,12 +3921,15 @@ def tokenizer_settings(folder: Path, template: str | None) -> dict:
     rows = rows if type(rows) is int and rows > 0 else MOST_TOKENS
     tokens = min(rows, MOST_TOKENS)
     limit = JSON_BYTES + tokens * BYTES_PER_TOKEN
-    settings = read_json(folder / "special_tokens_map.json")
-    settings |= read_json(folder / "tokenizer_config.json", limit)
+    settings = read_json(folder / "tokenizer_config.json", limit)
+    older = read_json(folder / "special_tokens_map.json")
+    is_new = "added_tokens_decoder" in settings  # then it has the last word
+    settings = older | settings if is_new else settings | older
     vocabulary, added, bos_name = read_tokenizer(folder, tokens, settings)
     if (size := max(vocabulary.bytes_of_id) + 1) > rows:
         raise ValueError(f"the tokenizer has {size} ids, the model {rows}")
     ids_of = {token.content: token.id for token in added}
+    settings = usual_names(settings, ids_of) | settings
     bos, ends = ends_of_texts(folder, settings, bos_name, ids_of)
     names = token_names(settings)
     if template is None:

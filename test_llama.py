@@ -2371,6 +2371,7 @@ REFUSALS = [
     (QWEN2 | {"layer_types": ["chunked"] * 2}, "layer_types", "got ['chunked', "),
     (QWEN2 | {"layer_types": 2}, "layer_types", "got 2"),
     ({"hidden_act": "gelu"}, "hidden_act", "got 'gelu'"),
+    ({"is_causal": False}, "is_causal", "got False"),
     ({"partial_rotary_factor": 0.5}, "partial_rotary_factor", "got 0.5"),
     (
         {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
@@ -2647,6 +2648,7 @@ MEANINGS = [
     ("{{ '' or 'x' }}{{ 1 and none }}", "xNone"),
     ("{{ [1, 2, 3][::-1][0] }}{{ 'abc'[-1] }}{{ messages[9] }}", "3c"),
     ("{{ 7 // 2, 7 % 4, 6 / 4, -1 }}", "(3, 3, 1.5, -1)"),
+    ("{{ [[1, 2], [3, 4]].0.1 }}{{ [[[5], 6]].0.0.0 }}{{ 0.1 + 1.5 }}", "251.6"),
     ("{{ 'it\\'s' \"\\x41\\n\" }}", "it'sA\n"),
     ("{{ nope }}{{ nope | length }}{{ nope is defined }}", "0False"),
     ("{{ nope | default('d') }}{{ '' | default('e', true) }}", "de"),
@@ -2767,6 +2769,10 @@ ERRORS = [
     ("{{ 'a' + nope }}", "line 1, column 4: nope is undefined: 'a' + nope }}"),
     ("{{ 'a' + 1 }}", "line 1, column 4: these values do not fit: 'a' + 1 }}"),
     ("{{ x | sort }}", "line 1, column 4: sort is not known here: x | sort }}"),
+    (
+        "{% macro f(a) %}{% endmacro %}{{ f.name }}",
+        "line 1, column 34: name is not known here: f.name }}",
+    ),
     (
         "{{ 'a'.zfill(3) }}",
         "line 1, column 4: zfill is not known here: 'a'.zfill(3) }}",
@@ -3391,6 +3397,75 @@ def test_transformers_reads_the_same_added_tokens(tmp_path):
         for text in ("x <a> y", "a <b><c>  <d> z"):
             wanted = theirs.encode(text, add_special_tokens=False)
             assert own.encode(by_template(text)) == wanted
+
+
+NAMES = (
+    "{{ bos_token }}|{{ eos_token }}|{{ unk_token }}|{{ pad_token }}|{{ image_token }}"
+)
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "files", "wanted"),
+    [
+        ("llama2", {"tokenizer_class": "LlamaTokenizer"}, "<s>|</s>|<unk>||"),
+        ("llama2", {"tokenizer_class": "LlamaTokenizerFast"}, "<s>|</s>|<unk>||"),
+        (
+            "llama2",
+            {"tokenizer_class": "LlamaTokenizer", "bos_token": "</s>"},
+            "</s>|</s>|<unk>||",
+        ),
+        (
+            "llama2",
+            {"tokenizer_class": "LlamaTokenizer", "bos_token": None},
+            "|</s>|<unk>||",
+        ),
+        ("llama2", {}, "||||"),
+        ("gpt2-digits", {"tokenizer_class": "LlamaTokenizer"}, "||||"),
+        (
+            "gpt2-digits",
+            {"tokenizer_class": "Qwen2TokenizerFast"},
+            "|<|endoftext|>|<|endoftext|>|<|endoftext|>|",
+        ),
+        (
+            "gpt2-digits",
+            {"tokenizer_class": "GPT2Tokenizer"},
+            "<|endoftext|>|<|endoftext|>|<|endoftext|>||",
+        ),
+        ("llama2", {"extra_special_tokens": {"image_token": "</s>"}}, "||||</s>"),
+        ("llama2", {"bos_token": "<s>", "map": {"bos_token": "</s>"}}, "</s>||||"),
+        ("llama2", {"bos_token": "<s>", "map": {"eos_token": "</s>"}}, "<s>|</s>|||"),
+    ],
+)
+def test_templates_know_the_names_that_transformers_gives_to_tokens(
+    vocabulary, files, wanted, tmp_path
+):
+    """Also those that a folder leaves to the class of its tokenizer."""
+    transformers = peer("transformers")
+    spec = json.loads((vocabulary_folder(vocabulary) / "tokenizer.json").read_bytes())
+    config = {"tokenizer_class": "PreTrainedTokenizerFast"} | files
+    older = config.pop("map", {})
+    folder = write_tokenizer(
+        tmp_path,
+        spec,
+        config={"model_type": "llama", "vocab_size": 60_000},
+        tokenizer_config=config | {"chat_template": NAMES},
+        special_tokens_map=older,
+    )
+    messages = [{"role": "user", "content": "x"}]
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    assert theirs.apply_chat_template(messages, tokenize=False) == wanted
+    assert str(llama.Tokenizer.from_folder(folder).render(messages)) == wanted
+
+
+def test_a_folder_whose_templates_have_other_names_has_no_chat_template(tmp_path):
+    named = [{"name": "tool_use", "template": "x"}]
+    folder = write_tokenizer(
+        tmp_path, small_spec(), tokenizer_config={"chat_template": named}
+    )
+    own = llama.Tokenizer.from_folder(folder)
+    assert own.encode("ab")
+    with pytest.raises(llama.NoTemplate):
+        own.encode_chat([{"role": "user", "content": "x"}])
 
 
 def test_a_token_that_the_model_has_no_row_for_is_never_used(tmp_path):
