@@ -3690,7 +3690,11 @@ class TextTokenizer(ByteLevelTokenizer):
         # A word beyond the rows of a model is no word to it.
         words = [t for t in added if t.content not in names and t.id < rows]
         self.added_words = {token.content: token.id for token in words}
-        self._text |= {token.id: token.content.encode() for token in words}
+        letters = {} if vocabulary.byte_ids else byte_letters()
+        spelled = read_texts(self.added_words, letters)
+        for content, i in self.added_words.items():  # some are not spelled, as "é"
+            whole = spelled[i] == spelled[i].decode("utf-8", "ignore").encode()
+            self._text[i] = spelled[i] if whole else content.encode()
         # Of two that are normalised alike, the control token counts.
         known = words + control
         self._raw = TokenTable({t.content: t for t in known if not t.normalized})

@@ -3457,6 +3457,42 @@ def test_templates_know_the_names_that_transformers_gives_to_tokens(
     assert str(llama.Tokenizer.from_folder(folder).render(messages)) == wanted
 
 
+@pytest.mark.parametrize(
+    ("vocabulary", "words"),
+    [
+        ("llama2", ["▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁", "▁a▁b", "plain", "é"]),
+        ("gpt2-digits", ["ĠĠx", "Ċy", "plain", "ÃĤ"]),
+    ],
+)
+def test_added_words_in_the_letters_of_a_vocabulary_are_printed_as_text(
+    vocabulary, words, tmp_path
+):
+    reference = peer("tokenizers").Tokenizer
+    spec = json.loads((vocabulary_folder(vocabulary) / "tokenizer.json").read_bytes())
+    size = 1 + max(
+        *spec["model"]["vocab"].values(), *(t["id"] for t in spec["added_tokens"])
+    )
+    flags = ("special", "single_word", "lstrip", "rstrip", "normalized")
+    spec["added_tokens"] += [
+        {"id": size + n, "content": word} | dict.fromkeys(flags, False)
+        for n, word in enumerate(words)
+    ]
+    own = llama.Tokenizer.from_folder(write_tokenizer(tmp_path, spec))
+    first = own.encode("a")
+    for n in range(len(words)):
+        ids = [*first, size + n]
+        theirs = reference.from_str(json.dumps(spec)).decode(ids)
+        assert own.decode(ids) == theirs and not {*theirs} & {"▁", "Ġ", "Ċ", "Ã"}
+
+
+def test_an_added_word_that_is_no_text_in_those_letters_is_printed_as_it_is(tmp_path):
+    spec = json.loads((STORIES / "tokenizer.json").read_bytes())
+    size = 1 + max(spec["model"]["vocab"].values())
+    spec["added_tokens"] += [{"id": size, "content": "café", "special": False}]
+    own = llama.Tokenizer.from_folder(write_tokenizer(tmp_path, spec))
+    assert own.encode("café") == [size] and own.decode([size]) == "café"
+
+
 def test_a_folder_whose_templates_have_other_names_has_no_chat_template(tmp_path):
     named = [{"name": "tool_use", "template": "x"}]
     folder = write_tokenizer(
