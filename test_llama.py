@@ -655,7 +655,7 @@ def test_a_tensor_at_the_end_of_a_file_is_adopted_up_to_its_last_item(
 def test_the_pages_of_an_adopted_tensor_are_in_memory_when_it_is_given(
     tmp_path, monkeypatch
 ):
-    """Or the first prompt would wait for the disk, after the load is said to be over."""
+    """Or the first prompt would wait for the disk, after the load is said to end."""
     monkeypatch.setattr(mx, "asarray", lambda data, copy=None: mx.zeros(len(data)))
     size = 64 * mmap.PAGESIZE
     header = {
@@ -2128,7 +2128,7 @@ def test_every_layout_of_the_rotary_settings_gives_equal_arguments(layout, scali
 
 
 def test_a_large_theta_and_a_scale_of_nothing_are_taken_as_published():
-    """A base of 3.6e9 exists; mscale 0 means that there is none, as Hugging Face has it."""
+    """A base of 3.6e9 exists; mscale 0 means that there is none, as in transformers."""
     for scaling in (None, LINEAR, YARN, LLAMA3):
         large = {"rope_theta": 3580165449.0, "rope_scaling": scaling}
         assert llama.read_args(CONFIG | large).rope_theta > 2**31
@@ -2150,7 +2150,7 @@ def test_absent_numbers_are_derived_and_given_ones_win():
 
 
 def shape_of(config):
-    """ModelArgs' fields, but for the rotary ones, of a configuration of transformers."""
+    """ModelArgs' fields, but for the rotary ones, of a config of transformers."""
     names = {field.name for field in dataclasses.fields(llama.ModelArgs)}
     names -= {"rope_theta", "rope_scaling", "rope_traditional", "sliding_window"}
     usual = {"head_dim": config.hidden_size // config.num_attention_heads}
@@ -5419,7 +5419,7 @@ def test_pieces_join_to_the_text_and_the_statistics_add_up(engine):
 
 
 def test_a_reply_that_is_cancelled_before_it_begins_reads_nothing(folder):
-    """An engine that is closed with requests in its queue does not read their prompts."""
+    """An engine that is closed with requests in its queue reads no more prompts."""
     with llama.Engine(folder) as engine:
         first = engine.chat(USER, max_tokens=200)
         waiting = [engine.chat(USER, max_tokens=5) for _ in range(3)]

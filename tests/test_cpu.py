@@ -1,5 +1,5 @@
-"""Tests of what a CPU of Linux gains by: OpenBLAS in MLX, if there is one, matrices laid
-out by columns, packed ones unpacked, and products that all cores share."""
+"""Tests of what a CPU of Linux gains by: OpenBLAS in MLX, matrices laid out by columns,
+packed ones unpacked, and products that all cores share."""
 
 import ast
 import collections
