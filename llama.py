@@ -36,7 +36,7 @@ Part One: the model                      uses
     6  Transformer                       1-5
     7  Tokenizer                         none
     8  Sampling                          none
-    9  Generation                        none
+    9  Generation                        5
     10 A reply                           1-9
 Part Two: every Llama
     11 Families                          1, 4
@@ -44,7 +44,7 @@ Part Two: every Llama
     13 Other vocabularies                1, 4, 7, 11, 12
     14 Checked loading                   1-7, 11-13
 Part Three: faster
-    15 Prompt lookup                     9
+    15 Prompt lookup                     5, 9
     16 Faster steps                      1-6
     17 The CUDA kernel                   1-6, 16
     18 Tensor parallel                   1-7, 11-14, 16, 17
@@ -647,6 +647,12 @@ class KVCache:
     def state(self) -> tuple[mx.array | None, mx.array | None, int]:
         """The buffers, None before the first tokens, and how many tokens they hold."""
         return self.keys, self.values, self.offset
+
+
+def trim_to(cache: list[KVCache], tokens: int) -> None:
+    """Forget all but the first tokens, in all layers; there may be fewer."""
+    for layer_cache in cache:
+        layer_cache.trim(max(layer_cache.offset - tokens, 0))
 
 
 # -----------------------------------------------------------------------------
@@ -1264,7 +1270,7 @@ make_sampler = Sampler  # generate(..., sampler=make_sampler(temperature=0.0))
 # Prefill and decode are generators, so whoever calls them can report progress, or stop,
 # between two steps. They work with any model that is called like the one of section 6,
 # and has caches like those of section 5.
-# uses: none
+# uses: 5
 # needs: Callable, Collection, Iterator, Sequence, itertools, mx
 # -----------------------------------------------------------------------------
 
@@ -1353,8 +1359,7 @@ def decode(
                 mx.clear_cache()  # buffers of past sizes would pile up
             token = next_token
     finally:
-        for layer_cache in cache:  # undo the step launched ahead, if there is one
-            layer_cache.trim(max(layer_cache.offset - held, 0))
+        trim_to(cache, held)  # undo the step launched ahead, if there is one
 
 
 def generate(
@@ -4822,7 +4827,7 @@ def load(
 # what follows now. One pass of the model reads them all, and each is kept while the
 # sampler, run on the model's own logits, picks the same token. So replies stay the
 # same, except where rounding breaks a tie. This loop takes the place of `decode`.
-# uses: 9
+# uses: 5, 9
 # needs: Callable, Collection, Iterable, Iterator, NamedTuple, copy, itertools, math, mx
 # -----------------------------------------------------------------------------
 
@@ -4896,8 +4901,7 @@ def verify_drafts(step: Step, cache: list) -> list[int]:
     while right < len(step.drafts) and step.drafts[right] == values[right]:
         right += 1
     kept = values[: right + 1]
-    for layer in cache:
-        layer.trim(len(values) - len(kept))
+    trim_to(cache, cache[0].offset - len(values) + len(kept))
     return kept
 
 
@@ -4909,14 +4913,15 @@ def step_after(
     lookup: Lookup,
     limit: int,
 ) -> Step | None:
-    """Return the step that follows another, launched; None if there is no room for it.
+    """Return the step that follows another, launched; None if there is no room for it,
+    or if what the other keeps must be known first.
 
     kept: what the other kept; [] if that is not known yet. A step without drafts keeps
     its one token whatever it is, so the next is launched before the token is known.
     limit: the tokens that the cache may hold.
     """
     room = limit - cache[0].offset
-    if room <= 0:
+    if room <= 0 or (step.drafts and not kept):
         return None
     drafts = lookup.drafts()[:room]
     # If the last token is not known, the first draft is a guess of it, and those to be
@@ -4949,10 +4954,8 @@ def decode_with_lookup(
     step = Step([], sampler(logits)[None], [sampler], logits)
     mx.async_eval(step.sampled)
     try:
-        for count in itertools.count(1):
-            ahead = None
-            if not step.drafts:
-                ahead = step_after(model, step, [], cache, lookup, limit)
+        while step is not None:
+            ahead = step_after(model, step, [], cache, lookup, limit)
             kept = verify_drafts(step, cache)
             lookup.passes += 1
             for value in kept:
@@ -4966,15 +4969,13 @@ def decode_with_lookup(
             lookup.accepted += len(kept) - 1
             if step.drafts:
                 ahead = step_after(model, step, kept, cache, lookup, limit)
-            if ahead is None:
-                return "context"
-            step = ahead
-            if count % 256 == 0:
+            if lookup.passes % 256 == 0:
                 require_numbers(step.logits)
                 mx.clear_cache()
+            step = ahead
+        return "context"
     finally:
-        for layer in cache:  # the step that was launched ahead may not be wanted
-            layer.trim(max(layer.offset - held, 0))
+        trim_to(cache, held)  # the step that was launched ahead may not be wanted
 
 
 # -----------------------------------------------------------------------------
@@ -5875,8 +5876,7 @@ def restore_session(
         raise ValueError(f"{file}: damaged: a tensor without a shape")
     if checksum(arrays) != session["checksum"]:
         raise ValueError(f"{file}: the cache in it is damaged")
-    for layer in cache:
-        layer.trim(layer.offset)
+    trim_to(cache, 0)
     for n in layers:
         keys, values = arrays[f"{n}.keys"], arrays[f"{n}.values"]
         cache[n].update_and_fetch(keys.astype(dtype), values.astype(dtype))
@@ -6234,8 +6234,7 @@ class Worker(threading.Thread):
         reused, most = 0, min(len(self.cached), len(ids) - 1)  # one is left to be read
         while reused < most and self.cached[reused] == ids[reused]:
             reused += 1
-        for layer in self.cache:
-            layer.trim(layer.offset - reused)
+        trim_to(self.cache, reused)
         return reused
 
     def unwanted(self, request: Request) -> bool:
@@ -6322,8 +6321,7 @@ class Worker(threading.Thread):
         """End a reply where a stop text begins, in the tokens that wait: the cache
         keeps those before them, and the text up to the end is encoded anew."""
         kept = len(request.tokens) - len(waiting.ids)
-        for layer in self.cache:
-            layer.trim(max(layer.offset - len(request.ids) - kept, 0))
+        trim_to(self.cache, len(request.ids) + kept)
         text = waiting.text[:end]
         request.events.put(Piece(text, self.tokenizer.encode(text, first=False)))
 
@@ -6993,8 +6991,7 @@ def measure_prompt(
     progress = ProgressLine("measuring the prompt", patience=0)
     progress(0, total)  # at once, since the first step may take long
     for before in range(0, total, len(ids)):
-        for layer in cache:
-            layer.trim(layer.offset)
+        trim_to(cache, 0)
         started = time.perf_counter()
         for done, logits in prefill(model, ids, cache, default_prefill_step()):
             progress(before + done, total)
@@ -7011,8 +7008,7 @@ def measure_reply(
     speeds, held, total = [], cache[0].offset, 4 * tokens
     progress = ProgressLine("measuring the reply")
     for before in range(0, total, tokens):
-        for layer in cache:
-            layer.trim(layer.offset - held)
+        trim_to(cache, held)
         times = []
         for _ in decode(model, logits, cache, greedy, tokens):
             times.append(time.perf_counter())

@@ -78,9 +78,12 @@ needs_exact_counts = pytest.mark.skipif(
 )
 
 
-def peer(name: str):
-    """A package that an oracle needs; skips, saying so, where it is not installed."""
-    return pytest.importorskip(name, reason=f"the peer {name} is not installed")
+def peer(name: str, version: str | None = None):
+    """A package that an oracle needs, no older than a version; skips, saying so, where
+    it is not installed."""
+    wanted = f"{name} {version}" if version else name
+    reason = f"the peer {wanted} is not installed"
+    return pytest.importorskip(name, version, reason=reason)
 
 
 on_a_gpu = pytest.mark.skipif(
