@@ -16,8 +16,9 @@ How a text goes through this file (the numbers are sections):
     logits --8--> an id, which is shown as text (7) and goes back in (9)
 
 How to read it. Part One, sections 1 to 10, is a complete runner: read it from its
-beginning, at one sitting. The other parts extend it, each for a purpose of its own, and
-can be read in any order. Every section uses only sections above it.
+beginning, at one sitting. If the file ended there, it would still run. The other parts
+extend it, each for a purpose of its own, and can be read in any order; each begins with
+the imports that it adds. Every section uses only sections above it.
 
 Symbols (shapes are written like (B, H, L, Dh))
     B    batch size                      D    width of the residual stream, hidden_size
@@ -81,45 +82,18 @@ MIT License; see LICENSE. A copied section needs only this line and a link to it
 # ]
 # ///
 
-import argparse
-import ast
-import base64
 import codecs
-import collections
 import contextlib
-import copy
 import ctypes
-import difflib
-import fcntl
-import functools
-import hashlib
 import itertools
 import json
 import math
 import mmap
-import operator
 import os
-import queue
-import re
-import select
-import signal
-import statistics
 import sys
-import termios
-import textwrap
-import threading
-import time
-import traceback
-import unicodedata
-import weakref
-import zlib
-from collections import ChainMap
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
-from datetime import datetime
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from types import FunctionType
-from typing import NamedTuple, TextIO, get_args
 
 # On Linux, MLX's CPU build is much faster if OpenBLAS is loaded before it. So the
 # imports below must stay below, and other code must import this file before MLX.
@@ -131,7 +105,6 @@ if sys.platform == "linux" and "mlx.core" not in sys.modules:
             break
 
 import mlx.core as mx
-import safetensors
 import tiktoken
 from mlx import nn
 from mlx.utils import tree_flatten, tree_unflatten
@@ -1462,6 +1435,21 @@ def answer(
 # -----------------------------------------------------------------------------
 # Part Two: every Llama. What other folders need, and what is wrong with a folder.
 # -----------------------------------------------------------------------------
+
+import ast
+import base64
+import collections
+import difflib
+import functools
+import operator
+import re
+import unicodedata
+from collections import ChainMap
+from datetime import datetime
+from types import FunctionType
+from typing import NamedTuple, get_args
+
+import safetensors
 
 # -----------------------------------------------------------------------------
 # 11. Families
@@ -4819,6 +4807,8 @@ def load(
 # Part Three: faster. The same replies sooner; nothing above needs any of it.
 # -----------------------------------------------------------------------------
 
+import copy
+
 # -----------------------------------------------------------------------------
 # 15. Prompt lookup
 # A GPU that reads all weights for one token could compute 16 tokens in nearly the same
@@ -5742,6 +5732,15 @@ def join_ranks() -> Group | None:
 # Part Four: streaming. A model that answers in the background, and remembers.
 # -----------------------------------------------------------------------------
 
+import fcntl
+import hashlib
+import queue
+import threading
+import time
+import traceback
+import weakref
+import zlib
+
 # -----------------------------------------------------------------------------
 # 19. Sessions
 # A conversation on the disk: the cache, the ids that it holds, and notes of whoever
@@ -6626,6 +6625,15 @@ REPLY_OPTIONS = Engine.submit.__kwdefaults__  # by name, also where submit is re
 # -----------------------------------------------------------------------------
 # Part Five: command line. What a person types, and what is printed.
 # -----------------------------------------------------------------------------
+
+import argparse
+import select
+import signal
+import statistics
+import termios
+import textwrap
+from dataclasses import asdict
+from typing import TextIO
 
 # -----------------------------------------------------------------------------
 # 21. Info and inspect
