@@ -961,6 +961,15 @@ def test_a_cache_cannot_forget_what_it_does_not_hold(n):
     assert cache.offset == 4
 
 
+@pytest.mark.parametrize(("tokens", "held"), [(0, 0), (3, 3), (4, 4), (9, 4)])
+def test_all_layers_of_a_cache_go_back_to_the_first_tokens(tokens, held):
+    cache = [llama.KVCache(8), llama.KVCache(8)]
+    for layer in cache:
+        layer.update_and_fetch(*random_past(4, 0))
+    llama.trim_to(cache, tokens)
+    assert [layer.offset for layer in cache] == [held, held]
+
+
 def test_buffers_have_a_multiple_of_256_slots():
     for capacity, slots in ((1, 256), (255, 256), (256, 256), (257, 512), (999, 1024)):
         cache = llama.KVCache(capacity)
