@@ -5509,7 +5509,8 @@ def fuse(model: Llama) -> None:
 # MLX's own mx.distributed carries them: nothing here opens a connection. mlx.launch
 # starts the ranks, and ends the others when one fails.
 # uses: 1-7, 11-14, 16, 17
-# needs: Callable, Mapping, Path, Sequence, dataclass, json, mx, nn, os, replace
+# needs: Callable, Iterator, Mapping, Path, Sequence, dataclass, json, mx, nn, os,
+#     replace
 # -----------------------------------------------------------------------------
 
 Group = mx.distributed.Group
@@ -5672,6 +5673,48 @@ def accelerate(
     arrange_steps(model)
 
 
+class Loading:
+    """What this rank is to load of a folder's model: what it takes, and how it is read.
+
+    group: None is a rank alone. dtype, bits: see load.
+    Raises what `examine` and `rank_share` raise.
+
+    Attributes: args, of the whole model. model: this rank's share, without weights
+    until they are read. tensors: where they lie, file_bytes in all. weights: the bytes
+    that they take in memory, and adopted: of these, the ones that are not copied.
+    unpacked: whether packed weights are dequantized.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        group: Group | None,
+        dtype: mx.Dtype | None = None,
+        bits: int | None = None,
+    ):
+        whole, tensors = examine(folder)
+        self.args, self.group, self.dtype = whole.args, group, dtype or default_dtype()
+        self.model, self.tensors = rank_share(whole, tensors, group, bits)
+        self.file_bytes = sum(info.nbytes for info in self.tensors.values())
+        # Whoever asks for few bits wants them in memory.
+        self.unpacked = bits is None and dequantizes(self.model, self.dtype, group)
+        if self.unpacked:
+            self.weights = dequantized_bytes(self.model)
+        else:
+            self.weights = memory_of(self.tensors.values(), self.dtype)
+        self.adopted = adopted_bytes(self.tensors.values(), self.dtype)
+
+    def cache_bytes(self, tokens: int) -> int:
+        """Return the bytes of a cache for some tokens."""
+        item_size = cache_item_size(self.tensors, self.dtype)
+        return tokens * kv_bytes_per_token(self.model.args, item_size)
+
+    def read(self) -> Iterator[int]:
+        """Read the weights, and make the model faster. Yields the bytes read so far."""
+        yield from read_weights(self.model, self.tensors, self.dtype)
+        accelerate(self.model, self.group, keep_packed=not self.unpacked)
+
+
 def load_rank(
     folder: str | Path,
     group: Group | None,
@@ -5683,11 +5726,10 @@ def load_rank(
     It takes tokens, and gives logits, as the whole does; all ranks must call it with
     the same tokens. Its cache is that of its own heads. dtype, bits: see load.
     """
-    model, tensors = rank_share(*examine(folder), group, bits)
-    for _ in read_weights(model, tensors, dtype or default_dtype()):
+    loading = Loading(folder, group, dtype, bits)
+    for _ in loading.read():
         pass
-    accelerate(model, group)
-    return model
+    return loading.model
 
 
 def broadcast(group: Group, message: list) -> list:
@@ -6161,7 +6203,7 @@ class Worker(threading.Thread):
                     request.finish(error)
         finally:
             # What a thread leaves running when it ends can abort the process.
-            self.model = self.cache = None
+            self.loading = self.model = self.cache = None
             mx.clear_streams()
 
     def next_request(self) -> "Request | Callable | None":
@@ -6190,41 +6232,23 @@ class Worker(threading.Thread):
 
     def load(self) -> None:
         """Load the model; report Progress, and in the end its ModelArgs."""
-        model, tensors = examine(self.folder)
-        args = model.args
-        self.context, warning = choose_context(args, self.context)
-        self.dtype = self.dtype or default_dtype()
+        loading = Loading(self.folder, self.group, self.dtype, self.bits)
+        self.loading, self.model = loading, loading.model
+        self.context, about_context = choose_context(loading.args, self.context)
         self.prefill_step = self.prefill_step or default_prefill_step()
         self.drafts = default_drafts()
-        model, self.tensors = rank_share(model, tensors, self.group, self.bits)
-        warnings = warning, *self.require_room(model)
+        cache = loading.cache_bytes(self.context)
+        self.nbytes = loading.weights + cache
+        about_memory = require_memory(loading.weights, cache)
+        about_speed = slow_products(dequantized_bytes(self.model) // 4)
+        warnings = about_context, about_memory, about_speed
         self.warnings = [text for text in warnings if text]
-        self.read(model)
-        self.model = model
-        self.forget()
-        self.events.put(args)
-
-    def require_room(self, model: Llama) -> tuple[str | None, str | None]:
-        """Find what the model will take in memory; return warnings about memory and
-        speed. Raises MemoryTooSmall."""
-        tensors, dtype = self.tensors.values(), self.dtype
-        # Whoever asks for few bits wants them in memory.
-        self.unpacked = self.bits is None and dequantizes(model, dtype, self.group)
-        dense = dequantized_bytes(model)
-        weights = dense if self.unpacked else memory_of(tensors, dtype)
-        item_size = cache_item_size(self.tensors, dtype)
-        cache = self.context * kv_bytes_per_token(model.args, item_size)
-        self.nbytes, self.adopted = weights + cache, adopted_bytes(tensors, dtype)
-        return require_memory(weights, cache), slow_products(dense // 4)
-
-    def read(self, model: Llama) -> None:
-        """Read the weights of a model, and make it faster. Reports Progress."""
-        total = sum(info.nbytes for info in self.tensors.values())
-        for done in read_weights(model, self.tensors, self.dtype):
-            self.events.put(Progress(done, total))
+        for done in loading.read():
+            self.events.put(Progress(done, loading.file_bytes))
             if self.closing.is_set():
                 raise RuntimeError("the engine was closed while loading")
-        accelerate(model, self.group, keep_packed=not self.unpacked)
+        self.forget()
+        self.events.put(loading.args)
 
     def forget(self) -> None:
         self.cache, self.cached = self.model.make_cache(self.context), []
@@ -6340,20 +6364,20 @@ class Worker(threading.Thread):
             context_used=self.cache[0].offset,
             context=self.context,
             peak_memory=mx.get_peak_memory(),
-            adopted_memory=self.adopted,
+            adopted_memory=self.loading.adopted,
             ranks=self.group.size() if self.group else 1,
-            unpacked=self.unpacked,
+            unpacked=self.loading.unpacked,
         )
 
     def save(self, file: Path, notes: dict, tokens: int | None) -> None:
         """Write the cache, what it holds, and notes to a file."""
-        name = fingerprint(self.folder, self.tensors)
+        name = fingerprint(self.folder, self.loading.tensors)
         save_session(file, self.cache, self.cached[:tokens], notes, name)
 
     def restore(self, file: Path) -> dict:
         """Fill the cache from a file, and return its notes; see Engine.restore."""
         args, dtype = self.model.args, self.model.model.norm.weight.dtype
-        name = fingerprint(self.folder, self.tensors)
+        name = fingerprint(self.folder, self.loading.tensors)
         try:
             ids, notes = restore_session(file, self.cache, args, dtype, name)
         except Exception:
@@ -7055,36 +7079,30 @@ def measure(
 
 def measured(options: argparse.Namespace, found: dict) -> Iterator[dict[str, float]]:
     """Yield what `measure` says of a preset, with random weights, or a model."""
-    args = ModelArgs(**found["config"])
+    args, group = ModelArgs(**found["config"]), options.group
     total = options.prompt_tokens + options.generation_tokens
     _, warning = choose_context(args, total)
-    if warning and not (options.group and options.group.rank() > 0):
+    if warning and not (group and group.rank() > 0):
         note(warning)
-    group, dtype = options.group, default_dtype()
-    args = rank_args(args, group.size() if group else 1)
-    keep_packed = options.bits is not None and found["folder"] is not None
     if found["folder"] is None:
-        item_size, bits = (dtype or mx.bfloat16).size, options.bits or 16
+        args = rank_args(args, group.size() if group else 1)
+        item_size, bits = (default_dtype() or mx.bfloat16).size, options.bits or 16
         if group is None:
             bits = bits_in_memory(Llama(args), bits)
         weights = weight_bytes(Llama(args), bits, item_size)
         cache = total * kv_bytes_per_token(args, item_size)
         require_memory(weights, cache)
         model = random_model(args, options.bits)
+        accelerate(model, group)
     else:
-        model, tensors = rank_share(*examine(found["folder"]), group, options.bits)
-        item_size = cache_item_size(tensors, dtype)
-        cache = total * kv_bytes_per_token(args, item_size)
-        weights = memory_of(tensors.values(), dtype)
-        if not keep_packed and dequantizes(model, dtype, group):
-            weights = dequantized_bytes(model)
+        loading = Loading(found["folder"], group, bits=options.bits)
+        model, weights = loading.model, loading.weights
+        cache = loading.cache_bytes(total)
         require_memory(weights, cache)
         progress = ProgressLine("loading")
-        size = sum(info.nbytes for info in tensors.values())
-        for done in read_weights(model, tensors, dtype):
-            progress(done, size)
+        for done in loading.read():
+            progress(done, loading.file_bytes)
         progress.clear()
-    accelerate(model, group, keep_packed=keep_packed)
     with wired_memory(weights + cache):
         yield from measure(model, options.prompt_tokens, options.generation_tokens)
 
