@@ -5682,7 +5682,8 @@ class Loading:
     Attributes: args, of the whole model. model: this rank's share, without weights
     until they are read. tensors: where they lie, file_bytes in all. weights: the bytes
     that they take in memory, and adopted: of these, the ones that are not copied.
-    unpacked: whether packed weights are dequantized.
+    unpacked: whether packed weights are dequantized. nbytes: what all takes in memory,
+    with the cache that there is room for.
     """
 
     def __init__(
@@ -5704,10 +5705,15 @@ class Loading:
             self.weights = memory_of(self.tensors.values(), self.dtype)
         self.adopted = adopted_bytes(self.tensors.values(), self.dtype)
 
-    def cache_bytes(self, tokens: int) -> int:
-        """Return the bytes of a cache for some tokens."""
+    def require_room(self, context: int) -> list[str]:
+        """Return warnings about memory and speed, with a cache of so many tokens.
+        Raises MemoryTooSmall."""
         item_size = cache_item_size(self.tensors, self.dtype)
-        return tokens * kv_bytes_per_token(self.model.args, item_size)
+        cache = context * kv_bytes_per_token(self.model.args, item_size)
+        self.nbytes = self.weights + cache
+        about_memory = require_memory(self.weights, cache)
+        about_speed = slow_products(dequantized_bytes(self.model) // 4)
+        return [text for text in (about_memory, about_speed) if text]
 
     def read(self) -> Iterator[int]:
         """Read the weights, and make the model faster. Yields the bytes read so far."""
@@ -6183,7 +6189,8 @@ class Worker(threading.Thread):
                     request()
                     continue
                 try:
-                    with wired_memory(self.nbytes):  # an idle chat keeps it from nobody
+                    # Only now: while it waits it keeps memory from nobody.
+                    with wired_memory(self.loading.nbytes):
                         self.serve(request)
                 except Exception as error:  # for whoever asked; the next may work
                     # What the failed step made may be all the memory there is, and the
@@ -6237,12 +6244,8 @@ class Worker(threading.Thread):
         self.context, about_context = choose_context(loading.args, self.context)
         self.prefill_step = self.prefill_step or default_prefill_step()
         self.drafts = default_drafts()
-        cache = loading.cache_bytes(self.context)
-        self.nbytes = loading.weights + cache
-        about_memory = require_memory(loading.weights, cache)
-        about_speed = slow_products(dequantized_bytes(self.model) // 4)
-        warnings = about_context, about_memory, about_speed
-        self.warnings = [text for text in warnings if text]
+        self.warnings = [about_context] if about_context else []
+        self.warnings += loading.require_room(self.context)
         for done in loading.read():
             self.events.put(Progress(done, loading.file_bytes))
             if self.closing.is_set():
@@ -7092,18 +7095,18 @@ def measured(options: argparse.Namespace, found: dict) -> Iterator[dict[str, flo
         weights = weight_bytes(Llama(args), bits, item_size)
         cache = total * kv_bytes_per_token(args, item_size)
         require_memory(weights, cache)
+        nbytes = weights + cache
         model = random_model(args, options.bits)
         accelerate(model, group)
     else:
         loading = Loading(found["folder"], group, bits=options.bits)
-        model, weights = loading.model, loading.weights
-        cache = loading.cache_bytes(total)
-        require_memory(weights, cache)
+        loading.require_room(total)
+        model, nbytes = loading.model, loading.nbytes
         progress = ProgressLine("loading")
         for done in loading.read():
             progress(done, loading.file_bytes)
         progress.clear()
-    with wired_memory(weights + cache):
+    with wired_memory(nbytes):
         yield from measure(model, options.prompt_tokens, options.generation_tokens)
 
 
