@@ -7455,12 +7455,12 @@ def early_end(stats: Stats, limit: str, longest: int) -> str | None:
     """Return why a reply ended before the model ended it, None if it did not.
 
     limit: how the length was limited. longest: the model's longest context."""
-    full = f"the context of {stats.context} tokens is full"
-    return {
-        "length": f"{stats.generation_tokens} tokens, as {limit} says",
-        "context": full + larger_context(stats.context + 1, stats.context, longest),
-        "cancelled": "Ctrl-C",
-    }.get(stats.finish_reason)
+    if stats.finish_reason == "length":
+        return f"{stats.generation_tokens} tokens, as {limit} says"
+    if stats.finish_reason == "context":
+        more = larger_context(stats.context + 1, stats.context, longest)
+        return f"the context of {stats.context} tokens is full{more}"
+    return "Ctrl-C" if stats.finish_reason == "cancelled" else None
 
 
 def stats_lines(stats: Stats, seed: int) -> str:
@@ -7566,7 +7566,6 @@ class WordWrap:
         if self.fits(self.blanks):
             self.put(self.blanks)
         self.blanks = ""
-        self.stream.flush()
 
     def put(self, text: str) -> None:
         # Each text by itself, so that the terminal is never left dim.
@@ -7613,7 +7612,6 @@ def print_end(screen: WordWrap, piece: Piece) -> None:
         text += "\n"
     if piece.text:
         screen.write(text)
-    screen.end_line()
 
 
 def template_variables(options: argparse.Namespace) -> dict[str, object]:
