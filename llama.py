@@ -6215,27 +6215,27 @@ class Worker(threading.Thread):
 
     def next_request(self) -> "Request | Callable | None":
         """Return what is to be done next: on every rank what rank 0 is asked."""
-        while self.group:
-            request, told = None, []
-            if self.group.rank() > 0:
-                time.sleep(TICK)
-            else:
+        if not self.group:
+            return self.requests.get()
+        leads, message = self.group.rank() == 0, []
+        while not message:
+            request = None
+            if leads:
                 with contextlib.suppress(queue.Empty):
                     request = self.requests.get(timeout=TICK)
-                    told.append(request and request.told())
+                    message = [request and request.told()]
+            else:
+                time.sleep(TICK)
             # Also when there is nothing to do: ranks that wait for one another in MLX
             # take a core each, and the death of one is noticed only here.
             try:
-                message = broadcast(self.group, told)
+                message = broadcast(self.group, message)
             except Exception as error:
                 if request is not None:  # it is in the queue no more
                     request.finish(error)
                 raise
-            for asked in message:
-                if asked and self.group.rank() > 0:
-                    request = Request(*asked)
-                return request
-        return self.requests.get()
+        [told] = message
+        return request if leads or told is None else Request(*told)
 
     def load(self) -> None:
         """Load the model; report Progress, and in the end its ModelArgs."""
@@ -6389,14 +6389,6 @@ class Worker(threading.Thread):
             raise
         self.cached = ids
         return notes
-
-
-def put_result(task: Callable, answer: queue.SimpleQueue) -> None:
-    """Run a task; pass on what it returns, or raises."""
-    try:
-        answer.put(task())
-    except Exception as error:
-        answer.put(error)
 
 
 def default_sampling(folder: Path) -> dict[str, float | None]:
@@ -6592,8 +6584,7 @@ class Engine(contextlib.AbstractContextManager["Engine"]):
         tokens: how many of the cache's, from its beginning; None is all of them.
         The file appears whole or not at all, whatever happens meanwhile.
         """
-        task = functools.partial(self._worker.save, Path(file), notes, tokens)
-        self._on_worker(task)
+        self._on_worker(self._worker.save, Path(file), notes, tokens)
 
     def restore(self, file: str | Path) -> dict:
         """Fill the cache from a file that `save` wrote; return its notes.
@@ -6601,7 +6592,7 @@ class Engine(contextlib.AbstractContextManager["Engine"]):
         Raises OSError, or ValueError if it is no such file, is damaged, does not fit
         the context, or was written with another model.
         """
-        return self._on_worker(functools.partial(self._worker.restore, Path(file)))
+        return self._on_worker(self._worker.restore, Path(file))
 
     def remember(self, piece: Piece) -> None:
         """Let `chat` use these ids for an assistant's message that is this text."""
@@ -6633,15 +6624,22 @@ class Engine(contextlib.AbstractContextManager["Engine"]):
         if worker.group and worker.group.rank() > 0:
             raise RuntimeError("only rank 0 can be asked; the others follow")
 
-    def _on_worker(self, task: Callable) -> dict | None:
+    def _on_worker(self, task: Callable, *arguments: object) -> dict | None:
         """Have the worker do a task, after what it was asked before; return what the
         task returns, or raise what it raises."""
-        answer = queue.SimpleQueue()
         if self._worker.group:
             raise ValueError("a session is kept by one rank, which has the whole cache")
+        answer = queue.SimpleQueue()
+
+        def put_answer() -> None:
+            try:
+                answer.put(task(*arguments))
+            except Exception as error:
+                answer.put(error)
+
         with self._lock:
             self._require_worker()
-            self._worker.requests.put(functools.partial(put_result, task, answer))
+            self._worker.requests.put(put_answer)
         if isinstance(result := answer.get(), Exception):
             raise result
         return result
