@@ -7612,12 +7612,6 @@ def print_end(screen: WordWrap, piece: Piece) -> None:
         screen.write(text)
 
 
-def template_variables(options: argparse.Namespace) -> dict[str, object]:
-    """Return what /set tells a chat template."""
-    given = options.thinking is not None
-    return {"enable_thinking": options.thinking} if given else {}
-
-
 def print_reply(
     engine: Engine, messages: list[dict], options: argparse.Namespace, seed: int
 ) -> Reply:
@@ -7633,8 +7627,7 @@ def print_reply(
         text = "".join(message["content"] for message in messages)
         reply = engine.complete(text, **settings)
     else:
-        variables = template_variables(options)
-        reply = engine.chat(messages, variables=variables, **settings)
+        reply = engine.chat(messages, variables=options.variables, **settings)
     screen = WordWrap(sys.stdout)
     try:
         for _piece in reply:
@@ -8031,7 +8024,7 @@ class Conversation:
         self.engine, self.options = engine, options
         self.system = None if options.system == "none" else options.system
         options.limit = "--max-tokens"  # how max_tokens was given
-        options.thinking = None  # /set thinking; None leaves it to the template
+        options.variables = {}  # what /set thinking tells the template
         self.seed = new_seed() if options.seed is None else options.seed
         self.turns = []  # (user, Piece, Stats, seed)
         self.saved = []  # the turns that a file has
@@ -8276,8 +8269,8 @@ class Chat(Conversation):
         if self.options.raw:
             tokens = len(tokenizer.bos_prefix + tokenizer.encode(text))
         else:
-            alone, variables = self.messages([], text), template_variables(self.options)
-            tokens = len(tokenizer.encode_chat(alone, **variables))
+            alone = self.messages([], text)
+            tokens = len(tokenizer.encode_chat(alone, **self.options.variables))
         if tokens <= self.engine.context:
             return f"; {CHOICES}"
         if self.attached:
@@ -8390,7 +8383,7 @@ class Chat(Conversation):
             given = getattr(self.options, n)
             values[n] = usual[n] if given is None else given
         words = {True: "on", False: "off", None: "default"}
-        values["thinking"] = words[self.options.thinking]
+        values["thinking"] = words[self.options.variables.get("enable_thinking")]
         values["stop"] = ", ".join(map(repr, self.options.stop)) or "off"
         if name and name not in values:
             hint = ask_which(name, [*values], "/set lists them")
@@ -8430,12 +8423,13 @@ class Chat(Conversation):
         note(f"{name} is {number}")
 
     def set_thinking(self, value: str) -> None:
-        choices = {"on": True, "off": False, "default": None}
+        on, off = {"enable_thinking": True}, {"enable_thinking": False}
+        choices = {"on": on, "off": off, "default": {}}
         if value not in choices:
             raise ValueError(f"thinking must be on, off or default, got {value!r}")
         if self.options.raw or "enable_thinking" not in self.engine.tokenizer.template:
             raise ValueError("this chat template cannot turn thinking on or off")
-        self.options.thinking = choices[value]
+        self.options.variables = choices[value]
         note(f"thinking is {value}")
 
     def do_context(self, _: str) -> None:
