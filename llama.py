@@ -6507,6 +6507,8 @@ class Engine(contextlib.AbstractContextManager["Engine"]):
         variables: what else the template may ask for: {"enable_thinking": False} has
         most reasoning models answer at once. options: those of `submit`.
         """
+        check_option_names(Engine.chat, options)
+        check_conversation(messages)
         tokenizer, replies = self.tokenizer, {}
         for piece in list(self._taken):
             if piece.text:
@@ -6515,8 +6517,6 @@ class Engine(contextlib.AbstractContextManager["Engine"]):
                 opening = Text.by(TEMPLATE, piece.opening)
                 opening = tokenizer.encode(opening, first=False)
                 replies[piece.content] = opening + piece.ids
-        check_conversation(messages)
-        check_option_names(Engine.chat, options)
         prompt = tokenizer.render(messages, **variables)
         ids = tokenizer.encode_prompt(prompt, messages, replies)
         reply = self.submit(ids, **options)
@@ -7264,10 +7264,10 @@ def cmd_info(options: argparse.Namespace) -> int:
         else:
             print_models(found["models"])
         return 0
-    found = describe(options.model)
-    # With several ranks, rank 0 tells it.
-    ranks = options.group.size() if options.group else 1
-    shown = not options.json and not (options.group and options.group.rank())
+    found, group = describe(options.model), options.group
+    ranks = group.size() if group else 1
+    leads = group is None or group.rank() == 0  # of several ranks, this one tells it
+    shown = leads and not options.json
     if shown:
         print_table(info_rows(found))
     if options.measure:
@@ -7284,7 +7284,7 @@ def cmd_info(options: argparse.Namespace) -> int:
         found["measured"]["ranks"] = ranks
         if shown and ranks > 1:
             print_table([("ranks", f"{ranks}; bytes are those of one")])
-    if options.json and not (options.group and options.group.rank()):
+    if options.json and leads:
         print(json.dumps(found, indent=2))
     return 0
 
@@ -7619,7 +7619,7 @@ def print_reply(
 
     Ctrl-C stops it; what was printed by then is the reply.
     """
-    progress = ProgressLine("reading the prompt")
+    screen, progress = WordWrap(sys.stdout), ProgressLine("reading the prompt")
     names = (*INTERVALS, "max_tokens", "lookup", "stop")
     settings = {name: getattr(options, name) for name in names}
     settings |= {"seed": seed, "progress": progress}
@@ -7628,7 +7628,6 @@ def print_reply(
         reply = engine.complete(text, **settings)
     else:
         reply = engine.chat(messages, variables=options.variables, **settings)
-    screen = WordWrap(sys.stdout)
     try:
         for _piece in reply:
             progress.clear()
