@@ -5676,25 +5676,25 @@ def accelerate(
 class Loading:
     """What this rank is to load of a folder's model: what it takes, and how it is read.
 
-    group: None is a rank alone. dtype, bits: see load.
-    Raises what `examine` and `rank_share` raise.
+    whole, tensors: see examine. group: None is a rank alone. dtype, bits: see load.
+    Raises ValueError if the ranks cannot share it, or it cannot be quantized.
 
-    Attributes: args, of the whole model. model: this rank's share, without weights
-    until they are read. tensors: where they lie, file_bytes in all. weights: the bytes
-    that they take in memory, and adopted: of these, the ones that are not copied.
-    unpacked: whether packed weights are dequantized. nbytes: what all takes in memory,
-    with the cache that there is room for.
+    Attributes: model, this rank's share, without weights until they are read. tensors:
+    where they lie, file_bytes in all. weights: the bytes that they take in memory, and
+    adopted: of these, the ones that are not copied. unpacked: whether packed weights
+    are dequantized. cache_per_token: bytes. nbytes: what the weights take together with
+    the cache that there is room for.
     """
 
     def __init__(
         self,
-        folder: str | Path,
-        group: Group | None,
+        whole: Llama,
+        tensors: Mapping[str, TensorInfo],
+        group: Group | None = None,
         dtype: mx.Dtype | None = None,
         bits: int | None = None,
     ):
-        whole, tensors = examine(folder)
-        self.args, self.group, self.dtype = whole.args, group, dtype or default_dtype()
+        self.group, self.dtype = group, dtype or default_dtype()
         self.model, self.tensors = rank_share(whole, tensors, group, bits)
         self.file_bytes = sum(info.nbytes for info in self.tensors.values())
         # Whoever asks for few bits wants them in memory.
@@ -5704,12 +5704,13 @@ class Loading:
         else:
             self.weights = memory_of(self.tensors.values(), self.dtype)
         self.adopted = adopted_bytes(self.tensors.values(), self.dtype)
+        item_size = cache_item_size(self.tensors, self.dtype)
+        self.cache_per_token = kv_bytes_per_token(self.model.args, item_size)
 
     def require_room(self, context: int) -> list[str]:
         """Return warnings about memory and speed, with a cache of so many tokens.
         Raises MemoryTooSmall."""
-        item_size = cache_item_size(self.tensors, self.dtype)
-        cache = context * kv_bytes_per_token(self.model.args, item_size)
+        cache = context * self.cache_per_token
         self.nbytes = self.weights + cache
         about_memory = require_memory(self.weights, cache)
         about_speed = slow_products(dequantized_bytes(self.model) // 4)
@@ -5732,7 +5733,7 @@ def load_rank(
     It takes tokens, and gives logits, as the whole does; all ranks must call it with
     the same tokens. Its cache is that of its own heads. dtype, bits: see load.
     """
-    loading = Loading(folder, group, dtype, bits)
+    loading = Loading(*examine(folder), group, dtype, bits)
     for _ in loading.read():
         pass
     return loading.model
@@ -6239,9 +6240,10 @@ class Worker(threading.Thread):
 
     def load(self) -> None:
         """Load the model; report Progress, and in the end its ModelArgs."""
-        loading = Loading(self.folder, self.group, self.dtype, self.bits)
+        whole, tensors = examine(self.folder)
+        self.context, about_context = choose_context(whole.args, self.context)
+        loading = Loading(whole, tensors, self.group, self.dtype, self.bits)
         self.loading, self.model = loading, loading.model
-        self.context, about_context = choose_context(loading.args, self.context)
         self.prefill_step = self.prefill_step or default_prefill_step()
         self.drafts = default_drafts()
         self.warnings = [about_context] if about_context else []
@@ -6251,7 +6253,7 @@ class Worker(threading.Thread):
             if self.closing.is_set():
                 raise RuntimeError("the engine was closed while loading")
         self.forget()
-        self.events.put(loading.args)
+        self.events.put(whole.args)
 
     def forget(self) -> None:
         self.cache, self.cached = self.model.make_cache(self.context), []
@@ -7097,7 +7099,7 @@ def measured(options: argparse.Namespace, found: dict) -> Iterator[dict[str, flo
         model = random_model(args, options.bits)
         accelerate(model, group)
     else:
-        loading = Loading(found["folder"], group, bits=options.bits)
+        loading = Loading(*examine(found["folder"]), group, bits=options.bits)
         loading.require_room(total)
         model, nbytes = loading.model, loading.nbytes
         progress = ProgressLine("loading")
@@ -7181,7 +7183,7 @@ def listed(name: str, entry: Path) -> dict:
     entry: a folder, or a model's entry in the Hugging Face cache.
     """
     found = {"model": name, "disk_bytes": 0, "bits": None, "context": 0}
-    folder, dtype = entry, default_dtype()
+    folder = entry
     try:
         # Links to files that are counted themselves have next to no size.
         sizes = [path.lstat().st_size for path in entry.rglob("*") if path.is_file()]
@@ -7195,11 +7197,11 @@ def listed(name: str, entry: Path) -> dict:
             raise problems[0]
         if not any((folder / f"tokenizer.{end}").exists() for end in ("json", "model")):
             raise FileNotFoundError("no tokenizer.json and no tokenizer.model")
-        item_size, bits = cache_item_size(tensors, dtype), stored_bits(model, tensors)
-        cache = kv_bytes_per_token(model.args, item_size)
-        room = cache, model.args.longest_context, machine_memory()
-        context, word = fitting(memory_of(tensors.values(), dtype), *room)
+        loading, bits = Loading(model, tensors), stored_bits(model, tensors)
+        room = loading.cache_per_token, model.args.longest_context, machine_memory()
+        context, word = fitting(loading.weights, *room)
         if context == 0 and bits >= 16:
+            item_size = cache_item_size(tensors, loading.dtype)
             context, _ = fitting(weight_bytes(model, 4, item_size), *room)
             word = "with --bits 4" if context else word
         found |= {"bits": bits, "context": context}
