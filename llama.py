@@ -5776,6 +5776,12 @@ def cancelled_by_any(
     return cancelled
 
 
+def leads(group: Group | None) -> bool:
+    """Return whether this is the rank that is asked, and that shows what comes of it: a
+    rank alone, or rank 0. The others follow it."""
+    return group is None or group.rank() == 0
+
+
 RANK_VARIABLES = ("MLX_RANK", "OMPI_COMM_WORLD_RANK")  # set for a rank of a group
 
 
@@ -6218,10 +6224,10 @@ class Worker(threading.Thread):
         """Return what is to be done next: on every rank what rank 0 is asked."""
         if not self.group:
             return self.requests.get()
-        leads, message = self.group.rank() == 0, []
+        message = []
         while not message:
             request = None
-            if leads:
+            if leads(self.group):
                 with contextlib.suppress(queue.Empty):
                     request = self.requests.get(timeout=TICK)
                     message = [request and request.told()]
@@ -6236,7 +6242,7 @@ class Worker(threading.Thread):
                     request.finish(error)
                 raise
         [told] = message
-        return request if leads or told is None else Request(*told)
+        return request if leads(self.group) or told is None else Request(*told)
 
     def load(self) -> None:
         """Load the model; report Progress, and in the end its ModelArgs."""
@@ -6434,7 +6440,7 @@ class PromptTooLong(ValueError):
 
 def shut_down(worker: Worker) -> None:
     """End a worker: cancel what it does and wait until it is gone."""
-    if not worker.group or worker.group.rank() == 0:  # which tells the others
+    if leads(worker.group):  # which tells the others
         worker.closing.set()
     worker.requests.put(None)
     if worker is threading.current_thread():  # where garbage may be collected
@@ -6623,7 +6629,7 @@ class Engine(contextlib.AbstractContextManager["Engine"]):
         worker = self._worker
         if not self._shut_down.alive or worker.failure:
             raise RuntimeError("the engine is closed")
-        if worker.group and worker.group.rank() > 0:
+        if not leads(worker.group):
             raise RuntimeError("only rank 0 can be asked; the others follow")
 
     def _on_worker(self, task: Callable, *arguments: object) -> dict | None:
@@ -7085,7 +7091,7 @@ def measured(options: argparse.Namespace, found: dict) -> Iterator[dict[str, flo
     args, group = ModelArgs(**found["config"]), options.group
     total = options.prompt_tokens + options.generation_tokens
     _, warning = choose_context(args, total)
-    if warning and not (group and group.rank() > 0):
+    if warning and leads(group):
         note(warning)
     if found["folder"] is None:
         args = rank_args(args, group.size() if group else 1)
@@ -7268,8 +7274,7 @@ def cmd_info(options: argparse.Namespace) -> int:
         return 0
     found, group = describe(options.model), options.group
     ranks = group.size() if group else 1
-    leads = group is None or group.rank() == 0  # of several ranks, this one tells it
-    shown = leads and not options.json
+    shown = leads(group) and not options.json
     if shown:
         print_table(info_rows(found))
     if options.measure:
@@ -7286,7 +7291,7 @@ def cmd_info(options: argparse.Namespace) -> int:
         found["measured"]["ranks"] = ranks
         if shown and ranks > 1:
             print_table([("ranks", f"{ranks}; bytes are those of one")])
-    if options.json and leads:
+    if options.json and leads(group):
         print(json.dumps(found, indent=2))
     return 0
 
@@ -8517,7 +8522,7 @@ def check_chat(options: argparse.Namespace) -> None:
 def cmd_chat(options: argparse.Namespace) -> int:
     """Answer one prompt, or talk until Ctrl-D."""
     check_chat(options)
-    follower = options.group and options.group.rank() > 0
+    follower = not leads(options.group)
     if not follower:
         options.system = read_system(options.system)
     folder, progress = choose_folder(options.model), ProgressLine("loading")
