@@ -7237,9 +7237,9 @@ def models_here() -> list[dict]:
     return sorted(found, key=lambda model: model["problem"] is not None)
 
 
-def print_models(models: list[dict], width: int = 40) -> None:
-    """Print the list of models in 80 columns; width: of the names that share a line
-    with the rest."""
+def print_models(models: list[dict]) -> None:
+    """Print the list of models in 80 columns."""
+    width = 40  # of the names that share a line with the rest
     print(f"{'MODEL':{width}} {'SIZE':>9} BITS   CONTEXT  VERDICT")
     for model in models:
         name, bits = printable(model["model"]), model["bits"] or ""
@@ -7250,9 +7250,8 @@ def print_models(models: list[dict], width: int = 40) -> None:
         row = f"{name:{width}} {gigabytes(model['disk_bytes']):>9} {bits:>4}"
         print(f"{row} {context:>9}  {model['verdict']}", flush=True)
         if model["problem"]:
-            indent = {"initial_indent": "    ", "subsequent_indent": "    "}
-            few = {"max_lines": 2, "placeholder": " ..."} | indent
-            print(textwrap.fill(model["problem"], 80, **few))
+            short = textwrap.fill(model["problem"], 76, max_lines=2, placeholder=" ...")
+            print(textwrap.indent(short, "    "))
     rows = [("presets", f"{' '.join(PRESETS)}, shapes without weights: see info 8b")]
     rows.append(("cache", str(hub_folder())))
     if len(models) < 2:
