@@ -6535,7 +6535,7 @@ class Engine(contextlib.AbstractContextManager["Engine"]):
         """Return at once with what continues a text, with no chat format; as `chat`."""
         check_option_names(Engine.complete, options)
         ids = self.tokenizer.bos_prefix + self.tokenizer.encode(text)
-        return self.submit(ids, drop_space=False, **options)
+        return self.submit(ids, **{"drop_space": False} | options)
 
     def submit(
         self,
