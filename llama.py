@@ -5947,8 +5947,8 @@ def restore_session(
 # one conversation is kept: the next turn begins with the same ids, and reads its own.
 # uses: 1-9, 11-19
 # needs: Callable, FunctionType, Iterator, Mapping, NamedTuple, Path, Sequence,
-#     collections, contextlib, dataclass, difflib, field, functools, mx, queue,
-#     threading, time, traceback, weakref
+#     collections, contextlib, dataclass, difflib, field, mx, queue, threading, time,
+#     traceback, weakref
 # -----------------------------------------------------------------------------
 
 
@@ -6272,14 +6272,15 @@ class Worker(threading.Thread):
         trim_to(self.cache, reused)
         return reused
 
-    def unwanted(self, request: Request) -> bool:
-        return request.stopped.is_set() or self.closing.is_set()
-
     def serve(self, request: Request) -> None:
         """Answer a request: Progress and Pieces as they come, then Stats."""
         request.times.append(time.perf_counter())
         mx.reset_peak_memory()
-        ids, cancelled = request.ids, functools.partial(self.unwanted, request)
+        ids = request.ids
+
+        def cancelled() -> bool:
+            return request.stopped.is_set() or self.closing.is_set()
+
         if self.group:
             cancelled = cancelled_by_any(self.group, cancelled, request.tokens)
         reused = self.reuse(ids)
