@@ -8381,21 +8381,20 @@ class Chat(Conversation):
     def do_set(self, text: str) -> None:
         name, _, value = text.partition(" ")
         name, value = name.replace("-", "_"), value.strip()
-        names = (*INTERVALS, "max_tokens")
-        usual = dict.fromkeys(names, "off")
-        usual |= self.engine.defaults
-        values = {"seed": self.seed}
-        for n in names:
+        usual = dict.fromkeys((*INTERVALS, "max_tokens"), "off") | self.engine.defaults
+        values = {}
+        for n in usual:
             given = getattr(self.options, n)
             values[n] = usual[n] if given is None else given
+        values["seed"] = self.seed
+        values["stop"] = ", ".join(map(repr, self.options.stop)) or "off"
         words = {True: "on", False: "off", None: "default"}
         values["thinking"] = words[self.options.variables.get("enable_thinking")]
-        values["stop"] = ", ".join(map(repr, self.options.stop)) or "off"
         if name and name not in values:
             hint = ask_which(name, [*values], "/set lists them")
             raise ValueError(f"no option {name}; {hint}")
         if not value:
-            for n in [name] if name else (*names, "seed", "stop", "thinking"):
+            for n in [name] if name else values:
                 note(f"{n:18} {values[n]}")
         elif name == "thinking":
             self.set_thinking(value)
