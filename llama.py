@@ -6760,11 +6760,8 @@ class ProgressLine:
             line = f"\r{self.label} {100 * done // max(total, 1)} %"
             left = passed * (total - done) / max(done, 1)
             if done and passed + left > 2:
-                line += (
-                    f", {left / 60:.0f} min left"
-                    if left > 99
-                    else f", {left:.0f} s left"
-                )
+                rest = f"{left / 60:.0f} min" if left > 99 else f"{left:.0f} s"
+                line += f", {rest} left"
             print(f"{line}\x1b[K", end="", file=sys.stderr, flush=True)
             self.shown = True
 
