@@ -5499,7 +5499,8 @@ def fuse(model: Llama) -> None:
 # MLX's own mx.distributed carries them: nothing here opens a connection. mlx.launch
 # starts the ranks, and ends the others when one fails.
 # uses: 1-7, 11-14, 16, 17
-# needs: Callable, Mapping, Path, Sequence, dataclass, json, mx, nn, os, replace
+# needs: Callable, Iterator, Mapping, Path, Sequence, dataclass, json, mx, nn, os,
+#     replace
 # -----------------------------------------------------------------------------
 
 Group = mx.distributed.Group
@@ -5662,6 +5663,55 @@ def accelerate(
     arrange_steps(model)
 
 
+class Loading:
+    """What this rank is to load of a folder's model: what it takes, and how it is read.
+
+    whole, tensors: see examine. group: None is a rank alone. dtype, bits: see load.
+    Raises ValueError if the ranks cannot share it, or it cannot be quantized.
+
+    Attributes: model, this rank's share, without weights until they are read. tensors:
+    where they lie, file_bytes in all. weights: the bytes that they take in memory, and
+    adopted: of these, the ones that are not copied. unpacked: whether packed weights
+    are dequantized. cache_per_token: bytes. nbytes: what the weights take together with
+    the cache that there is room for.
+    """
+
+    def __init__(
+        self,
+        whole: Llama,
+        tensors: Mapping[str, TensorInfo],
+        group: Group | None = None,
+        dtype: mx.Dtype | None = None,
+        bits: int | None = None,
+    ):
+        self.group, self.dtype = group, dtype or default_dtype()
+        self.model, self.tensors = rank_share(whole, tensors, group, bits)
+        self.file_bytes = sum(info.nbytes for info in self.tensors.values())
+        # Whoever asks for few bits wants them in memory.
+        self.unpacked = bits is None and dequantizes(self.model, self.dtype, group)
+        if self.unpacked:
+            self.weights = dequantized_bytes(self.model)
+        else:
+            self.weights = memory_of(self.tensors.values(), self.dtype)
+        self.adopted = adopted_bytes(self.tensors.values(), self.dtype)
+        item_size = cache_item_size(self.tensors, self.dtype)
+        self.cache_per_token = kv_bytes_per_token(self.model.args, item_size)
+
+    def require_room(self, context: int) -> list[str]:
+        """Return warnings about memory and speed, with a cache of so many tokens.
+        Raises MemoryTooSmall."""
+        cache = context * self.cache_per_token
+        self.nbytes = self.weights + cache
+        about_memory = require_memory(self.weights, cache)
+        about_speed = slow_products(dequantized_bytes(self.model) // 4)
+        return [text for text in (about_memory, about_speed) if text]
+
+    def read(self) -> Iterator[int]:
+        """Read the weights, and make the model faster. Yields the bytes read so far."""
+        yield from read_weights(self.model, self.tensors, self.dtype)
+        accelerate(self.model, self.group, keep_packed=not self.unpacked)
+
+
 def load_rank(
     folder: str | Path,
     group: Group | None,
@@ -5673,11 +5723,10 @@ def load_rank(
     It takes tokens, and gives logits, as the whole does; all ranks must call it with
     the same tokens. Its cache is that of its own heads. dtype, bits: see load.
     """
-    model, tensors = rank_share(*examine(folder), group, bits)
-    for _ in read_weights(model, tensors, dtype or default_dtype()):
+    loading = Loading(*examine(folder), group, dtype, bits)
+    for _ in loading.read():
         pass
-    accelerate(model, group)
-    return model
+    return loading.model
 
 
 def broadcast(group: Group, message: list) -> list:
@@ -5715,6 +5764,12 @@ def cancelled_by_any(
         return wanted > 0
 
     return cancelled
+
+
+def leads(group: Group | None) -> bool:
+    """Return whether this is the rank that is asked, and that shows what comes of it: a
+    rank alone, or rank 0. The others follow it."""
+    return group is None or group.rank() == 0
 
 
 RANK_VARIABLES = ("MLX_RANK", "OMPI_COMM_WORLD_RANK")  # set for a rank of a group
@@ -5891,8 +5946,8 @@ def restore_session(
 # one conversation is kept: the next turn begins with the same ids, and reads its own.
 # uses: 1-9, 11-19
 # needs: Callable, FunctionType, Iterator, Mapping, NamedTuple, Path, Sequence,
-#     collections, contextlib, dataclass, difflib, field, functools, mx, queue,
-#     threading, time, traceback, weakref
+#     collections, contextlib, dataclass, difflib, field, mx, queue, threading, time,
+#     traceback, weakref
 # -----------------------------------------------------------------------------
 
 
@@ -6140,7 +6195,8 @@ class Worker(threading.Thread):
                     request()
                     continue
                 try:
-                    with wired_memory(self.nbytes):  # an idle chat keeps it from nobody
+                    # Only now: while it waits it keeps memory from nobody.
+                    with wired_memory(self.loading.nbytes):
                         self.serve(request)
                 except Exception as error:  # for whoever asked; the next may work
                     # What the failed step made may be all the memory there is, and the
@@ -6160,70 +6216,49 @@ class Worker(threading.Thread):
                     request.finish(error)
         finally:
             # What a thread leaves running when it ends can abort the process.
-            self.model = self.cache = None
+            self.loading = self.model = self.cache = None
             mx.clear_streams()
 
     def next_request(self) -> "Request | Callable | None":
         """Return what is to be done next: on every rank what rank 0 is asked."""
-        while self.group:
-            request, told = None, []
-            if self.group.rank() > 0:
-                time.sleep(TICK)
-            else:
+        if not self.group:
+            return self.requests.get()
+        message = []
+        while not message:
+            request = None
+            if leads(self.group):
                 with contextlib.suppress(queue.Empty):
                     request = self.requests.get(timeout=TICK)
-                    told.append(request and request.told())
+                    message = [request and request.told()]
+            else:
+                time.sleep(TICK)
             # Also when there is nothing to do: ranks that wait for one another in MLX
             # take a core each, and the death of one is noticed only here.
             try:
-                message = broadcast(self.group, told)
+                message = broadcast(self.group, message)
             except Exception as error:
                 if request is not None:  # it is in the queue no more
                     request.finish(error)
                 raise
-            for asked in message:
-                if asked and self.group.rank() > 0:
-                    request = Request(*asked)
-                return request
-        return self.requests.get()
+        [told] = message
+        return request if leads(self.group) or told is None else Request(*told)
 
     def load(self) -> None:
         """Load the model; report Progress, and in the end its ModelArgs."""
-        model, tensors = examine(self.folder)
-        args = model.args
-        self.context, warning = choose_context(args, self.context)
-        self.dtype = self.dtype or default_dtype()
+        whole, tensors = examine(self.folder)
+        self.context, about_context = choose_context(whole.args, self.context)
+        loading = Loading(whole, tensors, self.group, self.dtype, self.bits)
+        self.loading, self.model = loading, loading.model
         self.prefill_step = self.prefill_step or default_prefill_step()
         self.drafts = default_drafts()
-        model, self.tensors = rank_share(model, tensors, self.group, self.bits)
-        warnings = warning, *self.require_room(model)
-        self.warnings = [text for text in warnings if text]
-        self.read(model)
-        self.model = model
-        self.forget()
-        self.events.put(args)
-
-    def require_room(self, model: Llama) -> tuple[str | None, str | None]:
-        """Find what the model will take in memory; return warnings about memory and
-        speed. Raises MemoryTooSmall."""
-        tensors, dtype = self.tensors.values(), self.dtype
-        # Whoever asks for few bits wants them in memory.
-        self.unpacked = self.bits is None and dequantizes(model, dtype, self.group)
-        dense = dequantized_bytes(model)
-        weights = dense if self.unpacked else memory_of(tensors, dtype)
-        item_size = cache_item_size(self.tensors, dtype)
-        cache = self.context * kv_bytes_per_token(model.args, item_size)
-        self.nbytes, self.adopted = weights + cache, adopted_bytes(tensors, dtype)
-        return require_memory(weights, cache), slow_products(dense // 4)
-
-    def read(self, model: Llama) -> None:
-        """Read the weights of a model, and make it faster. Reports Progress."""
-        total = sum(info.nbytes for info in self.tensors.values())
-        for done in read_weights(model, self.tensors, self.dtype):
-            self.events.put(Progress(done, total))
+        self.warnings = [about_context] if about_context else []
+        self.warnings += loading.require_room(self.context)
+        for done in loading.read():
+            self.events.put(Progress(done, loading.file_bytes))
             if self.closing.is_set():
                 raise RuntimeError("the engine was closed while loading")
-        accelerate(model, self.group, keep_packed=not self.unpacked)
+        self.forget()
+        self.events.put(whole.args)
 
     def forget(self) -> None:
         self.cache, self.cached = self.model.make_cache(self.context), []
@@ -6236,14 +6271,15 @@ class Worker(threading.Thread):
         trim_to(self.cache, reused)
         return reused
 
-    def unwanted(self, request: Request) -> bool:
-        return request.stopped.is_set() or self.closing.is_set()
-
     def serve(self, request: Request) -> None:
         """Answer a request: Progress and Pieces as they come, then Stats."""
         request.times.append(time.perf_counter())
         mx.reset_peak_memory()
-        ids, cancelled = request.ids, functools.partial(self.unwanted, request)
+        ids = request.ids
+
+        def cancelled() -> bool:
+            return request.stopped.is_set() or self.closing.is_set()
+
         if self.group:
             cancelled = cancelled_by_any(self.group, cancelled, request.tokens)
         reused = self.reuse(ids)
@@ -6339,20 +6375,20 @@ class Worker(threading.Thread):
             context_used=self.cache[0].offset,
             context=self.context,
             peak_memory=mx.get_peak_memory(),
-            adopted_memory=self.adopted,
+            adopted_memory=self.loading.adopted,
             ranks=self.group.size() if self.group else 1,
-            unpacked=self.unpacked,
+            unpacked=self.loading.unpacked,
         )
 
     def save(self, file: Path, notes: dict, tokens: int | None) -> None:
         """Write the cache, what it holds, and notes to a file."""
-        name = fingerprint(self.folder, self.tensors)
+        name = fingerprint(self.folder, self.loading.tensors)
         save_session(file, self.cache, self.cached[:tokens], notes, name)
 
     def restore(self, file: Path) -> dict:
         """Fill the cache from a file, and return its notes; see Engine.restore."""
         args, dtype = self.model.args, self.model.model.norm.weight.dtype
-        name = fingerprint(self.folder, self.tensors)
+        name = fingerprint(self.folder, self.loading.tensors)
         try:
             ids, notes = restore_session(file, self.cache, args, dtype, name)
         except Exception:
@@ -6361,14 +6397,6 @@ class Worker(threading.Thread):
             raise
         self.cached = ids
         return notes
-
-
-def put_result(task: Callable, answer: queue.SimpleQueue) -> None:
-    """Run a task; pass on what it returns, or raises."""
-    try:
-        answer.put(task())
-    except Exception as error:
-        answer.put(error)
 
 
 def default_sampling(folder: Path) -> dict[str, float | None]:
@@ -6412,7 +6440,7 @@ class PromptTooLong(ValueError):
 
 def shut_down(worker: Worker) -> None:
     """End a worker: cancel what it does and wait until it is gone."""
-    if not worker.group or worker.group.rank() == 0:  # which tells the others
+    if leads(worker.group):  # which tells the others
         worker.closing.set()
     worker.requests.put(None)
     if worker is threading.current_thread():  # where garbage may be collected
@@ -6487,6 +6515,8 @@ class Engine(contextlib.AbstractContextManager["Engine"]):
         variables: what else the template may ask for: {"enable_thinking": False} has
         most reasoning models answer at once. options: those of `submit`.
         """
+        check_option_names(Engine.chat, options)
+        check_conversation(messages)
         tokenizer, replies = self.tokenizer, {}
         for piece in list(self._taken):
             if piece.text:
@@ -6495,8 +6525,6 @@ class Engine(contextlib.AbstractContextManager["Engine"]):
                 opening = Text.by(TEMPLATE, piece.opening)
                 opening = tokenizer.encode(opening, first=False)
                 replies[piece.content] = opening + piece.ids
-        check_conversation(messages)
-        check_option_names(Engine.chat, options)
         prompt = tokenizer.render(messages, **variables)
         ids = tokenizer.encode_prompt(prompt, messages, replies)
         reply = self.submit(ids, **options)
@@ -6507,7 +6535,7 @@ class Engine(contextlib.AbstractContextManager["Engine"]):
         """Return at once with what continues a text, with no chat format; as `chat`."""
         check_option_names(Engine.complete, options)
         ids = self.tokenizer.bos_prefix + self.tokenizer.encode(text)
-        return self.submit(ids, drop_space=False, **options)
+        return self.submit(ids, **{"drop_space": False} | options)
 
     def submit(
         self,
@@ -6564,8 +6592,7 @@ class Engine(contextlib.AbstractContextManager["Engine"]):
         tokens: how many of the cache's, from its beginning; None is all of them.
         The file appears whole or not at all, whatever happens meanwhile.
         """
-        task = functools.partial(self._worker.save, Path(file), notes, tokens)
-        self._on_worker(task)
+        self._on_worker(self._worker.save, Path(file), notes, tokens)
 
     def restore(self, file: str | Path) -> dict:
         """Fill the cache from a file that `save` wrote; return its notes.
@@ -6573,7 +6600,7 @@ class Engine(contextlib.AbstractContextManager["Engine"]):
         Raises OSError, or ValueError if it is no such file, is damaged, does not fit
         the context, or was written with another model.
         """
-        return self._on_worker(functools.partial(self._worker.restore, Path(file)))
+        return self._on_worker(self._worker.restore, Path(file))
 
     def remember(self, piece: Piece) -> None:
         """Let `chat` use these ids for an assistant's message that is this text."""
@@ -6602,18 +6629,25 @@ class Engine(contextlib.AbstractContextManager["Engine"]):
         worker = self._worker
         if not self._shut_down.alive or worker.failure:
             raise RuntimeError("the engine is closed")
-        if worker.group and worker.group.rank() > 0:
+        if not leads(worker.group):
             raise RuntimeError("only rank 0 can be asked; the others follow")
 
-    def _on_worker(self, task: Callable) -> dict | None:
+    def _on_worker(self, task: Callable, *arguments: object) -> dict | None:
         """Have the worker do a task, after what it was asked before; return what the
         task returns, or raise what it raises."""
-        answer = queue.SimpleQueue()
         if self._worker.group:
             raise ValueError("a session is kept by one rank, which has the whole cache")
+        answer = queue.SimpleQueue()
+
+        def put_answer() -> None:
+            try:
+                answer.put(task(*arguments))
+            except Exception as error:
+                answer.put(error)
+
         with self._lock:
             self._require_worker()
-            self._worker.requests.put(functools.partial(put_result, task, answer))
+            self._worker.requests.put(put_answer)
         if isinstance(result := answer.get(), Exception):
             raise result
         return result
@@ -6734,11 +6768,8 @@ class ProgressLine:
             line = f"\r{self.label} {100 * done // max(total, 1)} %"
             left = passed * (total - done) / max(done, 1)
             if done and passed + left > 2:
-                line += (
-                    f", {left / 60:.0f} min left"
-                    if left > 99
-                    else f", {left:.0f} s left"
-                )
+                rest = f"{left / 60:.0f} min" if left > 99 else f"{left:.0f} s"
+                line += f", {rest} left"
             print(f"{line}\x1b[K", end="", file=sys.stderr, flush=True)
             self.shown = True
 
@@ -7063,37 +7094,31 @@ def measure(
 
 def measured(options: argparse.Namespace, found: dict) -> Iterator[dict[str, float]]:
     """Yield what `measure` says of a preset, with random weights, or a model."""
-    args = ModelArgs(**found["config"])
+    args, group = ModelArgs(**found["config"]), options.group
     total = options.prompt_tokens + options.generation_tokens
     _, warning = choose_context(args, total)
-    if warning and not (options.group and options.group.rank() > 0):
+    if warning and leads(group):
         note(warning)
-    group, dtype = options.group, default_dtype()
-    args = rank_args(args, group.size() if group else 1)
-    keep_packed = options.bits is not None and found["folder"] is not None
     if found["folder"] is None:
-        item_size, bits = (dtype or mx.bfloat16).size, options.bits or 16
+        args = rank_args(args, group.size() if group else 1)
+        item_size, bits = (default_dtype() or mx.bfloat16).size, options.bits or 16
         if group is None:
             bits = bits_in_memory(Llama(args), bits)
         weights = weight_bytes(Llama(args), bits, item_size)
         cache = total * kv_bytes_per_token(args, item_size)
         require_memory(weights, cache)
+        nbytes = weights + cache
         model = random_model(args, options.bits)
+        accelerate(model, group)
     else:
-        model, tensors = rank_share(*examine(found["folder"]), group, options.bits)
-        item_size = cache_item_size(tensors, dtype)
-        cache = total * kv_bytes_per_token(args, item_size)
-        weights = memory_of(tensors.values(), dtype)
-        if not keep_packed and dequantizes(model, dtype, group):
-            weights = dequantized_bytes(model)
-        require_memory(weights, cache)
+        loading = Loading(*examine(found["folder"]), group, bits=options.bits)
+        loading.require_room(total)
+        model, nbytes = loading.model, loading.nbytes
         progress = ProgressLine("loading")
-        size = sum(info.nbytes for info in tensors.values())
-        for done in read_weights(model, tensors, dtype):
-            progress(done, size)
+        for done in loading.read():
+            progress(done, loading.file_bytes)
         progress.clear()
-    accelerate(model, group, keep_packed=keep_packed)
-    with wired_memory(weights + cache):
+    with wired_memory(nbytes):
         yield from measure(model, options.prompt_tokens, options.generation_tokens)
 
 
@@ -7170,7 +7195,7 @@ def listed(name: str, entry: Path) -> dict:
     entry: a folder, or a model's entry in the Hugging Face cache.
     """
     found = {"model": name, "disk_bytes": 0, "bits": None, "context": 0}
-    folder, dtype = entry, default_dtype()
+    folder = entry
     try:
         # Links to files that are counted themselves have next to no size.
         sizes = [path.lstat().st_size for path in entry.rglob("*") if path.is_file()]
@@ -7184,11 +7209,11 @@ def listed(name: str, entry: Path) -> dict:
             raise problems[0]
         if not any((folder / f"tokenizer.{end}").exists() for end in ("json", "model")):
             raise FileNotFoundError("no tokenizer.json and no tokenizer.model")
-        item_size, bits = cache_item_size(tensors, dtype), stored_bits(model, tensors)
-        cache = kv_bytes_per_token(model.args, item_size)
-        room = cache, model.args.longest_context, machine_memory()
-        context, word = fitting(memory_of(tensors.values(), dtype), *room)
+        loading, bits = Loading(model, tensors), stored_bits(model, tensors)
+        room = loading.cache_per_token, model.args.longest_context, machine_memory()
+        context, word = fitting(loading.weights, *room)
         if context == 0 and bits >= 16:
+            item_size = cache_item_size(tensors, loading.dtype)
             context, _ = fitting(weight_bytes(model, 4, item_size), *room)
             word = "with --bits 4" if context else word
         found |= {"bits": bits, "context": context}
@@ -7218,9 +7243,9 @@ def models_here() -> list[dict]:
     return sorted(found, key=lambda model: model["problem"] is not None)
 
 
-def print_models(models: list[dict], width: int = 40) -> None:
-    """Print the list of models in 80 columns; width: of the names that share a line
-    with the rest."""
+def print_models(models: list[dict]) -> None:
+    """Print the list of models in 80 columns."""
+    width = 40  # of the names that share a line with the rest
     print(f"{'MODEL':{width}} {'SIZE':>9} BITS   CONTEXT  VERDICT")
     for model in models:
         name, bits = printable(model["model"]), model["bits"] or ""
@@ -7231,9 +7256,8 @@ def print_models(models: list[dict], width: int = 40) -> None:
         row = f"{name:{width}} {gigabytes(model['disk_bytes']):>9} {bits:>4}"
         print(f"{row} {context:>9}  {model['verdict']}", flush=True)
         if model["problem"]:
-            indent = {"initial_indent": "    ", "subsequent_indent": "    "}
-            few = {"max_lines": 2, "placeholder": " ..."} | indent
-            print(textwrap.fill(model["problem"], 80, **few))
+            short = textwrap.fill(model["problem"], 76, max_lines=2, placeholder=" ...")
+            print(textwrap.indent(short, "    "))
     rows = [("presets", f"{' '.join(PRESETS)}, shapes without weights: see info 8b")]
     rows.append(("cache", str(hub_folder())))
     if len(models) < 2:
@@ -7253,10 +7277,9 @@ def cmd_info(options: argparse.Namespace) -> int:
         else:
             print_models(found["models"])
         return 0
-    found = describe(options.model)
-    # With several ranks, rank 0 tells it.
-    ranks = options.group.size() if options.group else 1
-    shown = not options.json and not (options.group and options.group.rank())
+    found, group = describe(options.model), options.group
+    ranks = group.size() if group else 1
+    shown = leads(group) and not options.json
     if shown:
         print_table(info_rows(found))
     if options.measure:
@@ -7273,7 +7296,7 @@ def cmd_info(options: argparse.Namespace) -> int:
         found["measured"]["ranks"] = ranks
         if shown and ranks > 1:
             print_table([("ranks", f"{ranks}; bytes are those of one")])
-    if options.json and not (options.group and options.group.rank()):
+    if options.json and leads(group):
         print(json.dumps(found, indent=2))
     return 0
 
@@ -7442,12 +7465,12 @@ def early_end(stats: Stats, limit: str, longest: int) -> str | None:
     """Return why a reply ended before the model ended it, None if it did not.
 
     limit: how the length was limited. longest: the model's longest context."""
-    full = f"the context of {stats.context} tokens is full"
-    return {
-        "length": f"{stats.generation_tokens} tokens, as {limit} says",
-        "context": full + larger_context(stats.context + 1, stats.context, longest),
-        "cancelled": "Ctrl-C",
-    }.get(stats.finish_reason)
+    if stats.finish_reason == "length":
+        return f"{stats.generation_tokens} tokens, as {limit} says"
+    if stats.finish_reason == "context":
+        more = larger_context(stats.context + 1, stats.context, longest)
+        return f"the context of {stats.context} tokens is full{more}"
+    return "Ctrl-C" if stats.finish_reason == "cancelled" else None
 
 
 def stats_lines(stats: Stats, seed: int) -> str:
@@ -7553,7 +7576,6 @@ class WordWrap:
         if self.fits(self.blanks):
             self.put(self.blanks)
         self.blanks = ""
-        self.stream.flush()
 
     def put(self, text: str) -> None:
         # Each text by itself, so that the terminal is never left dim.
@@ -7600,13 +7622,6 @@ def print_end(screen: WordWrap, piece: Piece) -> None:
         text += "\n"
     if piece.text:
         screen.write(text)
-    screen.end_line()
-
-
-def template_variables(options: argparse.Namespace) -> dict[str, object]:
-    """Return what /set tells a chat template."""
-    given = options.thinking is not None
-    return {"enable_thinking": options.thinking} if given else {}
 
 
 def print_reply(
@@ -7616,7 +7631,7 @@ def print_reply(
 
     Ctrl-C stops it; what was printed by then is the reply.
     """
-    progress = ProgressLine("reading the prompt")
+    screen, progress = WordWrap(sys.stdout), ProgressLine("reading the prompt")
     names = (*INTERVALS, "max_tokens", "lookup", "stop")
     settings = {name: getattr(options, name) for name in names}
     settings |= {"seed": seed, "progress": progress}
@@ -7624,9 +7639,7 @@ def print_reply(
         text = "".join(message["content"] for message in messages)
         reply = engine.complete(text, **settings)
     else:
-        variables = template_variables(options)
-        reply = engine.chat(messages, variables=variables, **settings)
-    screen = WordWrap(sys.stdout)
+        reply = engine.chat(messages, variables=options.variables, **settings)
     try:
         for _piece in reply:
             progress.clear()
@@ -8022,7 +8035,7 @@ class Conversation:
         self.engine, self.options = engine, options
         self.system = None if options.system == "none" else options.system
         options.limit = "--max-tokens"  # how max_tokens was given
-        options.thinking = None  # /set thinking; None leaves it to the template
+        options.variables = {}  # what /set thinking tells the template
         self.seed = new_seed() if options.seed is None else options.seed
         self.turns = []  # (user, Piece, Stats, seed)
         self.saved = []  # the turns that a file has
@@ -8267,8 +8280,8 @@ class Chat(Conversation):
         if self.options.raw:
             tokens = len(tokenizer.bos_prefix + tokenizer.encode(text))
         else:
-            alone, variables = self.messages([], text), template_variables(self.options)
-            tokens = len(tokenizer.encode_chat(alone, **variables))
+            alone = self.messages([], text)
+            tokens = len(tokenizer.encode_chat(alone, **self.options.variables))
         if tokens <= self.engine.context:
             return f"; {CHOICES}"
         if self.attached:
@@ -8373,21 +8386,20 @@ class Chat(Conversation):
     def do_set(self, text: str) -> None:
         name, _, value = text.partition(" ")
         name, value = name.replace("-", "_"), value.strip()
-        names = (*INTERVALS, "max_tokens")
-        usual = dict.fromkeys(names, "off")
-        usual |= self.engine.defaults
-        values = {"seed": self.seed}
-        for n in names:
+        usual = dict.fromkeys((*INTERVALS, "max_tokens"), "off") | self.engine.defaults
+        values = {}
+        for n in usual:
             given = getattr(self.options, n)
             values[n] = usual[n] if given is None else given
-        words = {True: "on", False: "off", None: "default"}
-        values["thinking"] = words[self.options.thinking]
+        values["seed"] = self.seed
         values["stop"] = ", ".join(map(repr, self.options.stop)) or "off"
+        words = {True: "on", False: "off", None: "default"}
+        values["thinking"] = words[self.options.variables.get("enable_thinking")]
         if name and name not in values:
             hint = ask_which(name, [*values], "/set lists them")
             raise ValueError(f"no option {name}; {hint}")
         if not value:
-            for n in [name] if name else (*names, "seed", "stop", "thinking"):
+            for n in [name] if name else values:
                 note(f"{n:18} {values[n]}")
         elif name == "thinking":
             self.set_thinking(value)
@@ -8421,12 +8433,13 @@ class Chat(Conversation):
         note(f"{name} is {number}")
 
     def set_thinking(self, value: str) -> None:
-        choices = {"on": True, "off": False, "default": None}
+        on, off = {"enable_thinking": True}, {"enable_thinking": False}
+        choices = {"on": on, "off": off, "default": {}}
         if value not in choices:
             raise ValueError(f"thinking must be on, off or default, got {value!r}")
         if self.options.raw or "enable_thinking" not in self.engine.tokenizer.template:
             raise ValueError("this chat template cannot turn thinking on or off")
-        self.options.thinking = choices[value]
+        self.options.variables = choices[value]
         note(f"thinking is {value}")
 
     def do_context(self, _: str) -> None:
@@ -8513,7 +8526,7 @@ def check_chat(options: argparse.Namespace) -> None:
 def cmd_chat(options: argparse.Namespace) -> int:
     """Answer one prompt, or talk until Ctrl-D."""
     check_chat(options)
-    follower = options.group and options.group.rank() > 0
+    follower = not leads(options.group)
     if not follower:
         options.system = read_system(options.system)
     folder, progress = choose_folder(options.model), ProgressLine("loading")

@@ -5870,6 +5870,13 @@ def test_an_option_that_is_none_is_told_of_the_function_that_was_called(
     assert near in said and ("drop_space" in said) == (", " in near)
 
 
+def test_every_option_that_is_told_of_can_be_given(engine):
+    options = llama.REPLY_OPTIONS | {"max_tokens": 1}
+    for reply in (engine.chat(USER, **options), engine.complete("x", **options)):
+        collections.deque(reply, 0)
+        assert reply.stats.generation_tokens == 1
+
+
 def test_a_text_in_the_place_of_ids_is_refused(engine):
     for asked in (engine.submit, functools.partial(llama.generate, None)):
         with pytest.raises(TypeError, match="^the prompt must be ids, got 'Hi!'$"):

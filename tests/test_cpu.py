@@ -559,6 +559,7 @@ def test_info_counts_what_will_be_in_memory(packed_folder, monkeypatch, capsys, 
         held = size if unpacked else llama.memory_of(tensors.values(), mx.float32)
         room = (memory - held) // found["kv_bytes_per_token"]
         assert found["longest_context"]["4"] == room < 8192
+        assert llama.listed("m", packed_folder)["context"] == room
 
 
 @on_the_cpu
