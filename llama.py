@@ -3662,14 +3662,126 @@ class SpacedStream(TextStream):
         return self._decoder.decode(encoded)
 
 
-class TextTokenizer(ByteLevelTokenizer):
-    """Text to ids and back, for every kind of vocabulary.
+def read_tokenizer(
+    folder: Path, tokens: int, settings: dict
+) -> tuple[SpelledVocabulary, list[AddedToken], str | None]:
+    """Return a folder's vocabulary, its added tokens, and the name of the one that is
+    put before every text, if any.
+
+    tokens: how many there may be. settings: what tokenizer_config.json says.
+    """
+    file, ranks = folder / "tokenizer.json", folder / "tokenizer.model"
+    if file.exists():
+        spec = read_json(file, JSON_BYTES + tokens * BYTES_PER_TOKEN)
+        post = spec.get("post_processor") or {}
+        parts = [step.get("single") for step in post.get("processors", [post])]
+        starts = [part[0].get("SpecialToken") for part in parts if part]
+        bos_name = next((start["id"] for start in starts if start), None)
+        vocab, declared = spec["model"]["vocab"], spec.get("added_tokens") or []
+        vocabulary = read_vocabulary(spec)
+    elif ranks.exists():
+        vocabulary, declared, bos_name = rank_file(ranks, tokens)
+        vocab = {}
+    else:
+        raise FileNotFoundError(f"{folder}: no tokenizer.json and no tokenizer.model")
+    return vocabulary, read_added(folder, declared, vocab, settings), bos_name
+
+
+# What a folder may leave out, since Hugging Face's class of tokenizers has it.
+LLAMA_NAMES = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+END_OF_TEXT = "<|endoftext|>"
+USUAL_NAMES = {
+    "LlamaTokenizer": LLAMA_NAMES,
+    "CodeLlamaTokenizer": LLAMA_NAMES,
+    "GPT2Tokenizer": dict.fromkeys(LLAMA_NAMES, END_OF_TEXT),
+    "Qwen2Tokenizer": dict.fromkeys(
+        ("eos_token", "unk_token", "pad_token"), END_OF_TEXT
+    ),
+}
+
+
+def token_names(settings: dict) -> dict[str, str]:
+    """Return what chat templates call control tokens, from tokenizer_config.json: from
+    bos_token and the like to a token's text."""
+    named = {key: settings[key] for key in settings if key.endswith("_token")}
+    extra = settings.get("extra_special_tokens")
+    named |= extra if isinstance(extra, dict) else {}
+    texts = {k: v["content"] if isinstance(v, dict) else v for k, v in named.items()}
+    return {
+        name: text for name, text in texts.items() if text and isinstance(text, str)
+    }
+
+
+def ends_of_texts(
+    folder: Path, settings: dict, bos_name: str | None, ids_of: Mapping[str, int]
+) -> tuple[int | None, list[int]]:
+    """Return the id of the token that begins a text, or None, and the ids of those that
+    end one. The tokenizer's files name them; the model's files have their ids.
+
+    bos_name: see read_tokenizer. ids_of: from the contents of added tokens.
+    Raises ValueError for what is no id.
+    """
+    config = read_json(folder / "config.json")
+    generation = read_json(folder / "generation_config.json")
+    named = settings.get("bos_token", bos_name), settings.get("eos_token")
+    bos, eos = (ids_of.get(t["content"] if isinstance(t, dict) else t) for t in named)
+    bos, ends = config.get("bos_token_id") if bos is None else bos, [eos]
+    for ids in (config.get("eos_token_id"), generation.get("eos_token_id")):
+        ends += ids if isinstance(ids, list) else [ids]
+    ends = [i for i in ends if i is not None]
+    for i in (*ids_of.values(), *ends, *([] if bos is None else [bos])):
+        if type(i) is not int or not 0 <= i < NO_RANK:
+            raise ValueError(f"token ids must be whole numbers, got {i!r:.200}")
+    return bos, ends
+
+
+def read_template(folder: Path, settings: dict, limit: int) -> str | None:
+    """Return a folder's chat template, None if it has none.
+
+    settings: its tokenizer_config.json. limit: the bytes that a template may have.
+    """
+    template, file = settings.get("chat_template"), folder / "chat_template.jinja"
+    if file.exists():
+        return read_bounded(file, limit).decode("utf-8-sig")
+    if isinstance(template, list):  # several, by name
+        template = {entry["name"]: entry["template"] for entry in template}
+    return template.get("default") if isinstance(template, dict) else template
+
+
+class NoTemplate(ValueError):
+    """A conversation cannot be written down for a model."""
+
+
+def check_conversation(messages: list[dict]) -> None:
+    """Raise ValueError unless these are messages, of which the last is the user's, and
+    TypeError if they are no list of dicts."""
+    if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
+        wanted = 'a list of {"role": ..., "content": ...}'
+        raise TypeError(f"messages must be {wanted}, got {messages!r:.80}")
+    for n, message in enumerate(messages):
+        role, content = message.get("role"), message.get("content")
+        if role not in ("system", "user", "assistant"):
+            raise ValueError(
+                f"message {n}: role must be system, user or assistant, got {role!r:.80}"
+            )
+        if not isinstance(content, str):
+            raise ValueError(f"message {n}: content must be text, got {content!r:.80}")
+    roles = [message["role"] for message in messages]
+    if roles[-1:] != ["user"]:
+        raise ValueError(f"the last message must be the user's, got roles {roles}")
+
+
+class Tokenizer(ByteLevelTokenizer):
+    """Text to ids and back, for every kind of vocabulary, and conversations to ids, as
+    a model's template has them.
 
     added: the tokens that are found in a text before it is cut into words. Those that
     are special, or end a reply, are control tokens: special_tokens, by their contents.
-    The others are words. bos, eos: ids, None if there is none. stop_tokens: end a
-    reply, besides those of STOP_NAMES. adds_bos: whether a text on its own begins with
-    bos. rows: how many ids the model knows. source: whose tokenizer it is, in messages.
+    The others are words. bos: an id, None if there is none. stop_tokens: end a reply,
+    besides those of STOP_NAMES; the first is eos. adds_bos: whether a text on its own
+    begins with bos. rows: how many ids the model knows. template: how conversations are
+    written down, in Jinja; None for a base model. token_names: from what templates call
+    control tokens (bos_token) to their text. source: whose it is, in messages.
     """
 
     def __init__(
@@ -3678,10 +3790,11 @@ class TextTokenizer(ByteLevelTokenizer):
         added: Iterable[AddedToken] = (),
         *,
         bos: int | None = None,
-        eos: int | None = None,
-        stop_tokens: Collection[int] = (),
+        stop_tokens: Sequence[int] = (),
         adds_bos: bool = False,
         rows: int = NO_RANK,
+        template: str | None = None,
+        token_names: Mapping[str, str] = {},
         source: str = "this tokenizer",
     ):
         ends = {token.id for token in added if token.content in STOP_NAMES}
@@ -3689,7 +3802,9 @@ class TextTokenizer(ByteLevelTokenizer):
         control = [token for token in added if token.special or token.id in ends]
         names = {token.content: token.id for token in control}
         super().__init__(vocabulary, names)
-        self.bos, self.eos, self.source, self.rows = bos, eos, source, rows
+        self.bos, self.eos = bos, stop_tokens[0] if stop_tokens else None
+        self.template, self.token_names = template, token_names
+        self.source, self.rows = source, rows
         self.stop_tokens |= ends
         self.bos_prefix = [bos] if adds_bos and bos is not None else []
         # A word beyond the rows of a model is no word to it.
@@ -3708,6 +3823,72 @@ class TextTokenizer(ByteLevelTokenizer):
         )
         self._control = {*names.values()}
         self._word_ids = functools.lru_cache(100_000)(self._encode_word)
+        if after := self.written_after_a_reply():
+            self.end_replies_with(after)
+
+    @classmethod
+    def from_folder(
+        cls, folder: str | Path, *, template: str | None = None
+    ) -> "Tokenizer":
+        """Return the tokenizer of a model folder, without touching its weights.
+
+        template: a name in BUILT_IN, used whatever the folder says.
+        Raises FileNotFoundError or ValueError naming the file at fault.
+        """
+        folder = Path(folder)
+        if template not in (None, *BUILT_IN):
+            names = ", ".join(BUILT_IN)
+            raise ValueError(f"template must be one of {names}, got {template!r:.80}")
+        try:
+            return cls._read(folder, template)
+        except ValueError as error:
+            where = f"{folder}: tokenizer files: "
+            where = "" if str(error).startswith(str(folder)) else where
+            raise ValueError(f"{where}{error}") from None
+        except (AttributeError, LookupError, TypeError) as error:
+            # A part of another type than it should be; which one, the error says.
+            raise ValueError(f"{folder}: tokenizer files: {error!r}") from error
+
+    @classmethod
+    def _read(cls, folder: Path, template: str | None) -> "Tokenizer":
+        """Return the tokenizer that the files of a folder describe."""
+        rows = read_json(folder / "config.json").get("vocab_size")
+        rows = rows if type(rows) is int and rows > 0 else MOST_TOKENS
+        tokens = min(rows, MOST_TOKENS)
+        limit = JSON_BYTES + tokens * BYTES_PER_TOKEN
+        settings = read_json(folder / "tokenizer_config.json", limit)
+        older = read_json(folder / "special_tokens_map.json")
+        is_new = "added_tokens_decoder" in settings  # then it has the last word
+        settings = older | settings if is_new else settings | older
+        vocabulary, added, bos_name = read_tokenizer(folder, tokens, settings)
+        if (size := max(vocabulary.bytes_of_id) + 1) > rows:
+            raise ValueError(f"the tokenizer has {size} ids, the model {rows}")
+        ids_of = {token.content: token.id for token in added}
+        kind = str(settings.get("tokenizer_class")).removesuffix("Fast")
+        usual = USUAL_NAMES.get(kind, {})
+        # A vocabulary of another kind may have this class too; it lacks some of them.
+        if ids_of.keys() >= {*usual.values()}:
+            settings = usual | settings
+        bos, ends = ends_of_texts(folder, settings, bos_name, ids_of)
+        names = token_names(settings)
+        if template is None:
+            template = read_template(folder, settings, JSON_BYTES)
+        else:  # which needs its tokens, also where a folder does not name them
+            template = BUILT_IN[template]
+            texts, eos = {t.id: t.content for t in added}, ends[0] if ends else None
+            own = {"bos_token": texts.get(bos), "eos_token": texts.get(eos)}
+            names = {name: text for name, text in own.items() if text} | names
+        return cls(
+            vocabulary,
+            added,
+            bos=bos,
+            stop_tokens=ends,
+            adds_bos=settings.get("add_bos_token", bos_name is not None),
+            rows=rows,
+            template=template,
+            token_names=names,
+            source=str(folder),
+        )
 
     def encode(
         self, text: str, *, first: bool = True, control: Collection[str] = ()
@@ -3806,13 +3987,6 @@ class TextTokenizer(ByteLevelTokenizer):
         }
         return found & self.added_words.keys()
 
-    def make_control(self, token: AddedToken) -> None:
-        """Count an added word among the control tokens from now on."""
-        self.special_tokens[token.content] = token.id
-        self.added_words.pop(token.content, None)
-        self._text[token.id] = b""
-        self._control.add(token.id)
-
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of ids; control tokens, and ids of no token, are no text."""
         stream = self.stream(drop_space=True)
@@ -3827,210 +4001,6 @@ class TextTokenizer(ByteLevelTokenizer):
         if drop_space and self.vocabulary.spaced:
             return SpacedStream(self._text)
         return super().stream()
-
-
-def read_tokenizer(
-    folder: Path, tokens: int, settings: dict
-) -> tuple[SpelledVocabulary, list[AddedToken], str | None]:
-    """Return a folder's vocabulary, its added tokens, and the name of the one that is
-    put before every text, if any.
-
-    tokens: how many there may be. settings: what tokenizer_config.json says.
-    """
-    file, ranks = folder / "tokenizer.json", folder / "tokenizer.model"
-    if file.exists():
-        spec = read_json(file, JSON_BYTES + tokens * BYTES_PER_TOKEN)
-        post = spec.get("post_processor") or {}
-        parts = [step.get("single") for step in post.get("processors", [post])]
-        starts = [part[0].get("SpecialToken") for part in parts if part]
-        bos_name = next((start["id"] for start in starts if start), None)
-        vocab, declared = spec["model"]["vocab"], spec.get("added_tokens") or []
-        vocabulary = read_vocabulary(spec)
-    elif ranks.exists():
-        vocabulary, declared, bos_name = rank_file(ranks, tokens)
-        vocab = {}
-    else:
-        raise FileNotFoundError(f"{folder}: no tokenizer.json and no tokenizer.model")
-    return vocabulary, read_added(folder, declared, vocab, settings), bos_name
-
-
-# What a folder may leave out, since Hugging Face's class of tokenizers has it.
-LLAMA_NAMES = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-END_OF_TEXT = "<|endoftext|>"
-USUAL_NAMES = {
-    "LlamaTokenizer": LLAMA_NAMES,
-    "CodeLlamaTokenizer": LLAMA_NAMES,
-    "GPT2Tokenizer": dict.fromkeys(LLAMA_NAMES, END_OF_TEXT),
-    "Qwen2Tokenizer": dict.fromkeys(
-        ("eos_token", "unk_token", "pad_token"), END_OF_TEXT
-    ),
-}
-
-
-def usual_names(settings: dict, contents: Iterable[str]) -> dict[str, str]:
-    """Return the names of control tokens that a tokenizer_config.json leaves to its
-    class; contents: of the added tokens, all that there are."""
-    kind = str(settings.get("tokenizer_class")).removesuffix("Fast")
-    usual = USUAL_NAMES.get(kind, {})
-    # A vocabulary of another kind may be under the name of the class; it lacks some.
-    return usual if {*usual.values()} <= {*contents} else {}
-
-
-def token_names(settings: dict) -> dict[str, str]:
-    """Return what chat templates call control tokens, from tokenizer_config.json: from
-    bos_token and the like to a token's text."""
-    named = {key: settings[key] for key in settings if key.endswith("_token")}
-    extra = settings.get("extra_special_tokens")
-    named |= extra if isinstance(extra, dict) else {}
-    texts = {k: v["content"] if isinstance(v, dict) else v for k, v in named.items()}
-    return {
-        name: text for name, text in texts.items() if text and isinstance(text, str)
-    }
-
-
-def ends_of_texts(
-    folder: Path, settings: dict, bos_name: str | None, ids_of: Mapping[str, int]
-) -> tuple[int | None, list[int]]:
-    """Return the id of the token that begins a text, or None, and the ids of those that
-    end one. The tokenizer's files name them; the model's files have their ids.
-
-    bos_name: see read_tokenizer. ids_of: from the contents of added tokens.
-    Raises ValueError for what is no id.
-    """
-    config = read_json(folder / "config.json")
-    generation = read_json(folder / "generation_config.json")
-    named = settings.get("bos_token", bos_name), settings.get("eos_token")
-    bos, eos = (ids_of.get(t["content"] if isinstance(t, dict) else t) for t in named)
-    bos, ends = config.get("bos_token_id") if bos is None else bos, [eos]
-    for ids in (config.get("eos_token_id"), generation.get("eos_token_id")):
-        ends += ids if isinstance(ids, list) else [ids]
-    ends = [i for i in ends if i is not None]
-    for i in (*ids_of.values(), *ends, *([] if bos is None else [bos])):
-        if type(i) is not int or not 0 <= i < NO_RANK:
-            raise ValueError(f"token ids must be whole numbers, got {i!r:.200}")
-    return bos, ends
-
-
-def read_template(folder: Path, settings: dict, limit: int) -> str | None:
-    """Return a folder's chat template, None if it has none.
-
-    settings: its tokenizer_config.json. limit: the bytes that a template may have.
-    """
-    template, file = settings.get("chat_template"), folder / "chat_template.jinja"
-    if file.exists():
-        return read_bounded(file, limit).decode("utf-8-sig")
-    if isinstance(template, list):  # several, by name
-        template = {entry["name"]: entry["template"] for entry in template}
-    return template.get("default") if isinstance(template, dict) else template
-
-
-def tokenizer_settings(folder: Path, template: str | None) -> dict:
-    """Return Tokenizer's arguments, gathered from the files of a folder."""
-    rows = read_json(folder / "config.json").get("vocab_size")
-    rows = rows if type(rows) is int and rows > 0 else MOST_TOKENS
-    tokens = min(rows, MOST_TOKENS)
-    limit = JSON_BYTES + tokens * BYTES_PER_TOKEN
-    settings = read_json(folder / "tokenizer_config.json", limit)
-    older = read_json(folder / "special_tokens_map.json")
-    is_new = "added_tokens_decoder" in settings  # then it has the last word
-    settings = older | settings if is_new else settings | older
-    vocabulary, added, bos_name = read_tokenizer(folder, tokens, settings)
-    if (size := max(vocabulary.bytes_of_id) + 1) > rows:
-        raise ValueError(f"the tokenizer has {size} ids, the model {rows}")
-    ids_of = {token.content: token.id for token in added}
-    settings = usual_names(settings, ids_of) | settings
-    bos, ends = ends_of_texts(folder, settings, bos_name, ids_of)
-    names = token_names(settings)
-    if template is None:
-        source = read_template(folder, settings, JSON_BYTES)
-    else:  # which needs its tokens, also where a folder does not name them
-        source = BUILT_IN[template]
-        texts = {token.id: token.content for token in added}
-        eos = ends[0] if ends else None
-        own = {"bos_token": texts.get(bos), "eos_token": texts.get(eos)}
-        names = {name: text for name, text in own.items() if text} | names
-    return {
-        "vocabulary": vocabulary,
-        "added": added,
-        "rows": rows,
-        "bos": bos,
-        "eos": ends[0] if ends else None,
-        "stop_tokens": ends,
-        "adds_bos": settings.get("add_bos_token", bos_name is not None),
-        "template": source,
-        "token_names": names,
-        "source": str(folder),
-    }
-
-
-class NoTemplate(ValueError):
-    """A conversation cannot be written down for a model."""
-
-
-def check_conversation(messages: list[dict]) -> None:
-    """Raise ValueError unless these are messages, of which the last is the user's, and
-    TypeError if they are no list of dicts."""
-    if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
-        wanted = 'a list of {"role": ..., "content": ...}'
-        raise TypeError(f"messages must be {wanted}, got {messages!r:.80}")
-    for n, message in enumerate(messages):
-        role, content = message.get("role"), message.get("content")
-        if role not in ("system", "user", "assistant"):
-            raise ValueError(
-                f"message {n}: role must be system, user or assistant, got {role!r:.80}"
-            )
-        if not isinstance(content, str):
-            raise ValueError(f"message {n}: content must be text, got {content!r:.80}")
-    roles = [message["role"] for message in messages]
-    if roles[-1:] != ["user"]:
-        raise ValueError(f"the last message must be the user's, got roles {roles}")
-
-
-class Tokenizer(TextTokenizer):
-    """Text to ids and back, and conversations to ids, as a model's template has them.
-
-    template: how conversations are written down, in Jinja; None for a base model.
-    token_names: from what templates call control tokens (bos_token) to their text.
-    settings: those of TextTokenizer.
-    """
-
-    def __init__(
-        self,
-        vocabulary: SpelledVocabulary,
-        added: Iterable[AddedToken] = (),
-        *,
-        template: str | None = None,
-        token_names: Mapping[str, str] = {},
-        **settings,
-    ):
-        super().__init__(vocabulary, added, **settings)
-        self.template, self.token_names = template, token_names
-        if after := self.written_after_a_reply():
-            self.make_control(after)
-            self.stop_tokens.add(after.id)
-
-    @classmethod
-    def from_folder(
-        cls, folder: str | Path, *, template: str | None = None
-    ) -> "Tokenizer":
-        """Return the tokenizer of a model folder, without touching its weights.
-
-        template: a name in BUILT_IN, used whatever the folder says.
-        Raises FileNotFoundError or ValueError naming the file at fault.
-        """
-        folder = Path(folder)
-        if template not in (None, *BUILT_IN):
-            names = ", ".join(BUILT_IN)
-            raise ValueError(f"template must be one of {names}, got {template!r:.80}")
-        try:
-            return cls(**tokenizer_settings(folder, template))
-        except ValueError as error:
-            where = f"{folder}: tokenizer files: "
-            where = "" if str(error).startswith(str(folder)) else where
-            raise ValueError(f"{where}{error}") from None
-        except (AttributeError, LookupError, TypeError) as error:
-            # A part of another type than it should be; which one, the error says.
-            raise ValueError(f"{folder}: tokenizer files: {error!r}") from error
 
     @functools.cached_property
     def chat_template(self) -> ChatTemplate:
@@ -4103,6 +4073,14 @@ class Tokenizer(TextTokenizer):
         with_space = "".join(map(stream.add, ids)) + stream.close()
         own_space = self.decode(ids) != with_space and prompt[start - 1 : start] == " "
         return start - 1 if own_space else start
+
+    def end_replies_with(self, token: AddedToken) -> None:
+        """Make a token, such as an added word, a control token that ends a reply."""
+        self.special_tokens[token.content] = token.id
+        self.added_words.pop(token.content, None)
+        self._text[token.id] = b""
+        self._control.add(token.id)
+        self.stop_tokens.add(token.id)
 
     def written_after_a_reply(self) -> AddedToken | None:
         """Return the token that the template writes right after a reply, if any."""

@@ -3354,8 +3354,9 @@ def test_added_tokens_are_read_wherever_they_are_declared(tmp_path):
         },
         config={"vocab_size": 400},
     )
-    settings = llama.tokenizer_settings(folder, None)
-    found = {token.content: token for token in settings["added"]}
+    own = llama.Tokenizer.from_folder(folder)
+    tables = [*own._raw.tokens.values(), *own._normalized.tokens.values()]
+    found = {token.content: token for token in tables}
     token = llama.AddedToken
     assert found == {
         "</s>": token("</s>", 0, special=True),
@@ -3366,7 +3367,6 @@ def test_added_tokens_are_read_wherever_they_are_declared(tmp_path):
         "ab": token("ab", 257, normalized=True),  # its id is the vocabulary's
         "<e>": token("<e>", 262, special=True, rstrip=True),
     }
-    own = llama.Tokenizer.from_folder(folder)
     assert own.added_words == {"<a>": 258, "ab": 257} and own.bos == 0
 
 
