@@ -1695,19 +1695,6 @@ def check_args(args: ModelArgs) -> None:
         raise ValueError(f"rope_theta must be above 1, got {args.rope_theta}")
 
 
-def with_defaults(config: dict) -> dict:
-    """Return a config.json with what its family means by the keys that it leaves out.
-
-    A value of null leaves a key out, but for two keys where it is a value of its own:
-    num_key_value_heads, as many as query heads, and sliding_window, none.
-    """
-    null = ("num_key_value_heads", "sliding_window")
-    given = {k: v for k, v in config.items() if v is not None or k in null}
-    family = config.get("model_type")
-    known = family in [*FAMILY_DEFAULTS]
-    return (FAMILY_DEFAULTS[family] if known else LLAMA_DEFAULTS) | given
-
-
 def other_type(config: dict) -> str:
     """Return what else to say of a model_type that is not known."""
     if "text_config" in config or "vision_config" in config:
@@ -1733,10 +1720,13 @@ def foreign_settings(config: dict) -> Iterator[str]:
         )
 
 
-def wrong_type(key: str, value: object, kind: type) -> list[str]:
-    """Return what is wrong with the type or the range of a setting, in a list."""
-    wanted, fits = KINDS[kind]
-    return [] if fits(value) else [f"{key} must be {wanted}, got {value!r:.80}"]
+def wrong_types(settings: dict) -> Iterator[str]:
+    """Yield which settings have the wrong type, or are out of range."""
+    for entry in fields(ModelArgs):
+        value, optional = settings.get(entry.name), get_args(entry.type)
+        wanted, fits = KINDS[optional[0] if optional else entry.type]
+        if value is not None and not fits(value):
+            yield f"{entry.name} must be {wanted}, got {value!r:.80}"
 
 
 def window_of(config: dict) -> object:
@@ -1773,27 +1763,24 @@ def read_args(config: dict) -> ModelArgs:
 
     Raises ValueError naming the keys and values that this file cannot honour.
     """
-    config = with_defaults(config)
-    wrong = [*foreign_settings(config)]
-    for entry in fields(ModelArgs):
-        value, optional = config.get(entry.name), get_args(entry.type)
-        later = entry.name in ("rope_scaling", "sliding_window")
-        if value is not None and not later:
-            kind = optional[0] if optional else entry.type
-            wrong += wrong_type(entry.name, value, kind)
-    if wrong:
+    # null leaves a key out, but for two keys where it is a value of its own: as many
+    # key/value heads as query heads, and no window.
+    null = ("num_key_value_heads", "sliding_window")
+    given = {k: v for k, v in config.items() if v is not None or k in null}
+    family = str(config.get("model_type"))
+    config = FAMILY_DEFAULTS.get(family, LLAMA_DEFAULTS) | given
+    # What these two say depends on other keys.
+    others = config | {"sliding_window": None, "rope_scaling": None}
+    if wrong := [*foreign_settings(config), *wrong_types(others)]:
         raise ValueError("; ".join(wrong))
     settings = {"sliding_window": window_of(config)} | rotary_settings(config)
-    for key, kind in (("sliding_window", int), ("rope_theta", float)):
-        if settings.get(key) is not None:
-            wrong += wrong_type(key, settings[key], kind)
-    if wrong:
+    if wrong := [*wrong_types(settings)]:
         raise ValueError("; ".join(wrong))
     args = ModelArgs.from_dict(config | settings)
     check_args(args)
     # Llama 1 and 2 leave rope_theta out and mean 10000. A Llama 3 without it has
     # lost it, and would read well for a page before falling apart.
-    lost = "rope_theta" not in settings and config["model_type"] == "llama"
+    lost = "rope_theta" not in settings and family == "llama"
     if lost and args.vocab_size >= 128_000:
         raise ValueError("rope_theta is missing; a Llama 3 vocabulary needs it")
     return args
