@@ -3991,13 +3991,11 @@ class Tokenizer(ByteLevelTokenizer):
 
     @functools.cached_property
     def chat_template(self) -> ChatTemplate:
-        """The template, read. Raises NoTemplate if there is none that can be read."""
+        """The template, parsed. Raises NoTemplate if there is none, and TemplateError
+        if it does not parse."""
         if self.template is None:
             raise NoTemplate(f"{self.source} is a base model, it has no chat template")
-        try:
-            return ChatTemplate(self.template)
-        except TemplateError as error:
-            raise NoTemplate(f"{self.source}: chat template: {error}") from None
+        return ChatTemplate(self.template)
 
     def render(self, messages: list[dict[str, str]], **variables) -> Text:
         """Return a conversation as the template writes it; see ChatTemplate.render.
@@ -4369,16 +4367,12 @@ def same_data(one: TensorInfo, other: TensorInfo) -> bool:
     return left[: one.nbytes] == right[: one.nbytes]
 
 
-def heads_of(tensors: Mapping[str, TensorInfo]) -> list[str]:
-    """Return the names of the tensors of a head that is not the embedding."""
-    return [name for name in tensors if name.startswith("lm_head.")]
-
-
-def untied_head(config: dict, tensors: Mapping[str, TensorInfo]) -> Iterator[str]:
-    """Yield which tensors of the head differ from the embedding's, if config.json says
-    that the head is the embedding. Reads them."""
-    tied = config.get("tie_word_embeddings")
-    for name in heads_of(tensors) if tied else ():
+def untied_head(tensors: Mapping[str, TensorInfo]) -> Iterator[str]:
+    """Yield which tensors of the head differ from the embedding's, whose copy it should
+    be. Reads them."""
+    for name in tensors:
+        if not name.startswith("lm_head."):
+            continue
         other = tensors.get(name.replace("lm_head", "model.embed_tokens"))
         if other is None or not same_data(tensors[name], other):
             yield f"tie_word_embeddings is true, but {name} is not the embedding's"
@@ -4482,7 +4476,7 @@ def check_headers(
     if model and sound:
         differences = [*mismatches(model, tensors, wanted_extras(*settings))]
         wrong += ["; ".join(differences)] if differences else []
-        if settings[0].get("tie_word_embeddings") is False and not heads_of(tensors):
+        if settings[0].get("tie_word_embeddings") is False and "lm_head" not in model:
             wrong.append("tie_word_embeddings is false, but there is no lm_head.weight")
     problems += [ValueError(f"{folder}: {text}") for text in wrong]
     return model, tensors, problems
@@ -4493,9 +4487,8 @@ def check_folder(
 ) -> tuple[Llama | None, dict[str, TensorInfo], list[Exception]]:
     """Return what `check_headers` does, and all else that is wrong with the weights."""
     model, tensors, problems = check_headers(folder)
-    if model:
-        wrong = untied_head(read_settings(folder)[0], tensors)
-        problems += [ValueError(f"{folder}: {text}") for text in wrong]
+    if model and read_json(folder / "config.json").get("tie_word_embeddings"):
+        problems += [ValueError(f"{folder}: {text}") for text in untied_head(tensors)]
     return model, tensors, problems
 
 
