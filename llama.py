@@ -2211,7 +2211,8 @@ class Translation:
         """
         if not words:
             raise self.error(at, "wanted a value")
-        words = [*words, Word("end", "", words[-1].at + len(words[-1].value), [])]
+        end = Word("end", "", words[-1].at + len(words[-1].value), [])
+        words = [*words, end, end]  # two: what follows a dot may be the first of them
         n, ifs, after_value, last = 0, 0, False, ""  # ifs: how many have no else
         while words[n].kind != "end":
             kind, value, at, inner = words[n]
@@ -2249,7 +2250,9 @@ class Translation:
             prefix, n = ".n_", n + 1
         at, end = words[n].at, n + 1
         self.write(at, prefix + self.name(words[n]))
-        if prefix != ".f_" and is_argument(words[end]):
+        word = words[end]
+        takes_it = word.kind not in ("sign", "end") and word.value not in NO_ARGUMENT
+        if takes_it and prefix != ".f_":
             end += 1
             while words[end].value in (".", "[", "("):
                 end += 2 if words[end].value == "." else 1
@@ -2273,11 +2276,6 @@ class Translation:
             return ascii(unescaped(word.value[1:-1]))
         except ValueError:
             raise self.error(word.at, "this text holds a wrong escape") from None
-
-
-def is_argument(word: Word) -> bool:
-    """Return whether a word after a test is an argument without brackets."""
-    return word.kind not in ("sign", "end") and word.value not in NO_ARGUMENT
 
 
 def unescaped(text: str) -> str:
@@ -3722,14 +3720,14 @@ def ends_of_texts(
     return bos, ends
 
 
-def read_template(folder: Path, settings: dict, limit: int) -> str | None:
+def read_template(folder: Path, settings: dict) -> str | None:
     """Return a folder's chat template, None if it has none.
 
-    settings: its tokenizer_config.json. limit: the bytes that a template may have.
+    settings: its tokenizer_config.json.
     """
     template, file = settings.get("chat_template"), folder / "chat_template.jinja"
     if file.exists():
-        return read_bounded(file, limit).decode("utf-8-sig")
+        return read_bounded(file, JSON_BYTES).decode("utf-8-sig")
     if isinstance(template, list):  # several, by name
         template = {entry["name"]: entry["template"] for entry in template}
     return template.get("default") if isinstance(template, dict) else template
@@ -3859,7 +3857,7 @@ class Tokenizer(ByteLevelTokenizer):
         bos, ends = ends_of_texts(folder, settings, bos_name, ids_of)
         names = token_names(settings)
         if template is None:
-            template = read_template(folder, settings, JSON_BYTES)
+            template = read_template(folder, settings)
         else:  # which needs its tokens, also where a folder does not name them
             template = BUILT_IN[template]
             texts, eos = {t.id: t.content for t in added}, ends[0] if ends else None

@@ -2761,6 +2761,7 @@ ERRORS = [
     ("{% for x in [1] %}", "line 1, column 19: wanted endfor, got the end"),
     ("{% break %}", "line 1, column 1: the tag break is not known in this place"),
     ("{{ a | }}", "line 1, column 7: wanted a name, got the end"),
+    ("{{ a is in b. }}", "line 1, column 14: wanted a name, got the end"),
     ("{{ a ? b }}", "line 1, column 6: this is no word of the language"),
     ("{{ 'a }}", "line 1, column 4: this is no word of the language"),
     ("{# a", "line 1, column 1: wanted #}, got the end"),
