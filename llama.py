@@ -2584,14 +2584,16 @@ class Rendering:
         return Undefined("an item")
 
     def visit(self, node: ast.AST):
-        """Return the value of an expression, or do what a statement says."""
+        """Return the value of an expression, or do what a statement says: what the
+        method for this kind of node does, as in ast.NodeVisitor."""
         self.depth += 1
         try:
             if self.depth > DEEPEST:
                 raise ValueError("the template calls itself too deeply")
-            if type(node) not in NODES:
-                raise ValueError(f"{type(node).__name__} is not known here")
-            value = NODES[type(node)](self, node)
+            kind = type(node).__name__
+            if not hasattr(self, f"visit_{kind}"):
+                raise ValueError(f"{kind} is not known here")
+            value = getattr(self, f"visit_{kind}")(node)
             self.pay(value)
             return value
         except TemplateError:
@@ -2614,7 +2616,24 @@ class Rendering:
             raise ValueError(f"{name.lstrip('0')} is not known here")
         return Undefined(name.lstrip("0"))
 
-    def member(self, node: ast.Attribute, args: Sequence = (), options: Sequence = ()):
+    def visit_Constant(self, node: ast.Constant):
+        return node.value
+
+    def visit_Name(self, node: ast.Name):
+        return self.variable(node.id[2:])
+
+    def visit_List(self, node: ast.List) -> list:
+        return [self.visit(item) for item in node.elts]
+
+    def visit_Tuple(self, node: ast.Tuple) -> tuple:
+        return tuple([self.visit(item) for item in node.elts])
+
+    def visit_Subscript(self, node: ast.Subscript):
+        return self.item(self.visit(node.value), self.visit(node.slice))
+
+    def visit_Attribute(
+        self, node: ast.Attribute, args: Sequence = (), options: Sequence = ()
+    ):
         """Return value.name, or what a filter or a test gives for the value."""
         value, prefix, name = self.visit(node.value), node.attr[:2], node.attr[2:]
         if prefix == "v_":
@@ -2633,12 +2652,12 @@ class Rendering:
                 values.append(self.visit(arg))
         return values, {option.arg[2:]: self.visit(option.value) for option in options}
 
-    def call(self, node: ast.Call):
+    def visit_Call(self, node: ast.Call):
         function, args, options = node.func, node.args, node.keywords
         if not isinstance(function, ast.Attribute):
             function = self.visit(function)
         elif not function.attr.startswith("v_"):
-            return self.member(function, args, options)
+            return self.visit_Attribute(function, args, options)
         else:
             owner, name = self.visit(function.value), function.attr[2:]
             methods = METHODS.get(str if isinstance(owner, str) else type(owner), {})
@@ -2656,7 +2675,7 @@ class Rendering:
             raise TypeError
         return function(self, *args, **options)
 
-    def logic(self, node: ast.BoolOp):
+    def visit_BoolOp(self, node: ast.BoolOp):
         stop = isinstance(node.op, ast.Or)
         for part in node.values:
             value = self.visit(part)
@@ -2664,7 +2683,7 @@ class Rendering:
                 break
         return value
 
-    def comparison(self, node: ast.Compare) -> bool:
+    def visit_Compare(self, node: ast.Compare) -> bool:
         left = self.visit(node.left)
         for sign, part in zip(node.ops, node.comparators):
             right = self.visit(part)
@@ -2674,17 +2693,23 @@ class Rendering:
             left = right
         return result
 
-    def calculate(self, node: ast.BinOp):
+    def visit_IfExp(self, node: ast.IfExp):
+        return self.visit(node.body if self.visit(node.test) else node.orelse)
+
+    def visit_UnaryOp(self, node: ast.UnaryOp):
+        return SIGNS[type(node.op)](self.visit(node.operand))
+
+    def visit_BinOp(self, node: ast.BinOp):
         left, right = self.visit(node.left), self.visit(node.right)
         if isinstance(node.op, ast.Add):  # Jinja's ~
             return self.text(left) + self.text(right)
         return SIGNS[type(node.op)](defined(left), defined(right))
 
-    def bounds(self, node: ast.Slice) -> slice:
+    def visit_Slice(self, node: ast.Slice) -> slice:
         bounds = (node.lower, node.upper, node.step)
         return slice(*[bound and self.visit(bound) for bound in bounds])
 
-    def mapping(self, node: ast.Dict) -> dict:
+    def visit_Dict(self, node: ast.Dict) -> dict:
         result = {}
         for key, value in zip(node.keys, node.values):
             name = key and self.visit(key)
@@ -2693,7 +2718,7 @@ class Rendering:
             result[name] = self.visit(value)
         return result
 
-    def show(self, node: ast.Expr) -> None:
+    def visit_Expr(self, node: ast.Expr) -> None:
         value = node.value
         # Printed, the filter safe changes nothing. Elsewhere it is not known here,
         # since Jinja escapes for HTML what is added to a safe text.
@@ -2701,14 +2726,23 @@ class Rendering:
             value = value.value
         self.output.append(self.text(self.visit(value)))
 
-    def choose(self, node: ast.If) -> None:
+    def visit_If(self, node: ast.If) -> None:
         self.run(node.body if self.visit(node.test) else node.orelse)
 
-    def define(self, node: ast.FunctionDef) -> None:
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
         self.scope[node.name[2:]] = macro(node.args, node.body, self.scope)
 
-    def leave(self, node: ast.Break | ast.Continue) -> None:
-        raise Break if isinstance(node, ast.Break) else Continue
+    def visit_Break(self, node: ast.Break) -> None:
+        raise Break
+
+    def visit_Continue(self, node: ast.Continue) -> None:
+        raise Continue
+
+    def visit_Pass(self, node: ast.Pass) -> None:
+        pass
+
+    def visit_Assign(self, node: ast.Assign) -> None:
+        self.assign(node.targets[0], self.visit(node.value))
 
     def run(self, statements: list[ast.stmt]) -> None:
         for statement in statements:
@@ -2723,7 +2757,7 @@ class Rendering:
         self.scope, self.output = outside
         return text
 
-    def block(self, node: ast.With) -> None:
+    def visit_With(self, node: ast.With) -> None:
         """Print what statements print, after its filters, or set a variable to it."""
         block, text = node.items[0], self.capture(node.body, self.scope.new_child())
         outside = self.scope
@@ -2753,7 +2787,7 @@ class Rendering:
             case _:
                 raise ValueError("nothing can be assigned to this")
 
-    def loop(self, node: ast.For) -> None:
+    def visit_For(self, node: ast.For) -> None:
         """Run `for target in [0 for target in values if condition]`."""
         source, scope, output = node.iter.generators[0], self.scope, self.output
         items = self.items(self.visit(source.iter))
@@ -2825,38 +2859,6 @@ def macro(parameters: ast.arguments, body: list[ast.stmt], scope: ChainMap) -> C
         return text
 
     return call
-
-
-# What is done for each kind of node.
-NODES = {
-    ast.Constant: lambda run, node: node.value,
-    ast.Name: lambda run, node: run.variable(node.id[2:]),
-    ast.Attribute: Rendering.member,
-    ast.Call: Rendering.call,
-    ast.Subscript: lambda run, node: run.item(
-        run.visit(node.value), run.visit(node.slice)
-    ),
-    ast.Slice: Rendering.bounds,
-    ast.BinOp: Rendering.calculate,
-    ast.UnaryOp: lambda run, node: SIGNS[type(node.op)](run.visit(node.operand)),
-    ast.BoolOp: Rendering.logic,
-    ast.Compare: Rendering.comparison,
-    ast.IfExp: lambda run, node: run.visit(
-        node.body if run.visit(node.test) else node.orelse
-    ),
-    ast.List: lambda run, node: [run.visit(item) for item in node.elts],
-    ast.Tuple: lambda run, node: tuple([run.visit(item) for item in node.elts]),
-    ast.Dict: Rendering.mapping,
-    ast.Expr: Rendering.show,
-    ast.If: Rendering.choose,
-    ast.For: Rendering.loop,
-    ast.Assign: lambda run, node: run.assign(node.targets[0], run.visit(node.value)),
-    ast.With: Rendering.block,
-    ast.FunctionDef: Rendering.define,
-    ast.Break: Rendering.leave,
-    ast.Continue: Rendering.leave,
-    ast.Pass: lambda run, node: None,
-}
 
 
 class ChatTemplate:
