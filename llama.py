@@ -3029,8 +3029,8 @@ Today Date: {{ strftime_now('%d %b %Y') }}
 # or refused by its name: a wrong split would only show as slightly worse text.
 # uses: 1, 4, 7, 11, 12
 # needs: Callable, Collection, Iterable, Iterator, Mapping, NamedTuple, Path, Sequence,
-#     base64, collections, dataclass, field, functools, itertools, json, operator, re,
-#     tiktoken, unicodedata
+#     base64, dataclass, field, functools, itertools, json, operator, re, tiktoken,
+#     unicodedata
 # registers: STOP_NAMES
 # -----------------------------------------------------------------------------
 
@@ -3147,26 +3147,25 @@ class Split(NamedTuple):
         return self.pattern(text).findall(text)
 
 
-def read_split(pattern: dict) -> Split | re.Pattern:
+def read_split(pattern: dict) -> Split:
     """Return what a folder splits at.
 
     Raises ValueError for an expression whose meaning, or whose time, is not sure.
     """
     if "String" in pattern:
-        found = compiled = re.compile(f"({re.escape(pattern['String'])})")
+        regex, readable = re.escape(pattern["String"]), True
     else:
         regex = NESTED.get(pattern["Regex"], pattern["Regex"])
         readable = len(regex) <= LONGEST_SPLIT and READABLE.fullmatch(regex)
-        found = Split(regex)
-        try:
-            compiled = found.pattern("") if readable else None
-        except re.error:  # a range that goes backwards
-            compiled = None
-        if compiled is None:
-            raise ValueError(f"unknown split: {regex!r:.80}")
+    try:
+        compiled = Split(regex).pattern("") if readable else None
+    except re.error:  # a range that goes backwards
+        compiled = None
+    if compiled is None:
+        raise ValueError(f"unknown split: {regex!r:.80}")
     if compiled.fullmatch(""):
         raise ValueError(f"the split {pattern!r:.80} matches no text")
-    return found
+    return Split(regex)
 
 
 LETTER_OF = {byte: letter for letter, byte in byte_letters().items()}
@@ -3588,17 +3587,14 @@ class TokenTable:
     def __init__(self, tokens: Mapping[str, AddedToken]):
         """tokens: by what is looked for."""
         self.tokens = {text: token for text, token in tokens.items() if text}
-        sizes = collections.defaultdict(set)
-        for text in self.tokens:
-            sizes[text[0]].add(len(text))
-        self.sizes = {first: sorted(sizes[first], reverse=True) for first in sizes}
-        firsts = "".join(map(re.escape, self.sizes))
+        self.sizes = sorted({len(text) for text in self.tokens}, reverse=True)
+        firsts = "".join({re.escape(text[0]) for text in self.tokens})
         self.firsts = re.compile(f"[{firsts}]" if firsts else "(?!)")
 
     def longest(self, text: str, start: int, end: int) -> str:
         """Return the longest of what is looked for that begins at `start` and does not
         pass `end`; "" if there is none."""
-        for size in self.sizes[text[start]]:
+        for size in self.sizes:
             name = text[start : start + size]
             if start + size <= end and name in self.tokens:
                 return name
