@@ -1683,19 +1683,6 @@ def check_args(args: ModelArgs) -> None:
         raise ValueError(f"rope_theta must be above 1, got {args.rope_theta}")
 
 
-def with_defaults(config: dict) -> dict:
-    """Return a config.json with what its family means by the keys that it leaves out.
-
-    A value of null leaves a key out, but for two keys where it is a value of its own:
-    num_key_value_heads, as many as query heads, and sliding_window, none.
-    """
-    null = ("num_key_value_heads", "sliding_window")
-    given = {k: v for k, v in config.items() if v is not None or k in null}
-    family = config.get("model_type")
-    known = family in [*FAMILY_DEFAULTS]
-    return (FAMILY_DEFAULTS[family] if known else LLAMA_DEFAULTS) | given
-
-
 def other_type(config: dict) -> str:
     """Return what else to say of a model_type that is not known."""
     if "text_config" in config or "vision_config" in config:
@@ -1721,10 +1708,13 @@ def foreign_settings(config: dict) -> Iterator[str]:
         )
 
 
-def wrong_type(key: str, value: object, kind: type) -> list[str]:
-    """Return what is wrong with the type or the range of a setting, in a list."""
-    wanted, fits = KINDS[kind]
-    return [] if fits(value) else [f"{key} must be {wanted}, got {value!r:.80}"]
+def wrong_types(settings: dict) -> Iterator[str]:
+    """Yield which settings have the wrong type, or are out of range."""
+    for entry in fields(ModelArgs):
+        value, optional = settings.get(entry.name), get_args(entry.type)
+        wanted, fits = KINDS[optional[0] if optional else entry.type]
+        if value is not None and not fits(value):
+            yield f"{entry.name} must be {wanted}, got {value!r:.80}"
 
 
 def window_of(config: dict) -> object:
@@ -1761,27 +1751,24 @@ def read_args(config: dict) -> ModelArgs:
 
     Raises ValueError naming the keys and values that this file cannot honour.
     """
-    config = with_defaults(config)
-    wrong = [*foreign_settings(config)]
-    for entry in fields(ModelArgs):
-        value, optional = config.get(entry.name), get_args(entry.type)
-        later = entry.name in ("rope_scaling", "sliding_window")
-        if value is not None and not later:
-            kind = optional[0] if optional else entry.type
-            wrong += wrong_type(entry.name, value, kind)
-    if wrong:
+    # null leaves a key out, but for two keys where it is a value of its own: as many
+    # key/value heads as query heads, and no window.
+    null = ("num_key_value_heads", "sliding_window")
+    given = {k: v for k, v in config.items() if v is not None or k in null}
+    family = str(config.get("model_type"))
+    config = FAMILY_DEFAULTS.get(family, LLAMA_DEFAULTS) | given
+    # What these two say depends on other keys.
+    others = config | {"sliding_window": None, "rope_scaling": None}
+    if wrong := [*foreign_settings(config), *wrong_types(others)]:
         raise ValueError("; ".join(wrong))
     settings = {"sliding_window": window_of(config)} | rotary_settings(config)
-    for key, kind in (("sliding_window", int), ("rope_theta", float)):
-        if settings.get(key) is not None:
-            wrong += wrong_type(key, settings[key], kind)
-    if wrong:
+    if wrong := [*wrong_types(settings)]:
         raise ValueError("; ".join(wrong))
     args = ModelArgs.from_dict(config | settings)
     check_args(args)
     # Llama 1 and 2 leave rope_theta out and mean 10000. A Llama 3 without it has
     # lost it, and would read well for a page before falling apart.
-    lost = "rope_theta" not in settings and config["model_type"] == "llama"
+    lost = "rope_theta" not in settings and family == "llama"
     if lost and args.vocab_size >= 128_000:
         raise ValueError("rope_theta is missing; a Llama 3 vocabulary needs it")
     return args
@@ -2212,7 +2199,8 @@ class Translation:
         """
         if not words:
             raise self.error(at, "wanted a value")
-        words = [*words, Word("end", "", words[-1].at + len(words[-1].value), [])]
+        end = Word("end", "", words[-1].at + len(words[-1].value), [])
+        words = [*words, end, end]  # two: what follows a dot may be the first of them
         n, ifs, after_value, last = 0, 0, False, ""  # ifs: how many have no else
         while words[n].kind != "end":
             kind, value, at, inner = words[n]
@@ -2250,7 +2238,9 @@ class Translation:
             prefix, n = ".n_", n + 1
         at, end = words[n].at, n + 1
         self.write(at, prefix + self.name(words[n]))
-        if prefix != ".f_" and is_argument(words[end]):
+        word = words[end]
+        takes_it = word.kind not in ("sign", "end") and word.value not in NO_ARGUMENT
+        if takes_it and prefix != ".f_":
             end += 1
             while words[end].value in (".", "[", "("):
                 end += 2 if words[end].value == "." else 1
@@ -2274,11 +2264,6 @@ class Translation:
             return ascii(unescaped(word.value[1:-1]))
         except ValueError:
             raise self.error(word.at, "this text holds a wrong escape") from None
-
-
-def is_argument(word: Word) -> bool:
-    """Return whether a word after a test is an argument without brackets."""
-    return word.kind not in ("sign", "end") and word.value not in NO_ARGUMENT
 
 
 def unescaped(text: str) -> str:
@@ -2587,14 +2572,16 @@ class Rendering:
         return Undefined("an item")
 
     def visit(self, node: ast.AST):
-        """Return the value of an expression, or do what a statement says."""
+        """Return the value of an expression, or do what a statement says: what the
+        method for this kind of node does, as in ast.NodeVisitor."""
         self.depth += 1
         try:
             if self.depth > DEEPEST:
                 raise ValueError("the template calls itself too deeply")
-            if type(node) not in NODES:
-                raise ValueError(f"{type(node).__name__} is not known here")
-            value = NODES[type(node)](self, node)
+            kind = type(node).__name__
+            if not hasattr(self, f"visit_{kind}"):
+                raise ValueError(f"{kind} is not known here")
+            value = getattr(self, f"visit_{kind}")(node)
             self.pay(value)
             return value
         except TemplateError:
@@ -2617,7 +2604,24 @@ class Rendering:
             raise ValueError(f"{name.lstrip('0')} is not known here")
         return Undefined(name.lstrip("0"))
 
-    def member(self, node: ast.Attribute, args: Sequence = (), options: Sequence = ()):
+    def visit_Constant(self, node: ast.Constant):
+        return node.value
+
+    def visit_Name(self, node: ast.Name):
+        return self.variable(node.id[2:])
+
+    def visit_List(self, node: ast.List) -> list:
+        return [self.visit(item) for item in node.elts]
+
+    def visit_Tuple(self, node: ast.Tuple) -> tuple:
+        return tuple([self.visit(item) for item in node.elts])
+
+    def visit_Subscript(self, node: ast.Subscript):
+        return self.item(self.visit(node.value), self.visit(node.slice))
+
+    def visit_Attribute(
+        self, node: ast.Attribute, args: Sequence = (), options: Sequence = ()
+    ):
         """Return value.name, or what a filter or a test gives for the value."""
         value, prefix, name = self.visit(node.value), node.attr[:2], node.attr[2:]
         if prefix == "v_":
@@ -2636,12 +2640,12 @@ class Rendering:
                 values.append(self.visit(arg))
         return values, {option.arg[2:]: self.visit(option.value) for option in options}
 
-    def call(self, node: ast.Call):
+    def visit_Call(self, node: ast.Call):
         function, args, options = node.func, node.args, node.keywords
         if not isinstance(function, ast.Attribute):
             function = self.visit(function)
         elif not function.attr.startswith("v_"):
-            return self.member(function, args, options)
+            return self.visit_Attribute(function, args, options)
         else:
             owner, name = self.visit(function.value), function.attr[2:]
             methods = METHODS.get(str if isinstance(owner, str) else type(owner), {})
@@ -2659,7 +2663,7 @@ class Rendering:
             raise TypeError
         return function(self, *args, **options)
 
-    def logic(self, node: ast.BoolOp):
+    def visit_BoolOp(self, node: ast.BoolOp):
         stop = isinstance(node.op, ast.Or)
         for part in node.values:
             value = self.visit(part)
@@ -2667,7 +2671,7 @@ class Rendering:
                 break
         return value
 
-    def comparison(self, node: ast.Compare) -> bool:
+    def visit_Compare(self, node: ast.Compare) -> bool:
         left = self.visit(node.left)
         for sign, part in zip(node.ops, node.comparators):
             right = self.visit(part)
@@ -2677,17 +2681,23 @@ class Rendering:
             left = right
         return result
 
-    def calculate(self, node: ast.BinOp):
+    def visit_IfExp(self, node: ast.IfExp):
+        return self.visit(node.body if self.visit(node.test) else node.orelse)
+
+    def visit_UnaryOp(self, node: ast.UnaryOp):
+        return SIGNS[type(node.op)](self.visit(node.operand))
+
+    def visit_BinOp(self, node: ast.BinOp):
         left, right = self.visit(node.left), self.visit(node.right)
         if isinstance(node.op, ast.Add):  # Jinja's ~
             return self.text(left) + self.text(right)
         return SIGNS[type(node.op)](defined(left), defined(right))
 
-    def bounds(self, node: ast.Slice) -> slice:
+    def visit_Slice(self, node: ast.Slice) -> slice:
         bounds = (node.lower, node.upper, node.step)
         return slice(*[bound and self.visit(bound) for bound in bounds])
 
-    def mapping(self, node: ast.Dict) -> dict:
+    def visit_Dict(self, node: ast.Dict) -> dict:
         result = {}
         for key, value in zip(node.keys, node.values):
             name = key and self.visit(key)
@@ -2696,7 +2706,7 @@ class Rendering:
             result[name] = self.visit(value)
         return result
 
-    def show(self, node: ast.Expr) -> None:
+    def visit_Expr(self, node: ast.Expr) -> None:
         value = node.value
         # Printed, the filter safe changes nothing. Elsewhere it is not known here,
         # since Jinja escapes for HTML what is added to a safe text.
@@ -2704,14 +2714,23 @@ class Rendering:
             value = value.value
         self.output.append(self.text(self.visit(value)))
 
-    def choose(self, node: ast.If) -> None:
+    def visit_If(self, node: ast.If) -> None:
         self.run(node.body if self.visit(node.test) else node.orelse)
 
-    def define(self, node: ast.FunctionDef) -> None:
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
         self.scope[node.name[2:]] = macro(node.args, node.body, self.scope)
 
-    def leave(self, node: ast.Break | ast.Continue) -> None:
-        raise Break if isinstance(node, ast.Break) else Continue
+    def visit_Break(self, node: ast.Break) -> None:
+        raise Break
+
+    def visit_Continue(self, node: ast.Continue) -> None:
+        raise Continue
+
+    def visit_Pass(self, node: ast.Pass) -> None:
+        pass
+
+    def visit_Assign(self, node: ast.Assign) -> None:
+        self.assign(node.targets[0], self.visit(node.value))
 
     def run(self, statements: list[ast.stmt]) -> None:
         for statement in statements:
@@ -2726,7 +2745,7 @@ class Rendering:
         self.scope, self.output = outside
         return text
 
-    def block(self, node: ast.With) -> None:
+    def visit_With(self, node: ast.With) -> None:
         """Print what statements print, after its filters, or set a variable to it."""
         block, text = node.items[0], self.capture(node.body, self.scope.new_child())
         outside = self.scope
@@ -2756,7 +2775,7 @@ class Rendering:
             case _:
                 raise ValueError("nothing can be assigned to this")
 
-    def loop(self, node: ast.For) -> None:
+    def visit_For(self, node: ast.For) -> None:
         """Run `for target in [0 for target in values if condition]`."""
         source, scope, output = node.iter.generators[0], self.scope, self.output
         items = self.items(self.visit(source.iter))
@@ -2828,38 +2847,6 @@ def macro(parameters: ast.arguments, body: list[ast.stmt], scope: ChainMap) -> C
         return text
 
     return call
-
-
-# What is done for each kind of node.
-NODES = {
-    ast.Constant: lambda run, node: node.value,
-    ast.Name: lambda run, node: run.variable(node.id[2:]),
-    ast.Attribute: Rendering.member,
-    ast.Call: Rendering.call,
-    ast.Subscript: lambda run, node: run.item(
-        run.visit(node.value), run.visit(node.slice)
-    ),
-    ast.Slice: Rendering.bounds,
-    ast.BinOp: Rendering.calculate,
-    ast.UnaryOp: lambda run, node: SIGNS[type(node.op)](run.visit(node.operand)),
-    ast.BoolOp: Rendering.logic,
-    ast.Compare: Rendering.comparison,
-    ast.IfExp: lambda run, node: run.visit(
-        node.body if run.visit(node.test) else node.orelse
-    ),
-    ast.List: lambda run, node: [run.visit(item) for item in node.elts],
-    ast.Tuple: lambda run, node: tuple([run.visit(item) for item in node.elts]),
-    ast.Dict: Rendering.mapping,
-    ast.Expr: Rendering.show,
-    ast.If: Rendering.choose,
-    ast.For: Rendering.loop,
-    ast.Assign: lambda run, node: run.assign(node.targets[0], run.visit(node.value)),
-    ast.With: Rendering.block,
-    ast.FunctionDef: Rendering.define,
-    ast.Break: Rendering.leave,
-    ast.Continue: Rendering.leave,
-    ast.Pass: lambda run, node: None,
-}
 
 
 class ChatTemplate:
@@ -3030,8 +3017,8 @@ Today Date: {{ strftime_now('%d %b %Y') }}
 # or refused by its name: a wrong split would only show as slightly worse text.
 # uses: 1, 4, 7, 11, 12
 # needs: Callable, Collection, Iterable, Iterator, Mapping, NamedTuple, Path, Sequence,
-#     base64, collections, dataclass, field, functools, itertools, json, operator, re,
-#     tiktoken, unicodedata
+#     base64, dataclass, field, functools, itertools, json, operator, re, tiktoken,
+#     unicodedata
 # registers: STOP_NAMES
 # -----------------------------------------------------------------------------
 
@@ -3148,26 +3135,25 @@ class Split(NamedTuple):
         return self.pattern(text).findall(text)
 
 
-def read_split(pattern: dict) -> Split | re.Pattern:
+def read_split(pattern: dict) -> Split:
     """Return what a folder splits at.
 
     Raises ValueError for an expression whose meaning, or whose time, is not sure.
     """
     if "String" in pattern:
-        found = compiled = re.compile(f"({re.escape(pattern['String'])})")
+        regex, readable = re.escape(pattern["String"]), True
     else:
         regex = NESTED.get(pattern["Regex"], pattern["Regex"])
         readable = len(regex) <= LONGEST_SPLIT and READABLE.fullmatch(regex)
-        found = Split(regex)
-        try:
-            compiled = found.pattern("") if readable else None
-        except re.error:  # a range that goes backwards
-            compiled = None
-        if compiled is None:
-            raise ValueError(f"unknown split: {regex!r:.80}")
+    try:
+        compiled = Split(regex).pattern("") if readable else None
+    except re.error:  # a range that goes backwards
+        compiled = None
+    if compiled is None:
+        raise ValueError(f"unknown split: {regex!r:.80}")
     if compiled.fullmatch(""):
         raise ValueError(f"the split {pattern!r:.80} matches no text")
-    return found
+    return Split(regex)
 
 
 LETTER_OF = {byte: letter for letter, byte in byte_letters().items()}
@@ -3589,17 +3575,14 @@ class TokenTable:
     def __init__(self, tokens: Mapping[str, AddedToken]):
         """tokens: by what is looked for."""
         self.tokens = {text: token for text, token in tokens.items() if text}
-        sizes = collections.defaultdict(set)
-        for text in self.tokens:
-            sizes[text[0]].add(len(text))
-        self.sizes = {first: sorted(sizes[first], reverse=True) for first in sizes}
-        firsts = "".join(map(re.escape, self.sizes))
+        self.sizes = sorted({len(text) for text in self.tokens}, reverse=True)
+        firsts = "".join({re.escape(text[0]) for text in self.tokens})
         self.firsts = re.compile(f"[{firsts}]" if firsts else "(?!)")
 
     def longest(self, text: str, start: int, end: int) -> str:
         """Return the longest of what is looked for that begins at `start` and does not
         pass `end`; "" if there is none."""
-        for size in self.sizes[text[start]]:
+        for size in self.sizes:
             name = text[start : start + size]
             if start + size <= end and name in self.tokens:
                 return name
@@ -3650,14 +3633,126 @@ class SpacedStream(TextStream):
         return self._decoder.decode(encoded)
 
 
-class TextTokenizer(ByteLevelTokenizer):
-    """Text to ids and back, for every kind of vocabulary.
+def read_tokenizer(
+    folder: Path, tokens: int, settings: dict
+) -> tuple[SpelledVocabulary, list[AddedToken], str | None]:
+    """Return a folder's vocabulary, its added tokens, and the name of the one that is
+    put before every text, if any.
+
+    tokens: how many there may be. settings: what tokenizer_config.json says.
+    """
+    file, ranks = folder / "tokenizer.json", folder / "tokenizer.model"
+    if file.exists():
+        spec = read_json(file, JSON_BYTES + tokens * BYTES_PER_TOKEN)
+        post = spec.get("post_processor") or {}
+        parts = [step.get("single") for step in post.get("processors", [post])]
+        starts = [part[0].get("SpecialToken") for part in parts if part]
+        bos_name = next((start["id"] for start in starts if start), None)
+        vocab, declared = spec["model"]["vocab"], spec.get("added_tokens") or []
+        vocabulary = read_vocabulary(spec)
+    elif ranks.exists():
+        vocabulary, declared, bos_name = rank_file(ranks, tokens)
+        vocab = {}
+    else:
+        raise FileNotFoundError(f"{folder}: no tokenizer.json and no tokenizer.model")
+    return vocabulary, read_added(folder, declared, vocab, settings), bos_name
+
+
+# What a folder may leave out, since Hugging Face's class of tokenizers has it.
+LLAMA_NAMES = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+END_OF_TEXT = "<|endoftext|>"
+USUAL_NAMES = {
+    "LlamaTokenizer": LLAMA_NAMES,
+    "CodeLlamaTokenizer": LLAMA_NAMES,
+    "GPT2Tokenizer": dict.fromkeys(LLAMA_NAMES, END_OF_TEXT),
+    "Qwen2Tokenizer": dict.fromkeys(
+        ("eos_token", "unk_token", "pad_token"), END_OF_TEXT
+    ),
+}
+
+
+def token_names(settings: dict) -> dict[str, str]:
+    """Return what chat templates call control tokens, from tokenizer_config.json: from
+    bos_token and the like to a token's text."""
+    named = {key: settings[key] for key in settings if key.endswith("_token")}
+    extra = settings.get("extra_special_tokens")
+    named |= extra if isinstance(extra, dict) else {}
+    texts = {k: v["content"] if isinstance(v, dict) else v for k, v in named.items()}
+    return {
+        name: text for name, text in texts.items() if text and isinstance(text, str)
+    }
+
+
+def ends_of_texts(
+    folder: Path, settings: dict, bos_name: str | None, ids_of: Mapping[str, int]
+) -> tuple[int | None, list[int]]:
+    """Return the id of the token that begins a text, or None, and the ids of those that
+    end one. The tokenizer's files name them; the model's files have their ids.
+
+    bos_name: see read_tokenizer. ids_of: from the contents of added tokens.
+    Raises ValueError for what is no id.
+    """
+    config = read_json(folder / "config.json")
+    generation = read_json(folder / "generation_config.json")
+    named = settings.get("bos_token", bos_name), settings.get("eos_token")
+    bos, eos = (ids_of.get(t["content"] if isinstance(t, dict) else t) for t in named)
+    bos, ends = config.get("bos_token_id") if bos is None else bos, [eos]
+    for ids in (config.get("eos_token_id"), generation.get("eos_token_id")):
+        ends += ids if isinstance(ids, list) else [ids]
+    ends = [i for i in ends if i is not None]
+    for i in (*ids_of.values(), *ends, *([] if bos is None else [bos])):
+        if type(i) is not int or not 0 <= i < NO_RANK:
+            raise ValueError(f"token ids must be whole numbers, got {i!r:.200}")
+    return bos, ends
+
+
+def read_template(folder: Path, settings: dict) -> str | None:
+    """Return a folder's chat template, None if it has none.
+
+    settings: its tokenizer_config.json.
+    """
+    template, file = settings.get("chat_template"), folder / "chat_template.jinja"
+    if file.exists():
+        return read_bounded(file, JSON_BYTES).decode("utf-8-sig")
+    if isinstance(template, list):  # several, by name
+        template = {entry["name"]: entry["template"] for entry in template}
+    return template.get("default") if isinstance(template, dict) else template
+
+
+class NoTemplate(ValueError):
+    """A conversation cannot be written down for a model."""
+
+
+def check_conversation(messages: list[dict]) -> None:
+    """Raise ValueError unless these are messages, of which the last is the user's, and
+    TypeError if they are no list of dicts."""
+    if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
+        wanted = 'a list of {"role": ..., "content": ...}'
+        raise TypeError(f"messages must be {wanted}, got {messages!r:.80}")
+    for n, message in enumerate(messages):
+        role, content = message.get("role"), message.get("content")
+        if role not in ("system", "user", "assistant"):
+            raise ValueError(
+                f"message {n}: role must be system, user or assistant, got {role!r:.80}"
+            )
+        if not isinstance(content, str):
+            raise ValueError(f"message {n}: content must be text, got {content!r:.80}")
+    roles = [message["role"] for message in messages]
+    if roles[-1:] != ["user"]:
+        raise ValueError(f"the last message must be the user's, got roles {roles}")
+
+
+class Tokenizer(ByteLevelTokenizer):
+    """Text to ids and back, for every kind of vocabulary, and conversations to ids, as
+    a model's template has them.
 
     added: the tokens that are found in a text before it is cut into words. Those that
     are special, or end a reply, are control tokens: special_tokens, by their contents.
-    The others are words. bos, eos: ids, None if there is none. stop_tokens: end a
-    reply, besides those of STOP_NAMES. adds_bos: whether a text on its own begins with
-    bos. rows: how many ids the model knows. source: whose tokenizer it is, in messages.
+    The others are words. bos: an id, None if there is none. stop_tokens: end a reply,
+    besides those of STOP_NAMES; the first is eos. adds_bos: whether a text on its own
+    begins with bos. rows: how many ids the model knows. template: how conversations are
+    written down, in Jinja; None for a base model. token_names: from what templates call
+    control tokens (bos_token) to their text. source: whose it is, in messages.
     """
 
     def __init__(
@@ -3666,10 +3761,11 @@ class TextTokenizer(ByteLevelTokenizer):
         added: Iterable[AddedToken] = (),
         *,
         bos: int | None = None,
-        eos: int | None = None,
-        stop_tokens: Collection[int] = (),
+        stop_tokens: Sequence[int] = (),
         adds_bos: bool = False,
         rows: int = NO_RANK,
+        template: str | None = None,
+        token_names: Mapping[str, str] = {},
         source: str = "this tokenizer",
     ):
         ends = {token.id for token in added if token.content in STOP_NAMES}
@@ -3677,7 +3773,9 @@ class TextTokenizer(ByteLevelTokenizer):
         control = [token for token in added if token.special or token.id in ends]
         names = {token.content: token.id for token in control}
         super().__init__(vocabulary, names)
-        self.bos, self.eos, self.source, self.rows = bos, eos, source, rows
+        self.bos, self.eos = bos, stop_tokens[0] if stop_tokens else None
+        self.template, self.token_names = template, token_names
+        self.source, self.rows = source, rows
         self.stop_tokens |= ends
         self.bos_prefix = [bos] if adds_bos and bos is not None else []
         # A word beyond the rows of a model is no word to it.
@@ -3696,6 +3794,72 @@ class TextTokenizer(ByteLevelTokenizer):
         )
         self._control = {*names.values()}
         self._word_ids = functools.lru_cache(100_000)(self._encode_word)
+        if after := self.written_after_a_reply():
+            self.end_replies_with(after)
+
+    @classmethod
+    def from_folder(
+        cls, folder: str | Path, *, template: str | None = None
+    ) -> "Tokenizer":
+        """Return the tokenizer of a model folder, without touching its weights.
+
+        template: a name in BUILT_IN, used whatever the folder says.
+        Raises FileNotFoundError or ValueError naming the file at fault.
+        """
+        folder = Path(folder)
+        if template not in (None, *BUILT_IN):
+            names = ", ".join(BUILT_IN)
+            raise ValueError(f"template must be one of {names}, got {template!r:.80}")
+        try:
+            return cls._read(folder, template)
+        except ValueError as error:
+            where = f"{folder}: tokenizer files: "
+            where = "" if str(error).startswith(str(folder)) else where
+            raise ValueError(f"{where}{error}") from None
+        except (AttributeError, LookupError, TypeError) as error:
+            # A part of another type than it should be; which one, the error says.
+            raise ValueError(f"{folder}: tokenizer files: {error!r}") from error
+
+    @classmethod
+    def _read(cls, folder: Path, template: str | None) -> "Tokenizer":
+        """Return the tokenizer that the files of a folder describe."""
+        rows = read_json(folder / "config.json").get("vocab_size")
+        rows = rows if type(rows) is int and rows > 0 else MOST_TOKENS
+        tokens = min(rows, MOST_TOKENS)
+        limit = JSON_BYTES + tokens * BYTES_PER_TOKEN
+        settings = read_json(folder / "tokenizer_config.json", limit)
+        older = read_json(folder / "special_tokens_map.json")
+        is_new = "added_tokens_decoder" in settings  # then it has the last word
+        settings = older | settings if is_new else settings | older
+        vocabulary, added, bos_name = read_tokenizer(folder, tokens, settings)
+        if (size := max(vocabulary.bytes_of_id) + 1) > rows:
+            raise ValueError(f"the tokenizer has {size} ids, the model {rows}")
+        ids_of = {token.content: token.id for token in added}
+        kind = str(settings.get("tokenizer_class")).removesuffix("Fast")
+        usual = USUAL_NAMES.get(kind, {})
+        # A vocabulary of another kind may have this class too; it lacks some of them.
+        if ids_of.keys() >= {*usual.values()}:
+            settings = usual | settings
+        bos, ends = ends_of_texts(folder, settings, bos_name, ids_of)
+        names = token_names(settings)
+        if template is None:
+            template = read_template(folder, settings)
+        else:  # which needs its tokens, also where a folder does not name them
+            template = BUILT_IN[template]
+            texts, eos = {t.id: t.content for t in added}, ends[0] if ends else None
+            own = {"bos_token": texts.get(bos), "eos_token": texts.get(eos)}
+            names = {name: text for name, text in own.items() if text} | names
+        return cls(
+            vocabulary,
+            added,
+            bos=bos,
+            stop_tokens=ends,
+            adds_bos=settings.get("add_bos_token", bos_name is not None),
+            rows=rows,
+            template=template,
+            token_names=names,
+            source=str(folder),
+        )
 
     def encode(
         self, text: str, *, first: bool = True, control: Collection[str] = ()
@@ -3794,13 +3958,6 @@ class TextTokenizer(ByteLevelTokenizer):
         }
         return found & self.added_words.keys()
 
-    def make_control(self, token: AddedToken) -> None:
-        """Count an added word among the control tokens from now on."""
-        self.special_tokens[token.content] = token.id
-        self.added_words.pop(token.content, None)
-        self._text[token.id] = b""
-        self._control.add(token.id)
-
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of ids; control tokens, and ids of no token, are no text."""
         stream = self.stream(drop_space=True)
@@ -3816,219 +3973,13 @@ class TextTokenizer(ByteLevelTokenizer):
             return SpacedStream(self._text)
         return super().stream()
 
-
-def read_tokenizer(
-    folder: Path, tokens: int, settings: dict
-) -> tuple[SpelledVocabulary, list[AddedToken], str | None]:
-    """Return a folder's vocabulary, its added tokens, and the name of the one that is
-    put before every text, if any.
-
-    tokens: how many there may be. settings: what tokenizer_config.json says.
-    """
-    file, ranks = folder / "tokenizer.json", folder / "tokenizer.model"
-    if file.exists():
-        spec = read_json(file, JSON_BYTES + tokens * BYTES_PER_TOKEN)
-        post = spec.get("post_processor") or {}
-        parts = [step.get("single") for step in post.get("processors", [post])]
-        starts = [part[0].get("SpecialToken") for part in parts if part]
-        bos_name = next((start["id"] for start in starts if start), None)
-        vocab, declared = spec["model"]["vocab"], spec.get("added_tokens") or []
-        vocabulary = read_vocabulary(spec)
-    elif ranks.exists():
-        vocabulary, declared, bos_name = rank_file(ranks, tokens)
-        vocab = {}
-    else:
-        raise FileNotFoundError(f"{folder}: no tokenizer.json and no tokenizer.model")
-    return vocabulary, read_added(folder, declared, vocab, settings), bos_name
-
-
-# What a folder may leave out, since Hugging Face's class of tokenizers has it.
-LLAMA_NAMES = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-END_OF_TEXT = "<|endoftext|>"
-USUAL_NAMES = {
-    "LlamaTokenizer": LLAMA_NAMES,
-    "CodeLlamaTokenizer": LLAMA_NAMES,
-    "GPT2Tokenizer": dict.fromkeys(LLAMA_NAMES, END_OF_TEXT),
-    "Qwen2Tokenizer": dict.fromkeys(
-        ("eos_token", "unk_token", "pad_token"), END_OF_TEXT
-    ),
-}
-
-
-def usual_names(settings: dict, contents: Iterable[str]) -> dict[str, str]:
-    """Return the names of control tokens that a tokenizer_config.json leaves to its
-    class; contents: of the added tokens, all that there are."""
-    kind = str(settings.get("tokenizer_class")).removesuffix("Fast")
-    usual = USUAL_NAMES.get(kind, {})
-    # A vocabulary of another kind may be under the name of the class; it lacks some.
-    return usual if {*usual.values()} <= {*contents} else {}
-
-
-def token_names(settings: dict) -> dict[str, str]:
-    """Return what chat templates call control tokens, from tokenizer_config.json: from
-    bos_token and the like to a token's text."""
-    named = {key: settings[key] for key in settings if key.endswith("_token")}
-    extra = settings.get("extra_special_tokens")
-    named |= extra if isinstance(extra, dict) else {}
-    texts = {k: v["content"] if isinstance(v, dict) else v for k, v in named.items()}
-    return {
-        name: text for name, text in texts.items() if text and isinstance(text, str)
-    }
-
-
-def ends_of_texts(
-    folder: Path, settings: dict, bos_name: str | None, ids_of: Mapping[str, int]
-) -> tuple[int | None, list[int]]:
-    """Return the id of the token that begins a text, or None, and the ids of those that
-    end one. The tokenizer's files name them; the model's files have their ids.
-
-    bos_name: see read_tokenizer. ids_of: from the contents of added tokens.
-    Raises ValueError for what is no id.
-    """
-    config = read_json(folder / "config.json")
-    generation = read_json(folder / "generation_config.json")
-    named = settings.get("bos_token", bos_name), settings.get("eos_token")
-    bos, eos = (ids_of.get(t["content"] if isinstance(t, dict) else t) for t in named)
-    bos, ends = config.get("bos_token_id") if bos is None else bos, [eos]
-    for ids in (config.get("eos_token_id"), generation.get("eos_token_id")):
-        ends += ids if isinstance(ids, list) else [ids]
-    ends = [i for i in ends if i is not None]
-    for i in (*ids_of.values(), *ends, *([] if bos is None else [bos])):
-        if type(i) is not int or not 0 <= i < NO_RANK:
-            raise ValueError(f"token ids must be whole numbers, got {i!r:.200}")
-    return bos, ends
-
-
-def read_template(folder: Path, settings: dict, limit: int) -> str | None:
-    """Return a folder's chat template, None if it has none.
-
-    settings: its tokenizer_config.json. limit: the bytes that a template may have.
-    """
-    template, file = settings.get("chat_template"), folder / "chat_template.jinja"
-    if file.exists():
-        return read_bounded(file, limit).decode("utf-8-sig")
-    if isinstance(template, list):  # several, by name
-        template = {entry["name"]: entry["template"] for entry in template}
-    return template.get("default") if isinstance(template, dict) else template
-
-
-def tokenizer_settings(folder: Path, template: str | None) -> dict:
-    """Return Tokenizer's arguments, gathered from the files of a folder."""
-    rows = read_json(folder / "config.json").get("vocab_size")
-    rows = rows if type(rows) is int and rows > 0 else MOST_TOKENS
-    tokens = min(rows, MOST_TOKENS)
-    limit = JSON_BYTES + tokens * BYTES_PER_TOKEN
-    settings = read_json(folder / "tokenizer_config.json", limit)
-    older = read_json(folder / "special_tokens_map.json")
-    is_new = "added_tokens_decoder" in settings  # then it has the last word
-    settings = older | settings if is_new else settings | older
-    vocabulary, added, bos_name = read_tokenizer(folder, tokens, settings)
-    if (size := max(vocabulary.bytes_of_id) + 1) > rows:
-        raise ValueError(f"the tokenizer has {size} ids, the model {rows}")
-    ids_of = {token.content: token.id for token in added}
-    settings = usual_names(settings, ids_of) | settings
-    bos, ends = ends_of_texts(folder, settings, bos_name, ids_of)
-    names = token_names(settings)
-    if template is None:
-        source = read_template(folder, settings, JSON_BYTES)
-    else:  # which needs its tokens, also where a folder does not name them
-        source = BUILT_IN[template]
-        texts = {token.id: token.content for token in added}
-        eos = ends[0] if ends else None
-        own = {"bos_token": texts.get(bos), "eos_token": texts.get(eos)}
-        names = {name: text for name, text in own.items() if text} | names
-    return {
-        "vocabulary": vocabulary,
-        "added": added,
-        "rows": rows,
-        "bos": bos,
-        "eos": ends[0] if ends else None,
-        "stop_tokens": ends,
-        "adds_bos": settings.get("add_bos_token", bos_name is not None),
-        "template": source,
-        "token_names": names,
-        "source": str(folder),
-    }
-
-
-class NoTemplate(ValueError):
-    """A conversation cannot be written down for a model."""
-
-
-def check_conversation(messages: list[dict]) -> None:
-    """Raise ValueError unless these are messages, of which the last is the user's, and
-    TypeError if they are no list of dicts."""
-    if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
-        wanted = 'a list of {"role": ..., "content": ...}'
-        raise TypeError(f"messages must be {wanted}, got {messages!r:.80}")
-    for n, message in enumerate(messages):
-        role, content = message.get("role"), message.get("content")
-        if role not in ("system", "user", "assistant"):
-            raise ValueError(
-                f"message {n}: role must be system, user or assistant, got {role!r:.80}"
-            )
-        if not isinstance(content, str):
-            raise ValueError(f"message {n}: content must be text, got {content!r:.80}")
-    roles = [message["role"] for message in messages]
-    if roles[-1:] != ["user"]:
-        raise ValueError(f"the last message must be the user's, got roles {roles}")
-
-
-class Tokenizer(TextTokenizer):
-    """Text to ids and back, and conversations to ids, as a model's template has them.
-
-    template: how conversations are written down, in Jinja; None for a base model.
-    token_names: from what templates call control tokens (bos_token) to their text.
-    settings: those of TextTokenizer.
-    """
-
-    def __init__(
-        self,
-        vocabulary: SpelledVocabulary,
-        added: Iterable[AddedToken] = (),
-        *,
-        template: str | None = None,
-        token_names: Mapping[str, str] = {},
-        **settings,
-    ):
-        super().__init__(vocabulary, added, **settings)
-        self.template, self.token_names = template, token_names
-        if after := self.written_after_a_reply():
-            self.make_control(after)
-            self.stop_tokens.add(after.id)
-
-    @classmethod
-    def from_folder(
-        cls, folder: str | Path, *, template: str | None = None
-    ) -> "Tokenizer":
-        """Return the tokenizer of a model folder, without touching its weights.
-
-        template: a name in BUILT_IN, used whatever the folder says.
-        Raises FileNotFoundError or ValueError naming the file at fault.
-        """
-        folder = Path(folder)
-        if template not in (None, *BUILT_IN):
-            names = ", ".join(BUILT_IN)
-            raise ValueError(f"template must be one of {names}, got {template!r:.80}")
-        try:
-            return cls(**tokenizer_settings(folder, template))
-        except ValueError as error:
-            where = f"{folder}: tokenizer files: "
-            where = "" if str(error).startswith(str(folder)) else where
-            raise ValueError(f"{where}{error}") from None
-        except (AttributeError, LookupError, TypeError) as error:
-            # A part of another type than it should be; which one, the error says.
-            raise ValueError(f"{folder}: tokenizer files: {error!r}") from error
-
     @functools.cached_property
     def chat_template(self) -> ChatTemplate:
-        """The template, read. Raises NoTemplate if there is none that can be read."""
+        """The template, parsed. Raises NoTemplate if there is none, and TemplateError
+        if it does not parse."""
         if self.template is None:
             raise NoTemplate(f"{self.source} is a base model, it has no chat template")
-        try:
-            return ChatTemplate(self.template)
-        except TemplateError as error:
-            raise NoTemplate(f"{self.source}: chat template: {error}") from None
+        return ChatTemplate(self.template)
 
     def render(self, messages: list[dict[str, str]], **variables) -> Text:
         """Return a conversation as the template writes it; see ChatTemplate.render.
@@ -4091,6 +4042,14 @@ class Tokenizer(TextTokenizer):
         with_space = "".join(map(stream.add, ids)) + stream.close()
         own_space = self.decode(ids) != with_space and prompt[start - 1 : start] == " "
         return start - 1 if own_space else start
+
+    def end_replies_with(self, token: AddedToken) -> None:
+        """Make a token, such as an added word, a control token that ends a reply."""
+        self.special_tokens[token.content] = token.id
+        self.added_words.pop(token.content, None)
+        self._text[token.id] = b""
+        self._control.add(token.id)
+        self.stop_tokens.add(token.id)
 
     def written_after_a_reply(self) -> AddedToken | None:
         """Return the token that the template writes right after a reply, if any."""
@@ -4392,16 +4351,12 @@ def same_data(one: TensorInfo, other: TensorInfo) -> bool:
     return left[: one.nbytes] == right[: one.nbytes]
 
 
-def heads_of(tensors: Mapping[str, TensorInfo]) -> list[str]:
-    """Return the names of the tensors of a head that is not the embedding."""
-    return [name for name in tensors if name.startswith("lm_head.")]
-
-
-def untied_head(config: dict, tensors: Mapping[str, TensorInfo]) -> Iterator[str]:
-    """Yield which tensors of the head differ from the embedding's, if config.json says
-    that the head is the embedding. Reads them."""
-    tied = config.get("tie_word_embeddings")
-    for name in heads_of(tensors) if tied else ():
+def untied_head(tensors: Mapping[str, TensorInfo]) -> Iterator[str]:
+    """Yield which tensors of the head differ from the embedding's, whose copy it should
+    be. Reads them."""
+    for name in tensors:
+        if not name.startswith("lm_head."):
+            continue
         other = tensors.get(name.replace("lm_head", "model.embed_tokens"))
         if other is None or not same_data(tensors[name], other):
             yield f"tie_word_embeddings is true, but {name} is not the embedding's"
@@ -4505,7 +4460,7 @@ def check_headers(
     if model and sound:
         differences = [*mismatches(model, tensors, wanted_extras(*settings))]
         wrong += ["; ".join(differences)] if differences else []
-        if settings[0].get("tie_word_embeddings") is False and not heads_of(tensors):
+        if settings[0].get("tie_word_embeddings") is False and "lm_head" not in model:
             wrong.append("tie_word_embeddings is false, but there is no lm_head.weight")
     problems += [ValueError(f"{folder}: {text}") for text in wrong]
     return model, tensors, problems
@@ -4516,9 +4471,8 @@ def check_folder(
 ) -> tuple[Llama | None, dict[str, TensorInfo], list[Exception]]:
     """Return what `check_headers` does, and all else that is wrong with the weights."""
     model, tensors, problems = check_headers(folder)
-    if model:
-        wrong = untied_head(read_settings(folder)[0], tensors)
-        problems += [ValueError(f"{folder}: {text}") for text in wrong]
+    if model and read_json(folder / "config.json").get("tie_word_embeddings"):
+        problems += [ValueError(f"{folder}: {text}") for text in untied_head(tensors)]
     return model, tensors, problems
 
 

@@ -2773,6 +2773,7 @@ ERRORS = [
     ("{% for x in [1] %}", "line 1, column 19: wanted endfor, got the end"),
     ("{% break %}", "line 1, column 1: the tag break is not known in this place"),
     ("{{ a | }}", "line 1, column 7: wanted a name, got the end"),
+    ("{{ a is in b. }}", "line 1, column 14: wanted a name, got the end"),
     ("{{ a ? b }}", "line 1, column 6: this is no word of the language"),
     ("{{ 'a }}", "line 1, column 4: this is no word of the language"),
     ("{# a", "line 1, column 1: wanted #}, got the end"),
@@ -3366,8 +3367,9 @@ def test_added_tokens_are_read_wherever_they_are_declared(tmp_path):
         },
         config={"vocab_size": 400},
     )
-    settings = llama.tokenizer_settings(folder, None)
-    found = {token.content: token for token in settings["added"]}
+    own = llama.Tokenizer.from_folder(folder)
+    tables = [*own._raw.tokens.values(), *own._normalized.tokens.values()]
+    found = {token.content: token for token in tables}
     token = llama.AddedToken
     assert found == {
         "</s>": token("</s>", 0, special=True),
@@ -3378,7 +3380,6 @@ def test_added_tokens_are_read_wherever_they_are_declared(tmp_path):
         "ab": token("ab", 257, normalized=True),  # its id is the vocabulary's
         "<e>": token("<e>", 262, special=True, rstrip=True),
     }
-    own = llama.Tokenizer.from_folder(folder)
     assert own.added_words == {"<a>": 258, "ab": 257} and own.bos == 0
 
 
