@@ -967,7 +967,7 @@ class TextStream:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def add(self, token: int) -> str:
-        return self._decoder.decode(self._text.get(token, b""))
+        return self._decoder.decode(self._text.get(int(token), b""))
 
     def is_whole(self) -> bool:
         """Return whether the last token ended with a whole character."""
@@ -1149,6 +1149,12 @@ def check_sampling(**options: float | None) -> None:
             )
 
 
+def check_seed(seed: int) -> None:
+    """Raise ValueError for what no key can be made of."""
+    if not hasattr(seed, "__index__") or not 0 <= seed < 2**64:
+        raise ValueError(f"seed must be a whole number in [0, 2**64), got {seed!r:.80}")
+
+
 def new_seed() -> int:
     """Return a random seed, short enough to be typed again."""
     return int.from_bytes(os.urandom(4), "little")
@@ -1179,6 +1185,7 @@ class Sampler:
         if self.temperature is None:  # the others may be None, which turns them off
             raise ValueError("temperature must be a number, got None; 0 is greedy")
         self.seed = new_seed() if self.seed is None else self.seed
+        check_seed(self.seed)
 
     def __call__(self, logits: mx.array) -> mx.array:
         # 16-bit cumulative sums would misjudge the tail, so float32 from here on.
@@ -1244,7 +1251,7 @@ make_sampler = Sampler  # generate(..., sampler=make_sampler(temperature=0.0))
 # between two steps. They work with any model that is called like the one of section 6,
 # and has caches like those of section 5.
 # uses: 5
-# needs: Callable, Collection, Iterator, Sequence, itertools, mx
+# needs: Callable, Collection, Iterable, Iterator, Sequence, itertools, mx
 # -----------------------------------------------------------------------------
 
 
@@ -1258,10 +1265,23 @@ def require_numbers(logits: mx.array) -> None:
         raise NotANumber("the model's output is not a number")
 
 
-def require_ids(prompt: Sequence[int]) -> None:
-    """Raise TypeError for a text in the place of its ids."""
-    if isinstance(prompt, str):
-        raise TypeError(f"the prompt must be ids, got {prompt!r:.80}")
+def checked_ids(prompt: Iterable[int], size: int) -> list[int]:
+    """Return the ids of a prompt. Raises TypeError for a text in their place, and
+    ValueError for one that a vocabulary of this size has not: MLX checks no index."""
+    if isinstance(prompt, str) or not isinstance(prompt, Iterable):
+        raise TypeError(f"the prompt must be a list of ids, got {prompt!r:.80}")
+    ids = [*prompt]
+    for token in ids:
+        if not hasattr(token, "__index__") or not 0 <= token < size:
+            raise ValueError(f"the prompt has id {token!r:.80}, the model {size} ids")
+    return [int(token) for token in ids]
+
+
+def require_count(name: str, value: int, least: int) -> None:
+    """Raise ValueError unless a value is a whole number and at least so large."""
+    if not hasattr(value, "__index__") or value < least:
+        wanted = f"a whole number of at least {least}"
+        raise ValueError(f"{name} must be {wanted}, got {value!r:.80}")
 
 
 def greedy(logits: mx.array) -> mx.array:
@@ -1356,11 +1376,10 @@ def generate(
     Raises ValueError if the prompt is empty or does not fit the cache, for other
     arguments out of range, and if the model computes no numbers.
     """
-    require_ids(prompt)
-    if max_tokens is not None and max_tokens < 0:
-        raise ValueError(f"max_tokens must be at least 0, got {max_tokens}")
-    if prefill_step < 1:
-        raise ValueError(f"prefill_step must be at least 1, got {prefill_step}")
+    prompt = checked_ids(prompt, model.args.vocab_size)
+    require_count("prefill_step", prefill_step, 1)
+    if max_tokens is not None:
+        require_count("max_tokens", max_tokens, 0)
     if cache is None:
         capacity = model.args.longest_context
         if max_tokens is not None:
@@ -3627,7 +3646,7 @@ class SpacedStream(TextStream):
     started = False
 
     def add(self, token: int) -> str:
-        encoded = self._text.get(token, b"")
+        encoded = self._text.get(int(token), b"")
         if encoded and not self.started:
             encoded, self.started = encoded.removeprefix(b" "), True
         return self._decoder.decode(encoded)
@@ -4494,6 +4513,16 @@ def default_dtype() -> mx.Dtype | None:
     return mx.float32 if mx.default_device() == mx.cpu else None
 
 
+def chosen_dtype(wanted: mx.Dtype | None) -> mx.Dtype | None:
+    """Return what to compute in: what is wanted, or the default_dtype of this machine.
+    Raises ValueError for what is no dtype of floating-point numbers."""
+    if wanted is None:
+        return default_dtype()
+    if not isinstance(wanted, mx.Dtype) or not mx.issubdtype(wanted, mx.floating):
+        raise ValueError(f"dtype must be floating, as mlx.core.float16, got {wanted!r}")
+    return wanted
+
+
 def has_openblas() -> bool:
     """Return whether OpenBLAS computes the matrix products of this CPU.
 
@@ -4640,8 +4669,8 @@ def choose_context(args: ModelArgs, wanted: int | None) -> tuple[int, str | None
     most, reason = 2**31 - 1, ""
     if window is not None:
         most, reason = window, ", the model's sliding window"
-    if not 1 <= context <= most:
-        raise ValueError(f"the context must be in [1, {most}]{reason}, got {context}")
+    if not hasattr(context, "__index__") or not 1 <= context <= most:
+        raise ValueError(f"the context must be in [1, {most}]{reason}, got {context!r}")
     if context > longest:
         made = f"max_position_embeddings, {longest}, which the model was made for"
         return context, f"the context is {context} tokens, more than {made}"
@@ -4719,7 +4748,7 @@ def to_quantize(
     if bits is None:
         return model, tensors
     known, chosen = QUANTIZATION_MODES["affine"][1], quantizable(model)
-    if bits not in known:
+    if type(bits) is not int or bits not in known:
         raise ValueError(f"bits must be one of {known}, got {bits!r:.80}")
     file = next(iter(tensors.values())).file
     layers = [layer for _, layer in model.named_modules()]
@@ -4748,7 +4777,7 @@ def load(
     They may be used in another thread than this one, but in one at a time.
     Raises FileNotFoundError or ValueError that names the file at fault.
     """
-    folder, dtype = find_folder(folder), dtype or default_dtype()
+    folder, dtype = find_folder(folder), chosen_dtype(dtype)
     model, tensors = to_quantize(*examine(folder), bits)
     tokenizer = Tokenizer.from_folder(folder)
     require_memory(memory_of(tensors.values(), dtype), 0)
@@ -4784,8 +4813,7 @@ class Lookup:
     """
 
     def __init__(self, n: int, ids: Iterable[int] = ()):
-        if n < 1:
-            raise ValueError(f"n must be at least 1, got {n}")
+        require_count("n", n, 1)
         self.n, self.same, self.ids = n, min(n, 8), []
         self.after = {}  # the last ids, as a tuple: where, in ids, what followed begins
         self.passes = 0  # of the model
@@ -5638,7 +5666,7 @@ class Loading:
         dtype: mx.Dtype | None = None,
         bits: int | None = None,
     ):
-        self.group, self.dtype = group, dtype or default_dtype()
+        self.group, self.dtype = group, chosen_dtype(dtype)
         self.model, self.tensors = rank_share(whole, tensors, group, bits)
         self.file_bytes = sum(info.nbytes for info in self.tensors.values())
         # Whoever asks for few bits wants them in memory.
@@ -5899,9 +5927,9 @@ def restore_session(
 # queues. So an interface never blocks, and any thread may ask. What the cache holds of
 # one conversation is kept: the next turn begins with the same ids, and reads its own.
 # uses: 1-9, 11-19
-# needs: Callable, FunctionType, Iterator, Mapping, NamedTuple, Path, Sequence,
-#     collections, contextlib, dataclass, difflib, field, mx, queue, threading, time,
-#     traceback, weakref
+# needs: Callable, Collection, FunctionType, Iterable, Iterator, Mapping, NamedTuple,
+#     Path, Sequence, collections, contextlib, dataclass, difflib, field, mx, queue,
+#     threading, time, traceback, weakref
 # -----------------------------------------------------------------------------
 
 
@@ -5974,9 +6002,10 @@ def opening_of(prompt: Text) -> str:
     return str(tail) if tail.startswith(THINK) and writers == {TEMPLATE} else ""
 
 
-def check_stop(stop: Sequence[str]) -> None:
+def check_stop(stop: Collection[str]) -> None:
     """Raise ValueError unless these are texts that a reply can end before."""
-    if isinstance(stop, str) or not all(isinstance(text, str) for text in stop):
+    listed = isinstance(stop, Collection) and not isinstance(stop, str)
+    if not listed or not all(isinstance(text, str) for text in stop):
         raise ValueError(f"stop must be a list of texts, got {stop!r:.80}")
     if "" in stop:
         raise ValueError("stop must be texts of at least one character, got ''")
@@ -6056,10 +6085,16 @@ class Reply(Iterator[str]):
     is cancelled.
     """
 
-    def __init__(self, request: Request, progress: Callable[[int, int], None] | None):
+    def __init__(
+        self,
+        request: Request,
+        progress: Callable[[int, int], None] | None,
+        engine: "Engine",
+    ):
         self.taken = Piece()
         self.stats: Stats = None  # until the iterator has ended
         self._request, self._progress = request, progress
+        self._engine = engine  # which would be closed if nobody kept it
         weakref.finalize(self, request.stopped.set)
 
     @property
@@ -6430,6 +6465,8 @@ class Engine(contextlib.AbstractContextManager["Engine"]):
         progress: Callable[[int, int], None] | None = None,
         group: Group | None = None,
     ):
+        if prefill_step is not None:
+            require_count("prefill_step", prefill_step, 1)
         folder = find_folder(model)
         require_kind(folder)
         self.tokenizer = tokenizer or Tokenizer.from_folder(folder)
@@ -6504,7 +6541,7 @@ class Engine(contextlib.AbstractContextManager["Engine"]):
         repetition_penalty: float | None = None,
         seed: int | None = None,
         lookup: int | None = None,
-        stop: Sequence[str] = (),
+        stop: Collection[str] = (),
         progress: Callable[[int, int], None] | None = None,
     ) -> Reply:
         """Return at once with the reply to ids.
@@ -6518,20 +6555,21 @@ class Engine(contextlib.AbstractContextManager["Engine"]):
         Raises ValueError for options out of range or a prompt that does not fit,
         RuntimeError if the engine is closed.
         """
-        self._check_prompt(ids)
+        ids = self._check_prompt(ids)
         check_stop(stop)
         lookup = self._worker.drafts if lookup is None else lookup
         for name, value in (("max_tokens", max_tokens), ("lookup", lookup)):
-            if value is not None and value < 0:
-                raise ValueError(f"{name} must be at least 0, got {value}")
+            if value is not None:
+                require_count(name, value, 0)
         given = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
         given |= {"min_p": min_p, "repetition_penalty": repetition_penalty}
         given = {name: value for name, value in given.items() if value is not None}
         sampling = self.defaults | given
         check_sampling(**sampling)
         sampling["seed"] = new_seed() if seed is None else seed
+        check_seed(sampling["seed"])
         request = Request(ids, max_tokens, sampling, lookup, drop_space, [*stop])
-        reply = Reply(request, progress)
+        reply = Reply(request, progress, self)
         with self._lock:  # nothing may be asked after the worker's last request
             self._require_worker()
             self._taken.append(reply.taken)
@@ -6570,14 +6608,12 @@ class Engine(contextlib.AbstractContextManager["Engine"]):
         if self._worker.failure:  # which a rank other than 0 has no reply to tell
             raise self._worker.failure
 
-    def _check_prompt(self, ids: list[int]) -> None:
-        require_ids(ids)
+    def _check_prompt(self, prompt: Iterable[int]) -> list[int]:
+        ids = checked_ids(prompt, self.args.vocab_size)
         if not 0 < len(ids) <= self.context:
             longest = self.args.longest_context
             raise PromptTooLong(len(ids), self.context, longest)
-        size = self.args.vocab_size
-        if unknown := [i for i in ids if not 0 <= i < size]:
-            raise ValueError(f"the prompt has id {unknown[0]}, the model {size} ids")
+        return ids
 
     def _require_worker(self) -> None:
         worker = self._worker

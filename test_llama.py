@@ -1829,7 +1829,7 @@ class CountingModel:
 
     def __init__(self):
         self.calls = []
-        self.args = types.SimpleNamespace(longest_context=64)
+        self.args = types.SimpleNamespace(longest_context=64, vocab_size=32)
 
     def make_cache(self, capacity: int) -> list[llama.KVCache]:
         return [llama.KVCache(capacity)]
@@ -2017,8 +2017,16 @@ def test_the_next_step_is_launched_before_a_token_is_read(monkeypatch):
     [
         ([], {}, "1 to 64 tokens, .* got 0"),
         ([1] * 65, {}, "1 to 64 tokens, .* got 65"),
-        ([1], {"max_tokens": -1}, "max_tokens must be at least 0, got -1"),
-        ([1], {"prefill_step": 0}, "prefill_step must be at least 1, got 0"),
+        (
+            [1],
+            {"max_tokens": -1},
+            "max_tokens must be a whole number of at least 0, got -1",
+        ),
+        (
+            [1],
+            {"prefill_step": 0},
+            "prefill_step must be a whole number of at least 1, got 0",
+        ),
     ],
 )
 def test_what_cannot_be_generated_is_refused(prompt, options, error):
@@ -5198,7 +5206,9 @@ def test_drafts_are_what_followed_the_same_tokens_before(ids, n, wanted):
 
 
 def test_a_lookup_of_nothing_is_refused():
-    with pytest.raises(ValueError, match="n must be at least 1, got 0"):
+    with pytest.raises(
+        ValueError, match="n must be a whole number of at least 1, got 0"
+    ):
         llama.Lookup(0)
 
 
@@ -5871,6 +5881,93 @@ def test_an_option_that_is_none_is_told_of_the_function_that_was_called(
     assert near in said and ("drop_space" in said) == (", " in near)
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (
+            {"max_tokens": 5.5},
+            "max_tokens must be a whole number of at least 0, got 5.5",
+        ),
+        (
+            {"max_tokens": "5"},
+            "max_tokens must be a whole number of at least 0, got '5'",
+        ),
+        ({"lookup": 1.5}, "lookup must be a whole number of at least 0, got 1.5"),
+        ({"seed": "a"}, "seed must be a whole number in [0, 2**64), got 'a'"),
+        ({"seed": -1}, "seed must be a whole number in [0, 2**64), got -1"),
+        ({"seed": 2**64}, f"seed must be a whole number in [0, 2**64), got {2**64}"),
+        ({"seed": 1.5}, "seed must be a whole number in [0, 2**64), got 1.5"),
+        ({"stop": None}, "stop must be a list of texts, got None"),
+        ({"stop": 5}, "stop must be a list of texts, got 5"),
+        ({"stop": (text for text in "a")}, "stop must be a list of texts, got <gener"),
+    ],
+)
+def test_an_option_of_another_type_is_told_in_the_words_of_the_caller(
+    engine, options, said
+):
+    with pytest.raises(ValueError, match=re.escape(said)):
+        engine.complete("x", **options)
+
+
+@pytest.mark.parametrize(
+    ("ids", "error", "said"),
+    [
+        (None, TypeError, "the prompt must be a list of ids, got None"),
+        ([1, -1], ValueError, "the prompt has id -1, the model {} ids"),
+        ([10**6], ValueError, "the prompt has id 1000000, the model {} ids"),
+        ([1.5], ValueError, "the prompt has id 1.5, the model {} ids"),
+        (["a"], ValueError, "the prompt has id 'a', the model {} ids"),
+        ([[1, 2]], ValueError, "the prompt has id [1, 2], the model {} ids"),
+    ],
+)
+def test_what_is_no_id_never_reaches_mlx(engine, folder, ids, error, said):
+    """Which checks no index, and reads foreign memory."""
+    model, _ = llama.load(folder)
+    said = re.escape(said.format(model.args.vocab_size))
+    for ask in (engine.submit, functools.partial(llama.generate, model)):
+        with pytest.raises(error, match=f"^{said}$"):
+            ask(ids)
+
+
+@pytest.mark.parametrize("kind", [list, tuple, np.array, mx.array, iter])
+def test_a_prompt_may_be_of_any_kind_that_holds_ids(folder, kind):
+    model, tokenizer = llama.load(folder)
+    wanted = [*llama.generate(model, [1, 2, 3], max_tokens=3)]
+    assert [*llama.generate(model, kind([1, 2, 3]), max_tokens=3)] == wanted
+    assert tokenizer.decode(kind(wanted)) == tokenizer.decode(wanted)
+
+
+@pytest.mark.parametrize("options", [{"dtype": mx.int32}, {"dtype": "float16"}])
+def test_only_numbers_with_a_point_can_be_computed_in(folder, options):
+    with pytest.raises(ValueError, match="dtype must be floating, as mlx.core.float16"):
+        llama.load(folder, **options)
+    with pytest.raises(ValueError, match="dtype must be floating, as mlx.core.float16"):
+        llama.Engine(folder, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"prefill_step": -4}, "prefill_step must be a whole number of at least 1"),
+        ({"prefill_step": 0}, "prefill_step must be a whole number of at least 1"),
+        ({"context": "5"}, r"context must be in \[1, \d+\], got '5'"),
+        ({"context": 5.5}, r"context must be in \[1, \d+\], got 5.5"),
+        ({"bits": 4.0}, r"bits must be one of \(.*\), got 4.0"),
+    ],
+)
+def test_an_engine_tells_which_of_its_options_is_wrong(folder, options, said):
+    with pytest.raises(ValueError, match=said):
+        llama.Engine(folder, **options)
+
+
+def test_a_reply_keeps_its_engine(folder):
+    with llama.Engine(folder) as engine:
+        wanted = "".join(engine.complete("x", max_tokens=5, temperature=0))
+    reply = llama.Engine(folder).complete("x", max_tokens=5, temperature=0)
+    gc.collect()
+    assert "".join(reply) == wanted != ""
+
+
 def test_every_option_that_is_told_of_can_be_given(engine):
     options = llama.REPLY_OPTIONS | {"max_tokens": 1}
     for reply in (engine.chat(USER, **options), engine.complete("x", **options)):
@@ -5880,7 +5977,9 @@ def test_every_option_that_is_told_of_can_be_given(engine):
 
 def test_a_text_in_the_place_of_ids_is_refused(engine):
     for asked in (engine.submit, functools.partial(llama.generate, None)):
-        with pytest.raises(TypeError, match="^the prompt must be ids, got 'Hi!'$"):
+        with pytest.raises(
+            TypeError, match="^the prompt must be a list of ids, got 'Hi!'$"
+        ):
             asked("Hi!")
     for asked in (engine.tokenizer.encode, engine.complete):
         with pytest.raises(TypeError, match=r"^wanted a text to encode, got \[1, 2\]$"):
