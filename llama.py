@@ -4235,6 +4235,8 @@ def header_bytes(file: Path) -> bytes:
     Raises ValueError naming the file if it is something else.
     """
     size = file.stat().st_size
+    if not file.is_file() and not file.is_dir():  # opening a pipe may never end
+        raise ValueError(f"{file}: not a regular file")
     with open(file, "rb") as stream:
         prefix = stream.read(8)
         if prefix == b"version ":  # https://git-lfs.github.com/spec/v1
@@ -5772,6 +5774,7 @@ def join_ranks() -> Group | None:
 import fcntl
 import hashlib
 import queue
+import shutil
 import threading
 import time
 import traceback
@@ -5785,7 +5788,7 @@ import zlib
 # the file takes as long as the disk. A file is replaced whole or not at all, is checked
 # for damage, and belongs to one model.
 # uses: 1-7, 11-14
-# needs: Callable, Mapping, Path, contextlib, fcntl, hashlib, json, mx, os, zlib
+# needs: Callable, Mapping, Path, contextlib, fcntl, hashlib, json, mx, os, shutil, zlib
 # -----------------------------------------------------------------------------
 
 
@@ -5832,21 +5835,25 @@ def flush(descriptor: int) -> None:
 
 
 def replace_file(file: Path, write: Callable[[Path], None]) -> None:
-    """Have `write` write a file under another name, and put it in the place of `file`
-    when it is on the disk: a crash leaves the old one."""
-    if not file.parent.is_dir():
-        raise FileNotFoundError(f"{file.parent}: no such folder")
-    draft = file.with_name(f".{file.name}.{os.getpid()}.safetensors")
+    """Have `write` write a file under another name, and put it in the place of `file`,
+    or of what this links to, when it is on the disk: a crash leaves the old one. Who
+    may read the old one may read the new one."""
+    target = Path(os.path.realpath(file))
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"{target.parent}: no such folder")
+    draft = target.with_name(f".{target.name}.{os.getpid()}.safetensors")
     try:
         write(draft)
+        if target.exists():
+            shutil.copymode(target, draft)
         with open(draft, "rb") as stream:
             flush(stream.fileno())
-        os.replace(draft, file)
+        os.replace(draft, target)
     except RuntimeError as error:  # MLX's, of a full disk, say
         raise OSError(f"{file} cannot be written: {error}") from None
     finally:
         draft.unlink(missing_ok=True)
-    folder = os.open(file.parent, os.O_RDONLY)
+    folder = os.open(target.parent, os.O_RDONLY)
     flush(folder)
     os.close(folder)
 
@@ -6652,6 +6659,7 @@ REPLY_OPTIONS = Engine.submit.__kwdefaults__  # by name, also where submit is re
 
 import argparse
 import select
+import shlex
 import signal
 import statistics
 import termios
@@ -6694,8 +6702,15 @@ def coloured(stream: TextIO) -> bool:
 
 
 def note(text: str) -> None:
-    """Print a line about what goes on, dim where colour is wanted."""
+    """Print lines about what goes on, dim where colour is wanted. On a terminal a line
+    that is too long is broken between two words."""
     text = printable(text)
+    if sys.stderr.isatty():
+        # 0 if the terminal does not tell
+        columns = os.get_terminal_size(sys.stderr.fileno()).columns or sys.maxsize
+        whole = {"break_long_words": False, "break_on_hyphens": False}
+        lines = [textwrap.fill(line, columns, **whole) for line in text.split("\n")]
+        text = "\n".join(lines)
     if coloured(sys.stderr):
         text = f"\x1b[2m{text}\x1b[0m"
     print(text, file=sys.stderr, flush=True)
@@ -7258,8 +7273,11 @@ def print_models(models: list[dict]) -> None:
 def cmd_info(options: argparse.Namespace) -> int:
     """Print what a preset or a model is, what it needs, and what fits here; without
     MODEL, what models there are."""
-    if options.bits and not options.measure:
-        options.usage("--bits is for --measure")
+    given = options.bits, options.prompt_tokens, options.generation_tokens
+    if any(given) and not options.measure:
+        options.usage("--bits, --prompt-tokens, --generation-tokens: with --measure")
+    options.prompt_tokens = options.prompt_tokens or 512
+    options.generation_tokens = options.generation_tokens or 128
     if options.model is None and not options.measure:
         found = {"models": models_here(), "presets": [*PRESETS]}
         if options.json:
@@ -7444,7 +7462,7 @@ def cmd_inspect(options: argparse.Namespace) -> int:
 # slash; in a pipe one question and its answer.
 # uses: 1-9, 11-21
 # needs: Callable, Iterator, Path, Sequence, TextIO, argparse, asdict, collections,
-#     contextlib, difflib, fields, functools, json, os, re, select, signal, sys,
+#     contextlib, difflib, fields, functools, json, os, re, select, shlex, signal, sys,
 #     termios, unicodedata
 # -----------------------------------------------------------------------------
 
@@ -7702,11 +7720,33 @@ def agreed(question: str) -> bool:
 
 
 def read_text(path: str) -> str:
-    """Return the text in a file. Raises ValueError if it is not UTF-8."""
+    """Return the text in a file. Raises ValueError if it is not UTF-8, or too long for
+    any template: a device need not end."""
     try:
-        return Path(path).expanduser().read_text("utf-8-sig")
+        with open(Path(path).expanduser(), encoding="utf-8-sig") as stream:
+            text = stream.read(LONGEST_TEXT + 1)
     except UnicodeDecodeError:
         raise ValueError(f"{path}: not a text in UTF-8") from None
+    if len(text) > LONGEST_TEXT:
+        raise ValueError(f"{path}: more than {LONGEST_TEXT:,} characters")
+    return text
+
+
+def write_privately(text: str, file: Path) -> None:
+    """Write a text to a new file, which only its owner can read."""
+    private = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with open(private, "w", encoding="utf-8") as stream:
+        stream.write(text)
+
+
+def typed_path(text: str) -> str:
+    """Return the path that is typed: as it is, or as a terminal writes one that is
+    dropped on it, with quotes or backslashes for a shell."""
+    with contextlib.suppress(OSError, ValueError):
+        words = shlex.split(text)
+        if len(words) == 1 and not Path(text).expanduser().exists():
+            return words[0]
+    return text
 
 
 def paths_beginning(path: str) -> list[str]:
@@ -7825,14 +7865,14 @@ class LineEditor:
         that begins with a blank is not kept, as in a shell."""
         if self.readline is None or text.startswith(" "):
             return
-        self.readline.add_history(text)
+        with contextlib.suppress(ValueError):  # letters that the locale has not
+            self.readline.add_history(text)
         with contextlib.suppress(OSError, ValueError):  # not ours, or not writable
             file = state_folder() / "history"
             lines = file.read_text("utf-8").splitlines() if file.exists() else []
             lines = [*lines[-999:], json.dumps(text)]
-            private = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-            with open(private, "w", encoding="utf-8") as stream:
-                stream.write("\n".join(lines) + "\n")
+            whole = "\n".join(lines) + "\n"
+            replace_file(file, functools.partial(write_privately, whole))
 
     def set_terminal(self, *hidden: int) -> None:
         """Have the terminal as it was at the start, but without some local modes."""
@@ -8208,12 +8248,15 @@ class Chat(Conversation):
         )
         if self.turns:
             self.do_history("")
-        while (text := self.editor.read()) is not None:
+        while True:
             try:
+                text = self.editor.read()
+                if text is None:
+                    return
                 self.take(text)
             except EOFError:  # /exit
                 return
-            except KeyboardInterrupt:  # before or after a reply; that handles its own
+            except KeyboardInterrupt:  # the prompt and a reply handle their own
                 note("")
             except (OSError, RuntimeError, ValueError) as error:
                 # The conversation goes on, and can be saved elsewhere.
@@ -8233,6 +8276,7 @@ class Chat(Conversation):
             raise ValueError(f"/{name} takes nothing, got {argument!r}")
         if takes in PATHS and not argument:
             raise ValueError(f"/{name} wants a {takes}")
+        argument = typed_path(argument) if takes in PATHS else argument
         getattr(self, f"do_{method}")(argument)
         if name in ("load", "reset", "set", "system", "undo"):
             self.keep()
@@ -8281,11 +8325,13 @@ class Chat(Conversation):
     def do_load(self, path: str) -> None:
         file, forgotten = Path(path).expanduser(), self.turns
         file.stat()  # an error, if there is none, before the question
+        session = self.options.session
+        own = session and os.path.realpath(file) == os.path.realpath(session)
         question = f"{counted(self.turns)} not saved. Forget them?"
         if self.turns and self.turns != self.saved and not agreed(question):
             return
         self.load(file)
-        if forgotten and (kept := self.set_aside()):
+        if forgotten and not own and (kept := self.set_aside()):
             note(f"{counted(forgotten)} forgotten{kept}")
         if self.turns:
             self.do_history("")
@@ -8497,12 +8543,19 @@ def read_system(text: str | None) -> str | None:
 
 def check_chat(options: argparse.Namespace) -> None:
     """Refuse options that chat cannot honour."""
-    try:
-        given = {name: getattr(options, name) for name in INTERVALS}
-        check_sampling(**given)
-        check_stop(options.stop)
-    except ValueError as error:
-        options.usage(str(error))
+    checks = {"stop": functools.partial(check_stop, options.stop)}
+    for name in INTERVALS:
+        given = {name: getattr(options, name)}
+        checks[name] = functools.partial(check_sampling, **given)
+    for name, check in checks.items():
+        try:
+            check()
+        except ValueError as error:
+            words = str(error).removeprefix(f"{name} ")
+            options.usage(f"argument --{name.replace('_', '-')}: {words}")
+    for text in (options.prompt, options.system, *options.stop):
+        if text and text != text.encode("utf-8", "replace").decode():
+            options.usage(f"an argument is not UTF-8: {text!r:.80}")
     if options.raw and (options.system not in (None, "", "none") or options.template):
         options.usage("--raw has no chat format: not with --system or --template")
     if options.session and options.group:
@@ -8527,18 +8580,21 @@ def cmd_chat(options: argparse.Namespace) -> int:
         tokenizer.render([{"role": "user", "content": "Hi!"}])
     prompt = None if follower else read_prompt(options)
     if prompt == "":
-        raise ValueError("the prompt is empty")
-    with Engine(
-        folder,
-        tokenizer=tokenizer,
-        context=options.ctx,
-        dtype=options.dtype and getattr(mx, options.dtype),
-        bits=options.bits,
-        prefill_step=options.prefill_step,
-        progress=None if follower else progress,
-        group=options.group,
-    ) as engine:
+        raise ValueError("the prompt is empty: nothing follows --prompt or is piped in")
+    try:
+        engine = Engine(
+            folder,
+            tokenizer=tokenizer,
+            context=options.ctx,
+            dtype=options.dtype and getattr(mx, options.dtype),
+            bits=options.bits,
+            prefill_step=options.prefill_step,
+            progress=None if follower else progress,
+            group=options.group,
+        )
+    finally:
         progress.clear()
+    with engine:
         if follower:
             return 0  # when rank 0 has closed its engine
         for warning in engine.warnings:
@@ -8591,9 +8647,9 @@ def build_parser() -> argparse.ArgumentParser:
     text = "measure its speed here; a preset gets random weights"
     add("--measure", action="store_true", help=text)
     text = "with --measure, at least 2; default: 512"
-    add("--prompt-tokens", metavar="N", type=size, default=512, help=text)
+    add("--prompt-tokens", metavar="N", type=size, help=text)
     text = "with --measure, at least 2; default: 128"
-    add("--generation-tokens", metavar="N", type=size, default=128, help=text)
+    add("--generation-tokens", metavar="N", type=size, help=text)
     text = "with --measure, 4 or 8; default: as stored, preset 16"
     add("--bits", metavar="N", type=int, choices=(4, 8), help=text)
     add("--json", action="store_true", help="print JSON instead of text")

@@ -6733,8 +6733,9 @@ def test_measuring_refuses_what_does_not_fit(monkeypatch, capsys):
     first, last = capsys.readouterr().err.splitlines()
     assert first.startswith("the context is 131200 tokens, more") and "fit" in last
     capsys.readouterr()
-    assert llama.main(["info", "8b", "--bits", "8"]) == 2
-    assert "--bits is for --measure" in capsys.readouterr().err
+    for option in ("--bits", "--prompt-tokens", "--generation-tokens"):
+        assert llama.main(["info", "8b", option, "8"]) == 2
+        assert "--generation-tokens: with --measure" in capsys.readouterr().err
     assert llama.main(["info", str(STORIES), "--measure", "--bits", "4"]) == 1
     assert "the weights have 8 bits; they cannot be" in capsys.readouterr().err
 
@@ -7192,7 +7193,7 @@ def test_a_byte_order_mark_is_no_text(engine, folder, tmp_path, monkeypatch):
     wanted = command(*words, folder, text="one\n")
     assert command(*words, marked, text=MARK + b"one\n").stdout == wanted.stdout
     assert command(*words, folder, text=b"two\n").stdout != wanted.stdout
-    assert refusal("chat", folder, text=MARK) == "the prompt is empty"
+    assert refusal("chat", folder, text=MARK).startswith("the prompt is empty: ")
     assert llama.main(["inspect", str(marked)]) == 0
     (tmp_path / "notes.txt").write_bytes(MARK + b"a b\n")
     chat = chat_with(engine)
@@ -7365,6 +7366,39 @@ def test_no_command_at_all_is_answered_with_the_help(capsys):
     assert wanted.index(" chat ") < wanted.index(" info ") < wanted.index(" inspect ")
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--top-k", "-2"], "--top-k: must be in [-1, 1e9], a whole number, got -2"),
+        (["--min-p", "2"], "--min-p: must be in [0, 1], got 2.0"),
+        (["--stop", ""], "--stop: must be texts of at least one character, got ''"),
+        (["--seed", "-1"], "--seed: must be a whole number in [0, 2**63), got '-1'"),
+    ],
+)
+def test_an_option_is_named_as_it_was_given(words, said, capsys):
+    assert llama.main(["chat", *words, "--prompt", "x"]) == 2
+    assert capsys.readouterr().err.endswith(f"error: argument {said}\n")
+
+
+@pytest.mark.parametrize("option", ["--prompt", "--system", "--stop"])
+def test_an_argument_that_is_no_text_is_refused(option, capsys):
+    assert llama.main(["chat", "--prompt", "x", option, "a\udcff"]) == 2
+    assert r"an argument is not UTF-8: 'a\udcff'" in capsys.readouterr().err
+
+
+def test_the_progress_of_a_load_that_fails_is_taken_away(folder, monkeypatch, capsys):
+    def fail(*_, **__):
+        raise ValueError("no")
+
+    cleared = []
+    spy = lambda progress: cleared.append(progress.label)
+    monkeypatch.setattr(llama.ProgressLine, "clear", spy)
+    monkeypatch.setattr(llama, "Engine", fail)
+    monkeypatch.setattr(llama, "read_prompt", lambda options: options.prompt)
+    assert llama.main(["chat", str(folder), "--prompt", "x"]) == 1
+    assert cleared == ["loading"] and capsys.readouterr().err == "llama.py: error: no\n"
+
+
 def test_temp_is_temperature():
     """As llama-cli and mlx_lm have it."""
     for words in (["--temp", "0.5"], ["--temp=0.5"], ["--temperature", "0.5"]):
@@ -7374,7 +7408,11 @@ def test_temp_is_temperature():
 
 # What is typed, what is piped in, and the line that it is answered with.
 AT_FAULT = [
-    ("chat {model}", b"", "the prompt is empty$"),
+    (
+        "chat {model}",
+        b"",
+        "the prompt is empty: nothing follows --prompt or is piped in$",
+    ),
     ("chat {model}", b"\xff\xfe", "not UTF-8"),
     ("chat {model} --ctx 100", b"x" * 9999, r"1 to 100 tokens, got 10\d+$"),
     ("chat {model} --ctx 512", b"x" * 9999, r"1 to 512 tokens, got 10\d+$"),

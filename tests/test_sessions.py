@@ -8,6 +8,7 @@ import math
 import os
 import random
 import re
+import shutil
 import time
 import zlib
 from pathlib import Path
@@ -522,6 +523,42 @@ def test_a_session_is_on_the_disk_itself_before_it_replaces_another(
         "".join(engine.chat(USER, max_tokens=2))
         engine.save(tmp_path / "talk", {})
     assert flushed == [51, 51] and len(synced) == (0 if known else 2)
+
+
+def test_a_pipe_is_no_session_and_no_weights(engine, folder, tmp_path):
+    """To open one could take for ever."""
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="pipe: not a regular file"):
+        engine.restore(tmp_path / "pipe")
+    copy = shutil.copytree(folder, tmp_path / "m")
+    for file in copy.glob("*.safetensors"):
+        file.unlink()
+        os.mkfifo(file)
+    with pytest.raises(ValueError, match=r"\.safetensors: not a regular file"):
+        llama.examine(copy)
+
+
+def test_a_session_stays_where_it_is_and_as_private_as_it_is(engine, tmp_path):
+    """A link to it stays a link, and its new content has the mode of the old one."""
+    file, link = tmp_path / "talk", tmp_path / "link"
+    engine.save(file, {"n": 1})
+    file.chmod(0o600)
+    link.symlink_to(file)
+    engine.save(link, {"n": 2})
+    assert link.is_symlink() and not file.is_symlink()
+    assert engine.restore(file) == {"n": 2}
+    assert file.stat().st_mode & 0o777 == 0o600
+    assert sorted(os.listdir(tmp_path)) == ["link", "talk"]
+
+
+def test_a_session_that_is_loaded_again_is_not_set_aside(engine, tmp_path):
+    session = tmp_path / "talk"
+    chat = chat_with(engine, "--session", str(session))
+    chat.take("one")
+    (tmp_path / "talk.bak").write_text("an older one")
+    chat.take(f"/load {session}")
+    assert (tmp_path / "talk.bak").read_text() == "an older one"
+    assert len(chat.turns) == 1 and len(llama.read_session(session)["notes"]["turns"])
 
 
 def test_a_restore_that_fails_halfway_leaves_an_engine_that_answers(

@@ -671,6 +671,80 @@ def test_a_history_that_is_not_ours_is_no_obstacle(folder, state, content):
     assert chat.status() == 0
 
 
+def test_ctrl_c_between_the_prompt_and_a_reply_forgets_the_message(
+    engine, monkeypatch, capsys
+):
+    """It strikes where neither handles it: while the history is written, say."""
+
+    def read(_):
+        if (text := next(typed)) is KeyboardInterrupt:
+            raise text
+        return text
+
+    typed = iter(("one", KeyboardInterrupt, "/context", None))
+    monkeypatch.setattr(llama.LineEditor, "read", read)
+    chat = chat_with(engine)
+    chat.run()
+    assert len(chat.turns) == 1 and "tokens used" in capsys.readouterr().err
+
+
+def test_a_history_that_is_interrupted_keeps_what_it_had(state, monkeypatch):
+    def fail(text, file):
+        file.write_text(text[:3])
+        raise KeyboardInterrupt
+
+    editor = llama.LineEditor([])
+    editor.remember("first")
+    before = (state / "history").read_bytes()
+    monkeypatch.setattr(llama, "write_privately", fail)
+    with pytest.raises(KeyboardInterrupt):
+        editor.remember("second")
+    assert (state / "history").read_bytes() == before == b'"first"\n'
+    assert os.listdir(state) == ["history"]
+    assert (state / "history").stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("locale", ["C", "xx_XX.UTF-8"])
+def test_a_message_may_have_letters_that_the_locale_has_not(folder, state, locale):
+    chat = Terminal("chat", folder, "--max-tokens", 2, LC_ALL=locale)
+    for _ in range(2):
+        chat.wait_for(">>> ")
+        chat.type("Was ist schön?\r")
+        chat.wait_for("[stopped")
+    chat.wait_for(">>> ")
+    chat.type(CTRL_D)
+    assert chat.status() == 0
+    assert len((state / "history").read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    ("typed", "path"),
+    [
+        ("my file.txt", "my file.txt"),
+        ("'other file.txt'", "other file.txt"),
+        (r"other\ file.txt", "other file.txt"),
+        ('"a\'b.txt"', "a'b.txt"),
+        ("a'b.txt", "a'b.txt"),
+        (r"back\slash", r"back\slash"),
+        ("two words", "two words"),
+        ("x" * 5000, "x" * 5000),
+    ],
+)
+def test_a_path_may_be_dropped_on_the_terminal(typed, path, tmp_path, monkeypatch):
+    """Which writes it with quotes or backslashes, for a shell."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("my file.txt", r"back\slash"):
+        (tmp_path / name).touch()
+    assert llama.typed_path(typed) == path
+
+
+def test_a_file_without_an_end_is_refused(engine):
+    with pytest.raises(ValueError, match="/dev/zero: more than 10,000,000 characters"):
+        chat_with(engine).take("/file /dev/zero")
+    with pytest.raises(ValueError, match="/dev/zero: more than 10,000,000 characters"):
+        llama.read_system("@/dev/zero")
+
+
 def test_editing_counts_characters_that_are_wide_or_made_of_several_bytes(
     folder, state
 ):
@@ -799,11 +873,14 @@ def test_a_full_context_names_no_option_that_cannot_help(folder, capsys):
         assert full in capsys.readouterr().err
 
 
-def test_errors_wrap_at_the_edge_of_the_terminal_too(folder):
+def test_errors_and_notes_wrap_at_the_edge_of_the_terminal_too(folder):
     chat = Terminal("chat", folder, "--max-tokens", 2, columns=30, NO_COLOR="1")
     chat.wait_for(">>> ")
     chat.type("/contxt\r")
     chat.wait_for("no command /contxt; did you\r\nmean /context? (// sends a\r\nslash)")
+    chat.wait_for(">>> ")
+    chat.type("/system Be kind, and answer in one word.\r")
+    chat.wait_for("instructions: Be kind, and\r\nanswer in one word.\r\n")
     chat.wait_for(">>> ")
     chat.type(CTRL_D)
     assert chat.status() == 0
