@@ -4674,8 +4674,10 @@ def choose_context(args: ModelArgs, wanted: int | None) -> tuple[int, str | None
     if not hasattr(context, "__index__") or not 1 <= context <= most:
         raise ValueError(f"the context must be in [1, {most}]{reason}, got {context!r}")
     if context > longest:
-        made = f"max_position_embeddings, {longest}, which the model was made for"
-        return context, f"the context is {context} tokens, more than {made}"
+        return context, (
+            f"the context is {context} tokens; the model was made for {longest} "
+            "(max_position_embeddings)"
+        )
     if wanted is None and context == window and window < longest:
         return context, f"the context is {window} tokens{reason}"
     return context, None
@@ -4757,12 +4759,15 @@ def to_quantize(
     packed = {layer.bits for layer in layers if isinstance(layer, QuantizedMatrix)}
     if packed:
         there = " and ".join(map(str, sorted(packed)))
-        again = f"they cannot be quantized to {bits} bits again"
-        raise AlreadyQuantized(f"{file}: the weights have {there} bits; {again}")
+        raise AlreadyQuantized(
+            f"{file}: the weights are packed already, in {there} bits"
+        )
     if not chosen:
         width = model.args.hidden_size
-        wanted = f"wanted a multiple of {GROUP_SIZE} columns, got {width}"
-        raise ValueError(f"{file}: no matrix can be quantized: {wanted}")
+        raise ValueError(
+            f"{file}: no matrix can be quantized: wanted a multiple of {GROUP_SIZE} "
+            f"columns, got {width}"
+        )
     parts = {}
     for name, info in tensors.items():
         parts |= packed_parts(info, bits) if name in chosen else {name: info}
@@ -5904,7 +5909,7 @@ def restore_session(
     infos, session = checked_header(file), read_session(file)
     ids, capacity = session["ids"], cache[0].capacity
     if session.get("fingerprint") != model:
-        raise ValueError(f"{file}: the session was written by another model")
+        raise ValueError(f"{file}: the session is of another model, or of other bits")
     if len(ids) > capacity:
         raise SessionTooLong(file, len(ids), capacity)
     if "checksum" not in session:
@@ -6624,7 +6629,8 @@ class Engine(contextlib.AbstractContextManager["Engine"]):
 
     def _require_worker(self) -> None:
         worker = self._worker
-        if not self._shut_down.alive or worker.failure:
+        # In a child that was forked there is no such thread.
+        if not self._shut_down.alive or worker.failure or not worker.is_alive():
             raise RuntimeError("the engine is closed")
         if not leads(worker.group):
             raise RuntimeError("only rank 0 can be asked; the others follow")
@@ -8327,7 +8333,7 @@ class Chat(Conversation):
         file.stat()  # an error, if there is none, before the question
         session = self.options.session
         own = session and os.path.realpath(file) == os.path.realpath(session)
-        question = f"{counted(self.turns)} not saved. Forget them?"
+        question = f"{counted(self.turns)} not saved. Forget the conversation?"
         if self.turns and self.turns != self.saved and not agreed(question):
             return
         self.load(file)
@@ -8399,7 +8405,7 @@ class Chat(Conversation):
                 f"{self.engine.context}{more}"
             )
         self.attached = attached
-        note(f"{len(text)} characters go before the next message")
+        note(f"before the next message: {Path(path).name}, {len(text)} characters")
 
     def do_save(self, path: str) -> None:
         file = Path(path).expanduser()
@@ -8433,7 +8439,7 @@ class Chat(Conversation):
         values["thinking"] = words[self.options.variables.get("enable_thinking")]
         if name and name not in values:
             hint = ask_which(name, [*values], "/set lists them")
-            raise ValueError(f"no option {name}; {hint}")
+            raise ValueError(f"no setting {name}; {hint}")
         if not value:
             for n in [name] if name else values:
                 note(f"{n:18} {values[n]}")

@@ -53,6 +53,7 @@ from tests.support import (
     DATA,
     GPU_TOLERANCE,
     HERE,
+    HERE_ON_THE_PATH,
     ON_A_GPU,
     ONE,
     PROGRAM,
@@ -4975,14 +4976,14 @@ def test_memory_is_refused_or_warned_of_before_anything_is_read(monkeypatch):
             None,
             2048,
             2048,
-            "2048 tokens, more than max_pos.*, 512, which .* made for",
+            r"2048 tokens; the model was made for 512 \(max_position_embeddings\)",
         ),
         (20_000, 4096, None, 4096, "is 4096 tokens, the model's sliding window"),
         (20_000, 4096, 4096, 4096, None),  # as it was asked for
         (20_000, 4096, 100, 100, None),
         (512, 512, None, 512, None),  # the window sees all
         (512, 4096, None, 512, None),
-        (512, 4096, 1024, 1024, "1024 tokens, more than .*, 512, which"),
+        (512, 4096, 1024, 1024, "1024 tokens; the model was made for 512"),
         (20_000, 10_000, None, 8192, None),
     ],
 )
@@ -5098,21 +5099,21 @@ def test_what_cannot_be_quantized_while_loading_is_refused(tmp_path):
     with pytest.raises(ValueError, match=f"{words} columns, got 32"):
         narrow = random_folder(tmp_path / "m", intermediate_size=48)
         llama.load(narrow, bits=4)
-    words = (
-        "stories/model.safetensors: the weights have 8 bits; they cannot be quantized"
-    )
+    words = "stories/model.safetensors: the weights are packed already, in 8 bits"
     for loaded in (
         llama.load,
         llama.Engine,
         functools.partial(llama.load_rank, group=None),
     ):
-        with pytest.raises(llama.AlreadyQuantized, match=f"{words} to 4 bits again"):
+        with pytest.raises(llama.AlreadyQuantized, match=f"{words}"):
             loaded(STORIES, bits=4)
     mixed, _ = llama.load(dense)
     quantize(mixed.model.layers[0], bits=8)
     quantize(mixed, bits=3)
     tensors = llama.read_header(STORIES / "model.safetensors")
-    with pytest.raises(llama.AlreadyQuantized, match="have 3 and 8 bits; they cannot"):
+    with pytest.raises(
+        llama.AlreadyQuantized, match="are packed already, in 3 and 8 bits"
+    ):
         llama.to_quantize(mixed, tensors, 4)
 
 
@@ -5823,8 +5824,8 @@ def test_a_context_beyond_the_models_is_had_with_a_line(folder):
     words = ("chat", folder, "--raw", "--max-tokens", "2", "--ctx", "2048")
     done = command(*words, text="y" * 600)
     first, *_ = done.stderr.decode().splitlines()
-    made = "more than max_position_embeddings, 512, which the model was made for"
-    assert first == f"the context is 2048 tokens, {made}"
+    made = "the model was made for 512 (max_position_embeddings)"
+    assert first == f"the context is 2048 tokens; {made}"
     assert done.returncode == 0
 
 
@@ -6098,6 +6099,28 @@ def test_closing_ends_the_thread_and_what_waits_for_it(folder):
         assert reply.stats.finish_reason == "cancelled"
     with pytest.raises(RuntimeError, match="closed"):
         engine.complete("x")
+
+
+def test_a_child_that_was_forked_is_told_that_it_has_no_engine(folder):
+    program = f"""
+import os, llama
+with llama.Engine({str(folder)!r}) as engine:
+    if os.fork() == 0:
+        try:
+            engine.complete("x")
+        except RuntimeError as error:
+            print(error, flush=True)
+        os._exit(0)
+    os.wait()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | HERE_ON_THE_PATH,
+        capture_output=True,
+        timeout=100,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (0, b"the engine is closed\n")
 
 
 def test_an_engine_that_is_dropped_ends_its_thread(folder):
@@ -6737,7 +6760,7 @@ def test_measuring_refuses_what_does_not_fit(monkeypatch, capsys):
         assert llama.main(["info", "8b", option, "8"]) == 2
         assert "--generation-tokens: with --measure" in capsys.readouterr().err
     assert llama.main(["info", str(STORIES), "--measure", "--bits", "4"]) == 1
-    assert "the weights have 8 bits; they cannot be" in capsys.readouterr().err
+    assert "the weights are packed already, in 8 bits" in capsys.readouterr().err
 
 
 def test_inspect_lists_what_a_folder_holds(folder, capsys):
@@ -6989,7 +7012,7 @@ def test_a_dense_model_is_quantized_while_the_chat_loads_it(
     assert said[0] != said[1] == said[2]
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"")))
     assert llama.main(["chat", str(packed), "--bits", "8", *words]) == 1
-    assert "the weights have 8 bits; they cannot be" in capsys.readouterr().err
+    assert "the weights are packed already, in 8 bits" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

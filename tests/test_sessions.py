@@ -70,9 +70,7 @@ def test_a_session_belongs_to_the_bits_that_it_was_computed_in(tmp_path):
                 if other == bits:
                     assert engine.restore(file) == {"bits": bits}
                     continue
-                with pytest.raises(
-                    ValueError, match="the session was written by another model"
-                ):
+                with pytest.raises(ValueError, match="the session is of another model"):
                     engine.restore(file)
 
 
@@ -164,7 +162,7 @@ def test_a_session_that_cannot_be_trusted_is_refused(folder, tmp_path):
         engine.restore(file)
     with (
         llama.Engine(other) as engine,
-        pytest.raises(ValueError, match="the session was written by another model"),
+        pytest.raises(ValueError, match="the session is of another model"),
     ):
         engine.restore(file)
     with (
@@ -317,7 +315,7 @@ def test_loading_asks_before_it_forgets_what_no_file_has(folder, tmp_path):
     for no in ("n\r", CTRL_C, CTRL_D, "\r"):
         chat.wait_for(">>> ")
         chat.type(f"/load {other}\r")
-        chat.wait_for("1 turn not saved. Forget them? [y/N] ")
+        chat.wait_for("1 turn not saved. Forget the conversation? [y/N] ")
         chat.type(no)
         chat.wait_for(">>> ")
         chat.type("/context\r")
@@ -333,7 +331,7 @@ def test_loading_asks_before_it_forgets_what_no_file_has(folder, tmp_path):
     chat.wait_for("[y/N] ")
     chat.type(f"/file {other}\r")  # for a prompt, and no answer
     chat.wait_for("y is yes, n is no")
-    chat.wait_for("1 turn not saved. Forget them? [y/N] ")
+    chat.wait_for("1 turn not saved. Forget the conversation? [y/N] ")
     chat.type("yes\r")  # all that the answer has, not the line after Ctrl-Z too
     chat.wait_for(">>> of the file")
     chat.wait_for(">>> ")
@@ -382,7 +380,7 @@ def test_a_session_with_another_model_offers_its_text(folder, tmp_path):
     words = ("--session", session, "--max-tokens", 3)
     assert command("chat", other, *words, "--prompt", "x").returncode == 0
     line = refusal("chat", folder, *words, "--prompt", "y")
-    assert "the session was written by another model" in line
+    assert "the session is of another model" in line
     before = session.read_bytes()
     for no in ("\r", CTRL_C, CTRL_D):  # and no reply takes the place of what is there
         chat = Terminal("chat", folder, *words)
@@ -391,7 +389,7 @@ def test_a_session_with_another_model_offers_its_text(folder, tmp_path):
         chat.wait_for(f"llama.py: error: {session} stays as it is")
         assert chat.status() == 1 and session.read_bytes() == before
     chat = Terminal("chat", folder, *words)
-    chat.wait_for("the session was written by another model")
+    chat.wait_for("the session is of another model")
     chat.wait_for("It is a conversation with the model m.")
     for typed in ("Hello!\r", "y\r"):  # it asks again
         chat.wait_for("Shall this model read the conversation again? [y/N] ")

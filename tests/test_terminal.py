@@ -457,7 +457,10 @@ def test_a_tab_completes_paths_where_a_command_takes_one(line_editor, folder, tm
     chat.wait_for(">>> ")
     for typed, told in (
         # The name has a blank: completed as far as "long", then from its second word.
-        ("/fi\t ~/no\tlo\t\x7f\x7f\t\r", "9 characters go before the next message"),
+        (
+            "/fi\t ~/no\tlo\t\x7f\x7f\t\r",
+            "before the next message: long name.txt, 9 characters",
+        ),
         (f"/save {tmp_path}/notes/.h\t\r", "/notes/.hidden exists"),
         (f"/load {tmp_path}/notes/.h\t\r", "/notes/.hidden: not a session"),
         (f"/context {tmp_path}/no\t\r", "takes nothing, got"),  # none is taken
@@ -578,10 +581,10 @@ def test_commands_that_cannot_be_followed_say_why(engine):
     chat = chat_with(engine)
     for text, error in (
         ("/set top_p 2", r"top_p must be in \[0, 1\], got 2"),
-        ("/set colour red", "no option colour; /set lists them"),
-        ("/set temp 1", r"no option temp; did you mean temperature\?"),
-        ("/set top 1", r"no option top; did you mean top_k or top_p\?"),
-        ("/set temprature 1", r"no option temprature; did you mean temperature\?"),
+        ("/set colour red", "no setting colour; /set lists them"),
+        ("/set temp 1", r"no setting temp; did you mean temperature\?"),
+        ("/set top 1", r"no setting top; did you mean top_k or top_p\?"),
+        ("/set temprature 1", r"no setting temprature; did you mean temperature\?"),
         ("/re", r"no command /re; did you mean /reset or /retry\?"),
         ("/", r"no command /; /help lists them"),
         ("/set temperature hot", "temperature must be a number, got 'hot'"),
@@ -892,7 +895,7 @@ def test_options_are_named_as_they_were_given(folder):
         ("x\r", "[stopped: 3 tokens, as --max-tokens says]"),
         ("/set max_tokens 2\r", "max_tokens is 2"),
         ("x\r", "[stopped: 2 tokens, as /set max_tokens says]"),
-        ("/set colour 2\r", "\rno option colour; /set lists them"),
+        ("/set colour 2\r", "\rno setting colour; /set lists them"),
         ("/nothing\r", "\rno command /nothing; "),
         ("x" * 600 + "\r", f"{PASTES_ARE_PLAIN}the prompt must have"),
         ("/load nowhere\r", "\rnowhere: No such file"),
