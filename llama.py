@@ -8064,6 +8064,15 @@ def rebuilt(kind: type, values: dict) -> object:
     return made
 
 
+def version_of(file: str | None) -> tuple[int, int] | None:
+    """Return what tells a file from what another program puts in its place; None if
+    there is none."""
+    if not file or not os.path.exists(file):
+        return None
+    status = os.stat(file)
+    return status.st_ino, status.st_mtime_ns
+
+
 class Conversation:
     """The turns of a conversation, and their file if it is a session's."""
 
@@ -8075,6 +8084,7 @@ class Conversation:
         self.seed = new_seed() if options.seed is None else options.seed
         self.turns = []  # (user, Piece, Stats, seed)
         self.saved = []  # the turns that a file has
+        self.version = version_of(options.session)  # as it was read, or written
         if options.session and Path(options.session).exists():
             self.load(Path(options.session))
 
@@ -8108,8 +8118,15 @@ class Conversation:
 
     def keep(self) -> None:
         """Bring the file of --session up to date."""
-        if self.options.session:
-            self.save(Path(self.options.session))
+        file = self.options.session
+        if not file:
+            return
+        if version_of(file) not in (None, self.version):
+            raise ValueError(
+                f"{file}: another program has written it meanwhile; it stays as it is"
+            )
+        self.save(Path(file))
+        self.version = version_of(file)
 
     def save(self, file: Path) -> None:
         """Write a session file."""

@@ -549,6 +549,25 @@ def test_a_session_stays_where_it_is_and_as_private_as_it_is(engine, tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["link", "talk"]
 
 
+def test_a_session_that_another_program_has_written_is_left_to_it(
+    engine, tmp_path, capsys
+):
+    session = tmp_path / "talk"
+    first = chat_with(engine, "--session", str(session))
+    second = chat_with(engine, "--session", str(session))
+    first.take("one")
+    whole = session.read_bytes()
+    with pytest.raises(ValueError, match="talk: another program has written it"):
+        second.take("two")
+    assert session.read_bytes() == whole and len(second.turns) == 1
+    second.take(f"/save {tmp_path / 'other'}")
+    first.take("three")
+    session.unlink()  # by hand: then it is written again
+    first.take("four")
+    turns = [len(llama.read_session(f)["notes"]["turns"]) for f in tmp_path.iterdir()]
+    assert sorted(turns) == [1, 3]
+
+
 def test_a_session_that_is_loaded_again_is_not_set_aside(engine, tmp_path):
     session = tmp_path / "talk"
     chat = chat_with(engine, "--session", str(session))
