@@ -3405,18 +3405,18 @@ def read_merges(model: dict) -> list[tuple[str, str]]:
     return merges
 
 
-def read_texts(
-    vocab: Mapping[str, int], letters: Mapping[str, int]
-) -> dict[int, bytes]:
-    """Return the text of each id. letters: the byte that a letter stands for, {} if
+BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")
+
+
+def text_of(piece: str, letters: Mapping[str, int]) -> bytes:
+    """Return the text of a piece. letters: the byte that a letter stands for, {} if
     letters are characters."""
-    texts = {}
-    for piece, i in vocab.items():
-        if letters.keys() >= {*piece}:
-            texts[i] = bytes(letters[letter] for letter in piece)
-        else:  # a byte-level vocabulary may spell a control token as it is
-            texts[i] = (piece if letters else piece.replace(SPACE, " ")).encode()
-    return texts
+    if letters:  # a byte-level vocabulary may spell a control token as it is
+        known = letters.keys() >= {*piece}
+        return bytes(letters[letter] for letter in piece) if known else piece.encode()
+    if byte := BYTE_TOKEN.fullmatch(piece):
+        return bytes.fromhex(byte[1])
+    return piece.replace(SPACE, " ").encode()
 
 
 def read_vocabulary(spec: dict) -> SpelledVocabulary:
@@ -3431,7 +3431,7 @@ def read_vocabulary(spec: dict) -> SpelledVocabulary:
     spelling = read_normalizer(spec) | read_pre_tokenizer(spec)
     if spell in spelling["steps"]:
         letters, byte_ids = byte_letters(), []
-        text = read_texts(vocab, letters)
+        text = {i: text_of(piece, letters) for piece, i in vocab.items()}
         lacking = bytes(letters[letter] for letter in letters if letter not in vocab)
         if lacking and (model.get("byte_fallback") or model.get("unk_token")):
             unknown = {key: model.get(key) for key in ("byte_fallback", "unk_token")}
@@ -3441,8 +3441,7 @@ def read_vocabulary(spec: dict) -> SpelledVocabulary:
         byte_ids = [vocab.get(f"<0x{byte:02X}>") for byte in range(256)]
         if None in byte_ids:
             raise ValueError(f"the vocabulary lacks <0x{byte_ids.index(None):02X}>")
-        text = read_texts(vocab, {})
-        text |= {i: bytes([byte]) for byte, i in enumerate(byte_ids)}
+        text = {i: text_of(piece, {}) for piece, i in vocab.items()}
     else:
         known = json.dumps(spec.get("pre_tokenizer"))
         raise ValueError(f"unknown pre_tokenizer {known:.200}, without byte_fallback")
@@ -3782,10 +3781,13 @@ class Tokenizer(ByteLevelTokenizer):
         words = [t for t in added if t.content not in names and t.id < rows]
         self.added_words = {token.content: token.id for token in words}
         letters = {} if vocabulary.byte_ids else byte_letters()
-        spelled = read_texts(self.added_words, letters)
-        for content, i in self.added_words.items():  # some are not spelled, as "é"
-            whole = spelled[i] == spelled[i].decode("utf-8", "ignore").encode()
-            self._text[i] = spelled[i] if whole else content.encode()
+        for token in words:
+            form = token.content
+            form = vocabulary.normalize(form) if token.normalized else form
+            text = text_of(form, letters)
+            # Of a byte-level vocabulary, "é" is the letter of half a character.
+            half = letters and text != text.decode("utf-8", "ignore").encode()
+            self._text[token.id] = form.encode() if half else text
         # Of two that are normalised alike, the control token counts.
         known = words + control
         self._raw = TokenTable({t.content: t for t in known if not t.normalized})

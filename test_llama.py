@@ -3501,6 +3501,50 @@ def test_added_words_in_the_letters_of_a_vocabulary_are_printed_as_text(
         assert own.decode(ids) == theirs and not {*theirs} & {"▁", "Ġ", "Ċ", "Ã"}
 
 
+PREPEND = {"type": "Prepend", "prepend": "▁"}
+TO_LETTER = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+SHORTER = {"type": "Replace", "pattern": {"String": "oo"}, "content": "u"}
+
+
+@needs_data
+@pytest.mark.parametrize("normalized", [True, False])
+@pytest.mark.parametrize(
+    ("vocabulary", "normalizers", "scheme"),
+    [
+        ("llama2", [PREPEND, TO_LETTER], None),
+        ("llama2", [PREPEND, SHORTER, TO_LETTER], None),
+        ("llama2", [{"type": "NFC"}], "always"),
+        ("gpt2-digits", [], None),
+        ("gpt2-digits", [SHORTER], None),
+    ],
+)
+def test_an_added_word_is_printed_in_the_form_in_which_it_is_found(
+    vocabulary, normalizers, scheme, normalized, tmp_path
+):
+    words = ["<tool>", "foobar", "e\u0301x", "a  b", "▁x", "<0x0A>", "<0xE6>", "<0xe>"]
+    spec = json.loads((vocabulary_folder(vocabulary) / "tokenizer.json").read_bytes())
+    if vocabulary == "llama2":
+        step = METASPACE | {"prepend_scheme": scheme}
+        spec["pre_tokenizer"] = step if scheme else None
+    spec["normalizer"] = {"type": "Sequence", "normalizers": normalizers}
+    vocab = spec["model"]["vocab"]
+    new = 1 + max(*vocab.values(), *(token["id"] for token in spec["added_tokens"]))
+    fields = llama.AddedToken("", 0, normalized=normalized)._asdict()
+    for word in words:
+        new += word not in vocab
+        token = {"content": word, "id": vocab.get(word, new - 1)}
+        spec["added_tokens"].append(fields | token)
+    own = llama.Tokenizer.from_folder(write_tokenizer(tmp_path, spec))
+    theirs = peer("tokenizers").Tokenizer.from_str(json.dumps(spec))
+    first = own.encode("a")
+    for token in spec["added_tokens"][-len(words) :]:
+        for ids in ([*first, token["id"], *first], [token["id"]]):
+            assert own.decode(ids) == theirs.decode(ids), token
+    ids = theirs.encode("Use <tool> now", add_special_tokens=False).ids
+    assert own.encode("Use <tool> now") == ids
+    assert own.decode(ids) == theirs.decode(ids)
+
+
 def test_an_added_word_that_is_no_text_in_those_letters_is_printed_as_it_is(tmp_path):
     spec = json.loads((STORIES / "tokenizer.json").read_bytes())
     size = 1 + max(spec["model"]["vocab"].values())
