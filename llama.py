@@ -3165,6 +3165,19 @@ def spell(text: str | bytes) -> list[str]:
     return [encoded.decode("latin-1").translate(LETTER_OF)]
 
 
+def leaves(whole: dict | None, key: str) -> list[dict]:
+    """Return the steps of a part of a tokenizer.json, also those of a Sequence within a
+    Sequence. key: where a Sequence has its steps."""
+    steps, waiting = [], [whole] if whole else []
+    while waiting:
+        step = waiting.pop()
+        if key in step:
+            waiting += reversed(step[key])
+        else:
+            steps.append(step)
+    return steps
+
+
 # A step of a pre_tokenizer makes smaller pieces of a piece of a text.
 Cut = Callable[[str], list[str]]
 
@@ -3193,12 +3206,18 @@ def read_step(step: dict) -> list[Cut]:
     raise ValueError(f"unknown pre_tokenizer {json.dumps(step):.200}")
 
 
+def prepend_scheme(metaspace: dict) -> str:
+    """Return where a Metaspace puts a space. Older files have add_prefix_space."""
+    usual = "always" if metaspace.get("add_prefix_space", True) else "never"
+    return metaspace.get("prepend_scheme", usual)
+
+
 def read_pre_tokenizer(spec: dict) -> dict:
     """Return what a tokenizer.json's pre_tokenizer does, as fields of a
     SpelledVocabulary."""
     steps, space, adds_space = [], " ", None
-    whole = spec.get("pre_tokenizer") or {}
-    parts = whole.get("pretokenizers", [whole] if whole else [])
+    whole = spec.get("pre_tokenizer")
+    parts = leaves(whole, "pretokenizers")
     if len(parts) > MOST_STEPS:
         raise ValueError(f"{len(parts)} steps of splitting, wanted up to {MOST_STEPS}")
     for n, step in enumerate(parts):
@@ -3207,10 +3226,8 @@ def read_pre_tokenizer(spec: dict) -> dict:
         if n and (spaces or step.get("add_prefix_space")):
             raise ValueError(f"unknown pre_tokenizer {json.dumps(whole):.200}")
         if spaces:
-            # Older files have add_prefix_space in place of a scheme.
-            scheme = "always" if step.get("add_prefix_space", True) else "never"
-            scheme = step.get("prepend_scheme", scheme)
-            adds_space = {"always": "missing", "first": "start", "never": None}[scheme]
+            schemes = {"always": "missing", "first": "start", "never": None}
+            adds_space = schemes[prepend_scheme(step)]
             space = SPACE
         elif step.get("add_prefix_space"):
             adds_space = "missing"
@@ -3222,8 +3239,8 @@ def read_normalizer(spec: dict) -> dict:
 
     Raises ValueError for what is not known.
     """
-    prepend, steps, whole = "", [], spec.get("normalizer") or {}
-    for step in whole.get("normalizers", [whole] if whole else []):
+    prepend, steps = "", []
+    for step in leaves(spec.get("normalizer"), "normalizers"):
         kind, pattern = step.get("type"), step.get("pattern") or {}
         texts = [pattern.get("String"), step.get("content"), step.get("prepend")]
         kinds = [type(text) for text in texts]
@@ -3237,6 +3254,72 @@ def read_normalizer(spec: dict) -> dict:
         else:
             raise ValueError(f"unknown normalizer {json.dumps(step):.200}")
     return {"prepend": prepend, "normalizer": steps}
+
+
+BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")
+
+
+class Decoder(NamedTuple):
+    """How pieces become text again."""
+
+    letters: Mapping[str, int]  # the byte that each stands for; {}: they are characters
+    replaced: Sequence[tuple[str, str]] = ((SPACE, " "),)
+    byte_tokens: bool = True  # <0x0A> is a byte
+    # Which spaces are taken away at the start of a text: "one"; "all" of the first
+    # token; or none.
+    drops: str | None = None
+
+    def text(self, piece: str) -> bytes:
+        """Return the text of a piece."""
+        if self.letters:  # a byte-level vocabulary may spell a control token as it is
+            known = self.letters.keys() >= {*piece}
+            return bytes(map(self.letters.get, piece)) if known else piece.encode()
+        for old, new in self.replaced:
+            piece = piece.replace(old, new)
+        byte = BYTE_TOKEN.fullmatch(piece) if self.byte_tokens else None
+        return bytes.fromhex(byte[1]) if byte else piece.encode()
+
+
+BYTE_LEVEL = Decoder(byte_letters())
+
+# The types of the steps of a decoder, in their order: of a byte-level vocabulary, and
+# of another. Fuse makes one text of all pieces, and Strip takes a space from it.
+BYTE_DECODER = re.compile("ByteLevel (Fuse )?(Strip )?")
+DECODER = re.compile("(Replace )*(Metaspace )?(ByteFallback )?(Fuse (Strip )?)?")
+
+
+def read_decoder(spec: dict, letters: Mapping[str, int], spaced: bool) -> Decoder:
+    """Return the decoder of a tokenizer.json. letters: see Decoder.
+
+    spaced: whether a space may be put before a text; without a decoder, it is taken
+    away again.
+    Raises ValueError for what is not known, or does not fit the vocabulary.
+    """
+    whole = spec.get("decoder")
+    if not whole:
+        return Decoder(letters, drops="one" if spaced else None)
+    steps = leaves(whole, "decoders")
+    kinds = "".join(f"{step.get('type')} " for step in steps)
+    known = (BYTE_DECODER if letters else DECODER).fullmatch(kinds)
+    replaced, drops = [], None
+    for step in steps:
+        kind, pattern = step.get("type"), step.get("pattern") or {}
+        if kind == "Replace":
+            old, new = pattern.get("String", ""), step["content"]
+            known = known and len(old) >= len(new)  # so that no piece grows
+            replaced.append((old, new))
+        elif kind == "Metaspace":
+            replaced.append((step["replacement"], " "))
+            drops = None if prepend_scheme(step) == "never" else "all"
+        elif kind == "Strip":
+            start = step["start"]
+            known = known and step["content"] == " " and not step["stop"] and start < 2
+            drops = "one" if start else None
+    if not known:
+        raise ValueError(
+            f"unknown decoder for this vocabulary: {json.dumps(whole):.300}"
+        )
+    return Decoder(letters, replaced, "ByteFallback" in kinds, drops)
 
 
 @dataclass(frozen=True)
@@ -3257,6 +3340,7 @@ class SpelledVocabulary(Vocabulary):
     # Words that are not merged, with their ids.
     at_once: Mapping[str, int] = field(default_factory=dict)
     lacking: bytes = b""  # of a byte-level vocabulary: the bytes without a letter
+    decoder: Decoder = BYTE_LEVEL
 
     def normalize(self, text: str, prefix: bool = True) -> str:
         """Return a text in the form that the vocabulary was made from.
@@ -3267,11 +3351,6 @@ class SpelledVocabulary(Vocabulary):
         for step in self.normalizer:
             text = step(text)
         return text
-
-    @property
-    def spaced(self) -> bool:
-        """Whether a space may be put before a text."""
-        return self.adds_space is not None or self.prepend != ""
 
     def cut(self, text: str, add_space: bool) -> list[str]:
         """Return the words of a normalised text.
@@ -3405,20 +3484,6 @@ def read_merges(model: dict) -> list[tuple[str, str]]:
     return merges
 
 
-BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")
-
-
-def text_of(piece: str, letters: Mapping[str, int]) -> bytes:
-    """Return the text of a piece. letters: the byte that a letter stands for, {} if
-    letters are characters."""
-    if letters:  # a byte-level vocabulary may spell a control token as it is
-        known = letters.keys() >= {*piece}
-        return bytes(letters[letter] for letter in piece) if known else piece.encode()
-    if byte := BYTE_TOKEN.fullmatch(piece):
-        return bytes.fromhex(byte[1])
-    return piece.replace(SPACE, " ").encode()
-
-
 def read_vocabulary(spec: dict) -> SpelledVocabulary:
     """Return the vocabulary that a tokenizer.json describes.
 
@@ -3429,9 +3494,11 @@ def read_vocabulary(spec: dict) -> SpelledVocabulary:
     model, vocab = spec["model"], spec["model"]["vocab"]
     merges = read_merges(model)
     spelling = read_normalizer(spec) | read_pre_tokenizer(spec)
-    if spell in spelling["steps"]:
-        letters, byte_ids = byte_letters(), []
-        text = {i: text_of(piece, letters) for piece, i in vocab.items()}
+    known = byte_letters() if spell in spelling["steps"] else {}
+    spaced = spelling["adds_space"] is not None or spelling["prepend"] != ""
+    decoder = read_decoder(spec, known, spaced)
+    if known:
+        letters, byte_ids = known, []
         lacking = bytes(letters[letter] for letter in letters if letter not in vocab)
         if lacking and (model.get("byte_fallback") or model.get("unk_token")):
             unknown = {key: model.get(key) for key in ("byte_fallback", "unk_token")}
@@ -3441,7 +3508,6 @@ def read_vocabulary(spec: dict) -> SpelledVocabulary:
         byte_ids = [vocab.get(f"<0x{byte:02X}>") for byte in range(256)]
         if None in byte_ids:
             raise ValueError(f"the vocabulary lacks <0x{byte_ids.index(None):02X}>")
-        text = {i: text_of(piece, {}) for piece, i in vocab.items()}
     else:
         known = json.dumps(spec.get("pre_tokenizer"))
         raise ValueError(f"unknown pre_tokenizer {known:.200}, without byte_fallback")
@@ -3451,9 +3517,10 @@ def read_vocabulary(spec: dict) -> SpelledVocabulary:
         ranks,
         ANY_TEXT,
         ids,
-        text,
+        {i: decoder.text(piece) for piece, i in vocab.items()},
         letters=frozenset(letters),
         byte_ids=byte_ids,
+        decoder=decoder,
         at_once=vocab if model.get("ignore_merges") else {},
         lacking=lacking,
         **spelling,
@@ -3621,14 +3688,22 @@ class TokenTable:
 
 
 class SpacedStream(TextStream):
-    """A stream that takes away the space before the first text."""
+    """A stream that takes spaces away from the first text: the one that it begins with,
+    or all of them."""
 
     started = False
+
+    def __init__(self, text: Mapping[int, bytes], drops: str = "one"):
+        super().__init__(text)
+        self._drops = drops
 
     def add(self, token: int) -> str:
         encoded = self._text.get(token, b"")
         if encoded and not self.started:
-            encoded, self.started = encoded.removeprefix(b" "), True
+            self.started = True
+            if self._drops == "all":
+                encoded = encoded.replace(b" ", b"")
+            encoded = encoded.removeprefix(b" ")
         return self._decoder.decode(encoded)
 
 
@@ -3780,13 +3855,13 @@ class Tokenizer(ByteLevelTokenizer):
         # A word beyond the rows of a model is no word to it.
         words = [t for t in added if t.content not in names and t.id < rows]
         self.added_words = {token.content: token.id for token in words}
-        letters = {} if vocabulary.byte_ids else byte_letters()
+        decoder = vocabulary.decoder
         for token in words:
             form = token.content
             form = vocabulary.normalize(form) if token.normalized else form
-            text = text_of(form, letters)
+            text = decoder.text(form)
             # Of a byte-level vocabulary, "é" is the letter of half a character.
-            half = letters and text != text.decode("utf-8", "ignore").encode()
+            half = decoder.letters and text != text.decode("utf-8", "ignore").encode()
             self._text[token.id] = form.encode() if half else text
         # Of two that are normalised alike, the control token counts.
         known = words + control
@@ -3969,10 +4044,10 @@ class Tokenizer(ByteLevelTokenizer):
         """Return a decoder for ids as they come.
 
         drop_space: take away the space that SentencePiece-style vocabularies put
-        before a text; not wanted where the ids continue one.
+        before a text, as the decoder does; not wanted where the ids continue one.
         """
-        if drop_space and self.vocabulary.spaced:
-            return SpacedStream(self._text)
+        if drop_space and self.vocabulary.decoder.drops:
+            return SpacedStream(self._text, self.vocabulary.decoder.drops)
         return super().stream()
 
     @functools.cached_property

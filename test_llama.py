@@ -3513,7 +3513,9 @@ SHORTER = {"type": "Replace", "pattern": {"String": "oo"}, "content": "u"}
     [
         ("llama2", [PREPEND, TO_LETTER], None),
         ("llama2", [PREPEND, SHORTER, TO_LETTER], None),
+        ("llama2", [TO_LETTER], None),
         ("llama2", [{"type": "NFC"}], "always"),
+        ("llama2", [SHORTER], "never"),
         ("gpt2-digits", [], None),
         ("gpt2-digits", [SHORTER], None),
     ],
@@ -3543,6 +3545,95 @@ def test_an_added_word_is_printed_in_the_form_in_which_it_is_found(
     ids = theirs.encode("Use <tool> now", add_special_tokens=False).ids
     assert own.encode("Use <tool> now") == ids
     assert own.decode(ids) == theirs.decode(ids)
+
+
+def replace(old: str, new: str) -> dict:
+    return {"type": "Replace", "pattern": {"String": old}, "content": new}
+
+
+def strip(start: int, stop: int = 0, content: str = " ") -> dict:
+    return {"type": "Strip", "content": content, "start": start, "stop": stop}
+
+
+def metaspace(scheme: str) -> dict:
+    return METASPACE | {"prepend_scheme": scheme, "split": False}
+
+
+def decoders(*steps: dict) -> dict:
+    return {"type": "Sequence", "decoders": [*steps]}
+
+
+TO_BYTES, FUSE, TO_SPACE = {"type": "ByteFallback"}, {"type": "Fuse"}, replace("▁", " ")
+BYTE_LETTERS = BYTES | {"trim_offsets": True}
+
+
+@needs_data
+@pytest.mark.parametrize(
+    ("vocabulary", "decoder"),
+    [
+        ("llama2", decoders(TO_SPACE, TO_BYTES, FUSE, strip(1))),
+        ("llama2", decoders(TO_SPACE, TO_BYTES, FUSE)),
+        ("llama2", decoders(decoders(TO_SPACE, TO_BYTES), decoders(FUSE, strip(1)))),
+        ("llama2", decoders(TO_SPACE, TO_BYTES, FUSE, strip(0))),
+        ("llama2", decoders(TO_SPACE, FUSE, strip(1))),
+        ("llama2", decoders(replace("▁", "_"), TO_BYTES, FUSE, strip(1))),
+        ("llama2", decoders(TO_SPACE, replace("th", "T"), TO_BYTES)),
+        ("llama2", decoders(TO_BYTES)),
+        ("llama2", metaspace("always")),
+        ("llama2", metaspace("never")),
+        ("llama2", decoders(metaspace("first"), TO_BYTES)),
+        ("gpt2-digits", BYTE_LETTERS),
+        ("gpt2-digits", decoders(BYTE_LETTERS, FUSE)),
+        ("gpt2-digits", decoders(BYTE_LETTERS, strip(1))),
+    ],
+)
+@pytest.mark.parametrize("prefix", [PREPEND, None])
+def test_a_decoder_writes_texts_as_hugging_face_does(
+    vocabulary, decoder, prefix, tmp_path
+):
+    spec = json.loads((vocabulary_folder(vocabulary) / "tokenizer.json").read_bytes())
+    if vocabulary == "llama2":
+        forms = [prefix, TO_LETTER] if prefix else [TO_LETTER]
+        spec["normalizer"] = {"type": "Sequence", "normalizers": forms}
+    spec["decoder"] = decoder
+    own = llama.Tokenizer.from_folder(write_tokenizer(tmp_path, spec))
+    theirs = peer("tokenizers").Tokenizer.from_str(json.dumps(spec))
+    for text in ("a the b", " the", "  a  b ", "x\n日🙂", "", "\x00 a"):
+        ids = theirs.encode(text, add_special_tokens=False).ids
+        for part in (ids, ids[1:], ids[-1:]):
+            assert own.decode(part) == theirs.decode(part), text
+
+
+@pytest.mark.parametrize(
+    ("decoder", "of_bytes"),
+    [
+        (decoders(TO_SPACE, TO_BYTES, strip(1)), False),  # of each piece
+        (decoders(TO_SPACE, strip(1), TO_BYTES, FUSE), False),
+        (decoders(TO_SPACE, TO_BYTES, FUSE, strip(2)), False),
+        (decoders(TO_SPACE, TO_BYTES, FUSE, strip(1, 1)), False),
+        (decoders(TO_SPACE, TO_BYTES, FUSE, strip(1, 0, "▁")), False),
+        (decoders(TO_BYTES, TO_SPACE), False),
+        (decoders(TO_BYTES, FUSE, metaspace("always")), False),
+        (decoders(replace("a", "bb"), TO_BYTES), False),
+        ({"type": "Replace", "pattern": {"Regex": "▁"}, "content": " "}, False),
+        ({"type": "BPEDecoder", "suffix": "</w>"}, False),
+        ({"type": "WordPiece", "prefix": "##"}, False),
+        (BYTE_LETTERS, False),
+        (decoders(), True),
+        (FUSE, True),
+        (METASPACE, True),
+        (decoders(BYTE_LETTERS, TO_SPACE), True),
+    ],
+)
+def test_a_decoder_that_is_not_known_or_does_not_fit_is_refused(
+    decoder, of_bytes, tmp_path
+):
+    spec = (small_spec() if of_bytes else fallback_spec("")) | {"decoder": decoder}
+    folder = write_tokenizer(tmp_path, spec)
+    with pytest.raises(ValueError, match="unknown decoder for this vocabulary: {"):
+        llama.Tokenizer.from_folder(folder)
+    spec["decoder"] = None
+    llama.Tokenizer.from_folder(write_tokenizer(tmp_path, spec))
 
 
 def test_an_added_word_that_is_no_text_in_those_letters_is_printed_as_it_is(tmp_path):
