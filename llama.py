@@ -3581,6 +3581,17 @@ class AddedToken(NamedTuple):
     normalized: bool = False
 
 
+def has_a_sign(content: str) -> bool:
+    """Return whether some character of a word is no letter, digit, mark, underscore or
+    blank: then a template may mean it as a control token, as it means <think>."""
+    return any(
+        unicodedata.category(character)[0] not in "LMN"
+        and not character.isspace()
+        and character not in ("_", SPACE)
+        for character in content
+    )
+
+
 NAMED_TOKENS = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 
 
@@ -4026,14 +4037,16 @@ class Tokenizer(ByteLevelTokenizer):
 
     def written_words(self, text: Text) -> set[str]:
         """Return the contents of added words which a template wrote in a text: they are
-        control tokens in it, whatever their fields say."""
-        if not self.added_words:
+        control tokens in it, whatever their fields say. White space and ordinary words
+        stay text."""
+        signs = {*filter(has_a_sign, self.added_words)}
+        if not signs:
             return set()
         control = self.special_tokens.keys() | self.added_words.keys()
         found = {
             token.content for token, _, _ in self._parts(text, True, control) if token
         }
-        return found & self.added_words.keys()
+        return found & signs
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of ids; control tokens, and ids of no token, are no text."""
@@ -4129,7 +4142,8 @@ class Tokenizer(ByteLevelTokenizer):
         self.stop_tokens.add(token.id)
 
     def written_after_a_reply(self) -> AddedToken | None:
-        """Return the token that the template writes right after a reply, if any."""
+        """Return the control token that the template writes right after a reply, if
+        any; see written_words."""
         reply = {"role": "assistant", "content": "!"}
         talk = [{"role": "user", "content": "?"}, reply]
         try:
@@ -4142,8 +4156,11 @@ class Tokenizer(ByteLevelTokenizer):
         after = prompt[last + 1 :]
         control = self.special_tokens.keys() | self.added_words.keys()
         for token, text, _ in self._parts(after, True, control):
-            if token is not None or text.strip(" "):
+            name = token.content if token else ""
+            if name in self.special_tokens or has_a_sign(name):
                 return token
+            if text.strip(" "):
+                break
         return None
 
 

@@ -3685,16 +3685,16 @@ def test_a_control_token_is_no_piece_of_a_text_even_where_merges_make_it(tmp_pat
 
 def test_a_word_that_ends_replies_is_no_piece_of_a_text_either(tmp_path):
     """The template writes it after a reply, so it is a control token from then on."""
-    spec = merged_spec(["a b"])
+    spec = merged_spec(["a !"])
     vocab = spec["model"]["vocab"]
-    spec["added_tokens"] = [{"id": vocab["ab"], "content": "ab"}]
-    text = "{% for m in messages %}{{ m.content + 'ab' }}{% endfor %}"
+    spec["added_tokens"] = [{"id": vocab["a!"], "content": "a!"}]
+    text = "{% for m in messages %}{{ m.content + 'a!' }}{% endfor %}"
     settings = {"chat_template": text}
     own = llama.Tokenizer.from_folder(
         write_tokenizer(tmp_path, spec, tokenizer_config=settings)
     )
-    assert own.special_tokens == {"ab": vocab["ab"]}
-    assert own.encode("ab") == [vocab["a"], vocab["b"]]
+    assert own.special_tokens == {"a!": vocab["a!"]}
+    assert own.encode("a!") == [vocab["a"], vocab["!"]]
 
 
 def test_thousands_of_added_tokens_are_found_quickly():
@@ -4307,16 +4307,50 @@ def test_what_a_template_writes_after_a_reply_ends_one():
     assert byte_tokenizer(["<|done|>"], template=first).stop_tokens == set()
 
 
+@pytest.mark.parametrize(
+    ("word", "ends"),
+    [
+        ("\n", False),
+        ("\n\n", False),
+        ("  ", False),
+        ("user", False),
+        ("re_1", False),
+        ("हिन्दी", False),  # with marks
+        ("▁▁", False),
+        ("###", True),
+        ("<end>", True),
+        ("end.", True),
+    ],
+)
+def test_white_space_and_ordinary_words_end_no_reply(word, ends):
+    template = "{% for m in messages %}### {{ m.role }}: {{ m.content + WORD }}"
+    template = template.replace("WORD", repr(word)) + "{% endfor %}"
+    own = byte_tokenizer(words=[word], template=template)
+    assert own.stop_tokens == ({256} if ends else set())
+    assert (word in own.added_words) is not ends
+
+
+@pytest.mark.parametrize(("word", "written"), [("<x>", True), ("\n", False)])
+def test_only_a_word_with_a_sign_is_a_control_token_where_a_template_writes_it(
+    word, written
+):
+    own = byte_tokenizer(words=[word])
+    prompt = by_both(word, f"a{word}b")
+    assert own.written_words(prompt) == ({word} if written else set())
+    ids = own.encode(prompt, control=own.written_words(prompt))
+    assert ids.count(256) == (1 if written else 2)
+
+
 def test_a_word_that_ends_replies_is_not_merged_from_text(tmp_path):
-    spec = merged_spec(["a b"])
-    token = {"id": spec["model"]["vocab"]["ab"], "content": "ab", "special": False}
-    template = "{% for m in messages %}{{ m.content + 'ab' }}{% endfor %}"
+    spec = merged_spec(["a !"])
+    token = {"id": spec["model"]["vocab"]["a!"], "content": "a!", "special": False}
+    template = "{% for m in messages %}{{ m.content + 'a!' }}{% endfor %}"
     settings = {"chat_template": template}
     spec |= {"added_tokens": [token]}
     folder = write_tokenizer(tmp_path, spec, tokenizer_config=settings)
     own = llama.Tokenizer.from_folder(folder)
     assert own.stop_tokens == {token["id"]}
-    assert own.encode("ab") == own.encode("a") + own.encode("b")
+    assert own.encode("a!") == own.encode("a") + own.encode("!")
 
 
 def test_the_date_is_todays():
