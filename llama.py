@@ -3460,11 +3460,13 @@ def read_merges(model: dict) -> list[tuple[str, str]]:
 
     Raises ValueError for what is inconsistent or unknown.
     """
+    kind = model.get("type") or "BPE"  # the oldest files leave it out
+    for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+        if model.get(key):
+            raise ValueError(f"wanted plain BPE, got {key} {model[key]!r:.80}")
+    if kind != "BPE":
+        raise ValueError(f"wanted plain BPE, got type {kind!r:.80}")
     vocab, ids = model["vocab"], {*model["vocab"].values()}
-    extras = ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
-    # The oldest files leave the type out.
-    if model.get("type", "BPE") != "BPE" or any(map(model.get, extras)):
-        raise ValueError(f"wanted plain BPE, got type {model.get('type')!r:.80}")
     whole = all(type(i) is int and 0 <= i < NO_RANK for i in ids)
     if len(ids) < len(vocab) or not whole:
         raise ValueError("the ids of the vocabulary must be whole numbers, each once")
@@ -3533,9 +3535,9 @@ LLAMA3_TOKENS |= {"<|start_header_id|>": 6, "<|end_header_id|>": 7, "<|eot_id|>"
 LLAMA3_RANKS = 128_000
 
 
-def rank_file(file: Path, tokens: int) -> tuple[SpelledVocabulary, list[dict], str]:
-    """Return the vocabulary, the added tokens and the name of the first token of Meta's
-    tokenizer.model: lines of base64 and rank."""
+def rank_file(file: Path, tokens: int) -> tuple[SpelledVocabulary, list[dict]]:
+    """Return the vocabulary of Meta's tokenizer.model, which has lines of base64 and
+    rank, and its added tokens; the first of them begins a text."""
     lines, text = read_bounded(file, 40 * tokens).splitlines(), {}
     try:
         for token, rank in map(bytes.split, lines):
@@ -3561,7 +3563,7 @@ def rank_file(file: Path, tokens: int) -> tuple[SpelledVocabulary, list[dict], s
     vocabulary = SpelledVocabulary(
         ranks, ANY_TEXT, ids, text, steps=steps, letters=frozenset(letters)
     )
-    return vocabulary, added, "<|begin_of_text|>"
+    return vocabulary, added
 
 
 class AddedToken(NamedTuple):
@@ -3595,13 +3597,29 @@ def has_a_sign(content: str) -> bool:
 NAMED_TOKENS = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 
 
+def parts_of_tokens(settings: dict) -> dict[str, str | dict]:
+    """Return the tokens that have a part by its name: bos_token and its like, and those
+    of a model, as image_token."""
+    usual = dict.fromkeys(f"{name}_token" for name in NAMED_TOKENS)
+    named = {
+        key: value
+        for key, value in settings.items()
+        if key.endswith("_token") and isinstance(value, (str, dict))
+    }
+    extra = settings.get("extra_special_tokens")
+    named |= extra if isinstance(extra, dict) else {}
+    if named.keys() <= usual.keys():  # else it does not count, as transformers has it
+        named |= settings.get("model_specific_special_tokens") or {}
+    return {name: token for name, token in (usual | named).items() if token}
+
+
 def named_tokens(settings: dict) -> dict[str, dict]:
     """Return the tokens that tokenizer_config.json gives a part, by their content, each
     with its fields. They are control tokens."""
-    values = [settings.get(f"{name}_token") for name in NAMED_TOKENS]
+    values = [*parts_of_tokens(settings).values()]
     for key in ("additional_special_tokens", "extra_special_tokens"):
         more = settings.get(key) or []
-        values += more.values() if isinstance(more, dict) else more
+        values += [] if isinstance(more, dict) else more
     tokens = [{"content": v} if isinstance(v, str) else v for v in values if v]
     return {token["content"]: token for token in tokens if token["content"]}
 
@@ -3628,12 +3646,17 @@ def read_added(
         if content not in entries and vocab:
             entries[content] = token | {"id": vocab.get(content, following)}
             following += content not in vocab
-    found = []
+    found, pieces = [], {i: piece for piece, i in vocab.items()}
     for content, entry in entries.items():
         special = bool(entry.get("special")) or content in named
         flags = [bool(entry.get(key)) for key in ("lstrip", "rstrip", "single_word")]
         normalized = bool(entry.get("normalized", not special))
         token_id = vocab.get(content, entry["id"])
+        if (other := pieces.setdefault(token_id, content)) != content:
+            raise ValueError(
+                f"each token needs an id of its own, got {token_id!r:.80} for "
+                f"{other!r:.80} and {content!r:.80}"
+            )
         if content:
             found.append(AddedToken(content, token_id, special, *flags, normalized))
     return found
@@ -3718,29 +3741,43 @@ class SpacedStream(TextStream):
         return self._decoder.decode(encoded)
 
 
+def read_prefix(spec: dict) -> list[int]:
+    """Return the ids that the post_processor of a tokenizer.json puts before a text.
+
+    What it puts behind a text is left out: a model is to go on with the text.
+    """
+    for step in leaves(spec.get("post_processor"), "processors"):
+        parts = step.get("single") or []
+        before = itertools.takewhile(lambda part: "SpecialToken" in part, parts)
+        names = [part["SpecialToken"]["id"] for part in before]
+        if names:
+            return [i for name in names for i in step["special_tokens"][name]["ids"]]
+        if "cls" in step:  # as BERT's and RoBERTa's have it: text and id
+            return [step["cls"][1]]
+    return []
+
+
 def read_tokenizer(
     folder: Path, tokens: int, settings: dict
-) -> tuple[SpelledVocabulary, list[AddedToken], str | None]:
-    """Return a folder's vocabulary, its added tokens, and the name of the one that is
-    put before every text, if any.
+) -> tuple[SpelledVocabulary, list[AddedToken], list[int]]:
+    """Return a folder's vocabulary, its added tokens, and the ids that are put before
+    every text.
 
     tokens: how many there may be. settings: what tokenizer_config.json says.
     """
     file, ranks = folder / "tokenizer.json", folder / "tokenizer.model"
     if file.exists():
         spec = read_json(file, JSON_BYTES + tokens * BYTES_PER_TOKEN)
-        post = spec.get("post_processor") or {}
-        parts = [step.get("single") for step in post.get("processors", [post])]
-        starts = [part[0].get("SpecialToken") for part in parts if part]
-        bos_name = next((start["id"] for start in starts if start), None)
+        prefix = read_prefix(spec)
         vocab, declared = spec["model"]["vocab"], spec.get("added_tokens") or []
         vocabulary = read_vocabulary(spec)
     elif ranks.exists():
-        vocabulary, declared, bos_name = rank_file(ranks, tokens)
+        vocabulary, declared = rank_file(ranks, tokens)
+        prefix = [declared[0]["id"]]
         vocab = {}
     else:
         raise FileNotFoundError(f"{folder}: no tokenizer.json and no tokenizer.model")
-    return vocabulary, read_added(folder, declared, vocab, settings), bos_name
+    return vocabulary, read_added(folder, declared, vocab, settings), prefix
 
 
 # What a folder may leave out, since Hugging Face's class of tokenizers has it.
@@ -3759,33 +3796,32 @@ USUAL_NAMES = {
 def token_names(settings: dict) -> dict[str, str]:
     """Return what chat templates call control tokens, from tokenizer_config.json: from
     bos_token and the like to a token's text."""
-    named = {key: settings[key] for key in settings if key.endswith("_token")}
-    extra = settings.get("extra_special_tokens")
-    named |= extra if isinstance(extra, dict) else {}
-    texts = {k: v["content"] if isinstance(v, dict) else v for k, v in named.items()}
+    named = parts_of_tokens(settings).items()
+    texts = {k: v["content"] if isinstance(v, dict) else v for k, v in named}
     return {
         name: text for name, text in texts.items() if text and isinstance(text, str)
     }
 
 
 def ends_of_texts(
-    folder: Path, settings: dict, bos_name: str | None, ids_of: Mapping[str, int]
+    folder: Path, settings: dict, prefix: list[int], ids_of: Mapping[str, int]
 ) -> tuple[int | None, list[int]]:
     """Return the id of the token that begins a text, or None, and the ids of those that
     end one. The tokenizer's files name them; the model's files have their ids.
 
-    bos_name: see read_tokenizer. ids_of: from the contents of added tokens.
+    prefix: see read_tokenizer. ids_of: from the contents of added tokens.
     Raises ValueError for what is no id.
     """
     config = read_json(folder / "config.json")
     generation = read_json(folder / "generation_config.json")
-    named = settings.get("bos_token", bos_name), settings.get("eos_token")
+    named = settings.get("bos_token"), settings.get("eos_token")
     bos, eos = (ids_of.get(t["content"] if isinstance(t, dict) else t) for t in named)
-    bos, ends = config.get("bos_token_id") if bos is None else bos, [eos]
+    starts = [i for i in (bos, *prefix, config.get("bos_token_id")) if i is not None]
+    bos, ends = starts[0] if starts else None, [eos]
     for ids in (config.get("eos_token_id"), generation.get("eos_token_id")):
         ends += ids if isinstance(ids, list) else [ids]
     ends = [i for i in ends if i is not None]
-    for i in (*ids_of.values(), *ends, *([] if bos is None else [bos])):
+    for i in (*ids_of.values(), *ends, *starts):
         if type(i) is not int or not 0 <= i < NO_RANK:
             raise ValueError(f"token ids must be whole numbers, got {i!r:.200}")
     return bos, ends
@@ -3834,8 +3870,8 @@ class Tokenizer(ByteLevelTokenizer):
     added: the tokens that are found in a text before it is cut into words. Those that
     are special, or end a reply, are control tokens: special_tokens, by their contents.
     The others are words. bos: an id, None if there is none. stop_tokens: end a reply,
-    besides those of STOP_NAMES; the first is eos. adds_bos: whether a text on its own
-    begins with bos. rows: how many ids the model knows. template: how conversations are
+    besides those of STOP_NAMES; the first is eos. bos_prefix: what a text on its own
+    begins with. rows: how many ids the model knows. template: how conversations are
     written down, in Jinja; None for a base model. token_names: from what templates call
     control tokens (bos_token) to their text. source: whose it is, in messages.
     """
@@ -3847,7 +3883,7 @@ class Tokenizer(ByteLevelTokenizer):
         *,
         bos: int | None = None,
         stop_tokens: Sequence[int] = (),
-        adds_bos: bool = False,
+        bos_prefix: Sequence[int] = (),
         rows: int = NO_RANK,
         template: str | None = None,
         token_names: Mapping[str, str] = {},
@@ -3862,7 +3898,7 @@ class Tokenizer(ByteLevelTokenizer):
         self.template, self.token_names = template, token_names
         self.source, self.rows = source, rows
         self.stop_tokens |= ends
-        self.bos_prefix = [bos] if adds_bos and bos is not None else []
+        self.bos_prefix = [*bos_prefix]
         # A word beyond the rows of a model is no word to it.
         words = [t for t in added if t.content not in names and t.id < rows]
         self.added_words = {token.content: token.id for token in words}
@@ -3919,7 +3955,7 @@ class Tokenizer(ByteLevelTokenizer):
         older = read_json(folder / "special_tokens_map.json")
         is_new = "added_tokens_decoder" in settings  # then it has the last word
         settings = older | settings if is_new else settings | older
-        vocabulary, added, bos_name = read_tokenizer(folder, tokens, settings)
+        vocabulary, added, prefix = read_tokenizer(folder, tokens, settings)
         if (size := max(vocabulary.bytes_of_id) + 1) > rows:
             raise ValueError(f"the tokenizer has {size} ids, the model {rows}")
         ids_of = {token.content: token.id for token in added}
@@ -3928,7 +3964,9 @@ class Tokenizer(ByteLevelTokenizer):
         # A vocabulary of another kind may have this class too; it lacks some of them.
         if ids_of.keys() >= {*usual.values()}:
             settings = usual | settings
-        bos, ends = ends_of_texts(folder, settings, bos_name, ids_of)
+        bos, ends = ends_of_texts(folder, settings, prefix, ids_of)
+        if (adds_bos := settings.get("add_bos_token")) is not None:
+            prefix = [bos] if adds_bos and bos is not None else []
         names = token_names(settings)
         if template is None:
             template = read_template(folder, settings)
@@ -3942,7 +3980,7 @@ class Tokenizer(ByteLevelTokenizer):
             added,
             bos=bos,
             stop_tokens=ends,
-            adds_bos=settings.get("add_bos_token", bos_name is not None),
+            bos_prefix=prefix,
             rows=rows,
             template=template,
             token_names=names,

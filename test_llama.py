@@ -3153,8 +3153,10 @@ def test_the_oldest_files_leave_out_types(tmp_path):
     spec = fallback_spec("")
     steps = [{"prepend": "▁"}, {"pattern": {"String": " "}, "content": "▁"}]
     spec["normalizer"] = {"normalizers": steps}
+    spec["model"] |= {"type": None, "merges": ["a b"]}
+    own_null = llama.Tokenizer.from_folder(write_tokenizer(tmp_path, spec))
+    assert own_null.encode("ab a") == [256, 500, 256, 257]
     del spec["model"]["type"]
-    spec["model"]["merges"] = ["a b"]
     own = llama.Tokenizer.from_folder(write_tokenizer(tmp_path, spec))
     ids = [256, 500, 256, 257]
     assert own.encode("ab a") == reference_of(spec).encode("ab a").ids == ids
@@ -3415,6 +3417,49 @@ def test_transformers_reads_the_same_added_tokens(tmp_path):
 NAMES = (
     "{{ bos_token }}|{{ eos_token }}|{{ unk_token }}|{{ pad_token }}|{{ image_token }}"
 )
+
+
+@needs_data
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"image_token": "<img>"},  # declared nowhere else
+        {"image_token": {"__type": "AddedToken", "content": "<img>", "rstrip": True}},
+        {"image_token": "<img>", "extra_special_tokens": ["<v>"]},
+        {"image_token": "<img>", "additional_special_tokens": ["<v>"]},
+        {"image_token": None, "x_token": "<v>"},
+        {"model_specific_special_tokens": {"image_token": "<img>"}},
+        {"model_specific_special_tokens": {"x_token": "<v>"}, "image_token": "<img>"},
+        {
+            "model_specific_special_tokens": {"image_token": "<img>"},
+            "extra_special_tokens": {"x_token": "<v>"},
+        },
+        {
+            "model_specific_special_tokens": {"image_token": "<img>"},
+            "extra_special_tokens": ["<v>"],
+        },
+    ],
+)
+def test_tokens_of_a_model_are_added_as_transformers_adds_them(settings, tmp_path):
+    transformers = peer("transformers")
+    source = vocabulary_folder("gpt2-digits") / "tokenizer.json"
+    settings = settings | {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": "<|im_end|>",
+        "chat_template": "{{ image_token }}|{{ x_token }}|<img> a <v>b",
+    }
+    folder = write_tokenizer(
+        tmp_path,
+        json.loads(source.read_bytes()),
+        tokenizer_config=settings,
+        config={"model_type": "llama"},
+    )
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    own = llama.Tokenizer.from_folder(folder)
+    text = theirs.apply_chat_template(TURNS[:1], tokenize=False)
+    prompt = own.render(TURNS[:1])
+    assert prompt == text
+    assert own.encode(prompt) == theirs.encode(text, add_special_tokens=False)
 
 
 @needs_data
@@ -3731,7 +3776,22 @@ def test_known_names_end_a_reply_where_they_are_control_tokens(tmp_path):
 @pytest.mark.parametrize(
     ("change", "error"),
     [
-        ({"model": {"type": "Unigram"}}, "wanted plain BPE, got type 'Unigram'"),
+        (
+            {"model": {"type": "Unigram", "vocab": [["a", -1.0]]}},
+            "wanted plain BPE, got type 'Unigram'",
+        ),
+        ({"model": {"type": "WordPiece", "merges": None}}, "got type 'WordPiece'"),
+        ({"model": {"dropout": 0.1}}, "wanted plain BPE, got dropout 0.1"),
+        ({"model": {"end_of_word_suffix": "</w>"}}, "got end_of_word_suffix '</w>'"),
+        ({"model": {"continuing_subword_prefix": "##"}}, "got continuing_subword_pre"),
+        (
+            {"added_tokens": [{"id": 300, "content": c} for c in ("<a>", "<b>")]},
+            "each token needs an id of its own, got 300 for '<a>' and '<b>'",
+        ),
+        (
+            {"added_tokens": [{"id": 1, "content": "<a>"}]},
+            "each token needs an id of its own, got 1 for '!' and '<a>'",
+        ),
         ({"model": {"merges": []}}, "wanted merges, each once"),
         ({"model": {"merges": ["a b", ["a", "b"]]}}, "wanted merges, each once"),
         ({"model": {"merges": [["a", "?!"]]}}, r"all known, got \['a', '\?!'\]"),
@@ -4135,15 +4195,65 @@ def test_stop_ids_are_the_union_of_all_that_name_one(tmp_path):
     assert (found.bos, found.eos) == (303, 302)
 
 
+def written_as(single: str, special: dict[str, list[int]]) -> dict:
+    """A post_processor that writes a text, $A, and special tokens around it."""
+    pieces = {"$A": {"Sequence": {"id": "A", "type_id": 0}}}
+    pieces |= {name: {"SpecialToken": {"id": name, "type_id": 0}} for name in special}
+    parts = [pieces[word] for word in single.split()]
+    pair = [pieces["$A"], {"Sequence": {"id": "B", "type_id": 0}}]
+    tokens = {
+        name: {"id": name, "ids": ids, "tokens": [name] * len(ids)}
+        for name, ids in special.items()
+    }
+    post = {"type": "TemplateProcessing", "single": parts, "pair": pair}
+    return post | {"special_tokens": tokens}
+
+
+def in_sequence(*processors: dict) -> dict:
+    return {"type": "Sequence", "processors": [*processors]}
+
+
+LETTERS_POST = BYTES | {"trim_offsets": False}
+
+
 @pytest.mark.parametrize("add", [True, False, None])
 def test_bos_goes_before_a_text_where_the_tokenizer_says_so(add, tmp_path):
-    post = {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "</s>"}}]}
-    settings = {"bos_token": "</s>"} | ({} if add is None else {"add_bos_token": add})
-    spec = small_spec(post_processor=post)
+    spec = small_spec(post_processor=written_as("</s> $A", {"</s>": [0]}))
+    settings = {"bos_token": "</s>", "add_bos_token": add}
     folder = write_tokenizer(tmp_path, spec, tokenizer_config=settings)
-    assert llama.Tokenizer.from_folder(folder).bos_prefix == (
-        [] if add is False else [0]
-    )
+    wanted = [] if add is False else [0]
+    assert llama.Tokenizer.from_folder(folder).bos_prefix == wanted
+
+
+@needs_data
+@pytest.mark.parametrize(
+    ("post", "suffix"),
+    [
+        (written_as("<s> $A", {"<s>": [1]}), 0),
+        (written_as("<s> x $A", {"<s>": [1], "x": [300]}), 0),
+        (written_as("<s> $A </s>", {"<s>": [1], "</s>": [2]}), 1),
+        (written_as("$A </s>", {"</s>": [2]}), 1),
+        (written_as("start $A", {"start": [1]}), 0),  # by a name of its own
+        (written_as("start $A", {"start": [1, 300]}), 0),
+        (written_as("</s> $A", {"</s>": [1]}), 0),
+        (in_sequence(LETTERS_POST, written_as("<s> $A", {"<s>": [1]})), 0),
+        (in_sequence(in_sequence(written_as("<s> $A", {"<s>": [1]}))), 0),
+        (in_sequence(written_as("$A", {}), written_as("<s> $A", {"<s>": [1]})), 0),
+        (in_sequence(), 0),
+        ({"type": "BertProcessing", "sep": ["</s>", 2], "cls": ["<s>", 1]}, 1),
+        (None, 0),
+    ],
+)
+def test_a_text_begins_with_what_the_post_processor_puts_there(post, suffix, tmp_path):
+    file = vocabulary_folder("stories260K") / "tokenizer.json"
+    spec = json.loads(file.read_text()) | {"post_processor": post}
+    reference = peer("tokenizers").Tokenizer.from_str(json.dumps(spec))
+    wanted = reference.encode("hello").ids
+    for settings in ({}, {"bos_token": None, "add_bos_token": None}):
+        folder = write_tokenizer(tmp_path, spec, tokenizer_config=settings)
+        own = llama.Tokenizer.from_folder(folder)
+        ids = own.bos_prefix + own.encode("hello")
+        assert ids == wanted[: len(wanted) - suffix]
 
 
 def test_templates_are_found_in_either_file_and_by_name(tmp_path):
