@@ -1837,6 +1837,11 @@ def one_line(text: str) -> str:
     return "".join(c if c.isprintable() else "?" for c in line)
 
 
+def check_size(size: int) -> None:
+    if size > LONGEST_TEXT:
+        raise ValueError(f"a text may have {LONGEST_TEXT:,} characters, not {size:,}")
+
+
 class Text(str):
     """A string that knows who wrote each of its characters.
 
@@ -1882,11 +1887,7 @@ class Text(str):
 
     def join(self, pieces) -> "Text":
         pieces = [Text.of(piece) for piece in pieces]
-        size = sum(map(len, pieces)) + len(self) * len(pieces)
-        if size > LONGEST_TEXT:
-            raise ValueError(
-                f"a text may have {LONGEST_TEXT:,} characters, not {size:,}"
-            )
+        check_size(sum(map(len, pieces)) + len(self) * len(pieces))
         return Text(super().join(pieces), self.marks.join([p.marks for p in pieces]))
 
     def split(self, sep=None, maxsplit=-1) -> list["Text"]:
@@ -1894,12 +1895,19 @@ class Text(str):
         for piece in super().split(sep, maxsplit):
             # Without a separator, white space of any length lies between two pieces.
             start = self.find(piece, end) if sep is None else end
-            pieces.append(self[start : start + len(piece)])
-            end = start + len(piece) + len(sep or "")
+            end = start + len(piece)
+            pieces.append(Text(piece, self.marks[start:end]))
+            end += len(sep or "")
         return pieces
 
     def replace(self, old: str, new: str, count: int = -1, /) -> "Text":
-        return Text.of(new).join(self.split(Text.of(old), count))
+        old, new = Text.of(old), Text.of(new)
+        marks, end, pieces = [], 0, super().split(old, count)
+        check_size(len(self) + (len(new) - len(old)) * (len(pieces) - 1))
+        for piece in pieces:
+            marks.append(self.marks[end : end + len(piece)])
+            end += len(piece) + len(old)
+        return Text(str(new).join(pieces), new.marks.join(marks))
 
     def lstrip(self, characters: str | None = None, /) -> "Text":
         return self[len(self) - len(super().lstrip(few(characters))) :]
@@ -2377,6 +2385,12 @@ def filter_last(run, values):
     return [Undefined("the last item"), *run.items(values)][-1]
 
 
+def filter_replace(run, value, old, *args) -> Text:
+    text = run.text(value)
+    run.pay_for_pieces(text, old)
+    return text.replace(old, *args)
+
+
 def filter_title(run, value):
     words = re.split(r"([-\s({\[<]+)", run.text(value))
     text = "".join(word[:1].upper() + word[1:].lower() for word in words)
@@ -2403,7 +2417,7 @@ FILTERS = {
     "map": filter_map,
     "reject": choosing(False, False),
     "rejectattr": choosing(False, True),
-    "replace": lambda run, value, *args: run.text(value).replace(*args),
+    "replace": filter_replace,
     "select": choosing(True, False),
     "selectattr": choosing(True, True),
     "string": lambda run, value: run.text(value),
@@ -2494,6 +2508,11 @@ class Rendering:
     def pay(self, value) -> None:
         """Pay for a value: a step, and more for its size."""
         self.spend(1 + len(value) // 16 if isinstance(value, SIZED) else 1)
+
+    def pay_for_pieces(self, text: str, sought: str | None) -> None:
+        """Pay for the pieces between what is sought in a text, or its words."""
+        found = str.count(text, sought) if sought else len(str.split(text))
+        self.spend(found)
 
     def weigh(self, value) -> None:
         """Pay for all that a value holds, as often as it can be reached.
@@ -2653,10 +2672,10 @@ class Rendering:
                 args, options = self.arguments(args, options)
                 args = [self.items(a) if isinstance(a, Iterator) else a for a in args]
                 self.weigh([*args, *options.values()])
-                result = methods[name](owner, *args, **options)
-                if isinstance(result, list):
-                    self.spend(len(result))
-                return result
+                if isinstance(owner, str) and name in ("replace", "split"):
+                    sought = args[0] if args else options.get("sep")
+                    self.pay_for_pieces(owner, sought)
+                return methods[name](owner, *args, **options)
             function = self.attribute(owner, name)
         args, options = self.arguments(args, options)
         if not isinstance(defined(function), FunctionType):
