@@ -4340,7 +4340,8 @@ def weight_files(folder: Path) -> list[Path]:
 
     Those that model.safetensors.index.json names, else model.safetensors; stray files
     beside them are not read. Raises FileNotFoundError if one is missing, ValueError
-    for a name that is not a plain file name: an index must not point elsewhere.
+    for a name that is not a plain file name: an index must not point elsewhere; and
+    for both kinds of weights in one folder.
     """
     index, names = folder / "model.safetensors.index.json", ["model.safetensors"]
     if index.exists():
@@ -4354,6 +4355,12 @@ def weight_files(folder: Path) -> list[Path]:
                     f"{name!r:.80}"
                 )
         names = sorted(set(weight_map.values()))
+        # transformers reads this one, mlx-lm what the index names.
+        if "model.safetensors" not in names and (folder / "model.safetensors").exists():
+            raise ValueError(
+                f"{folder}: both model.safetensors and {index.name}, which names "
+                f"{first_few(names)}; wanted one of the two"
+            )
     if missing := [name for name in names if not (folder / name).exists()]:
         begun = index.exists()
         reason = "download incomplete?" if begun else missing_weights(folder)
