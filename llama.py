@@ -6365,6 +6365,9 @@ class Worker(threading.Thread):
         self.drafts = default_drafts()
         self.warnings = [about_context] if about_context else []
         self.warnings += loading.require_room(self.context)
+        if keys := ", ".join(without_effect(self.folder)):
+            has = "have" if "," in keys else "has"
+            self.warnings.append(f"generation_config.json: {keys} {has} no effect here")
         for done in loading.read():
             self.events.put(Progress(done, loading.file_bytes))
             if self.closing.is_set():
@@ -6529,6 +6532,27 @@ def default_sampling(folder: Path) -> dict[str, float | None]:
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
     return options
+
+
+# What else generation_config.json may have, with the value that changes nothing; an
+# empty one never does. Lengths are left out: a chat has no limit of its own.
+WITHOUT_EFFECT = {"num_beams": 1, "guidance_scale": 1, "typical_p": 1}
+WITHOUT_EFFECT |= dict.fromkeys(("no_repeat_ngram_size", "penalty_alpha"), 0)
+WITHOUT_EFFECT |= dict.fromkeys(("min_new_tokens", "min_length"), 0)
+WITHOUT_EFFECT |= dict.fromkeys(("epsilon_cutoff", "eta_cutoff"), 0)
+WITHOUT_EFFECT |= dict.fromkeys(("suppress_tokens", "begin_suppress_tokens"))
+WITHOUT_EFFECT |= dict.fromkeys(("forced_bos_token_id", "forced_eos_token_id"))
+WITHOUT_EFFECT |= dict.fromkeys(("bad_words_ids", "sequence_bias", "stop_strings"))
+WITHOUT_EFFECT |= dict.fromkeys(("exponential_decay_length_penalty", "top_h"))
+
+
+def without_effect(folder: Path) -> list[str]:
+    """Return the keys of generation_config.json that would change what transformers
+    writes, and change nothing here."""
+    config = read_json(folder / "generation_config.json")
+    given = [(key, config.get(key)) for key in WITHOUT_EFFECT]
+    nothing = (None, "", [], {})
+    return [k for k, v in given if v not in nothing and v != WITHOUT_EFFECT[k]]
 
 
 def check_option_names(function: FunctionType, options: Mapping[str, object]) -> None:
@@ -7493,9 +7517,10 @@ def inspected_tokenizer(folder: Path, problems: list[Exception]) -> dict:
 def inspection(folder: Path, check: bool) -> dict:
     """Return what `inspect` tells of a folder; check: look at every value too."""
     model, tensors, problems = check_folder(folder)
-    sampling = {}
+    sampling, no_effect = {}, []
     try:
         sampling = default_sampling(folder)
+        no_effect = without_effect(folder)
     except (OSError, ValueError) as error:
         problems.append(error)
     words = inspected_tokenizer(folder, problems)
@@ -7512,6 +7537,7 @@ def inspection(folder: Path, check: bool) -> dict:
         "adoptable_bytes": sum(t.nbytes for t in tensors.values() if t.adoptable),
         "layers": layer_kinds(model) if model and tensors else {},
         "sampling": sampling,
+        "without_effect": no_effect,
         "problems": [*dict.fromkeys(map(str, problems))],
         **words,
     }
@@ -7555,6 +7581,8 @@ def cmd_inspect(options: argparse.Namespace) -> int:
     sampling = found["sampling"].items()
     sampling = ", ".join(f"{name} {value}" for name, value in sampling)
     rows.append(("sampling", sampling))
+    if found["without_effect"]:
+        rows.append(("no effect", ", ".join(found["without_effect"])))
     rows += [("problem", text) for text in found["problems"] or ["none found"]]
     print_table(rows)
     return status

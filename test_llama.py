@@ -6029,6 +6029,40 @@ def test_sampling_defaults_are_the_folders(tmp_path, folder):
     assert llama.default_sampling(folder) == {"temperature": 0.6, "top_p": 0.9}
 
 
+# What transformers obeys and this runner does not, and what changes nothing there.
+CHANGES = {"suppress_tokens": [5], "begin_suppress_tokens": [5], "stop_strings": "a"}
+CHANGES |= {"bad_words_ids": [[5]], "sequence_bias": [[[5], 1.0]], "min_length": 1}
+CHANGES |= {"no_repeat_ngram_size": 2, "min_new_tokens": 1, "guidance_scale": 1.5}
+CHANGES |= {"forced_bos_token_id": 0, "forced_eos_token_id": 0, "num_beams": 2}
+CHANGES |= {"exponential_decay_length_penalty": [1, 1.5], "penalty_alpha": 0.5}
+CHANGES |= {"typical_p": 0.5, "epsilon_cutoff": 0.1, "eta_cutoff": 0.1, "top_h": 0.5}
+NEUTRAL = dict.fromkeys(CHANGES) | {"max_length": 20, "max_new_tokens": 5}
+NEUTRAL |= {"num_beams": 1, "typical_p": 1.0, "guidance_scale": 1.0, "min_length": 0}
+NEUTRAL |= {"no_repeat_ngram_size": 0, "suppress_tokens": [], "sequence_bias": {}}
+
+
+def test_what_has_no_effect_in_generation_config_is_said(folder, tmp_path, capsys):
+    own = shutil.copytree(folder, tmp_path / "m")
+    for given, keys in ((CHANGES, {*CHANGES}), (NEUTRAL, set()), ({}, set())):
+        hostile(generation_config=given)(own)
+        assert {*llama.without_effect(own)} == keys
+    hostile(generation_config={"no_repeat_ngram_size": 2, "num_beams": 1})(own)
+    with llama.Engine(own) as engine:
+        told = "generation_config.json: no_repeat_ngram_size has no effect here"
+        assert engine.warnings == [told]
+    assert llama.main(["inspect", str(own)]) == 0
+    assert re.search(r"no effect +no_repeat_ngram_size\n", capsys.readouterr().out)
+    assert llama.main(["inspect", str(own), "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["without_effect"] == ["no_repeat_ngram_size"]
+
+
+def test_transformers_knows_what_has_no_effect_here():
+    transformers = peer("transformers")
+    known = transformers.GenerationConfig().to_dict().keys()
+    assert llama.WITHOUT_EFFECT.keys() == CHANGES.keys() <= known
+
+
 ON = {"top_k": 5, "top_p": 0.5, "min_p": 0.2, "repetition_penalty": 1.5}
 
 
