@@ -1856,6 +1856,11 @@ def one_line(text: str) -> str:
     return "".join(c if c.isprintable() else "?" for c in line)
 
 
+def check_size(size: int) -> None:
+    if size > LONGEST_TEXT:
+        raise ValueError(f"a text may have {LONGEST_TEXT:,} characters, not {size:,}")
+
+
 class Text(str):
     """A string that knows who wrote each of its characters.
 
@@ -1901,11 +1906,7 @@ class Text(str):
 
     def join(self, pieces) -> "Text":
         pieces = [Text.of(piece) for piece in pieces]
-        size = sum(map(len, pieces)) + len(self) * len(pieces)
-        if size > LONGEST_TEXT:
-            raise ValueError(
-                f"a text may have {LONGEST_TEXT:,} characters, not {size:,}"
-            )
+        check_size(sum(map(len, pieces)) + len(self) * len(pieces))
         return Text(super().join(pieces), self.marks.join([p.marks for p in pieces]))
 
     def split(self, sep=None, maxsplit=-1) -> list["Text"]:
@@ -1913,12 +1914,19 @@ class Text(str):
         for piece in super().split(sep, maxsplit):
             # Without a separator, white space of any length lies between two pieces.
             start = self.find(piece, end) if sep is None else end
-            pieces.append(self[start : start + len(piece)])
-            end = start + len(piece) + len(sep or "")
+            end = start + len(piece)
+            pieces.append(Text(piece, self.marks[start:end]))
+            end += len(sep or "")
         return pieces
 
     def replace(self, old: str, new: str, count: int = -1, /) -> "Text":
-        return Text.of(new).join(self.split(Text.of(old), count))
+        old, new = Text.of(old), Text.of(new)
+        marks, end, pieces = [], 0, super().split(old, count)
+        check_size(len(self) + (len(new) - len(old)) * (len(pieces) - 1))
+        for piece in pieces:
+            marks.append(self.marks[end : end + len(piece)])
+            end += len(piece) + len(old)
+        return Text(str(new).join(pieces), new.marks.join(marks))
 
     def lstrip(self, characters: str | None = None, /) -> "Text":
         return self[len(self) - len(super().lstrip(few(characters))) :]
@@ -2396,6 +2404,12 @@ def filter_last(run, values):
     return [Undefined("the last item"), *run.items(values)][-1]
 
 
+def filter_replace(run, value, old, *args) -> Text:
+    text = run.text(value)
+    run.pay_for_pieces(text, old)
+    return text.replace(old, *args)
+
+
 def filter_title(run, value):
     words = re.split(r"([-\s({\[<]+)", run.text(value))
     text = "".join(word[:1].upper() + word[1:].lower() for word in words)
@@ -2422,7 +2436,7 @@ FILTERS = {
     "map": filter_map,
     "reject": choosing(False, False),
     "rejectattr": choosing(False, True),
-    "replace": lambda run, value, *args: run.text(value).replace(*args),
+    "replace": filter_replace,
     "select": choosing(True, False),
     "selectattr": choosing(True, True),
     "string": lambda run, value: run.text(value),
@@ -2513,6 +2527,11 @@ class Rendering:
     def pay(self, value) -> None:
         """Pay for a value: a step, and more for its size."""
         self.spend(1 + len(value) // 16 if isinstance(value, SIZED) else 1)
+
+    def pay_for_pieces(self, text: str, sought: str | None) -> None:
+        """Pay for the pieces between what is sought in a text, or its words."""
+        found = str.count(text, sought) if sought else len(str.split(text))
+        self.spend(found)
 
     def weigh(self, value) -> None:
         """Pay for all that a value holds, as often as it can be reached.
@@ -2672,10 +2691,10 @@ class Rendering:
                 args, options = self.arguments(args, options)
                 args = [self.items(a) if isinstance(a, Iterator) else a for a in args]
                 self.weigh([*args, *options.values()])
-                result = methods[name](owner, *args, **options)
-                if isinstance(result, list):
-                    self.spend(len(result))
-                return result
+                if isinstance(owner, str) and name in ("replace", "split"):
+                    sought = args[0] if args else options.get("sep")
+                    self.pay_for_pieces(owner, sought)
+                return methods[name](owner, *args, **options)
             function = self.attribute(owner, name)
         args, options = self.arguments(args, options)
         if not isinstance(defined(function), FunctionType):
@@ -3184,6 +3203,19 @@ def spell(text: str | bytes) -> list[str]:
     return [encoded.decode("latin-1").translate(LETTER_OF)]
 
 
+def leaves(whole: dict | None, key: str) -> list[dict]:
+    """Return the steps of a part of a tokenizer.json, also those of a Sequence within a
+    Sequence. key: where a Sequence has its steps."""
+    steps, waiting = [], [whole] if whole else []
+    while waiting:
+        step = waiting.pop()
+        if key in step:
+            waiting += reversed(step[key])
+        else:
+            steps.append(step)
+    return steps
+
+
 # A step of a pre_tokenizer makes smaller pieces of a piece of a text.
 Cut = Callable[[str], list[str]]
 
@@ -3212,12 +3244,18 @@ def read_step(step: dict) -> list[Cut]:
     raise ValueError(f"unknown pre_tokenizer {json.dumps(step):.200}")
 
 
+def prepend_scheme(metaspace: dict) -> str:
+    """Return where a Metaspace puts a space. Older files have add_prefix_space."""
+    usual = "always" if metaspace.get("add_prefix_space", True) else "never"
+    return metaspace.get("prepend_scheme", usual)
+
+
 def read_pre_tokenizer(spec: dict) -> dict:
     """Return what a tokenizer.json's pre_tokenizer does, as fields of a
     SpelledVocabulary."""
     steps, space, adds_space = [], " ", None
-    whole = spec.get("pre_tokenizer") or {}
-    parts = whole.get("pretokenizers", [whole] if whole else [])
+    whole = spec.get("pre_tokenizer")
+    parts = leaves(whole, "pretokenizers")
     if len(parts) > MOST_STEPS:
         raise ValueError(f"{len(parts)} steps of splitting, wanted up to {MOST_STEPS}")
     for n, step in enumerate(parts):
@@ -3226,10 +3264,8 @@ def read_pre_tokenizer(spec: dict) -> dict:
         if n and (spaces or step.get("add_prefix_space")):
             raise ValueError(f"unknown pre_tokenizer {json.dumps(whole):.200}")
         if spaces:
-            # Older files have add_prefix_space in place of a scheme.
-            scheme = "always" if step.get("add_prefix_space", True) else "never"
-            scheme = step.get("prepend_scheme", scheme)
-            adds_space = {"always": "missing", "first": "start", "never": None}[scheme]
+            schemes = {"always": "missing", "first": "start", "never": None}
+            adds_space = schemes[prepend_scheme(step)]
             space = SPACE
         elif step.get("add_prefix_space"):
             adds_space = "missing"
@@ -3241,8 +3277,8 @@ def read_normalizer(spec: dict) -> dict:
 
     Raises ValueError for what is not known.
     """
-    prepend, steps, whole = "", [], spec.get("normalizer") or {}
-    for step in whole.get("normalizers", [whole] if whole else []):
+    prepend, steps = "", []
+    for step in leaves(spec.get("normalizer"), "normalizers"):
         kind, pattern = step.get("type"), step.get("pattern") or {}
         texts = [pattern.get("String"), step.get("content"), step.get("prepend")]
         kinds = [type(text) for text in texts]
@@ -3256,6 +3292,72 @@ def read_normalizer(spec: dict) -> dict:
         else:
             raise ValueError(f"unknown normalizer {json.dumps(step):.200}")
     return {"prepend": prepend, "normalizer": steps}
+
+
+BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")
+
+
+class Decoder(NamedTuple):
+    """How pieces become text again."""
+
+    letters: Mapping[str, int]  # the byte that each stands for; {}: they are characters
+    replaced: Sequence[tuple[str, str]] = ((SPACE, " "),)
+    byte_tokens: bool = True  # <0x0A> is a byte
+    # Which spaces are taken away at the start of a text: "one"; "all" of the first
+    # token; or none.
+    drops: str | None = None
+
+    def text(self, piece: str) -> bytes:
+        """Return the text of a piece."""
+        if self.letters:  # a byte-level vocabulary may spell a control token as it is
+            known = self.letters.keys() >= {*piece}
+            return bytes(map(self.letters.get, piece)) if known else piece.encode()
+        for old, new in self.replaced:
+            piece = piece.replace(old, new)
+        byte = BYTE_TOKEN.fullmatch(piece) if self.byte_tokens else None
+        return bytes.fromhex(byte[1]) if byte else piece.encode()
+
+
+BYTE_LEVEL = Decoder(byte_letters())
+
+# The types of the steps of a decoder, in their order: of a byte-level vocabulary, and
+# of another. Fuse makes one text of all pieces, and Strip takes a space from it.
+BYTE_DECODER = re.compile("ByteLevel (Fuse )?(Strip )?")
+DECODER = re.compile("(Replace )*(Metaspace )?(ByteFallback )?(Fuse (Strip )?)?")
+
+
+def read_decoder(spec: dict, letters: Mapping[str, int], spaced: bool) -> Decoder:
+    """Return the decoder of a tokenizer.json. letters: see Decoder.
+
+    spaced: whether a space may be put before a text; without a decoder, it is taken
+    away again.
+    Raises ValueError for what is not known, or does not fit the vocabulary.
+    """
+    whole = spec.get("decoder")
+    if not whole:
+        return Decoder(letters, drops="one" if spaced else None)
+    steps = leaves(whole, "decoders")
+    kinds = "".join(f"{step.get('type')} " for step in steps)
+    known = (BYTE_DECODER if letters else DECODER).fullmatch(kinds)
+    replaced, drops = [], None
+    for step in steps:
+        kind, pattern = step.get("type"), step.get("pattern") or {}
+        if kind == "Replace":
+            old, new = pattern.get("String", ""), step["content"]
+            known = known and len(old) >= len(new)  # so that no piece grows
+            replaced.append((old, new))
+        elif kind == "Metaspace":
+            replaced.append((step["replacement"], " "))
+            drops = None if prepend_scheme(step) == "never" else "all"
+        elif kind == "Strip":
+            start = step["start"]
+            known = known and step["content"] == " " and not step["stop"] and start < 2
+            drops = "one" if start else None
+    if not known:
+        raise ValueError(
+            f"unknown decoder for this vocabulary: {json.dumps(whole):.300}"
+        )
+    return Decoder(letters, replaced, "ByteFallback" in kinds, drops)
 
 
 @dataclass(frozen=True)
@@ -3276,6 +3378,7 @@ class SpelledVocabulary(Vocabulary):
     # Words that are not merged, with their ids.
     at_once: Mapping[str, int] = field(default_factory=dict)
     lacking: bytes = b""  # of a byte-level vocabulary: the bytes without a letter
+    decoder: Decoder = BYTE_LEVEL
 
     def normalize(self, text: str, prefix: bool = True) -> str:
         """Return a text in the form that the vocabulary was made from.
@@ -3286,11 +3389,6 @@ class SpelledVocabulary(Vocabulary):
         for step in self.normalizer:
             text = step(text)
         return text
-
-    @property
-    def spaced(self) -> bool:
-        """Whether a space may be put before a text."""
-        return self.adds_space is not None or self.prepend != ""
 
     def cut(self, text: str, add_space: bool) -> list[str]:
         """Return the words of a normalised text.
@@ -3400,11 +3498,13 @@ def read_merges(model: dict) -> list[tuple[str, str]]:
 
     Raises ValueError for what is inconsistent or unknown.
     """
+    kind = model.get("type") or "BPE"  # the oldest files leave it out
+    for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+        if model.get(key):
+            raise ValueError(f"wanted plain BPE, got {key} {model[key]!r:.80}")
+    if kind != "BPE":
+        raise ValueError(f"wanted plain BPE, got type {kind!r:.80}")
     vocab, ids = model["vocab"], {*model["vocab"].values()}
-    extras = ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
-    # The oldest files leave the type out.
-    if model.get("type", "BPE") != "BPE" or any(map(model.get, extras)):
-        raise ValueError(f"wanted plain BPE, got type {model.get('type')!r:.80}")
     whole = all(type(i) is int and 0 <= i < NO_RANK for i in ids)
     if len(ids) < len(vocab) or not whole:
         raise ValueError("the ids of the vocabulary must be whole numbers, each once")
@@ -3424,20 +3524,6 @@ def read_merges(model: dict) -> list[tuple[str, str]]:
     return merges
 
 
-def read_texts(
-    vocab: Mapping[str, int], letters: Mapping[str, int]
-) -> dict[int, bytes]:
-    """Return the text of each id. letters: the byte that a letter stands for, {} if
-    letters are characters."""
-    texts = {}
-    for piece, i in vocab.items():
-        if letters.keys() >= {*piece}:
-            texts[i] = bytes(letters[letter] for letter in piece)
-        else:  # a byte-level vocabulary may spell a control token as it is
-            texts[i] = (piece if letters else piece.replace(SPACE, " ")).encode()
-    return texts
-
-
 def read_vocabulary(spec: dict) -> SpelledVocabulary:
     """Return the vocabulary that a tokenizer.json describes.
 
@@ -3448,9 +3534,11 @@ def read_vocabulary(spec: dict) -> SpelledVocabulary:
     model, vocab = spec["model"], spec["model"]["vocab"]
     merges = read_merges(model)
     spelling = read_normalizer(spec) | read_pre_tokenizer(spec)
-    if spell in spelling["steps"]:
-        letters, byte_ids = byte_letters(), []
-        text = read_texts(vocab, letters)
+    known = byte_letters() if spell in spelling["steps"] else {}
+    spaced = spelling["adds_space"] is not None or spelling["prepend"] != ""
+    decoder = read_decoder(spec, known, spaced)
+    if known:
+        letters, byte_ids = known, []
         lacking = bytes(letters[letter] for letter in letters if letter not in vocab)
         if lacking and (model.get("byte_fallback") or model.get("unk_token")):
             unknown = {key: model.get(key) for key in ("byte_fallback", "unk_token")}
@@ -3460,8 +3548,6 @@ def read_vocabulary(spec: dict) -> SpelledVocabulary:
         byte_ids = [vocab.get(f"<0x{byte:02X}>") for byte in range(256)]
         if None in byte_ids:
             raise ValueError(f"the vocabulary lacks <0x{byte_ids.index(None):02X}>")
-        text = read_texts(vocab, {})
-        text |= {i: bytes([byte]) for byte, i in enumerate(byte_ids)}
     else:
         known = json.dumps(spec.get("pre_tokenizer"))
         raise ValueError(f"unknown pre_tokenizer {known:.200}, without byte_fallback")
@@ -3471,9 +3557,10 @@ def read_vocabulary(spec: dict) -> SpelledVocabulary:
         ranks,
         ANY_TEXT,
         ids,
-        text,
+        {i: decoder.text(piece) for piece, i in vocab.items()},
         letters=frozenset(letters),
         byte_ids=byte_ids,
+        decoder=decoder,
         at_once=vocab if model.get("ignore_merges") else {},
         lacking=lacking,
         **spelling,
@@ -3486,9 +3573,9 @@ LLAMA3_TOKENS |= {"<|start_header_id|>": 6, "<|end_header_id|>": 7, "<|eot_id|>"
 LLAMA3_RANKS = 128_000
 
 
-def rank_file(file: Path, tokens: int) -> tuple[SpelledVocabulary, list[dict], str]:
-    """Return the vocabulary, the added tokens and the name of the first token of Meta's
-    tokenizer.model: lines of base64 and rank."""
+def rank_file(file: Path, tokens: int) -> tuple[SpelledVocabulary, list[dict]]:
+    """Return the vocabulary of Meta's tokenizer.model, which has lines of base64 and
+    rank, and its added tokens; the first of them begins a text."""
     lines, text = read_bounded(file, 40 * tokens).splitlines(), {}
     try:
         for token, rank in map(bytes.split, lines):
@@ -3514,7 +3601,7 @@ def rank_file(file: Path, tokens: int) -> tuple[SpelledVocabulary, list[dict], s
     vocabulary = SpelledVocabulary(
         ranks, ANY_TEXT, ids, text, steps=steps, letters=frozenset(letters)
     )
-    return vocabulary, added, "<|begin_of_text|>"
+    return vocabulary, added
 
 
 class AddedToken(NamedTuple):
@@ -3534,16 +3621,43 @@ class AddedToken(NamedTuple):
     normalized: bool = False
 
 
+def has_a_sign(content: str) -> bool:
+    """Return whether some character of a word is no letter, digit, mark, underscore or
+    blank: then a template may mean it as a control token, as it means <think>."""
+    return any(
+        unicodedata.category(character)[0] not in "LMN"
+        and not character.isspace()
+        and character not in ("_", SPACE)
+        for character in content
+    )
+
+
 NAMED_TOKENS = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+
+
+def parts_of_tokens(settings: dict) -> dict[str, str | dict]:
+    """Return the tokens that have a part by its name: bos_token and its like, and those
+    of a model, as image_token."""
+    usual = dict.fromkeys(f"{name}_token" for name in NAMED_TOKENS)
+    named = {
+        key: value
+        for key, value in settings.items()
+        if key.endswith("_token") and isinstance(value, (str, dict))
+    }
+    extra = settings.get("extra_special_tokens")
+    named |= extra if isinstance(extra, dict) else {}
+    if named.keys() <= usual.keys():  # else it does not count, as transformers has it
+        named |= settings.get("model_specific_special_tokens") or {}
+    return {name: token for name, token in (usual | named).items() if token}
 
 
 def named_tokens(settings: dict) -> dict[str, dict]:
     """Return the tokens that tokenizer_config.json gives a part, by their content, each
     with its fields. They are control tokens."""
-    values = [settings.get(f"{name}_token") for name in NAMED_TOKENS]
+    values = [*parts_of_tokens(settings).values()]
     for key in ("additional_special_tokens", "extra_special_tokens"):
         more = settings.get(key) or []
-        values += more.values() if isinstance(more, dict) else more
+        values += [] if isinstance(more, dict) else more
     tokens = [{"content": v} if isinstance(v, str) else v for v in values if v]
     return {token["content"]: token for token in tokens if token["content"]}
 
@@ -3570,12 +3684,17 @@ def read_added(
         if content not in entries and vocab:
             entries[content] = token | {"id": vocab.get(content, following)}
             following += content not in vocab
-    found = []
+    found, pieces = [], {i: piece for piece, i in vocab.items()}
     for content, entry in entries.items():
         special = bool(entry.get("special")) or content in named
         flags = [bool(entry.get(key)) for key in ("lstrip", "rstrip", "single_word")]
         normalized = bool(entry.get("normalized", not special))
         token_id = vocab.get(content, entry["id"])
+        if (other := pieces.setdefault(token_id, content)) != content:
+            raise ValueError(
+                f"each token needs an id of its own, got {token_id!r:.80} for "
+                f"{other!r:.80} and {content!r:.80}"
+            )
         if content:
             found.append(AddedToken(content, token_id, special, *flags, normalized))
     return found
@@ -3641,40 +3760,62 @@ class TokenTable:
 
 
 class SpacedStream(TextStream):
-    """A stream that takes away the space before the first text."""
+    """A stream that takes spaces away from the first text: the one that it begins with,
+    or all of them."""
 
     started = False
+
+    def __init__(self, text: Mapping[int, bytes], drops: str = "one"):
+        super().__init__(text)
+        self._drops = drops
 
     def add(self, token: int) -> str:
         encoded = self._text.get(int(token), b"")
         if encoded and not self.started:
-            encoded, self.started = encoded.removeprefix(b" "), True
+            self.started = True
+            if self._drops == "all":
+                encoded = encoded.replace(b" ", b"")
+            encoded = encoded.removeprefix(b" ")
         return self._decoder.decode(encoded)
+
+
+def read_prefix(spec: dict) -> list[int]:
+    """Return the ids that the post_processor of a tokenizer.json puts before a text.
+
+    What it puts behind a text is left out: a model is to go on with the text.
+    """
+    for step in leaves(spec.get("post_processor"), "processors"):
+        parts = step.get("single") or []
+        before = itertools.takewhile(lambda part: "SpecialToken" in part, parts)
+        names = [part["SpecialToken"]["id"] for part in before]
+        if names:
+            return [i for name in names for i in step["special_tokens"][name]["ids"]]
+        if "cls" in step:  # as BERT's and RoBERTa's have it: text and id
+            return [step["cls"][1]]
+    return []
 
 
 def read_tokenizer(
     folder: Path, tokens: int, settings: dict
-) -> tuple[SpelledVocabulary, list[AddedToken], str | None]:
-    """Return a folder's vocabulary, its added tokens, and the name of the one that is
-    put before every text, if any.
+) -> tuple[SpelledVocabulary, list[AddedToken], list[int]]:
+    """Return a folder's vocabulary, its added tokens, and the ids that are put before
+    every text.
 
     tokens: how many there may be. settings: what tokenizer_config.json says.
     """
     file, ranks = folder / "tokenizer.json", folder / "tokenizer.model"
     if file.exists():
         spec = read_json(file, JSON_BYTES + tokens * BYTES_PER_TOKEN)
-        post = spec.get("post_processor") or {}
-        parts = [step.get("single") for step in post.get("processors", [post])]
-        starts = [part[0].get("SpecialToken") for part in parts if part]
-        bos_name = next((start["id"] for start in starts if start), None)
+        prefix = read_prefix(spec)
         vocab, declared = spec["model"]["vocab"], spec.get("added_tokens") or []
         vocabulary = read_vocabulary(spec)
     elif ranks.exists():
-        vocabulary, declared, bos_name = rank_file(ranks, tokens)
+        vocabulary, declared = rank_file(ranks, tokens)
+        prefix = [declared[0]["id"]]
         vocab = {}
     else:
         raise FileNotFoundError(f"{folder}: no tokenizer.json and no tokenizer.model")
-    return vocabulary, read_added(folder, declared, vocab, settings), bos_name
+    return vocabulary, read_added(folder, declared, vocab, settings), prefix
 
 
 # What a folder may leave out, since Hugging Face's class of tokenizers has it.
@@ -3693,33 +3834,32 @@ USUAL_NAMES = {
 def token_names(settings: dict) -> dict[str, str]:
     """Return what chat templates call control tokens, from tokenizer_config.json: from
     bos_token and the like to a token's text."""
-    named = {key: settings[key] for key in settings if key.endswith("_token")}
-    extra = settings.get("extra_special_tokens")
-    named |= extra if isinstance(extra, dict) else {}
-    texts = {k: v["content"] if isinstance(v, dict) else v for k, v in named.items()}
+    named = parts_of_tokens(settings).items()
+    texts = {k: v["content"] if isinstance(v, dict) else v for k, v in named}
     return {
         name: text for name, text in texts.items() if text and isinstance(text, str)
     }
 
 
 def ends_of_texts(
-    folder: Path, settings: dict, bos_name: str | None, ids_of: Mapping[str, int]
+    folder: Path, settings: dict, prefix: list[int], ids_of: Mapping[str, int]
 ) -> tuple[int | None, list[int]]:
     """Return the id of the token that begins a text, or None, and the ids of those that
     end one. The tokenizer's files name them; the model's files have their ids.
 
-    bos_name: see read_tokenizer. ids_of: from the contents of added tokens.
+    prefix: see read_tokenizer. ids_of: from the contents of added tokens.
     Raises ValueError for what is no id.
     """
     config = read_json(folder / "config.json")
     generation = read_json(folder / "generation_config.json")
-    named = settings.get("bos_token", bos_name), settings.get("eos_token")
+    named = settings.get("bos_token"), settings.get("eos_token")
     bos, eos = (ids_of.get(t["content"] if isinstance(t, dict) else t) for t in named)
-    bos, ends = config.get("bos_token_id") if bos is None else bos, [eos]
+    starts = [i for i in (bos, *prefix, config.get("bos_token_id")) if i is not None]
+    bos, ends = starts[0] if starts else None, [eos]
     for ids in (config.get("eos_token_id"), generation.get("eos_token_id")):
         ends += ids if isinstance(ids, list) else [ids]
     ends = [i for i in ends if i is not None]
-    for i in (*ids_of.values(), *ends, *([] if bos is None else [bos])):
+    for i in (*ids_of.values(), *ends, *starts):
         if type(i) is not int or not 0 <= i < NO_RANK:
             raise ValueError(f"token ids must be whole numbers, got {i!r:.200}")
     return bos, ends
@@ -3768,8 +3908,8 @@ class Tokenizer(ByteLevelTokenizer):
     added: the tokens that are found in a text before it is cut into words. Those that
     are special, or end a reply, are control tokens: special_tokens, by their contents.
     The others are words. bos: an id, None if there is none. stop_tokens: end a reply,
-    besides those of STOP_NAMES; the first is eos. adds_bos: whether a text on its own
-    begins with bos. rows: how many ids the model knows. template: how conversations are
+    besides those of STOP_NAMES; the first is eos. bos_prefix: what a text on its own
+    begins with. rows: how many ids the model knows. template: how conversations are
     written down, in Jinja; None for a base model. token_names: from what templates call
     control tokens (bos_token) to their text. source: whose it is, in messages.
     """
@@ -3781,7 +3921,7 @@ class Tokenizer(ByteLevelTokenizer):
         *,
         bos: int | None = None,
         stop_tokens: Sequence[int] = (),
-        adds_bos: bool = False,
+        bos_prefix: Sequence[int] = (),
         rows: int = NO_RANK,
         template: str | None = None,
         token_names: Mapping[str, str] = {},
@@ -3796,15 +3936,18 @@ class Tokenizer(ByteLevelTokenizer):
         self.template, self.token_names = template, token_names
         self.source, self.rows = source, rows
         self.stop_tokens |= ends
-        self.bos_prefix = [bos] if adds_bos and bos is not None else []
+        self.bos_prefix = [*bos_prefix]
         # A word beyond the rows of a model is no word to it.
         words = [t for t in added if t.content not in names and t.id < rows]
         self.added_words = {token.content: token.id for token in words}
-        letters = {} if vocabulary.byte_ids else byte_letters()
-        spelled = read_texts(self.added_words, letters)
-        for content, i in self.added_words.items():  # some are not spelled, as "é"
-            whole = spelled[i] == spelled[i].decode("utf-8", "ignore").encode()
-            self._text[i] = spelled[i] if whole else content.encode()
+        decoder = vocabulary.decoder
+        for token in words:
+            form = token.content
+            form = vocabulary.normalize(form) if token.normalized else form
+            text = decoder.text(form)
+            # Of a byte-level vocabulary, "é" is the letter of half a character.
+            half = decoder.letters and text != text.decode("utf-8", "ignore").encode()
+            self._text[token.id] = form.encode() if half else text
         # Of two that are normalised alike, the control token counts.
         known = words + control
         self._raw = TokenTable({t.content: t for t in known if not t.normalized})
@@ -3850,7 +3993,7 @@ class Tokenizer(ByteLevelTokenizer):
         older = read_json(folder / "special_tokens_map.json")
         is_new = "added_tokens_decoder" in settings  # then it has the last word
         settings = older | settings if is_new else settings | older
-        vocabulary, added, bos_name = read_tokenizer(folder, tokens, settings)
+        vocabulary, added, prefix = read_tokenizer(folder, tokens, settings)
         if (size := max(vocabulary.bytes_of_id) + 1) > rows:
             raise ValueError(f"the tokenizer has {size} ids, the model {rows}")
         ids_of = {token.content: token.id for token in added}
@@ -3859,7 +4002,9 @@ class Tokenizer(ByteLevelTokenizer):
         # A vocabulary of another kind may have this class too; it lacks some of them.
         if ids_of.keys() >= {*usual.values()}:
             settings = usual | settings
-        bos, ends = ends_of_texts(folder, settings, bos_name, ids_of)
+        bos, ends = ends_of_texts(folder, settings, prefix, ids_of)
+        if (adds_bos := settings.get("add_bos_token")) is not None:
+            prefix = [bos] if adds_bos and bos is not None else []
         names = token_names(settings)
         if template is None:
             template = read_template(folder, settings)
@@ -3873,7 +4018,7 @@ class Tokenizer(ByteLevelTokenizer):
             added,
             bos=bos,
             stop_tokens=ends,
-            adds_bos=settings.get("add_bos_token", bos_name is not None),
+            bos_prefix=prefix,
             rows=rows,
             template=template,
             token_names=names,
@@ -3968,14 +4113,16 @@ class Tokenizer(ByteLevelTokenizer):
 
     def written_words(self, text: Text) -> set[str]:
         """Return the contents of added words which a template wrote in a text: they are
-        control tokens in it, whatever their fields say."""
-        if not self.added_words:
+        control tokens in it, whatever their fields say. White space and ordinary words
+        stay text."""
+        signs = {*filter(has_a_sign, self.added_words)}
+        if not signs:
             return set()
         control = self.special_tokens.keys() | self.added_words.keys()
         found = {
             token.content for token, _, _ in self._parts(text, True, control) if token
         }
-        return found & self.added_words.keys()
+        return found & signs
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of ids; control tokens, and ids of no token, are no text."""
@@ -3986,10 +4133,10 @@ class Tokenizer(ByteLevelTokenizer):
         """Return a decoder for ids as they come.
 
         drop_space: take away the space that SentencePiece-style vocabularies put
-        before a text; not wanted where the ids continue one.
+        before a text, as the decoder does; not wanted where the ids continue one.
         """
-        if drop_space and self.vocabulary.spaced:
-            return SpacedStream(self._text)
+        if drop_space and self.vocabulary.decoder.drops:
+            return SpacedStream(self._text, self.vocabulary.decoder.drops)
         return super().stream()
 
     @functools.cached_property
@@ -4071,7 +4218,8 @@ class Tokenizer(ByteLevelTokenizer):
         self.stop_tokens.add(token.id)
 
     def written_after_a_reply(self) -> AddedToken | None:
-        """Return the token that the template writes right after a reply, if any."""
+        """Return the control token that the template writes right after a reply, if
+        any; see written_words."""
         reply = {"role": "assistant", "content": "!"}
         talk = [{"role": "user", "content": "?"}, reply]
         try:
@@ -4084,8 +4232,11 @@ class Tokenizer(ByteLevelTokenizer):
         after = prompt[last + 1 :]
         control = self.special_tokens.keys() | self.added_words.keys()
         for token, text, _ in self._parts(after, True, control):
-            if token is not None or text.strip(" "):
+            name = token.content if token else ""
+            if name in self.special_tokens or has_a_sign(name):
                 return token
+            if text.strip(" "):
+                break
         return None
 
 
@@ -4208,7 +4359,8 @@ def weight_files(folder: Path) -> list[Path]:
 
     Those that model.safetensors.index.json names, else model.safetensors; stray files
     beside them are not read. Raises FileNotFoundError if one is missing, ValueError
-    for a name that is not a plain file name: an index must not point elsewhere.
+    for a name that is not a plain file name: an index must not point elsewhere; and
+    for both kinds of weights in one folder.
     """
     index, names = folder / "model.safetensors.index.json", ["model.safetensors"]
     if index.exists():
@@ -4222,6 +4374,12 @@ def weight_files(folder: Path) -> list[Path]:
                     f"{name!r:.80}"
                 )
         names = sorted(set(weight_map.values()))
+        # transformers reads this one, mlx-lm what the index names.
+        if "model.safetensors" not in names and (folder / "model.safetensors").exists():
+            raise ValueError(
+                f"{folder}: both model.safetensors and {index.name}, which names "
+                f"{first_few(names)}; wanted one of the two"
+            )
     if missing := [name for name in names if not (folder / name).exists()]:
         begun = index.exists()
         reason = "download incomplete?" if begun else missing_weights(folder)
@@ -6254,6 +6412,9 @@ class Worker(threading.Thread):
         self.drafts = default_drafts()
         self.warnings = [about_context] if about_context else []
         self.warnings += loading.require_room(self.context)
+        if keys := ", ".join(without_effect(self.folder)):
+            has = "have" if "," in keys else "has"
+            self.warnings.append(f"generation_config.json: {keys} {has} no effect here")
         for done in loading.read():
             self.events.put(Progress(done, loading.file_bytes))
             if self.closing.is_set():
@@ -6418,6 +6579,27 @@ def default_sampling(folder: Path) -> dict[str, float | None]:
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
     return options
+
+
+# What else generation_config.json may have, with the value that changes nothing; an
+# empty one never does. Lengths are left out: a chat has no limit of its own.
+WITHOUT_EFFECT = {"num_beams": 1, "guidance_scale": 1, "typical_p": 1}
+WITHOUT_EFFECT |= dict.fromkeys(("no_repeat_ngram_size", "penalty_alpha"), 0)
+WITHOUT_EFFECT |= dict.fromkeys(("min_new_tokens", "min_length"), 0)
+WITHOUT_EFFECT |= dict.fromkeys(("epsilon_cutoff", "eta_cutoff"), 0)
+WITHOUT_EFFECT |= dict.fromkeys(("suppress_tokens", "begin_suppress_tokens"))
+WITHOUT_EFFECT |= dict.fromkeys(("forced_bos_token_id", "forced_eos_token_id"))
+WITHOUT_EFFECT |= dict.fromkeys(("bad_words_ids", "sequence_bias", "stop_strings"))
+WITHOUT_EFFECT |= dict.fromkeys(("exponential_decay_length_penalty", "top_h"))
+
+
+def without_effect(folder: Path) -> list[str]:
+    """Return the keys of generation_config.json that would change what transformers
+    writes, and change nothing here."""
+    config = read_json(folder / "generation_config.json")
+    given = [(key, config.get(key)) for key in WITHOUT_EFFECT]
+    nothing = (None, "", [], {})
+    return [k for k, v in given if v not in nothing and v != WITHOUT_EFFECT[k]]
 
 
 def check_option_names(function: FunctionType, options: Mapping[str, object]) -> None:
@@ -7395,9 +7577,10 @@ def inspected_tokenizer(folder: Path, problems: list[Exception]) -> dict:
 def inspection(folder: Path, check: bool) -> dict:
     """Return what `inspect` tells of a folder; check: look at every value too."""
     model, tensors, problems = check_folder(folder)
-    sampling = {}
+    sampling, no_effect = {}, []
     try:
         sampling = default_sampling(folder)
+        no_effect = without_effect(folder)
     except (OSError, ValueError) as error:
         problems.append(error)
     words = inspected_tokenizer(folder, problems)
@@ -7414,6 +7597,7 @@ def inspection(folder: Path, check: bool) -> dict:
         "adoptable_bytes": sum(t.nbytes for t in tensors.values() if t.adoptable),
         "layers": layer_kinds(model) if model and tensors else {},
         "sampling": sampling,
+        "without_effect": no_effect,
         "problems": [*dict.fromkeys(map(str, problems))],
         **words,
     }
@@ -7457,6 +7641,8 @@ def cmd_inspect(options: argparse.Namespace) -> int:
     sampling = found["sampling"].items()
     sampling = ", ".join(f"{name} {value}" for name, value in sampling)
     rows.append(("sampling", sampling))
+    if found["without_effect"]:
+        rows.append(("no effect", ", ".join(found["without_effect"])))
     rows += [("problem", text) for text in found["problems"] or ["none found"]]
     print_table(rows)
     return status

@@ -3162,8 +3162,10 @@ def test_the_oldest_files_leave_out_types(tmp_path):
     spec = fallback_spec("")
     steps = [{"prepend": "▁"}, {"pattern": {"String": " "}, "content": "▁"}]
     spec["normalizer"] = {"normalizers": steps}
+    spec["model"] |= {"type": None, "merges": ["a b"]}
+    own_null = llama.Tokenizer.from_folder(write_tokenizer(tmp_path, spec))
+    assert own_null.encode("ab a") == [256, 500, 256, 257]
     del spec["model"]["type"]
-    spec["model"]["merges"] = ["a b"]
     own = llama.Tokenizer.from_folder(write_tokenizer(tmp_path, spec))
     ids = [256, 500, 256, 257]
     assert own.encode("ab a") == reference_of(spec).encode("ab a").ids == ids
@@ -3428,6 +3430,49 @@ NAMES = (
 
 @needs_data
 @pytest.mark.parametrize(
+    "settings",
+    [
+        {"image_token": "<img>"},  # declared nowhere else
+        {"image_token": {"__type": "AddedToken", "content": "<img>", "rstrip": True}},
+        {"image_token": "<img>", "extra_special_tokens": ["<v>"]},
+        {"image_token": "<img>", "additional_special_tokens": ["<v>"]},
+        {"image_token": None, "x_token": "<v>"},
+        {"model_specific_special_tokens": {"image_token": "<img>"}},
+        {"model_specific_special_tokens": {"x_token": "<v>"}, "image_token": "<img>"},
+        {
+            "model_specific_special_tokens": {"image_token": "<img>"},
+            "extra_special_tokens": {"x_token": "<v>"},
+        },
+        {
+            "model_specific_special_tokens": {"image_token": "<img>"},
+            "extra_special_tokens": ["<v>"],
+        },
+    ],
+)
+def test_tokens_of_a_model_are_added_as_transformers_adds_them(settings, tmp_path):
+    transformers = peer("transformers")
+    source = vocabulary_folder("gpt2-digits") / "tokenizer.json"
+    settings = settings | {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": "<|im_end|>",
+        "chat_template": "{{ image_token }}|{{ x_token }}|<img> a <v>b",
+    }
+    folder = write_tokenizer(
+        tmp_path,
+        json.loads(source.read_bytes()),
+        tokenizer_config=settings,
+        config={"model_type": "llama"},
+    )
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    own = llama.Tokenizer.from_folder(folder)
+    text = theirs.apply_chat_template(TURNS[:1], tokenize=False)
+    prompt = own.render(TURNS[:1])
+    assert prompt == text
+    assert own.encode(prompt) == theirs.encode(text, add_special_tokens=False)
+
+
+@needs_data
+@pytest.mark.parametrize(
     ("vocabulary", "files", "wanted"),
     [
         ("llama2", {"tokenizer_class": "LlamaTokenizer"}, "<s>|</s>|<unk>||"),
@@ -3510,6 +3555,141 @@ def test_added_words_in_the_letters_of_a_vocabulary_are_printed_as_text(
         assert own.decode(ids) == theirs and not {*theirs} & {"▁", "Ġ", "Ċ", "Ã"}
 
 
+PREPEND = {"type": "Prepend", "prepend": "▁"}
+TO_LETTER = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+SHORTER = {"type": "Replace", "pattern": {"String": "oo"}, "content": "u"}
+
+
+@needs_data
+@pytest.mark.parametrize("normalized", [True, False])
+@pytest.mark.parametrize(
+    ("vocabulary", "normalizers", "scheme"),
+    [
+        ("llama2", [PREPEND, TO_LETTER], None),
+        ("llama2", [PREPEND, SHORTER, TO_LETTER], None),
+        ("llama2", [TO_LETTER], None),
+        ("llama2", [{"type": "NFC"}], "always"),
+        ("llama2", [SHORTER], "never"),
+        ("gpt2-digits", [], None),
+        ("gpt2-digits", [SHORTER], None),
+    ],
+)
+def test_an_added_word_is_printed_in_the_form_in_which_it_is_found(
+    vocabulary, normalizers, scheme, normalized, tmp_path
+):
+    words = ["<tool>", "foobar", "e\u0301x", "a  b", "▁x", "<0x0A>", "<0xE6>", "<0xe>"]
+    spec = json.loads((vocabulary_folder(vocabulary) / "tokenizer.json").read_bytes())
+    if vocabulary == "llama2":
+        step = METASPACE | {"prepend_scheme": scheme}
+        spec["pre_tokenizer"] = step if scheme else None
+    spec["normalizer"] = {"type": "Sequence", "normalizers": normalizers}
+    vocab = spec["model"]["vocab"]
+    new = 1 + max(*vocab.values(), *(token["id"] for token in spec["added_tokens"]))
+    fields = llama.AddedToken("", 0, normalized=normalized)._asdict()
+    for word in words:
+        new += word not in vocab
+        token = {"content": word, "id": vocab.get(word, new - 1)}
+        spec["added_tokens"].append(fields | token)
+    own = llama.Tokenizer.from_folder(write_tokenizer(tmp_path, spec))
+    theirs = peer("tokenizers").Tokenizer.from_str(json.dumps(spec))
+    first = own.encode("a")
+    for token in spec["added_tokens"][-len(words) :]:
+        for ids in ([*first, token["id"], *first], [token["id"]]):
+            assert own.decode(ids) == theirs.decode(ids), token
+    ids = theirs.encode("Use <tool> now", add_special_tokens=False).ids
+    assert own.encode("Use <tool> now") == ids
+    assert own.decode(ids) == theirs.decode(ids)
+
+
+def replace(old: str, new: str) -> dict:
+    return {"type": "Replace", "pattern": {"String": old}, "content": new}
+
+
+def strip(start: int, stop: int = 0, content: str = " ") -> dict:
+    return {"type": "Strip", "content": content, "start": start, "stop": stop}
+
+
+def metaspace(scheme: str) -> dict:
+    return METASPACE | {"prepend_scheme": scheme, "split": False}
+
+
+def decoders(*steps: dict) -> dict:
+    return {"type": "Sequence", "decoders": [*steps]}
+
+
+TO_BYTES, FUSE, TO_SPACE = {"type": "ByteFallback"}, {"type": "Fuse"}, replace("▁", " ")
+BYTE_LETTERS = BYTES | {"trim_offsets": True}
+
+
+@needs_data
+@pytest.mark.parametrize(
+    ("vocabulary", "decoder"),
+    [
+        ("llama2", decoders(TO_SPACE, TO_BYTES, FUSE, strip(1))),
+        ("llama2", decoders(TO_SPACE, TO_BYTES, FUSE)),
+        ("llama2", decoders(decoders(TO_SPACE, TO_BYTES), decoders(FUSE, strip(1)))),
+        ("llama2", decoders(TO_SPACE, TO_BYTES, FUSE, strip(0))),
+        ("llama2", decoders(TO_SPACE, FUSE, strip(1))),
+        ("llama2", decoders(replace("▁", "_"), TO_BYTES, FUSE, strip(1))),
+        ("llama2", decoders(TO_SPACE, replace("th", "T"), TO_BYTES)),
+        ("llama2", decoders(TO_BYTES)),
+        ("llama2", metaspace("always")),
+        ("llama2", metaspace("never")),
+        ("llama2", decoders(metaspace("first"), TO_BYTES)),
+        ("gpt2-digits", BYTE_LETTERS),
+        ("gpt2-digits", decoders(BYTE_LETTERS, FUSE)),
+        ("gpt2-digits", decoders(BYTE_LETTERS, strip(1))),
+    ],
+)
+@pytest.mark.parametrize("prefix", [PREPEND, None])
+def test_a_decoder_writes_texts_as_hugging_face_does(
+    vocabulary, decoder, prefix, tmp_path
+):
+    spec = json.loads((vocabulary_folder(vocabulary) / "tokenizer.json").read_bytes())
+    if vocabulary == "llama2":
+        forms = [prefix, TO_LETTER] if prefix else [TO_LETTER]
+        spec["normalizer"] = {"type": "Sequence", "normalizers": forms}
+    spec["decoder"] = decoder
+    own = llama.Tokenizer.from_folder(write_tokenizer(tmp_path, spec))
+    theirs = peer("tokenizers").Tokenizer.from_str(json.dumps(spec))
+    for text in ("a the b", " the", "  a  b ", "x\n日🙂", "", "\x00 a"):
+        ids = theirs.encode(text, add_special_tokens=False).ids
+        for part in (ids, ids[1:], ids[-1:]):
+            assert own.decode(part) == theirs.decode(part), text
+
+
+@pytest.mark.parametrize(
+    ("decoder", "of_bytes"),
+    [
+        (decoders(TO_SPACE, TO_BYTES, strip(1)), False),  # of each piece
+        (decoders(TO_SPACE, strip(1), TO_BYTES, FUSE), False),
+        (decoders(TO_SPACE, TO_BYTES, FUSE, strip(2)), False),
+        (decoders(TO_SPACE, TO_BYTES, FUSE, strip(1, 1)), False),
+        (decoders(TO_SPACE, TO_BYTES, FUSE, strip(1, 0, "▁")), False),
+        (decoders(TO_BYTES, TO_SPACE), False),
+        (decoders(TO_BYTES, FUSE, metaspace("always")), False),
+        (decoders(replace("a", "bb"), TO_BYTES), False),
+        ({"type": "Replace", "pattern": {"Regex": "▁"}, "content": " "}, False),
+        ({"type": "BPEDecoder", "suffix": "</w>"}, False),
+        ({"type": "WordPiece", "prefix": "##"}, False),
+        (BYTE_LETTERS, False),
+        (decoders(), True),
+        (FUSE, True),
+        (METASPACE, True),
+        (decoders(BYTE_LETTERS, TO_SPACE), True),
+    ],
+)
+def test_a_decoder_that_is_not_known_or_does_not_fit_is_refused(
+    decoder, of_bytes, tmp_path
+):
+    spec = (small_spec() if of_bytes else fallback_spec("")) | {"decoder": decoder}
+    folder = write_tokenizer(tmp_path, spec)
+    with pytest.raises(ValueError, match="unknown decoder for this vocabulary: {"):
+        llama.Tokenizer.from_folder(folder)
+    spec["decoder"] = None
+    llama.Tokenizer.from_folder(write_tokenizer(tmp_path, spec))
+
+
 def test_an_added_word_that_is_no_text_in_those_letters_is_printed_as_it_is(tmp_path):
     spec = json.loads((STORIES / "tokenizer.json").read_bytes())
     size = 1 + max(spec["model"]["vocab"].values())
@@ -3559,16 +3739,16 @@ def test_a_control_token_is_no_piece_of_a_text_even_where_merges_make_it(tmp_pat
 
 def test_a_word_that_ends_replies_is_no_piece_of_a_text_either(tmp_path):
     """The template writes it after a reply, so it is a control token from then on."""
-    spec = merged_spec(["a b"])
+    spec = merged_spec(["a !"])
     vocab = spec["model"]["vocab"]
-    spec["added_tokens"] = [{"id": vocab["ab"], "content": "ab"}]
-    text = "{% for m in messages %}{{ m.content + 'ab' }}{% endfor %}"
+    spec["added_tokens"] = [{"id": vocab["a!"], "content": "a!"}]
+    text = "{% for m in messages %}{{ m.content + 'a!' }}{% endfor %}"
     settings = {"chat_template": text}
     own = llama.Tokenizer.from_folder(
         write_tokenizer(tmp_path, spec, tokenizer_config=settings)
     )
-    assert own.special_tokens == {"ab": vocab["ab"]}
-    assert own.encode("ab") == [vocab["a"], vocab["b"]]
+    assert own.special_tokens == {"a!": vocab["a!"]}
+    assert own.encode("a!") == [vocab["a"], vocab["!"]]
 
 
 def test_thousands_of_added_tokens_are_found_quickly():
@@ -3605,7 +3785,22 @@ def test_known_names_end_a_reply_where_they_are_control_tokens(tmp_path):
 @pytest.mark.parametrize(
     ("change", "error"),
     [
-        ({"model": {"type": "Unigram"}}, "wanted plain BPE, got type 'Unigram'"),
+        (
+            {"model": {"type": "Unigram", "vocab": [["a", -1.0]]}},
+            "wanted plain BPE, got type 'Unigram'",
+        ),
+        ({"model": {"type": "WordPiece", "merges": None}}, "got type 'WordPiece'"),
+        ({"model": {"dropout": 0.1}}, "wanted plain BPE, got dropout 0.1"),
+        ({"model": {"end_of_word_suffix": "</w>"}}, "got end_of_word_suffix '</w>'"),
+        ({"model": {"continuing_subword_prefix": "##"}}, "got continuing_subword_pre"),
+        (
+            {"added_tokens": [{"id": 300, "content": c} for c in ("<a>", "<b>")]},
+            "each token needs an id of its own, got 300 for '<a>' and '<b>'",
+        ),
+        (
+            {"added_tokens": [{"id": 1, "content": "<a>"}]},
+            "each token needs an id of its own, got 1 for '!' and '<a>'",
+        ),
         ({"model": {"merges": []}}, "wanted merges, each once"),
         ({"model": {"merges": ["a b", ["a", "b"]]}}, "wanted merges, each once"),
         ({"model": {"merges": [["a", "?!"]]}}, r"all known, got \['a', '\?!'\]"),
@@ -4009,15 +4204,65 @@ def test_stop_ids_are_the_union_of_all_that_name_one(tmp_path):
     assert (found.bos, found.eos) == (303, 302)
 
 
+def written_as(single: str, special: dict[str, list[int]]) -> dict:
+    """A post_processor that writes a text, $A, and special tokens around it."""
+    pieces = {"$A": {"Sequence": {"id": "A", "type_id": 0}}}
+    pieces |= {name: {"SpecialToken": {"id": name, "type_id": 0}} for name in special}
+    parts = [pieces[word] for word in single.split()]
+    pair = [pieces["$A"], {"Sequence": {"id": "B", "type_id": 0}}]
+    tokens = {
+        name: {"id": name, "ids": ids, "tokens": [name] * len(ids)}
+        for name, ids in special.items()
+    }
+    post = {"type": "TemplateProcessing", "single": parts, "pair": pair}
+    return post | {"special_tokens": tokens}
+
+
+def in_sequence(*processors: dict) -> dict:
+    return {"type": "Sequence", "processors": [*processors]}
+
+
+LETTERS_POST = BYTES | {"trim_offsets": False}
+
+
 @pytest.mark.parametrize("add", [True, False, None])
 def test_bos_goes_before_a_text_where_the_tokenizer_says_so(add, tmp_path):
-    post = {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "</s>"}}]}
-    settings = {"bos_token": "</s>"} | ({} if add is None else {"add_bos_token": add})
-    spec = small_spec(post_processor=post)
+    spec = small_spec(post_processor=written_as("</s> $A", {"</s>": [0]}))
+    settings = {"bos_token": "</s>", "add_bos_token": add}
     folder = write_tokenizer(tmp_path, spec, tokenizer_config=settings)
-    assert llama.Tokenizer.from_folder(folder).bos_prefix == (
-        [] if add is False else [0]
-    )
+    wanted = [] if add is False else [0]
+    assert llama.Tokenizer.from_folder(folder).bos_prefix == wanted
+
+
+@needs_data
+@pytest.mark.parametrize(
+    ("post", "suffix"),
+    [
+        (written_as("<s> $A", {"<s>": [1]}), 0),
+        (written_as("<s> x $A", {"<s>": [1], "x": [300]}), 0),
+        (written_as("<s> $A </s>", {"<s>": [1], "</s>": [2]}), 1),
+        (written_as("$A </s>", {"</s>": [2]}), 1),
+        (written_as("start $A", {"start": [1]}), 0),  # by a name of its own
+        (written_as("start $A", {"start": [1, 300]}), 0),
+        (written_as("</s> $A", {"</s>": [1]}), 0),
+        (in_sequence(LETTERS_POST, written_as("<s> $A", {"<s>": [1]})), 0),
+        (in_sequence(in_sequence(written_as("<s> $A", {"<s>": [1]}))), 0),
+        (in_sequence(written_as("$A", {}), written_as("<s> $A", {"<s>": [1]})), 0),
+        (in_sequence(), 0),
+        ({"type": "BertProcessing", "sep": ["</s>", 2], "cls": ["<s>", 1]}, 1),
+        (None, 0),
+    ],
+)
+def test_a_text_begins_with_what_the_post_processor_puts_there(post, suffix, tmp_path):
+    file = vocabulary_folder("stories260K") / "tokenizer.json"
+    spec = json.loads(file.read_text()) | {"post_processor": post}
+    reference = peer("tokenizers").Tokenizer.from_str(json.dumps(spec))
+    wanted = reference.encode("hello").ids
+    for settings in ({}, {"bos_token": None, "add_bos_token": None}):
+        folder = write_tokenizer(tmp_path, spec, tokenizer_config=settings)
+        own = llama.Tokenizer.from_folder(folder)
+        ids = own.bos_prefix + own.encode("hello")
+        assert ids == wanted[: len(wanted) - suffix]
 
 
 def test_templates_are_found_in_either_file_and_by_name(tmp_path):
@@ -4181,16 +4426,50 @@ def test_what_a_template_writes_after_a_reply_ends_one():
     assert byte_tokenizer(["<|done|>"], template=first).stop_tokens == set()
 
 
+@pytest.mark.parametrize(
+    ("word", "ends"),
+    [
+        ("\n", False),
+        ("\n\n", False),
+        ("  ", False),
+        ("user", False),
+        ("re_1", False),
+        ("हिन्दी", False),  # with marks
+        ("▁▁", False),
+        ("###", True),
+        ("<end>", True),
+        ("end.", True),
+    ],
+)
+def test_white_space_and_ordinary_words_end_no_reply(word, ends):
+    template = "{% for m in messages %}### {{ m.role }}: {{ m.content + WORD }}"
+    template = template.replace("WORD", repr(word)) + "{% endfor %}"
+    own = byte_tokenizer(words=[word], template=template)
+    assert own.stop_tokens == ({256} if ends else set())
+    assert (word in own.added_words) is not ends
+
+
+@pytest.mark.parametrize(("word", "written"), [("<x>", True), ("\n", False)])
+def test_only_a_word_with_a_sign_is_a_control_token_where_a_template_writes_it(
+    word, written
+):
+    own = byte_tokenizer(words=[word])
+    prompt = by_both(word, f"a{word}b")
+    assert own.written_words(prompt) == ({word} if written else set())
+    ids = own.encode(prompt, control=own.written_words(prompt))
+    assert ids.count(256) == (1 if written else 2)
+
+
 def test_a_word_that_ends_replies_is_not_merged_from_text(tmp_path):
-    spec = merged_spec(["a b"])
-    token = {"id": spec["model"]["vocab"]["ab"], "content": "ab", "special": False}
-    template = "{% for m in messages %}{{ m.content + 'ab' }}{% endfor %}"
+    spec = merged_spec(["a !"])
+    token = {"id": spec["model"]["vocab"]["a!"], "content": "a!", "special": False}
+    template = "{% for m in messages %}{{ m.content + 'a!' }}{% endfor %}"
     settings = {"chat_template": template}
     spec |= {"added_tokens": [token]}
     folder = write_tokenizer(tmp_path, spec, tokenizer_config=settings)
     own = llama.Tokenizer.from_folder(folder)
     assert own.stop_tokens == {token["id"]}
-    assert own.encode("ab") == own.encode("a") + own.encode("b")
+    assert own.encode("a!") == own.encode("a") + own.encode("!")
 
 
 def test_the_date_is_todays():
@@ -5759,6 +6038,40 @@ def test_sampling_defaults_are_the_folders(tmp_path, folder):
     with pytest.raises(ValueError, match=r"generation_config.json: top_p .* got 7"):
         llama.default_sampling(tmp_path)
     assert llama.default_sampling(folder) == {"temperature": 0.6, "top_p": 0.9}
+
+
+# What transformers obeys and this runner does not, and what changes nothing there.
+CHANGES = {"suppress_tokens": [5], "begin_suppress_tokens": [5], "stop_strings": "a"}
+CHANGES |= {"bad_words_ids": [[5]], "sequence_bias": [[[5], 1.0]], "min_length": 1}
+CHANGES |= {"no_repeat_ngram_size": 2, "min_new_tokens": 1, "guidance_scale": 1.5}
+CHANGES |= {"forced_bos_token_id": 0, "forced_eos_token_id": 0, "num_beams": 2}
+CHANGES |= {"exponential_decay_length_penalty": [1, 1.5], "penalty_alpha": 0.5}
+CHANGES |= {"typical_p": 0.5, "epsilon_cutoff": 0.1, "eta_cutoff": 0.1, "top_h": 0.5}
+NEUTRAL = dict.fromkeys(CHANGES) | {"max_length": 20, "max_new_tokens": 5}
+NEUTRAL |= {"num_beams": 1, "typical_p": 1.0, "guidance_scale": 1.0, "min_length": 0}
+NEUTRAL |= {"no_repeat_ngram_size": 0, "suppress_tokens": [], "sequence_bias": {}}
+
+
+def test_what_has_no_effect_in_generation_config_is_said(folder, tmp_path, capsys):
+    own = shutil.copytree(folder, tmp_path / "m")
+    for given, keys in ((CHANGES, {*CHANGES}), (NEUTRAL, set()), ({}, set())):
+        hostile(generation_config=given)(own)
+        assert {*llama.without_effect(own)} == keys
+    hostile(generation_config={"no_repeat_ngram_size": 2, "num_beams": 1})(own)
+    with llama.Engine(own) as engine:
+        told = "generation_config.json: no_repeat_ngram_size has no effect here"
+        assert engine.warnings == [told]
+    assert llama.main(["inspect", str(own)]) == 0
+    assert re.search(r"no effect +no_repeat_ngram_size\n", capsys.readouterr().out)
+    assert llama.main(["inspect", str(own), "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["without_effect"] == ["no_repeat_ngram_size"]
+
+
+def test_transformers_knows_what_has_no_effect_here():
+    transformers = peer("transformers")
+    known = transformers.GenerationConfig().to_dict().keys()
+    assert llama.WITHOUT_EFFECT.keys() == CHANGES.keys() <= known
 
 
 ON = {"top_k": 5, "top_p": 0.5, "min_p": 0.2, "repetition_penalty": 1.5}

@@ -185,6 +185,22 @@ def test_an_index_must_name_plain_files(tmp_path, weight_map, words):
         llama.weight_files(tmp_path / "folder")
 
 
+def test_two_kinds_of_weights_in_one_folder_are_refused(tmp_path):
+    """transformers reads model.safetensors, and others what the index names."""
+    for name in ("b.safetensors", "model.safetensors"):
+        written(tmp_path, file_of(ONE, b"0" * 8)).rename(tmp_path / name)
+    write_index(tmp_path, {"a": "b.safetensors"})
+    words = (
+        r"both model\.safetensors and model\.safetensors\.index\.json, which names b"
+    )
+    with pytest.raises(ValueError, match=words):
+        llama.weight_files(tmp_path)
+    write_index(tmp_path, {"a": "b.safetensors", "b": "model.safetensors"})
+    assert len(llama.weight_files(tmp_path)) == 2
+    write_index(tmp_path, {"a": "model.safetensors"})
+    assert len(llama.weight_files(tmp_path)) == 1
+
+
 def spliced(names: Sequence[str], rng: random.Random) -> str:
     """Text in which control tokens are whole, halved, doubled and within each other."""
     parts = ["", " ", "\n", "é", "x", "system\n\n", "[INST]", "<<SYS>>", "{}", "{bos}"]

@@ -488,6 +488,26 @@ REACHES = [
 ]
 
 
+@pytest.mark.parametrize(
+    "step",
+    [
+        "{% set ns.x = ns.x.replace('x','xxxx') %}",
+        "{% set ns.x = ns.x|replace('x','xxxx') %}",
+        "{% set ns.x = ns.x.replace('xx','x') + ns.x %}",
+    ],
+)
+@pytest.mark.parametrize("size", [200, 20_000, 100_000])
+def test_many_pieces_of_a_long_message_are_paid_for(step, size):
+    """A long message allows many steps, and so much work."""
+    template = "{% set ns = namespace(x=messages[0].content) %}" + step * 60
+    began = time.process_time()
+    with pytest.raises(llama.TemplateError, match="too long|characters, not"):
+        llama.ChatTemplate(template).render(
+            [{"role": "user", "content": "x" * size}], {}
+        )
+    assert time.process_time() - began < 1  # seen: at most 0.4
+
+
 @pytest.mark.parametrize("name", ATTACKS)
 def test_attacks_end_soon_in_one_line(name):
     began = time.process_time()

@@ -130,11 +130,11 @@ def test_real_vocabularies_give_texts_back(folder):
     own = llama.Tokenizer.from_folder(folder)
     for text in TEXTS:
         form = own.vocabulary.normalize(text)
-        if own.vocabulary.spaced:
+        if own.vocabulary.decoder.drops:
             form = form.replace(llama.SPACE, " ")
         encoded = form.encode().translate(None, own.vocabulary.lacking)
         wanted = encoded.decode("utf-8", "replace")
-        wanted = wanted.removeprefix(" ") if own.vocabulary.spaced else wanted
+        wanted = wanted.removeprefix(" ") if own.vocabulary.decoder.drops else wanted
         found = own.decode(own.encode(text))
         assert found.removeprefix(" ") == wanted.removeprefix(" "), text
 
