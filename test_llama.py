@@ -3296,7 +3296,7 @@ def marked(own: llama.Tokenizer, *parts: str) -> str:
 
 
 def test_a_control_token_is_found_where_all_of_it_is_trusted():
-    own = byte_tokenizer(["<s>", "<s>x", "</s>"], ["word", "<think>"])
+    own = byte_tokenizer(["<s>", "<s>x", "</s>"], ["word", "<think>", "|w|"])
     assert marked(own, "<s>hi</s>") == "[<s>]hi[</s>]"
     assert marked(own, "<s>", "<s>hi</s>", "</s>") == "[<s>]<s>hi</s>[</s>]"
     assert marked(own, "<s", ">hi", "</s>") == "<s>hi[</s>]"
@@ -3305,10 +3305,11 @@ def test_a_control_token_is_found_where_all_of_it_is_trusted():
     assert marked(own, "<s>", "xy") == "[<s>]xy"
     assert marked(own, "<s>x", "y") == "[<s>x]y"
     assert marked(own, "", "<", "<s>") == "<[<s>]"
-    # A word is one whoever writes it, unless the template writes it itself.
+    # A word is one whoever writes it, unless it has signs and the template writes it.
     assert marked(own, "<s>", "a word") == "[<s>]a [word]"
     assert marked(own, "<s>w", "ord") == "[<s>][word]"
-    assert marked(own, "word", " and word <think>") == "[word] and word [<think>]"
+    assert marked(own, "word", " and word <think>") == "[word] and [word] [<think>]"
+    assert marked(own, "|w|", " and |w| <think>") == "[|w|] and |w| [<think>]"
     assert marked(own, "<think>", "</s><think>") == "[<think>]</s><think>"
     # A word within a control token that a user wrote is none.
     own = byte_tokenizer(["<s>"], ["s"])
@@ -4595,7 +4596,7 @@ def test_a_missing_shard_is_named(tmp_path):
 
 def test_files_that_the_index_does_not_name_are_not_read(tmp_path):
     write_model(tmp_path, shards=2)
-    for stray in ("model", "consolidated", "model-9"):
+    for stray in ("weights", "consolidated", "model-9"):
         (tmp_path / f"{stray}.safetensors").write_bytes(b"nothing of the kind")
     _, tensors = llama.examine(tmp_path)
     assert tensors.keys() == random_weights(CONFIG).keys()
@@ -6290,7 +6291,8 @@ def test_every_option_that_is_told_of_can_be_given(engine):
 
 
 def test_a_text_in_the_place_of_ids_is_refused(engine):
-    for asked in (engine.submit, functools.partial(llama.generate, None)):
+    model = CountingModel()
+    for asked in (engine.submit, functools.partial(llama.generate, model)):
         with pytest.raises(
             TypeError, match="^the prompt must be a list of ids, got 'Hi!'$"
         ):
@@ -7067,7 +7069,7 @@ def test_measuring_refuses_what_does_not_fit(monkeypatch, capsys):
     words = ["--measure", "--prompt-tokens", "131072"]
     assert llama.main(["info", "8b", *words]) == 1
     first, last = capsys.readouterr().err.splitlines()
-    assert first.startswith("the context is 131200 tokens, more") and "fit" in last
+    assert first.startswith("the context is 131200 tokens; the") and "fit" in last
     capsys.readouterr()
     for option in ("--bits", "--prompt-tokens", "--generation-tokens"):
         assert llama.main(["info", "8b", option, "8"]) == 2
@@ -7830,7 +7832,7 @@ def test_help_and_errors_give_the_same_interval(name, folder, capsys):
     line = next(line for line in capsys.readouterr().out.split("\n") if option in line)
     told = re.search(r" ([\[(].*?[\])])", line)[1]
     assert llama.main(["chat", str(folder), option, "-7"]) == 2
-    assert f"{name} must be in {told}" in capsys.readouterr().err
+    assert f"argument {option}: must be in {told}" in capsys.readouterr().err
 
 
 @on_the_cpu

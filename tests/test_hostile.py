@@ -281,7 +281,7 @@ def test_whatever_is_in_a_file_of_tokens_is_used_or_refused(file, tmp_path):
         assert not controls.intersection(ids) or "x" in own.special_tokens
         if 257 not in controls:
             assert ids[0] in (257, *own.added_words.values())
-    assert used > len(keys)
+    assert used > 5
 
 
 def test_many_and_long_added_tokens_are_read_at_once(tmp_path):
@@ -969,6 +969,7 @@ def test_layers_are_not_made_for_tensors_that_hold_nothing(layers, folder, tmp_p
 
 def test_what_is_missing_is_not_listed_without_end(folder, tmp_path):
     spoilt = shutil.copytree(folder, tmp_path / "m")
+    (spoilt / "model.safetensors").unlink()
     write_index(spoilt, {str(n): f"{n:x}.safetensors" for n in range(20_000)})
     with pytest.raises(FileNotFoundError, match=r"no 0\.safetensors, ") as error:
         llama.examine(spoilt)
