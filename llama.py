@@ -3751,6 +3751,8 @@ class TokenTable:
                 start = done + len(plain[done:start].rstrip(WHITE_SPACE))
             if token.rstrip:
                 end = len(plain) - len(plain[end:].lstrip(WHITE_SPACE))
+            if start >= end:  # white space that the token before took
+                continue
             if done < start:
                 yield None, done, start
             yield token, start, end

@@ -3286,6 +3286,19 @@ def test_added_tokens_are_found_by_their_own_fields(text, plain, written, tmp_pa
     assert theirs.encode(text).ids == ids(plain)
 
 
+@pytest.mark.parametrize("text", ["<a> ", "<a>  b", "b <a>\n ", " <a> <a>", "  "])
+@pytest.mark.parametrize("lstrip", [True, False])
+def test_white_space_that_a_token_took_is_found_as_hugging_face_does(
+    text, lstrip, tmp_path
+):
+    added = [{"id": 300, "content": "<a>", "rstrip": True}]
+    added += [{"id": 301, "content": " ", "lstrip": lstrip, "rstrip": True}]
+    spec = merged_spec([" ".join("ab")]) | {"added_tokens": added}
+    spec["model"]["vocab"] |= {"<a>": 300, " ": 301}
+    own = llama.Tokenizer.from_folder(write_tokenizer(tmp_path, spec))
+    assert own.encode(by_template(text)) == reference_of(spec).encode(text).ids
+
+
 def marked(own: llama.Tokenizer, *parts: str) -> str:
     """The text of the ids of parts, of which every other, from the first on, is the
     template's; tokens in brackets."""
