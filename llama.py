@@ -3107,7 +3107,9 @@ CATEGORY = r"\\s|\\p\{(?:[LMNPSZ]|L[ultmo]|M[nce]|N[dlo])\}"
 CHAR_CLASS = rf"\[\^?(?:{CHAR}(?:-{CHAR})?|{CATEGORY})+\]"
 ATOM = rf"(?:{CHAR_CLASS}|{CATEGORY}|\\[^\w\s<>]|\\[rnt]|[^\\\[\](){{}}|?*+^$.])"
 REPEATED = rf"{ATOM}(?:[*+]|\{{\d(?:,\d)?\}})"
-CONTRACTIONS = re.escape("(?i:'s|'t|'re|'ve|'m|'ll|'d)")
+CONTRACTIONS = (
+    r"(?:\(\?i:'s\|'t\|'re\|'ve\|'m\|'ll\|'d\)|'\(\?i?:\[sdmt\]\|ll\|ve\|re\))"
+)
 BRANCH = (
     rf"(?:(?:{ATOM}\?)?{ATOM}*(?:{REPEATED}){{0,2}}(?:{CONTRACTIONS}\?)?"
     rf"|\\s\+(?:\(\?!\\S\)|\$)|{CONTRACTIONS})"

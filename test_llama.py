@@ -3945,6 +3945,29 @@ def test_a_step_cuts_as_hugging_face_does(step, text, pieces):
     assert [text[a:b] for _, (a, b) in split] == pieces.split("/")
 
 
+CONTRACTIONS = [
+    "'(?:[sdmt]|ll|ve|re)",
+    "'(?i:[sdmt]|ll|ve|re)",
+    "(?i:'s|'t|'re|'ve|'m|'ll|'d)",
+]
+
+
+@pytest.mark.parametrize("regex", CONTRACTIONS)
+def test_contractions_are_cut_as_hugging_face_does_in_any_case(regex):
+    """In all three spellings, also before the long s, which is an s in another case."""
+    step = {"type": "Split", "behavior": "Isolated", "invert": False}
+    step |= {"pattern": {"Regex": regex + r"| ?\p{L}+|\s+"}}
+    cut = llama.read_step(step)
+    assert cut_words("it's we'll", *cut) == ["it", "'s", " we", "'ll"]
+    spec = {"version": "1.0", "pre_tokenizer": step, "added_tokens": []}
+    spec["model"] = {"type": "BPE", "vocab": {}, "merges": []}
+    reference = peer("tokenizers").Tokenizer.from_str(json.dumps(spec)).pre_tokenizer
+    for pair in itertools.product("sdmtlvreSDMTLVREſKx' ", repeat=2):
+        text = f"a'{''.join(pair)} b"
+        wanted = [text[a:b] for _, (a, b) in reference.pre_tokenize_str(text)]
+        assert cut_words(text, *cut) == wanted
+
+
 @pytest.mark.parametrize(
     "change",
     [
