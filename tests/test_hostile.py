@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import gc
 import itertools
 import json
 import math
@@ -681,7 +682,8 @@ def bytes_allowed(folder: Path) -> int:
 def within(seconds: float, nbytes: float = math.inf) -> Iterator[None]:
     """Fail if the block takes longer, or, on Linux, more memory at its peak.
 
-    Time that the machine gives to others is not counted."""
+    Time that the machine gives to others is not counted, and what other tests have
+    left in memory is not looked through for garbage."""
     reset, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
     def peak() -> int:
@@ -692,8 +694,13 @@ def within(seconds: float, nbytes: float = math.inf) -> Iterator[None]:
     if measured:
         reset.write_text("5")
         before = peak()
+    gc.collect()
+    gc.freeze()
     begins, worked = time.monotonic(), time.process_time()
-    yield
+    try:
+        yield
+    finally:
+        gc.unfreeze()
     took = min(time.monotonic() - begins, time.process_time() - worked)
     assert took < seconds, f"{took:.1f} s"
     assert not measured or peak() - before < nbytes, f"{peak() - before:,} bytes"
