@@ -3709,6 +3709,16 @@ def stands_alone(text: str, start: int, end: int) -> bool:
     return not re.search(f"[{letters}]", beside)
 
 
+def text_of_word(word: AddedToken, vocabulary: SpelledVocabulary) -> bytes:
+    """Return what an added word is printed as: the form in which it is found."""
+    form, decoder = word.content, vocabulary.decoder
+    form = vocabulary.normalize(form) if word.normalized else form
+    text = decoder.text(form)
+    # Of a byte-level vocabulary, "é" is the letter of half a character.
+    half = decoder.letters and text != text.decode("utf-8", "ignore").encode()
+    return form.encode() if half else text
+
+
 class TokenTable:
     """Added tokens, to be found in texts: at the leftmost place, the longest there."""
 
@@ -3944,14 +3954,7 @@ class Tokenizer(ByteLevelTokenizer):
         # A word beyond the rows of a model is no word to it.
         words = [t for t in added if t.content not in names and t.id < rows]
         self.added_words = {token.content: token.id for token in words}
-        decoder = vocabulary.decoder
-        for token in words:
-            form = token.content
-            form = vocabulary.normalize(form) if token.normalized else form
-            text = decoder.text(form)
-            # Of a byte-level vocabulary, "é" is the letter of half a character.
-            half = decoder.letters and text != text.decode("utf-8", "ignore").encode()
-            self._text[token.id] = form.encode() if half else text
+        self._text |= {token.id: text_of_word(token, vocabulary) for token in words}
         # Of two that are normalised alike, the control token counts.
         known = words + control
         self._raw = TokenTable({t.content: t for t in known if not t.normalized})
@@ -6323,6 +6326,27 @@ def wired_memory(nbytes: int) -> Iterator[None]:
             mx.set_wired_limit(before)
 
 
+# What else generation_config.json may have, with the value that changes nothing; an
+# empty one never does. Lengths are left out: a chat has no limit of its own.
+WITHOUT_EFFECT = {"num_beams": 1, "guidance_scale": 1, "typical_p": 1}
+WITHOUT_EFFECT |= dict.fromkeys(("no_repeat_ngram_size", "penalty_alpha"), 0)
+WITHOUT_EFFECT |= dict.fromkeys(("min_new_tokens", "min_length"), 0)
+WITHOUT_EFFECT |= dict.fromkeys(("epsilon_cutoff", "eta_cutoff"), 0)
+WITHOUT_EFFECT |= dict.fromkeys(("suppress_tokens", "begin_suppress_tokens"))
+WITHOUT_EFFECT |= dict.fromkeys(("forced_bos_token_id", "forced_eos_token_id"))
+WITHOUT_EFFECT |= dict.fromkeys(("bad_words_ids", "sequence_bias", "stop_strings"))
+WITHOUT_EFFECT |= dict.fromkeys(("exponential_decay_length_penalty", "top_h"))
+
+
+def without_effect(folder: Path) -> list[str]:
+    """Return the keys of generation_config.json that would change what transformers
+    writes, and change nothing here."""
+    config = read_json(folder / "generation_config.json")
+    given = [(key, config.get(key)) for key in WITHOUT_EFFECT]
+    nothing = (None, "", [], {})
+    return [k for k, v in given if v not in nothing and v != WITHOUT_EFFECT[k]]
+
+
 TICK = 0.05  # seconds; how often ranks with nothing to do meet
 
 
@@ -6583,27 +6607,6 @@ def default_sampling(folder: Path) -> dict[str, float | None]:
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
     return options
-
-
-# What else generation_config.json may have, with the value that changes nothing; an
-# empty one never does. Lengths are left out: a chat has no limit of its own.
-WITHOUT_EFFECT = {"num_beams": 1, "guidance_scale": 1, "typical_p": 1}
-WITHOUT_EFFECT |= dict.fromkeys(("no_repeat_ngram_size", "penalty_alpha"), 0)
-WITHOUT_EFFECT |= dict.fromkeys(("min_new_tokens", "min_length"), 0)
-WITHOUT_EFFECT |= dict.fromkeys(("epsilon_cutoff", "eta_cutoff"), 0)
-WITHOUT_EFFECT |= dict.fromkeys(("suppress_tokens", "begin_suppress_tokens"))
-WITHOUT_EFFECT |= dict.fromkeys(("forced_bos_token_id", "forced_eos_token_id"))
-WITHOUT_EFFECT |= dict.fromkeys(("bad_words_ids", "sequence_bias", "stop_strings"))
-WITHOUT_EFFECT |= dict.fromkeys(("exponential_decay_length_penalty", "top_h"))
-
-
-def without_effect(folder: Path) -> list[str]:
-    """Return the keys of generation_config.json that would change what transformers
-    writes, and change nothing here."""
-    config = read_json(folder / "generation_config.json")
-    given = [(key, config.get(key)) for key in WITHOUT_EFFECT]
-    nothing = (None, "", [], {})
-    return [k for k, v in given if v not in nothing and v != WITHOUT_EFFECT[k]]
 
 
 def check_option_names(function: FunctionType, options: Mapping[str, object]) -> None:
@@ -7642,9 +7645,8 @@ def cmd_inspect(options: argparse.Namespace) -> int:
         if found["exchange"] is not None:
             lines = found["exchange"].split("\n")
             rows += [("example", line) for line in lines]
-    sampling = found["sampling"].items()
-    sampling = ", ".join(f"{name} {value}" for name, value in sampling)
-    rows.append(("sampling", sampling))
+    sampling = [f"{name} {value}" for name, value in found["sampling"].items()]
+    rows.append(("sampling", ", ".join(sampling)))
     if found["without_effect"]:
         rows.append(("no effect", ", ".join(found["without_effect"])))
     rows += [("problem", text) for text in found["problems"] or ["none found"]]
