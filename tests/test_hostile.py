@@ -694,7 +694,6 @@ def within(seconds: float, nbytes: float = math.inf) -> Iterator[None]:
     if measured:
         reset.write_text("5")
         before = peak()
-    gc.collect()
     gc.freeze()
     begins, worked = time.monotonic(), time.process_time()
     try:
