@@ -623,7 +623,7 @@ class KVCache:
 
 
 def trim_to(cache: list[KVCache], tokens: int) -> None:
-    """Forget all but the first tokens, in all layers; there may be fewer."""
+    """Forget all but the first tokens in every layer; one with fewer keeps them all."""
     for layer_cache in cache:
         layer_cache.trim(max(layer_cache.offset - tokens, 0))
 
@@ -1150,7 +1150,7 @@ def check_sampling(**options: float | None) -> None:
 
 
 def check_seed(seed: int) -> None:
-    """Raise ValueError for what no key can be made of."""
+    """Raise ValueError for a seed that MLX makes no key of random numbers from."""
     if not hasattr(seed, "__index__") or not 0 <= seed < 2**64:
         raise ValueError(f"seed must be a whole number in [0, 2**64), got {seed!r:.80}")
 
@@ -1266,8 +1266,11 @@ def require_numbers(logits: mx.array) -> None:
 
 
 def checked_ids(prompt: Iterable[int], size: int) -> list[int]:
-    """Return the ids of a prompt. Raises TypeError for a text in their place, and
-    ValueError for one that a vocabulary of this size has not: MLX checks no index."""
+    """Return the ids of a prompt as a list.
+
+    Raises TypeError for a text in their place, and ValueError for an id that is not in
+    a vocabulary of this size: MLX does not check it, and would read foreign memory.
+    """
     if isinstance(prompt, str) or not isinstance(prompt, Iterable):
         raise TypeError(f"the prompt must be a list of ids, got {prompt!r:.80}")
     ids = [*prompt]

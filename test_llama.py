@@ -362,7 +362,7 @@ def test_the_header_lists_the_parts():
 
 @on_the_cpu
 def test_part_one_alone_answers_as_the_whole_file_does():
-    """The built-in model, read and run by the lines above Part Two, and nothing else."""
+    """The built-in model, read and run by the lines above Part Two alone."""
     core, own = types.ModuleType("core"), {"sampler": llama.greedy, "max_tokens": 60}
     sys.modules["core"] = core  # where dataclasses look themselves up
     exec(SOURCE[: SOURCE.index(f"{RULE}\n# Part Two: ")], core.__dict__)  # noqa: S102
