@@ -522,6 +522,10 @@ while True:
 """
 
 
+# The prompt of GNU readline, in its colour. A message shown again stands behind a
+# plain ">>> ", and a test that takes that for the prompt types too early.
+PROMPT = "\x1b[2m>>> \x1b[0m"
+
 # What a terminal is sent to ask for marks around what is pasted, or for none.
 PASTES_ARE_MARKED, PASTES_ARE_PLAIN = "\x1b[?2004h", "\x1b[?2004l"
 

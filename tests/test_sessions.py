@@ -24,6 +24,7 @@ from tests.support import (
     CTRL_D,
     CTRL_Z,
     ON_A_GPU,
+    PROMPT,
     SHELL,
     USER,
     Terminal,
@@ -230,10 +231,10 @@ def test_a_conversation_that_cannot_be_saved_goes_on(folder, tmp_path):
         (f"/save {tmp_path}/no/talk", f"{tmp_path}/no: no such folder"),
         (f"/save {tmp_path}/talk", "1 turn written"),
     ):
-        chat.wait_for(">>> ")
+        chat.wait_for(PROMPT)
         chat.type(f"{typed}\r")
         chat.wait_for(shown)
-    chat.wait_for(">>> ")
+    chat.wait_for(PROMPT)
     chat.type(CTRL_D)
     assert chat.status() == 0
 
@@ -309,24 +310,24 @@ def test_loading_asks_before_it_forgets_what_no_file_has(folder, tmp_path):
     done = command(*words, "--session", other, "--prompt", "of the file")
     assert done.returncode == 0
     chat = Terminal(*words, start=SHELL, columns=200)
-    chat.wait_for(">>> ")
+    chat.wait_for(PROMPT)
     chat.type("mine\r")
     chat.wait_for("[stopped")
     for no in ("n\r", CTRL_C, CTRL_D, "\r"):
-        chat.wait_for(">>> ")
+        chat.wait_for(PROMPT)
         chat.type(f"/load {other}\r")
         chat.wait_for("1 turn not saved. Forget the conversation? [y/N] ")
         chat.type(no)
-        chat.wait_for(">>> ")
+        chat.wait_for(PROMPT)
         chat.type("/context\r")
         chat.wait_for("'mine'")
-    chat.wait_for(">>> ")
+    chat.wait_for(PROMPT)
     chat.type(f"/load {other}")
     chat.wait_for(str(other))
     chat.type(CTRL_Z)
     chat.wait_for("stopped, ")
     chat.type("\r")
-    chat.wait_for(">>> ")
+    chat.wait_for(PROMPT)
     chat.type("\r")
     chat.wait_for("[y/N] ")
     chat.type(f"/file {other}\r")  # for a prompt, and no answer
@@ -334,10 +335,10 @@ def test_loading_asks_before_it_forgets_what_no_file_has(folder, tmp_path):
     chat.wait_for("1 turn not saved. Forget the conversation? [y/N] ")
     chat.type("yes\r")  # all that the answer has, not the line after Ctrl-Z too
     chat.wait_for(">>> of the file")
-    chat.wait_for(">>> ")
+    chat.wait_for(PROMPT)
     chat.type(f"/load {other}\r")  # which has all there is
     for typed in ("new\r", f"/save {tmp_path}/new\r", f"/load {other}\r", CTRL_D):
-        assert "[y/N]" not in chat.wait_for(">>> ")
+        assert "[y/N]" not in chat.wait_for(PROMPT)
         chat.type(typed)
     assert chat.status() == 0 and (tmp_path / "new").exists()
 
@@ -395,10 +396,10 @@ def test_a_session_with_another_model_offers_its_text(folder, tmp_path):
         chat.wait_for("Shall this model read the conversation again? [y/N] ")
         chat.type(typed)
     chat.wait_for("s: 1 turn\x1b")
-    chat.wait_for(">>> ")
+    chat.wait_for(PROMPT)
     chat.type("and?\r")
     chat.wait_for("[stopped")
-    chat.wait_for(">>> ")
+    chat.wait_for(PROMPT)
     chat.type(CTRL_D)
     assert chat.status() == 0
     assert len(llama.read_session(session)["notes"]["turns"]) == 2
@@ -424,10 +425,10 @@ def test_a_session_whose_cache_cannot_be_used_offers_its_text(spoilt, folder, tm
     chat.type("y\r")
     chat.wait_for("s: 1 turn\x1b")
     if spoilt != "too long":
-        chat.wait_for(">>> ")
+        chat.wait_for(PROMPT)
         chat.type("and?\r")
         chat.wait_for("(reused 0)")  # all of it was read anew
-    chat.wait_for(">>> ")
+    chat.wait_for(PROMPT)
     chat.type(CTRL_D)
     assert chat.status() == 0
     if spoilt != "too long":  # what is saved now can be resumed
@@ -455,17 +456,17 @@ def test_a_session_killed_at_any_moment_keeps_every_completed_turn(folder, tmp_p
     for n in range(30):
         session, completed = tmp_path / f"s{n}", 0
         chat = Terminal("chat", folder, *words, session)
-        chat.wait_for(">>> ")
+        chat.wait_for(PROMPT)
         if ON_A_GPU:  # which takes a while before it computes at all
             chat.type("x\r")
-            chat.wait_for(">>> ")
+            chat.wait_for(PROMPT)
             completed += 1
         everything -= completed
         ends = time.monotonic() + rng.uniform(0, 0.2)
         os.write(chat.master, b"x\r" * 20)
         while time.monotonic() < ends:
             chat.read()
-            *done, chat.screen = chat.screen.split(">>> ")
+            *done, chat.screen = chat.screen.split(PROMPT)
             completed += len(done)
         chat.process.kill()
         chat.process.wait()
