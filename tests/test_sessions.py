@@ -453,7 +453,7 @@ def test_a_session_killed_at_any_moment_keeps_every_completed_turn(folder, tmp_p
     """A turn is complete when the next prompt stands on the screen."""
     rng, everything = np.random.default_rng(0), 0
     words = ("--max-tokens", 2, "--session")
-    for n in range(30):
+    for n in range(16):
         session, completed = tmp_path / f"s{n}", 0
         chat = Terminal("chat", folder, *words, session)
         chat.wait_for(PROMPT)
@@ -477,7 +477,7 @@ def test_a_session_killed_at_any_moment_keeps_every_completed_turn(folder, tmp_p
             llama.read_header(session)
         assert kept >= completed, n
         everything += completed
-    assert everything > 15  # there was something to lose
+    assert everything > 8  # there was something to lose
 
 
 def test_a_full_disk_leaves_the_last_session_complete(folder, tmp_path, monkeypatch):
