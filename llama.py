@@ -85,6 +85,7 @@ MIT License; see LICENSE. A copied section needs only this line and a link to it
 import codecs
 import contextlib
 import ctypes
+import importlib.util
 import itertools
 import json
 import math
@@ -94,6 +95,14 @@ import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+
+if __name__ == "__main__":
+    for package in ("mlx", "safetensors", "tiktoken"):
+        if importlib.util.find_spec(package) is None:
+            sys.exit(
+                f"llama.py: error: {sys.executable} has no package {package}; a line in "
+                "README.md installs it, and `uv run llama.py` needs no such line"
+            )
 
 # On Linux, MLX's CPU build is much faster if OpenBLAS is loaded before it. So the
 # imports below must stay below, and other code must import this file before MLX.

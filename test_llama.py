@@ -7674,6 +7674,14 @@ def test_instructions_may_be_in_a_file(folder, tmp_path, monkeypatch):
     assert line == f"{file}: not a text in UTF-8"
 
 
+def test_a_package_that_is_not_installed_is_told_in_one_line():
+    line = [sys.executable, "-I", "-S", llama.__file__, "chat"]
+    done = subprocess.run(line, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    [told] = done.stderr.splitlines()
+    assert told.startswith(f"llama.py: error: {sys.executable} has no package mlx; ")
+
+
 def test_the_version_is_told(capsys):
     assert llama.main(["--version"]) == 0
     assert capsys.readouterr().out == f"llama.py {llama.__version__}\n"
