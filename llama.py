@@ -8828,10 +8828,15 @@ def cmd_chat(options: argparse.Namespace) -> int:
             note(warning)
         if prompt is None:
             Chat(engine, options).run()
-            return 0
-        conversation = Conversation(engine, options)
-        reply = conversation.ask(prompt, conversation.seed)
-        return 130 if reply.stats.finish_reason == "cancelled" else 0
+            cancelled = False
+        else:
+            conversation = Conversation(engine, options)
+            reply = conversation.ask(prompt, conversation.seed)
+            cancelled = reply.stats.finish_reason == "cancelled"
+        if __name__ == "__main__":
+            # All that is left is to end the worker, and that must not be interrupted.
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+    return 130 if cancelled else 0
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -428,6 +428,31 @@ def test_a_thread_that_is_not_wanted_before_it_began_does_nothing(folder, monkey
     assert worker.events.empty() and worker.failure is None
 
 
+# Becomes llama.py, and is interrupted when its engine is about to be closed.
+CLOSED_AT_CTRL_C = """
+import os, runpy, signal, weakref
+
+def close(self, _=None, call=weakref.finalize.__call__):
+    os.kill(os.getpid(), signal.SIGINT)
+    return call(self)
+
+weakref.finalize.__call__ = close
+runpy.run_module("llama", run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.parametrize("words", [(), ("--prompt", "Hello!")])
+def test_ctrl_c_at_the_very_end_changes_nothing(words, tmp_path):
+    """Else a worker that was not told to end could abort the process."""
+    script = tmp_path / "script.py"
+    script.write_text(CLOSED_AT_CTRL_C)
+    chat = Terminal("chat", "--max-tokens", 2, *words, program=script)
+    if not words:
+        chat.wait_for(">>> ")
+        chat.type(CTRL_D)
+    assert chat.status() == 0 and "rror" not in chat.screen
+
+
 WHEN_IMPORTED = """
 import sys
 import llama
