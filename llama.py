@@ -100,8 +100,8 @@ if __name__ == "__main__":
     for package in ("mlx", "safetensors", "tiktoken"):
         if importlib.util.find_spec(package) is None:
             sys.exit(
-                f"llama.py: error: {sys.executable} has no package {package}; a line in "
-                "README.md installs it, and `uv run llama.py` needs no such line"
+                f"llama.py: error: {sys.executable} has no package {package}; a line "
+                "in README.md installs it, and `uv run llama.py` needs no such line"
             )
 
 # On Linux, MLX's CPU build is much faster if OpenBLAS is loaded before it. So the

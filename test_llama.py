@@ -382,7 +382,8 @@ def test_importing_runs_no_code():
         for node in ast.parse(SOURCE).body[1:-1]  # between docstring and __main__
         if not isinstance(node, (*allowed, ast.AugAssign))
     ]
-    (blas,) = others  # which must come before MLX
+    missing, blas = others  # which must come before MLX
+    assert missing.startswith("if __name__ == '__main__':")
     assert blas.startswith("if sys.platform == 'linux' and 'mlx.core' not in sys")
     assert blas.count("\n") == 4
 
