@@ -1581,6 +1581,8 @@ KINDS = {
     dict: ("an object", lambda v: type(v) is dict),
 }
 
+ORIGINAL_CONTEXT = "original_max_position_embeddings"
+
 
 def linear_scaling(
     frequencies: list[float], scaling: dict
@@ -1598,7 +1600,7 @@ def yarn_scaling(frequencies: list[float], scaling: dict) -> tuple[list[float], 
     it.
     """
     half, factor = len(frequencies), scaling["factor"]
-    context, theta = scaling["original_max_position_embeddings"], scaling["rope_theta"]
+    context, theta = scaling[ORIGINAL_CONTEXT], scaling["rope_theta"]
 
     def index(turns: float) -> float:  # of the pair that turns so often in the context
         return half * math.log(context / (turns * 2 * math.pi)) / math.log(theta)
@@ -1624,22 +1626,13 @@ def yarn_scaling(frequencies: list[float], scaling: dict) -> tuple[list[float], 
 ROPE_SCALINGS["linear"] = linear_scaling
 ROPE_SCALINGS["yarn"] = yarn_scaling
 
+LLAMA3_NUMBERS = "factor low_freq_factor high_freq_factor"
+YARN_NUMBERS = "factor beta_fast beta_slow rope_theta"
 # rope_type: the numbers that it must have.
 SCALING_NUMBERS = {
-    "linear": ("factor",),
-    "llama3": (
-        "factor",
-        "low_freq_factor",
-        "high_freq_factor",
-        "original_max_position_embeddings",
-    ),
-    "yarn": (
-        "factor",
-        "beta_fast",
-        "beta_slow",
-        "original_max_position_embeddings",
-        "rope_theta",
-    ),
+    "linear": ["factor"],
+    "llama3": [*LLAMA3_NUMBERS.split(), ORIGINAL_CONTEXT],
+    "yarn": [*YARN_NUMBERS.split(), ORIGINAL_CONTEXT],
 }
 OPTIONAL_NUMBERS = ("attention_factor", "mscale", "mscale_all_dim")  # of yarn
 ZERO_IS_ABSENT = ("beta_fast", "beta_slow", "mscale", "mscale_all_dim")
@@ -1687,9 +1680,8 @@ def rotary_settings(config: dict) -> dict:
     scaling = {name: rope[name] for name in rope if name not in ("rope_theta", "type")}
     scaling["rope_type"] = kind
     if kind in ("llama3", "yarn"):
-        name = "original_max_position_embeddings"
-        usual = scaling.get(name, config.get("max_position_embeddings"))
-        scaling[name] = config.get(name) or usual
+        usual = scaling.get(ORIGINAL_CONTEXT, config.get("max_position_embeddings"))
+        scaling[ORIGINAL_CONTEXT] = config.get(ORIGINAL_CONTEXT) or usual
     if kind == "yarn":
         for name in ZERO_IS_ABSENT:
             if not scaling.get(name):
@@ -4622,14 +4614,15 @@ def checked_model(
     return model
 
 
-def check_headers(
-    folder: Path,
+def check_folder(
+    folder: Path, *, read: bool = True
 ) -> tuple[Llama | None, dict[str, TensorInfo], list[Exception]]:
     """Return a folder's model without its weights, where these lie, and what is wrong
-    with the folder, as far as config.json and the headers of its files tell.
+    with the folder, as far as config.json and its weights tell.
 
-    The model is None where it cannot be built. A problem is an OSError or a ValueError
-    that names the file at fault.
+    read: whether the weights may be read too, and not their headers alone. The model is
+    None where it cannot be built. A problem is an OSError or a ValueError that names
+    the file at fault.
     """
     problems, tensors, model = [], {}, None
 
@@ -4660,17 +4653,9 @@ def check_headers(
         wrong += ["; ".join(differences)] if differences else []
         if settings[0].get("tie_word_embeddings") is False and "lm_head" not in model:
             wrong.append("tie_word_embeddings is false, but there is no lm_head.weight")
+    if model and read and settings[0].get("tie_word_embeddings"):
+        wrong += untied_head(tensors)
     problems += [ValueError(f"{folder}: {text}") for text in wrong]
-    return model, tensors, problems
-
-
-def check_folder(
-    folder: Path,
-) -> tuple[Llama | None, dict[str, TensorInfo], list[Exception]]:
-    """Return what `check_headers` does, and all else that is wrong with the weights."""
-    model, tensors, problems = check_headers(folder)
-    if model and read_json(folder / "config.json").get("tie_word_embeddings"):
-        problems += [ValueError(f"{folder}: {text}") for text in untied_head(tensors)]
     return model, tensors, problems
 
 
@@ -5665,8 +5650,7 @@ def fuse(model: Llama) -> None:
 # MLX's own mx.distributed carries them: nothing here opens a connection. mlx.launch
 # starts the ranks, and ends the others when one fails.
 # uses: 1-7, 11-14, 16, 17
-# needs: Callable, Iterator, Mapping, Path, Sequence, dataclass, json, mx, nn, os,
-#     replace
+# needs: Callable, Iterator, Mapping, Sequence, dataclass, json, mx, nn, os, replace
 # -----------------------------------------------------------------------------
 
 Group = mx.distributed.Group
@@ -5876,23 +5860,6 @@ class Loading:
         """Read the weights, and make the model faster. Yields the bytes read so far."""
         yield from read_weights(self.model, self.tensors, self.dtype)
         accelerate(self.model, self.group, keep_packed=not self.unpacked)
-
-
-def load_rank(
-    folder: str | Path,
-    group: Group | None,
-    dtype: mx.Dtype | None = None,
-    bits: int | None = None,
-) -> Llama:
-    """Return a rank's share of a folder's model, which is all that it reads.
-
-    It takes tokens, and gives logits, as the whole does; all ranks must call it with
-    the same tokens. Its cache is that of its own heads. dtype, bits: see load.
-    """
-    loading = Loading(*examine(folder), group, dtype, bits)
-    for _ in loading.read():
-        pass
-    return loading.model
 
 
 def broadcast(group: Group, message: list) -> list:
@@ -6116,9 +6083,9 @@ def restore_session(
 # queues. So an interface never blocks, and any thread may ask. What the cache holds of
 # one conversation is kept: the next turn begins with the same ids, and reads its own.
 # uses: 1-9, 11-19
-# needs: Callable, Collection, FunctionType, Iterable, Iterator, Mapping, NamedTuple,
-#     Path, Sequence, collections, contextlib, dataclass, difflib, field, mx, queue,
-#     threading, time, traceback, weakref
+# needs: Callable, Collection, Iterable, Iterator, Mapping, NamedTuple, Path, Sequence,
+#     collections, contextlib, dataclass, field, mx, queue, threading, time, traceback,
+#     weakref
 # -----------------------------------------------------------------------------
 
 
@@ -6621,16 +6588,6 @@ def default_sampling(folder: Path) -> dict[str, float | None]:
     return options
 
 
-def check_option_names(function: FunctionType, options: Mapping[str, object]) -> None:
-    """Raise TypeError for an option that is none of a function which hands its options
-    on to `Engine.submit`."""
-    known = (function.__kwdefaults__ or {}) | REPLY_OPTIONS
-    for name in options.keys() - known.keys():
-        near = ", ".join(difflib.get_close_matches(name, known, 1) or known)
-        called = f"{function.__qualname__}()"
-        raise TypeError(f"{called} has no option {name}; it has {near}")
-
-
 class PromptTooLong(ValueError):
     """A prompt of `tokens` does not fit the context, which can be `longest` at most."""
 
@@ -6719,7 +6676,6 @@ class Engine(contextlib.AbstractContextManager["Engine"]):
         variables: what else the template may ask for: {"enable_thinking": False} has
         most reasoning models answer at once. options: those of `submit`.
         """
-        check_option_names(Engine.chat, options)
         check_conversation(messages)
         tokenizer, replies = self.tokenizer, {}
         for piece in list(self._taken):
@@ -6737,7 +6693,6 @@ class Engine(contextlib.AbstractContextManager["Engine"]):
 
     def complete(self, text: str, **options) -> Reply:
         """Return at once with what continues a text, with no chat format; as `chat`."""
-        check_option_names(Engine.complete, options)
         ids = self.tokenizer.bos_prefix + self.tokenizer.encode(text)
         return self.submit(ids, **{"drop_space": False} | options)
 
@@ -6855,9 +6810,6 @@ class Engine(contextlib.AbstractContextManager["Engine"]):
         if isinstance(result := answer.get(), Exception):
             raise result
         return result
-
-
-REPLY_OPTIONS = Engine.submit.__kwdefaults__  # by name, also where submit is replaced
 
 
 # -----------------------------------------------------------------------------
@@ -7416,7 +7368,7 @@ def listed(name: str, entry: Path) -> dict:
         if len(revisions) > 1:
             raise ValueError(f"{len(revisions)} revisions, and none of them is main")
         folder = revisions[0]
-        model, tensors, problems = check_headers(folder)
+        model, tensors, problems = check_folder(folder, read=False)
         if problems:
             raise problems[0]
         if not any((folder / f"tokenizer.{end}").exists() for end in ("json", "model")):
@@ -8405,6 +8357,27 @@ class Conversation:
             return notes
 
 
+def typed_number(name: str, text: str, least: int = 0) -> float:
+    """Return the number that is typed for an option. Those of sampling have intervals,
+    the others are whole numbers of at least `least`.
+
+    Raises ValueError for any other text.
+    """
+    if name in INTERVALS:
+        try:
+            number = float(text)
+        except ValueError:
+            raise ValueError(f"{name} must be a number, got {text!r}") from None
+        if name == "top_k" and number.is_integer():
+            number = int(number)
+        check_sampling(**{name: number})
+        return number
+    if not text.isdecimal() or not least <= int(text) < 2**63:
+        wanted = f"a whole number in [{least}, 2**63)"
+        raise ValueError(f"{name} must be {wanted}, got {text!r}")
+    return int(text)
+
+
 # command: (what it takes, what it does); each is the method of Chat named do_
 COMMANDS = {
     "context": ("", "shows how full the context is, and what each turn took"),
@@ -8679,17 +8652,7 @@ class Chat(Conversation):
             note(f"{name} is {usual[name]}")
             return
         value = "0" if name in INTERVALS and value == "off" else value
-        whole = name in ("max_tokens", "seed")
-        try:
-            if whole and not (value.isdecimal() and int(value) < 2**63):
-                raise ValueError
-            number = int(value) if whole else float(value)
-        except ValueError:
-            kind = "a whole number in [0, 2**63)" if whole else "a number"
-            raise ValueError(f"{name} must be {kind}, got {value!r}") from None
-        if not whole:
-            check_sampling(**{name: number})
-        number = int(number) if name == "top_k" else number
+        number = typed_number(name, value)
         setattr(self if name == "seed" else self.options, name, number)
         if name == "max_tokens":
             self.options.limit = "/set max_tokens"
@@ -8727,35 +8690,44 @@ __version__ = "1.0"
 FLOATS = ("float32", "float16", "bfloat16")  # of --dtype
 
 
-def whole_number(least: int) -> Callable[[str], int]:
-    """Return an argparse type: a whole number that is at least so large."""
+def number_type(name: str, least: int = 0) -> Callable[[str], float]:
+    """Return the argparse type of an option; see typed_number."""
 
-    def parse(text: str) -> int:
-        if not text.isdecimal() or not least <= int(text) < 2**63:
-            wanted = f"a whole number in [{least}, 2**63)"
-            raise argparse.ArgumentTypeError(f"must be {wanted}, got {text!r}")
-        return int(text)
+    def parse(text: str) -> float:
+        try:
+            return typed_number(name, text, least)
+        except ValueError as error:  # argparse says the name
+            words = str(error).removeprefix(f"{name} ")
+            raise argparse.ArgumentTypeError(words) from None
 
     return parse
+
+
+def read_piped() -> str:
+    """Return the text that is piped in. Raises ValueError if it is not UTF-8."""
+    words = "reading standard input, which is still open (< /dev/null gives none)"
+    patience = threading.Timer(1.0, note, [words])
+    patience.start()
+    try:
+        return sys.stdin.buffer.read().decode("utf-8-sig").removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"standard input: not UTF-8: {error}") from None
+    finally:
+        patience.cancel()
 
 
 def read_prompt(options: argparse.Namespace) -> str | None:
     """Return --prompt and what is piped in, as one message; None at a terminal.
 
     What mlx.launch pipes in is what is typed at its terminal, and does not end.
+    Raises ValueError for a message without text.
     """
-    if sys.stdin.isatty() or options.group:
-        return options.prompt
-    words = "reading standard input, which is still open (< /dev/null gives none)"
-    patience = threading.Timer(1.0, note, [words])
-    patience.start()
-    try:
-        piped = sys.stdin.buffer.read().decode("utf-8-sig").removesuffix("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"standard input: not UTF-8: {error}") from None
-    finally:
-        patience.cancel()
-    return "\n\n".join(text for text in (options.prompt, piped) if text)
+    prompt = options.prompt
+    if not sys.stdin.isatty() and not options.group:
+        prompt = "\n\n".join(text for text in (prompt, read_piped()) if text)
+    if prompt == "":
+        raise ValueError("the prompt is empty: nothing follows --prompt or is piped in")
+    return prompt
 
 
 def read_system(text: str | None) -> str | None:
@@ -8770,16 +8742,10 @@ def read_system(text: str | None) -> str | None:
 
 def check_chat(options: argparse.Namespace) -> None:
     """Refuse options that chat cannot honour."""
-    checks = {"stop": functools.partial(check_stop, options.stop)}
-    for name in INTERVALS:
-        given = {name: getattr(options, name)}
-        checks[name] = functools.partial(check_sampling, **given)
-    for name, check in checks.items():
-        try:
-            check()
-        except ValueError as error:
-            words = str(error).removeprefix(f"{name} ")
-            options.usage(f"argument --{name.replace('_', '-')}: {words}")
+    try:
+        check_stop(options.stop)
+    except ValueError as error:
+        options.usage(f"argument --stop: {str(error).removeprefix('stop ')}")
     for text in (options.prompt, options.system, *options.stop):
         if text and text != text.encode("utf-8", "replace").decode():
             options.usage(f"an argument is not UTF-8: {text!r:.80}")
@@ -8806,8 +8772,6 @@ def cmd_chat(options: argparse.Namespace) -> int:
         # Now, rather than after loading a large model.
         tokenizer.render([{"role": "user", "content": "Hi!"}])
     prompt = None if follower else read_prompt(options)
-    if prompt == "":
-        raise ValueError("the prompt is empty: nothing follows --prompt or is piped in")
     try:
         engine = Engine(
             folder,
@@ -8869,7 +8833,7 @@ def build_parser() -> argparse.ArgumentParser:
         command.set_defaults(run=run, usage=command.error, group=None)
         options[name] = command.add_argument_group().add_argument  # a single list
         options[name]("-h", "--help", action="help", help=argparse.SUPPRESS)
-    number, count, size = whole_number(0), whole_number(1), whole_number(2)
+    number, count, size = [number_type("N", least) for least in (0, 1, 2)]
     here = "a folder, or org/name as downloaded"
     where = f"{here}; default: stories/"
 
@@ -8905,18 +8869,20 @@ def build_parser() -> argparse.ArgumentParser:
     text = "longest reply, tokens; default: no limit"
     add("--max-tokens", metavar="N", type=number, help=text)
     text = f"{interval('temperature')}, 0 is greedy; default: model's or 0.6"
-    add("--temperature", metavar="T", type=float, help=text)
+    temperature = number_type("temperature")
+    add("--temperature", metavar="T", type=temperature, help=text)
     # What llama-cli and mlx_lm call it. It is an option of its own, since a second name
     # of the one above would not fit into the help's column.
-    add("--temp", dest="temperature", type=float, help=argparse.SUPPRESS)
+    add("--temp", dest="temperature", type=temperature, help=argparse.SUPPRESS)
     text = f"{interval('top_k')}, the K likeliest, 0 is all; default: model's"
-    add("--top-k", metavar="K", type=int, help=text)
+    add("--top-k", metavar="K", type=number_type("top_k"), help=text)
     text = f"{interval('top_p')}, likeliest P, 0 is off; default: model's or 0.9"
-    add("--top-p", metavar="P", type=float, help=text)
+    add("--top-p", metavar="P", type=number_type("top_p"), help=text)
     text = f"{interval('min_p')} of the likeliest's, 0 is off; default: model's"
-    add("--min-p", metavar="P", type=float, help=text)
+    add("--min-p", metavar="P", type=number_type("min_p"), help=text)
     text = f"{interval('repetition_penalty')}, 0 and 1 are off; default: model's or 1"
-    add("--repetition-penalty", metavar="R", type=float, help=text)
+    penalty = number_type("repetition_penalty")
+    add("--repetition-penalty", metavar="R", type=penalty, help=text)
     text = "repeats a run exactly; default: a new one"
     add("--seed", metavar="N", type=number, help=text)
     text = "size of the context; default: the model's, up to 8192"

@@ -5420,7 +5420,7 @@ def test_what_cannot_be_quantized_while_loading_is_refused(tmp_path):
     for loaded in (
         llama.load,
         llama.Engine,
-        functools.partial(llama.load_rank, group=None),
+        lambda folder, bits: llama.Loading(*llama.examine(folder), bits=bits),
     ):
         with pytest.raises(llama.AlreadyQuantized, match=f"{words}"):
             loaded(STORIES, bits=4)
@@ -6212,25 +6212,13 @@ def test_bad_options_are_refused_where_they_are_given(engine, options, error):
 
 
 @pytest.mark.parametrize(
-    ("name", "option", "near"),
-    [
-        ("chat", "temprature", "temperature"),
-        ("chat", "max_token", "max_tokens"),
-        ("chat", "variable", "variables"),
-        ("complete", "top-k", "top_k"),
-        ("chat", "enable_thinking", "variables, drop_space, max_tokens, "),
-        ("complete", "variables", "drop_space, max_tokens, "),
-    ],
+    ("name", "option"),
+    [("chat", "temprature"), ("chat", "enable_thinking"), ("complete", "variables")],
 )
-def test_an_option_that_is_none_is_told_of_the_function_that_was_called(
-    engine, name, option, near
-):
+def test_an_option_that_is_none_is_named(engine, name, option):
     asked = USER if name == "chat" else "x"
-    with pytest.raises(TypeError) as error:
+    with pytest.raises(TypeError, match=f"unexpected keyword argument '{option}'"):
         getattr(engine, name)(asked, **{option: 1})
-    said = str(error.value)
-    assert said.startswith(f"Engine.{name}() has no option {option}; it has ")
-    assert near in said and ("drop_space" in said) == (", " in near)
 
 
 @pytest.mark.parametrize(
@@ -6321,7 +6309,7 @@ def test_a_reply_keeps_its_engine(folder):
 
 
 def test_every_option_that_is_told_of_can_be_given(engine):
-    options = llama.REPLY_OPTIONS | {"max_tokens": 1}
+    options = llama.Engine.submit.__kwdefaults__ | {"max_tokens": 1}
     for reply in (engine.chat(USER, **options), engine.complete("x", **options)):
         collections.deque(reply, 0)
         assert reply.stats.generation_tokens == 1

@@ -155,7 +155,9 @@ mx.set_default_device(mx.cpu)  # to compare exactly
 {inspect.getsource(said_by)}
 group = llama.join_ranks()
 for folder in sys.argv[2:]:
-    found = said_by(llama.load_rank(folder, group), int(sys.argv[1]))
+    loading = llama.Loading(*llama.examine(folder), group)
+    list(loading.read())
+    found = said_by(loading.model, int(sys.argv[1]))
     if group.rank() == 0:
         print(json.dumps(found))
 """
