@@ -1501,14 +1501,22 @@ import safetensors
 JSON_BYTES = 1_000_000  # of a file without a vocabulary; real ones have up to 300 KB
 
 
+def refuse_pointer(path: Path, data: bytes) -> None:
+    """Raise ValueError if a file begins as what git-lfs leaves in the place of one."""
+    if data.startswith(b"version https://git-lfs."):
+        raise ValueError(f"{path}: a git-lfs pointer, not the file; run git lfs pull")
+
+
 def read_bounded(path: Path, limit: int) -> bytes:
     """Return what is in a file. Raises ValueError if it has more bytes than `limit`, or
-    is none: a device or a pipe need not end."""
+    is none, since a device or a pipe need not end, or stands for one of git-lfs."""
     if not path.is_file():
         raise ValueError(f"{path}: not a regular file")
     if (size := path.stat().st_size) > limit:
         raise ValueError(f"{path}: {size:,} bytes, wanted at most {limit:,}")
-    return path.read_bytes()
+    data = path.read_bytes()
+    refuse_pointer(path, data)
+    return data
 
 
 def read_json(path: Path, limit: int = JSON_BYTES) -> dict:
@@ -1576,7 +1584,7 @@ SUPPORTED = {
 # type of a field: (in words, whether a value is of it)
 KINDS = {
     bool: ("true or false", lambda v: type(v) is bool),
-    int: ("a positive integer", lambda v: type(v) is int and 0 < v < 2**31),
+    int: ("a positive integer below 2**31", lambda v: type(v) is int and 0 < v < 2**31),
     float: ("a positive number", lambda v: type(v) in (int, float) and 0 < v < 1e30),
     dict: ("an object", lambda v: type(v) is dict),
 }
@@ -1722,7 +1730,8 @@ def foreign_settings(config: dict) -> Iterator[str]:
             wanted = " or ".join(map(json.dumps, known))
             more = other_type(config) if key == "model_type" else ""
             yield f"{key} must be {wanted}, got {value!r:.80}{more}"
-    packed = config.get("quantization") or config.get("quantization_config")
+    older = config.get("compression_config")  # of compressed-tensors
+    packed = config.get("quantization") or config.get("quantization_config") or older
     method = packed.get("quant_method") if type(packed) is dict else None
     if method is not None and not config.get("quantization"):
         yield (
@@ -2054,9 +2063,11 @@ CONSTANTS = {"true": "True", "false": "False", "none": "None"}
 CONSTANTS |= {word: word for word in CONSTANTS.values()}
 # In Jinja ~ binds tighter than + and -; in Python + does so than << and >>.
 SUMS = {"+": "<<", "-": ">>", "~": "+"}
-# Names that no template can write: a block's text, what an `if` without else gives, and
-# what a call block would need.
-BLOCK, ELSE = "v_0block", "v_0else"
+# Names that no template can write: a block's text, and what an `if` without else gives.
+BLOCK, ELSE = "v_0text", "v_0else"
+# Tags of Jinja that no chat template has been seen to need, with an end and without.
+NOT_KNOWN_TAGS = ("autoescape", "block", "call", "with")
+NOT_KNOWN_COMMANDS = ("extends", "from", "import", "include")
 # What may follow a test and is no argument of it.
 NO_ARGUMENT = ("and", "or", "else", "(")
 # Where Jinja reads -x|f and x|f.a otherwise than Python reads -x.f and x.f.a.
@@ -2169,6 +2180,8 @@ class Translation:
             self.opened.pop()
         elif name in ("break", "continue") and in_loop and not rest:
             self.statement(at, name)
+        elif name in NOT_KNOWN_COMMANDS:
+            self.statement(at, f"v_0{name}")  # as is said if it is evaluated
         elif name == "set" and equals is not None:
             self.statement(at, "(", rest[:equals], ") = (", rest[equals + 1 :], ")")
         else:
@@ -2202,8 +2215,8 @@ class Translation:
             return f"with ({BLOCK}", [Word("sign", "|", at, []), *rest], "):"
         elif name == "generation" and not rest:
             return (f"with ({BLOCK}):",)
-        elif name == "call":
-            return ("with (v_caller):",)  # not known, as is said if it is evaluated
+        elif name in NOT_KNOWN_TAGS:
+            return (f"with (v_0{name}):",)  # as is said if it is evaluated
         raise self.error(at, f"the tag {name:.80} is not known in this place")
 
     def loop(self, at: int, words: list[Word]) -> Sequence:
@@ -2642,7 +2655,7 @@ class Rendering:
     def variable(self, name: str):
         if name in self.scope:
             return self.scope[name]
-        if name in NOT_KNOWN:
+        if name in NOT_KNOWN or (name[0] == "0" and name != ELSE[2:]):
             raise ValueError(f"{name.lstrip('0')} is not known here")
         return Undefined(name.lstrip("0"))
 
@@ -4155,7 +4168,11 @@ class Tokenizer(ByteLevelTokenizer):
         """The template, parsed. Raises NoTemplate if there is none, and TemplateError
         if it does not parse."""
         if self.template is None:
-            raise NoTemplate(f"{self.source} is a base model, it has no chat template")
+            why = f"{self.source} is a base model, it has no chat template"
+            file = Path(self.source, "tokenizer_config.json")
+            if file.parent.is_dir() and not file.exists():
+                why = f"no {file}, where a chat template would be; download incomplete?"
+            raise NoTemplate(why)
         return ChatTemplate(self.template)
 
     def render(self, messages: list[dict[str, str]], **variables) -> Text:
@@ -4259,7 +4276,7 @@ class Tokenizer(ByteLevelTokenizer):
 # after this.
 # uses: 1-7, 11-13
 # needs: Callable, Iterable, Iterator, Mapping, Path, ctypes, dataclass, difflib, math,
-#     mx, os, re, safetensors, sys, tree_flatten
+#     mx, os, re, replace, safetensors, sys, tree_flatten
 # -----------------------------------------------------------------------------
 
 
@@ -4290,6 +4307,10 @@ FOREIGN_FILES = {
     "*.bin": "a pickle of PyTorch, which can run code",
     "*.pth": "a pickle of PyTorch, which can run code",
     "*.pt": "a pickle of PyTorch, which can run code",
+    "*.h5": "weights of TensorFlow",
+    "*.msgpack": "weights of Flax",
+    "*.onnx": "ONNX, a format for other programs",
+    "openvino*": "the format of OpenVINO",
     "*.npz": "arrays of NumPy, as older converters of MLX wrote them",
     "*-of-*.safetensors": "a shard without model.safetensors.index.json",
     "*.safetensors": "of another name",
@@ -4329,6 +4350,10 @@ def missing_weights(folder: Path) -> str:
     return "wanted a folder with config.json, model.safetensors and tokenizer.json"
 
 
+class NoSuchModel(FileNotFoundError):
+    """A name is neither a folder nor one of the Hugging Face cache."""
+
+
 def find_folder(model: str | Path) -> Path:
     """Return the folder of a model: a path, or org/name in the Hugging Face cache.
 
@@ -4343,13 +4368,17 @@ def find_folder(model: str | Path) -> Path:
             what = f"this is {other}"
         raise FileNotFoundError(f"{model}: {what}")
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(model)):
-        raise FileNotFoundError(
-            f"{model}: no such folder, and not of the form org/name"
-        )
+        raise NoSuchModel(f"{model}: no such folder, and not of the form org/name")
     hub = hub_folder()
-    found = snapshots_of(hub / f"models--{str(model).replace('/', '--')}")
+    entry = hub / f"models--{str(model).replace('/', '--')}"
+    found = snapshots_of(entry)
     if len(found) == 1:
         return found[0]
+    if not found and entry.is_dir():
+        raise FileNotFoundError(
+            f"{model}: {entry} does not hold its branch main; to get it: hf download "
+            f"{model}"
+        )
     if found:
         some = ", ".join(path.name for path in found[:4])
         raise FileNotFoundError(
@@ -4407,9 +4436,9 @@ def header_bytes(file: Path) -> bytes:
     if not file.is_file() and not file.is_dir():  # opening a pipe may never end
         raise ValueError(f"{file}: not a regular file")
     with open(file, "rb") as stream:
+        refuse_pointer(file, stream.read(100))
+        stream.seek(0)
         prefix = stream.read(8)
-        if prefix == b"version ":  # https://git-lfs.github.com/spec/v1
-            raise ValueError(f"{file}: a git-lfs pointer, no weights; run git lfs pull")
         # A header may grow with the file, as that of a session does.
         length, limit = int.from_bytes(prefix, "little"), JSON_BYTES + size // 10
         if length > limit:
@@ -4541,13 +4570,16 @@ def same_data(one: TensorInfo, other: TensorInfo) -> bool:
     return left[: one.nbytes] == right[: one.nbytes]
 
 
+EMBEDDING = "model.embed_tokens"
+
+
 def untied_head(tensors: Mapping[str, TensorInfo]) -> Iterator[str]:
     """Yield which tensors of the head differ from the embedding's, whose copy it should
     be. Reads them."""
     for name in tensors:
         if not name.startswith("lm_head."):
             continue
-        other = tensors.get(name.replace("lm_head", "model.embed_tokens"))
+        other = tensors.get(name.replace("lm_head", EMBEDDING))
         if other is None or not same_data(tensors[name], other):
             yield f"tie_word_embeddings is true, but {name} is not the embedding's"
 
@@ -4643,6 +4675,10 @@ def check_folder(
         tensors |= found
     if settings is None:
         return None, tensors, problems
+    if settings[1].tie_word_embeddings and not any(EMBEDDING in n for n in tensors):
+        # safetensors writes one of two that share their memory: the first by name.
+        names = {name: name.replace("lm_head", EMBEDDING) for name in tensors}
+        tensors = {names[n]: replace(t, name=names[n]) for n, t in tensors.items()}
     sound, wrong = not problems, []
     try:
         model = checked_model(*settings, tensors)
@@ -6898,6 +6934,11 @@ def advice(error: Exception, command: str = "chat") -> str:
     if isinstance(error, NotANumber):
         more = ", --dtype float32 may help" if command == "chat" else ""
         return f"; `inspect --check` finds NaN in the files{more}"
+    if isinstance(error, NoSuchModel):
+        if command == "info":
+            return f"; the presets are {', '.join(PRESETS)}"
+        more = "; a prompt goes after --prompt" if command == "chat" else ""
+        return f"; `llama.py info` lists what is here{more}"
     if isinstance(error, NoTemplate):
         return f": use --raw, or --template with one of {', '.join(BUILT_IN)}"
     return ""
@@ -7098,18 +7139,12 @@ PARTS = {  # where parameters are, by what their names contain
 def stored_model(name: str | None) -> tuple[Llama, dict]:
     """Return a folder's model as it is when nothing is packed, and what `info` tells of
     its files."""
-    try:
-        folder = choose_folder(name)
-    except FileNotFoundError as error:
-        if name is None:
-            raise
-        raise FileNotFoundError(
-            f"{name} is none of {', '.join(PRESETS)}; {error}"
-        ) from None
+    folder = choose_folder(name)
     model, tensors = examine(folder)
     unpacked = {n: t for n, t in tensors.items() if not n.endswith(".scales")}
     return build_model(model.args, unpacked), {
         "folder": str(folder),
+        "loaded_bytes": Loading(model, tensors).weights,
         "stored_bytes": sum(info.nbytes for info in tensors.values()),
         "stored_bits": stored_bits(model, tensors),
     }
@@ -7127,10 +7162,12 @@ def describe(model: str | None) -> dict:
     # In memory: the CPU computes in float32, so all that is not packed doubles.
     item_size = 4 if mx.default_device() == mx.cpu else 2
     cache, memory = kv_bytes_per_token(dense.args, item_size), machine_memory()
-    contexts, verdicts = {}, {}
+    sizes, contexts, verdicts = {}, {}, {}
     for bits in (16, 8, 4):
-        there = bits_in_memory(dense, bits)
+        there, sizes[bits] = bits_in_memory(dense, bits), weight_bytes(dense, bits)
         size, speed = weight_bytes(dense, there, item_size), reading_speed(there)
+        if bits == files.get("stored_bits"):
+            sizes[bits], size = files["stored_bytes"], files["loaded_bytes"]
         context, word = fitting(size, cache, dense.args.longest_context, memory)
         details = f"{gigabytes(size)} in memory"
         if context:  # all weights are read for every token
@@ -7142,7 +7179,7 @@ def describe(model: str | None) -> dict:
         "config": asdict(dense.args),
         "parameters": parts.total(),
         "parameters_of": dict(parts.most_common()),
-        "weight_bytes": {bits: weight_bytes(dense, bits) for bits in verdicts},
+        "weight_bytes": sizes,
         "stored_bytes": files.get("stored_bytes"),
         "stored_bits": files.get("stored_bits"),
         "kv_bytes_per_token": cache,
@@ -7340,7 +7377,7 @@ def info_rows(found: dict) -> list[tuple[str, str]]:
     stored = found["stored_bits"]
     if stored is not None:
         size = gigabytes(found["stored_bytes"])
-        rows.append(("stored", f"{size}, the weights in {stored} bits"))
+        rows.append(("stored", f"{size}, {stored} bits for most weights"))
     for bits, nbytes in found["weight_bytes"].items():
         name = "as stored" if bits == stored else "weights"
         words = found["verdict"][bits]
@@ -7434,7 +7471,7 @@ def cmd_info(options: argparse.Namespace) -> int:
     MODEL, what models there are."""
     given = options.bits, options.prompt_tokens, options.generation_tokens
     if any(given) and not options.measure:
-        options.usage("--bits, --prompt-tokens, --generation-tokens: with --measure")
+        options.usage("--bits, --prompt-tokens, --generation-tokens need --measure")
     options.prompt_tokens = options.prompt_tokens or 512
     options.generation_tokens = options.generation_tokens or 128
     if options.model is None and not options.measure:
@@ -7498,6 +7535,12 @@ def layer_kinds(model: Llama) -> dict[str, int]:
     return dict(kinds)
 
 
+def require_words(tokenizer: Tokenizer, messages: list[dict[str, str]]) -> None:
+    """Raise ValueError unless the chat template makes a prompt of a conversation."""
+    if not tokenizer.encode_chat(messages):
+        raise ValueError(f"{tokenizer.source}: the chat template writes nothing")
+
+
 def made_up_exchange(tokenizer: Tokenizer) -> str:
     """Return a conversation as the model will read it.
 
@@ -7511,8 +7554,7 @@ def made_up_exchange(tokenizer: Tokenizer) -> str:
     if bos >= rows:  # what every text begins with
         raise ValueError(f"{tokenizer.source}: bos has the id {bos}, the model {rows}")
     for messages in (talk[1:2], talk[1:]):
-        if not tokenizer.encode_chat(messages):
-            raise ValueError(f"{tokenizer.source}: the chat template writes nothing")
+        require_words(tokenizer, messages)
     try:
         return str(tokenizer.render(talk))
     except ValueError:
@@ -7894,6 +7936,16 @@ def read_text(path: str) -> str:
     return text
 
 
+def read_system(text: str | None) -> str | None:
+    """Return the instructions that a text names: @FILE is what the file holds, and @@
+    begins a text with @."""
+    if text is None or not text.startswith("@"):
+        return text
+    if text.startswith("@@"):
+        return text[1:]
+    return read_text(text[1:]).removesuffix("\n")
+
+
 def write_privately(text: str, file: Path) -> None:
     """Write a text to a new file, which only its owner can read."""
     private = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
@@ -8260,7 +8312,7 @@ class Conversation:
         With Ctrl-C before the first word nothing is added."""
         messages = self.messages(self.turns, text)
         reply = print_reply(self.engine, messages, self.options, seed)
-        if reply.stats.finish_reason == "cancelled" and not reply.taken.text:
+        if reply.stats.finish_reason == "cancelled" and not reply.text.strip():
             return reply
         self.seed = (seed + 1) % 2**64
         self.turns.append((text, reply.taken, reply.stats, seed))
@@ -8408,7 +8460,7 @@ KEYS = {
     "Ctrl-C": "stops a reply, or clears what is typed",
 }
 
-OTHER_NAMES = {"bye": "exit", "quit": "exit"}
+OTHER_NAMES = {"bye": "exit", "quit": "exit", "clear": "reset", "?": "help"}
 PATHS = ("FILE", "PATH")  # what a command takes if it is a path
 
 
@@ -8431,7 +8483,10 @@ class Chat(Conversation):
         self.attached = []  # texts of files that go into the next message
         names = sorted([*COMMANDS, *OTHER_NAMES])
         files = [f"/{name}" for name in COMMANDS if COMMANDS[name][0] in PATHS]
-        self.editor = LineEditor([f"/{name}" for name in names], files)
+        # A blank follows those that want something.
+        ends = {f"/{name}": " " for name in COMMANDS if COMMANDS[name][0]}
+        words = [f"/{name}" for name in names]
+        self.editor = LineEditor([w + ends.get(w, "") for w in words], files)
 
     def run(self) -> None:
         """Read messages and commands, and answer them, until Ctrl-D."""
@@ -8520,7 +8575,9 @@ class Chat(Conversation):
             return f"; {CHOICES}"
         if self.attached:
             return "; /undo removes the last attached file"
-        return f"; the message alone has {tokens}" if self.turns else ""
+        alone = f"; the message alone has {tokens}" if self.turns else ""
+        fits = tokens <= self.engine.args.longest_context
+        return alone if fits else f"{alone}; only a shorter message fits"
 
     def do_load(self, path: str) -> None:
         file, forgotten = Path(path).expanduser(), self.turns
@@ -8559,7 +8616,7 @@ class Chat(Conversation):
         if text not in ("", "none") and self.options.raw:
             raise ValueError("--raw has no chat format: no place for instructions")
         if text:
-            self.system = None if text == "none" else text
+            self.system = None if text == "none" else read_system(text)
         there = self.system is not None
         note(f"instructions: {self.system}" if there else "no instructions")
 
@@ -8593,10 +8650,13 @@ class Chat(Conversation):
         if tokens >= self.engine.context:
             longest = self.engine.args.longest_context
             more = larger_context(tokens + 1, self.engine.context, longest)
-            more += "; /undo removes the last of them" if self.attached else ""
+            others = ""
+            if self.attached:
+                others = " with the other attached files"
+                more += "; /undo removes the last of them"
             raise ValueError(
-                f"{path}: {tokens} tokens with the other attached files, context "
-                f"{self.engine.context}{more}"
+                f"{path}: {tokens} tokens{others}, the context has "
+                f"{self.engine.context}{more or '; only a part of it fits'}"
             )
         self.attached = attached
         note(f"before the next message: {Path(path).name}, {len(text)} characters")
@@ -8730,16 +8790,6 @@ def read_prompt(options: argparse.Namespace) -> str | None:
     return prompt
 
 
-def read_system(text: str | None) -> str | None:
-    """Return the instructions that --system names: @FILE is what the file holds, and
-    @@ begins a text with @."""
-    if text is None or not text.startswith("@"):
-        return text
-    if text.startswith("@@"):
-        return text[1:]
-    return read_text(text[1:]).removesuffix("\n")
-
-
 def check_chat(options: argparse.Namespace) -> None:
     """Refuse options that chat cannot honour."""
     try:
@@ -8770,7 +8820,7 @@ def cmd_chat(options: argparse.Namespace) -> int:
     tokenizer = Tokenizer.from_folder(folder, template=options.template)
     if not options.raw:
         # Now, rather than after loading a large model.
-        tokenizer.render([{"role": "user", "content": "Hi!"}])
+        require_words(tokenizer, [{"role": "user", "content": "Hi!"}])
     prompt = None if follower else read_prompt(options)
     try:
         engine = Engine(
