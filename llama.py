@@ -6928,7 +6928,8 @@ def advice(error: Exception, command: str = "chat") -> str:
     if isinstance(error, AlreadyQuantized):
         return "; leave out --bits"
     if isinstance(error, PromptTooLong):
-        return larger_context(error.tokens, error.context, error.longest)
+        larger = larger_context(error.tokens, error.context, error.longest)
+        return larger or "; only a shorter prompt fits"
     if isinstance(error, SessionTooLong):
         return "; see --ctx"
     if isinstance(error, NotANumber):
@@ -8557,7 +8558,8 @@ class Chat(Conversation):
             with self.editor.typing_hidden():
                 reply = super().ask(text, seed)
         except PromptTooLong as error:
-            raise ValueError(f"{error}{advice(error)}{self.room(text)}") from None
+            larger = larger_context(error.tokens, error.context, error.longest)
+            raise ValueError(f"{error}{larger}{self.room(text)}") from None
         used, size = reply.stats.context_used, reply.stats.context
         if used > 0.9 * size:
             note(f"the context is {100 * used // size} % full: {CHOICES}")

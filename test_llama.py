@@ -2359,6 +2359,8 @@ def test_weights_that_others_have_quantized_are_refused_by_their_method(method):
     for absent in ({}, {"quantization": None}):
         with pytest.raises(ValueError, match=words):
             llama.read_args(CONFIG | absent | {"quantization_config": packing})
+    with pytest.raises(ValueError, match=words):
+        llama.read_args(CONFIG | {"compression_config": packing})  # an older key
     ours = {"quantization": FOUR, "quantization_config": packing}
     llama.read_args(CONFIG | ours)  # MLX's converter has quantized them anew
     llama.read_args(CONFIG | {"quantization_config": FOUR | {"quant_method": None}})
@@ -2768,6 +2770,24 @@ def test_templates_mean_what_they_mean_in_jinja(source, wanted):
         assert render(source, year=time.strftime("%Y")) == wanted
 
 
+@pytest.mark.parametrize(
+    "tag",
+    [
+        "{% with a = 1 %}x{% endwith %}",
+        "{% block a %}x{% endblock %}",
+        "{% autoescape true %}x{% endautoescape %}",
+        "{% call f() %}x{% endcall %}",
+        "{% include 'x' %}",
+        "{% import 'x' as y %}",
+        "{% from 'x' import y %}",
+    ],
+)
+def test_a_tag_that_is_not_known_is_refused_only_where_it_is_reached(tag):
+    assert render(f"a{{% if tools %}}{tag}{{% endif %}}b") == "ab"
+    with pytest.raises(llama.TemplateError, match="is not known here"):
+        render(f"{{% set with = 1 %}}{tag}")
+
+
 def test_a_backslash_that_means_nothing_stays_without_a_warning():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -2782,6 +2802,15 @@ ERRORS = [
     ),
     ("{% for x in [1] %}", "line 1, column 19: wanted endfor, got the end"),
     ("{% break %}", "line 1, column 1: the tag break is not known in this place"),
+    ("{% x %}", "line 1, column 1: the tag x is not known in this place"),
+    (
+        "a{% with %}{% endwith %}",
+        "line 1, column 2: with is not known here: {% with %}{% endwith %}",
+    ),
+    (
+        "a\n{% include 'x' %}",
+        "line 2, column 1: include is not known here: {% include 'x' %}",
+    ),
     ("{{ a | }}", "line 1, column 7: wanted a name, got the end"),
     ("{{ a is in b. }}", "line 1, column 14: wanted a name, got the end"),
     ("{{ a ? b }}", "line 1, column 6: this is no word of the language"),
@@ -4708,6 +4737,22 @@ def test_the_file_decides_whether_there_is_a_head(tmp_path, tied, head, wrong):
     assert_logits(model, CONFIG, weights)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_tied_head_that_is_saved_alone_is_the_embedding(packed, tmp_path):
+    """As the safetensors package saves two tensors that share their memory."""
+    weights = packed_and_dense(lambda path: FOUR)[0] if packed else random_weights(WIDE)
+    weights = {k: v for k, v in weights.items() if not k.startswith("lm_head")}
+    config = WIDE | {"tie_word_embeddings": True}
+    for name in ("whole", "alone"):
+        (tmp_path / name).mkdir()
+    whole = load_model(write_model(tmp_path / "whole", config, weights))
+    alone = {k.replace("model.embed_tokens", "lm_head"): v for k, v in weights.items()}
+    folder = write_model(tmp_path / "alone", config, alone)
+    assert problems_of(folder) == []
+    found, ids = load_model(folder), mx.array([[1, 2, 3]])
+    assert "lm_head" not in found and mx.array_equal(found(ids), whole(ids))
+
+
 def test_a_packed_head_beside_a_tied_embedding_must_be_its_copy(tmp_path):
     """Where a converter wrote both, each of its parts must be the same."""
     packed, _ = packed_and_dense(lambda path: FOUR)
@@ -4834,6 +4879,10 @@ def test_a_family_must_hold_what_it_is_made_of(
         ("consolidated.00.pth", "consolidated.00.pth, the layout of Meta or Mistral"),
         ("consolidated.safetensors", "the layout of Meta or Mistral"),
         ("weights.npz", "weights.npz, arrays of NumPy"),
+        ("tf_model.h5", "tf_model.h5, weights of TensorFlow"),
+        ("flax_model.msgpack", "flax_model.msgpack, weights of Flax"),
+        ("model.onnx", "model.onnx, ONNX"),
+        ("openvino_model.xml", "openvino_model.xml, the format of OpenVINO"),
         ("model-00001-of-00002.safetensors", "without model.safetensors.index.json"),
         ("weights.00.safetensors", "weights.00.safetensors, of another name"),
     ],
@@ -7533,7 +7582,8 @@ def test_a_revision_is_found_by_its_branch_or_alone(cache_home):
         assert llama.find_folder("org/name") == repo / "snapshots" / "abc"
     for text in ("none", "../../x", "/", "*", "\0"):
         (repo / "refs" / "main").write_text(text + "x")
-        with pytest.raises(FileNotFoundError, match="to get it: hf download org/name"):
+        words = "org--name does not hold its branch main; to get it: hf download org/n"
+        with pytest.raises(FileNotFoundError, match=words):
             llama.find_folder("org/name")
     shutil.rmtree(repo / "refs")
     with pytest.raises(
@@ -7606,8 +7656,12 @@ def test_an_empty_system_message_and_none_are_two_things(
         assert llama.main(["chat", str(folder), *words]) == 0
         first, *_ = asked.pop()
         assert (first["content"] if first["role"] == "system" else None) == system
-    file = tmp_path / "talk"
+    file, polite = tmp_path / "talk", tmp_path / "polite.txt"
+    polite.write_text("Be polite.\n")
     for typed, system in (
+        ("/system Be kind.", "Be kind."),
+        (f"/system @{polite}", "Be polite."),
+        ("/system @@home", "@home"),
         ("/system Be kind.", "Be kind."),
         ("/system", "Be kind."),  # shows them
         ("/system none", None),
@@ -7790,13 +7844,21 @@ AT_FAULT = [
         "the prompt is empty: nothing follows --prompt or is piped in$",
     ),
     ("chat {model}", b"\xff\xfe", "not UTF-8"),
-    ("chat {model} --ctx 100", b"x" * 9999, r"1 to 100 tokens, got 10\d+$"),
-    ("chat {model} --ctx 512", b"x" * 9999, r"1 to 512 tokens, got 10\d+$"),
+    ("chat {model} --ctx 100", b"x" * 9999, r"1 to 100 tokens, got 10\d+; only a sh"),
+    ("chat {model} --ctx 100", b"x" * 400, "; --ctx sets the limit, of .* up to 512$"),
+    (
+        "chat {model} --ctx 512",
+        b"x" * 9999,
+        r"1 to 512 tokens, got 10\d+; only a shorter prompt fits$",
+    ),
     ("chat {model} --ctx 9999999999", b"x", r"\[1, 2147483647\], got 9999999999$"),
     ("chat {model} --session {tmp}/no/s", b"x", "^{tmp}/no: no such folder$"),
     ("chat {model} --session {tmp}", b"x", "^{tmp}: Is a directory$"),
     ("chat {model}/config.json", b"x", "config.json: a file, wanted"),
+    ("chat hello", b"x", "; `llama.py info` lists what is here; a prompt goes after -"),
+    ("inspect hello", b"", "org/name; `llama.py info` lists what is here$"),
     ("chat {tmp}/absent", b"x", "no such folder"),
+    ("chat {tmp}/silent", b"x", "silent: the chat template writes nothing$"),
     ("chat {tmp}/\x1b[31mred", b"x", r"\\x1b\[31mred: no such folder"),
     ("chat org/name", b"x", "hf download org/name$"),
     ("chat {tmp}/base", b"x", "base model, .*: use --raw, or --template with one of"),
@@ -7811,8 +7873,9 @@ AT_FAULT = [
 def test_input_at_fault_is_one_line_and_status_1(
     typed, piped, wanted, folder, tmp_path
 ):
-    for name in ("base", "foreign"):
+    for name in ("base", "foreign", "silent"):
         shutil.copytree(folder, tmp_path / name)
+    (tmp_path / "silent" / "chat_template.jinja").write_text("")
     (tmp_path / "base" / "tokenizer_config.json").write_text("{}")
     red = json.dumps({"model_type": "\x1b[31mgpt2"})
     (tmp_path / "foreign" / "config.json").write_text(red)

@@ -42,6 +42,7 @@ from tests.support import (
     quantize,
     random_folder,
     random_weights,
+    refusal,
     small_spec,
     vocabulary_folder,
     without,
@@ -128,6 +129,15 @@ UNSOUND = {
 
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 8\n"
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "tokenizer.json", "tokenizer_config.json"]
+)
+def test_a_pointer_of_git_lfs_is_told_in_the_place_of_any_file(name, folder, tmp_path):
+    own = shutil.copytree(folder, tmp_path / "m")
+    (own / name).write_bytes(LFS)
+    assert f"{name}: a git-lfs pointer, not the file" in refusal("chat", own, "-p", "x")
 
 
 WORDED = [

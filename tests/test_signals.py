@@ -218,10 +218,11 @@ def test_ctrl_c_before_a_reply_begins_forgets_the_message(
     chat = chat_with(engine, "--session", str(tmp_path / "s"))
     chat.take("one")
     turn, seed, session = chat.last(), chat.seed, (tmp_path / "s").read_bytes()
-    reply = types.SimpleNamespace(
-        taken=llama.Piece(), stats=llama.Stats(finish_reason="cancelled")
-    )
-    for interrupted in (lambda *_: reply, interrupt):
+    stopped = {"stats": llama.Stats(finish_reason="cancelled")}
+    reply = types.SimpleNamespace(text="", taken=llama.Piece(), **stopped)
+    # A reply of which nothing was seen yet.
+    blank = types.SimpleNamespace(text="\n", taken=llama.Piece("\n", [1]), **stopped)
+    for interrupted in (lambda *_: reply, lambda *_: blank, interrupt):
         monkeypatch.setattr(llama, "print_reply", interrupted)
         capsys.readouterr()
         chat.take("two")

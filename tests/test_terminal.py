@@ -458,7 +458,7 @@ def test_a_tab_completes_paths_where_a_command_takes_one(line_editor, folder, tm
     for typed, told in (
         # The name has a blank: completed as far as "long", then from its second word.
         (
-            "/fi\t ~/no\tlo\t\x7f\x7f\t\r",
+            "/fi\t~/no\tlo\t\x7f\x7f\t\r",
             "before the next message: long name.txt, 9 characters",
         ),
         (f"/save {tmp_path}/notes/.h\t\r", "/notes/.hidden exists"),
@@ -596,6 +596,7 @@ def test_commands_that_cannot_be_followed_say_why(engine):
         ("/undo 2", "/undo takes nothing, got '2'"),
         ("/contxt", "no command /contxt; did you mean /context"),
         ("/xyzzy", "no command /xyzzy; /help lists them"),
+        ("/clear 1", "/clear takes nothing, got '1'"),
         ("/quit now", "/quit takes nothing, got 'now'"),
         ("/hist", "no command /hist; did you mean /history"),
         ("/private", "no command /private; /help lists them"),
