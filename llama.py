@@ -17,8 +17,8 @@ How a text goes through this file (the numbers are sections):
 
 How to read it. Part One, sections 1 to 10, is a complete runner: read it from its
 beginning, at one sitting. If the file ended there, it would still run. The other parts
-extend it, each for a purpose of its own, and can be read in any order; each begins with
-the imports that it adds. Every section uses only sections above it.
+extend it, each for a purpose of its own; each begins with the imports that it adds.
+Every section uses only sections above it.
 
 Symbols (shapes are written like (B, H, L, Dh))
     B    batch size                      D    width of the residual stream, hidden_size
