@@ -96,6 +96,11 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
+# What other programs use; the rest is there to be read, and to be copied.
+__all__ = ["Engine", "Reply", "Tokenizer", "generate", "load", "main", "make_sampler"]
+__all__ += ["ChatTemplate", "KVCache", "Llama", "ModelArgs", "TensorInfo", "accelerate"]
+__all__ += ["join_ranks", "read_header", "read_tensors"]
+
 if __name__ == "__main__":
     for package in ("mlx", "safetensors", "tiktoken"):
         if importlib.util.find_spec(package) is None:

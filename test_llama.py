@@ -22,6 +22,7 @@ import json
 import math
 import mmap
 import os
+import pydoc
 import queue
 import random
 import re
@@ -386,6 +387,15 @@ def test_importing_runs_no_code():
     assert missing.startswith("if __name__ == '__main__':")
     assert blas.startswith("if sys.platform == 'linux' and 'mlx.core' not in sys")
     assert blas.count("\n") == 4
+
+
+def test_what_other_programs_use_is_what_help_tells_of():
+    """The names that README imports too."""
+    assert [name for name in llama.__all__ if not hasattr(llama, name)] == []
+    used = {*re.findall(r"llama\.([A-Za-z]\w+)", README)} - {"py", "cpp"}
+    assert used - {*llama.__all__} == set()
+    told = pydoc.plain(pydoc.render_doc(llama))
+    assert "class Engine" in told and "class Undefined" not in told
 
 
 def test_lines_are_as_wide_as_a_formatter_leaves_them():
