@@ -43,19 +43,21 @@ Part Two: every Llama
     11 Families                          1, 4
     12 Chat templates                    none
     13 Other vocabularies                1, 4, 7, 11, 12
-    14 Checked loading                   1-7, 11-13
+    14 Sampling options                  1, 4, 8, 11
+    15 This machine                      1, 2
+    16 Checked loading                   1-7, 11-13, 15
 Part Three: faster
-    15 Prompt lookup                     5, 9
-    16 Faster steps                      1-6
-    17 The CUDA kernel                   1-6, 16
-    18 Tensor parallel                   1-7, 11-14, 16, 17
+    17 Prompt lookup                     5, 9
+    18 Faster steps                      1-6
+    19 The CUDA kernel                   1-6, 18
+    20 Tensor parallel                   1-7, 11-13, 15, 16, 18, 19
 Part Four: streaming
-    19 Sessions                          1-7, 11-14
-    20 Engine                            1-9, 11-19
+    21 Sessions                          1-7, 11-13, 15, 16
+    22 Engine                            1-9, 11-21
 Part Five: command line
-    21 Info and inspect                  1-9, 11-20
-    22 Chat                              1-9, 11-21
-    23 Main                              1-9, 11-22
+    23 Info and inspect                  1-9, 11-22
+    24 Chat                              1-9, 11-23
+    25 Main                              1-9, 11-24
 
 How to lift a piece. Copy the section, the sections on its "uses:" line, and the imports
 on their "needs:" lines; nothing else is needed. "registers:" names tables of sections
@@ -1131,44 +1133,6 @@ def apply_min_p(logprobs: mx.array, p: float) -> mx.array:
     return mx.where(logprobs < threshold, -mx.inf, logprobs)
 
 
-INTERVALS = {  # from an option to its minimum and its maximum
-    "temperature": (0, 1e9),
-    "top_k": (-1, 1e9),
-    "top_p": (0, 1),
-    "min_p": (0, 1),
-    "repetition_penalty": (0, 1e9),
-}
-
-
-def interval(name: str) -> str:
-    """Return an option's interval as it is written, [0, 1] for instance."""
-    least, greatest = INTERVALS[name]
-    greatest = "1e9" if greatest == 1e9 else greatest
-    return f"[{least}, {greatest}]"
-
-
-def check_sampling(**options: float | None) -> None:
-    """Raise ValueError, naming interval and value, for an option outside of it."""
-    for name, value in options.items():
-        if value is None:
-            continue
-        least, greatest = INTERVALS[name]
-        inside = type(value) in (int, float) and least <= value <= greatest
-        if inside and name == "top_k":
-            inside = value == int(value)
-        if not inside:
-            kind = ", a whole number" if name == "top_k" else ""
-            raise ValueError(
-                f"{name} must be in {interval(name)}{kind}, got {value!r:.80}"
-            )
-
-
-def check_seed(seed: int) -> None:
-    """Raise ValueError for a seed that MLX makes no key of random numbers from."""
-    if not hasattr(seed, "__index__") or not 0 <= seed < 2**64:
-        raise ValueError(f"seed must be a whole number in [0, 2**64), got {seed!r:.80}")
-
-
 def new_seed() -> int:
     """Return a random seed, short enough to be typed again."""
     return int.from_bytes(os.urandom(4), "little")
@@ -1180,7 +1144,6 @@ class Sampler:
 
     Its state is a key, which is split for every token, and which tokens were seen. Both
     are made on first use, in the thread that samples.
-    Raises ValueError with the interval and the value for an option outside it.
     """
 
     temperature: float = 0.6  # 0 is greedy, the likeliest token
@@ -1195,11 +1158,7 @@ class Sampler:
     seen: mx.array | None = field(default=None, init=False)  # (B, V), bool
 
     def __post_init__(self):
-        check_sampling(**{name: getattr(self, name) for name in INTERVALS})
-        if self.temperature is None:  # the others may be None, which turns them off
-            raise ValueError("temperature must be a number, got None; 0 is greedy")
         self.seed = new_seed() if self.seed is None else self.seed
-        check_seed(self.seed)
 
     def __call__(self, logits: mx.array) -> mx.array:
         # 16-bit cumulative sums would misjudge the tail, so float32 from here on.
@@ -1234,9 +1193,6 @@ class Sampler:
             self.key = mx.random.key(self.seed)
         self.key, draw_key = mx.random.split(self.key)
         return mx.random.categorical(logprobs, key=draw_key)
-
-
-make_sampler = Sampler  # generate(..., sampler=make_sampler(temperature=0.0))
 
 
 # -----------------------------------------------------------------------------
@@ -4274,14 +4230,304 @@ class Tokenizer(ByteLevelTokenizer):
 
 
 # -----------------------------------------------------------------------------
-# 14. Checked loading
+# 14. Sampling options
+# What a user, or a folder's generation_config.json, may ask of the sampler: each option
+# has an interval, and what is outside of it is refused with both. What else a
+# generation_config.json may hold, and has no effect here, is named.
+# uses: 1, 4, 8, 11
+# needs: Path
+# -----------------------------------------------------------------------------
+
+INTERVALS = {  # from an option to its minimum and its maximum
+    "temperature": (0, 1e9),
+    "top_k": (-1, 1e9),
+    "top_p": (0, 1),
+    "min_p": (0, 1),
+    "repetition_penalty": (0, 1e9),
+}
+
+
+def interval(name: str) -> str:
+    """Return an option's interval as it is written, [0, 1] for instance."""
+    least, greatest = INTERVALS[name]
+    greatest = "1e9" if greatest == 1e9 else greatest
+    return f"[{least}, {greatest}]"
+
+
+def check_sampling(**options: float | None) -> None:
+    """Raise ValueError, naming interval and value, for an option outside of it."""
+    for name, value in options.items():
+        if value is None:
+            continue
+        least, greatest = INTERVALS[name]
+        inside = type(value) in (int, float) and least <= value <= greatest
+        if inside and name == "top_k":
+            inside = value == int(value)
+        if not inside:
+            kind = ", a whole number" if name == "top_k" else ""
+            raise ValueError(
+                f"{name} must be in {interval(name)}{kind}, got {value!r:.80}"
+            )
+
+
+def check_seed(seed: int) -> None:
+    """Raise ValueError for a seed that MLX makes no key of random numbers from."""
+    if not hasattr(seed, "__index__") or not 0 <= seed < 2**64:
+        raise ValueError(f"seed must be a whole number in [0, 2**64), got {seed!r:.80}")
+
+
+class CheckedSampler(Sampler):
+    """A Sampler of options that were checked.
+
+    Raises ValueError with the interval and the value for an option outside of it.
+    """
+
+    def __post_init__(self):
+        check_sampling(**{name: getattr(self, name) for name in INTERVALS})
+        if self.temperature is None:  # the others may be None, which turns them off
+            raise ValueError("temperature must be a number, got None; 0 is greedy")
+        super().__post_init__()
+        check_seed(self.seed)
+
+
+make_sampler = CheckedSampler  # generate(..., sampler=make_sampler(temperature=0.0))
+
+
+# What else generation_config.json may have, with the value that changes nothing; an
+# empty one never does. Lengths are left out: a chat has no limit of its own.
+WITHOUT_EFFECT = {"num_beams": 1, "guidance_scale": 1, "typical_p": 1}
+WITHOUT_EFFECT |= dict.fromkeys(("no_repeat_ngram_size", "penalty_alpha"), 0)
+WITHOUT_EFFECT |= dict.fromkeys(("min_new_tokens", "min_length"), 0)
+WITHOUT_EFFECT |= dict.fromkeys(("epsilon_cutoff", "eta_cutoff"), 0)
+WITHOUT_EFFECT |= dict.fromkeys(("suppress_tokens", "begin_suppress_tokens"))
+WITHOUT_EFFECT |= dict.fromkeys(("forced_bos_token_id", "forced_eos_token_id"))
+WITHOUT_EFFECT |= dict.fromkeys(("bad_words_ids", "sequence_bias", "stop_strings"))
+WITHOUT_EFFECT |= dict.fromkeys(("exponential_decay_length_penalty", "top_h"))
+
+
+def without_effect(folder: Path) -> list[str]:
+    """Return the keys of generation_config.json that would change what transformers
+    writes, and change nothing here."""
+    config = read_json(folder / "generation_config.json")
+    given = [(key, config.get(key)) for key in WITHOUT_EFFECT]
+    nothing = (None, "", [], {})
+    return [k for k, v in given if v not in nothing and v != WITHOUT_EFFECT[k]]
+
+
+def default_sampling(folder: Path) -> dict[str, float | None]:
+    """Return make_sampler's options as generation_config.json has them.
+
+    Where it is silent: temperature 0.6 and top_p 0.9, as Meta's Llama 3 has it.
+    Raises ValueError naming the file if it has one out of range.
+    """
+    file = folder / "generation_config.json"
+    config = read_json(file)
+    given = {name: config[name] for name in INTERVALS if config.get(name) is not None}
+    if config.get("do_sample") is False:
+        given["temperature"] = 0.0
+    usual = {"temperature": Sampler.temperature, "top_p": Sampler.top_p}
+    options = usual | given
+    try:
+        check_sampling(**options)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+    return options
+
+
+# -----------------------------------------------------------------------------
+# 15. This machine
+# What is best here: in which numbers to compute, how many tokens to read at a time, how
+# many to draft, how long a context to allow. And what there is: memory, and on a CPU a
+# fast library of matrix products, OpenBLAS.
+# uses: 1, 2
+# needs: Iterable, Mapping, ctypes, math, mx, os, sys
+# -----------------------------------------------------------------------------
+
+
+def default_dtype() -> mx.Dtype | None:
+    """Return what to compute in: None, which is what the files hold, on a GPU. MLX's
+    CPU backend multiplies packed matrices many times faster in float32 than in 16 bits.
+    """
+    return mx.float32 if mx.default_device() == mx.cpu else None
+
+
+def chosen_dtype(wanted: mx.Dtype | None) -> mx.Dtype | None:
+    """Return what to compute in: what is wanted, or the default_dtype of this machine.
+    Raises ValueError for what is no dtype of floating-point numbers."""
+    if wanted is None:
+        return default_dtype()
+    if not isinstance(wanted, mx.Dtype) or not mx.issubdtype(wanted, mx.floating):
+        raise ValueError(f"dtype must be floating, as mlx.core.float16, got {wanted!r}")
+    return wanted
+
+
+def has_openblas() -> bool:
+    """Return whether OpenBLAS computes the matrix products of this CPU.
+
+    MLX's wheel for CPUs on Linux carries the reference BLAS, whose products take twenty
+    to a hundred times as long. MLX calls OpenBLAS instead if the names of this are
+    visible when MLX is loaded; the imports of this file see to it.
+    """
+    return hasattr(ctypes.CDLL(None), "openblas_get_config")
+
+
+def holds_dequantized(nbytes: int) -> bool:
+    """Return whether this machine is to hold a packed model dequantized: on a CPU where
+    OpenBLAS makes up for it, if its `nbytes` in float32 are a third of the memory.
+    """
+    on_cpu = mx.default_device() == mx.cpu
+    return on_cpu and has_openblas() and 3 * nbytes <= machine_memory()
+
+
+LARGE_FOR_CPU = 50_000_000  # parameters
+
+
+def slow_products(parameters: int) -> str | None:
+    """Return a warning if a large model runs on a CPU of Linux without OpenBLAS."""
+    if mx.default_device() != mx.cpu or sys.platform != "linux" or has_openblas():
+        return None
+    if parameters <= LARGE_FOR_CPU:
+        return None
+    return "slow without OpenBLAS, which MLX would use here: apt install libopenblas0"
+
+
+def default_prefill_step() -> int:
+    """Return how many tokens to read at a time here.
+
+    A step cannot be interrupted. On a CPU a long one takes seconds, and is no faster
+    per token, except that OpenBLAS needs some 128 rows to be at its fastest. On CUDA a
+    step costs some 25 ms of launches whatever its length, so long steps are faster.
+    """
+    if mx.default_device() == mx.cpu:
+        return 128 if has_openblas() else 32
+    return 2048 if mx.cuda.is_available() else 512
+
+
+def default_drafts() -> int:
+    """Return how many tokens to draft at a time here: none on a CPU, which takes 16
+    times as long for 16 tokens as for one. MLX's kernels for Metal that multiply a
+    matrix by a vector take up to 8 rows, a token and 7 drafts."""
+    if mx.default_device() == mx.cpu:
+        return 0
+    return 15 if mx.cuda.is_available() else 7
+
+
+def is_cast(info: TensorInfo, dtype: mx.Dtype | None) -> bool:
+    """Return whether a tensor is cast when it is read; dtype: see read_weights."""
+    kind = DTYPES[info.dtype]
+    return dtype is not None and kind != dtype and mx.issubdtype(kind, mx.floating)
+
+
+def memory_of(tensors: Iterable[TensorInfo], dtype: mx.Dtype | None) -> int:
+    """Return the bytes that tensors take loaded; dtype: see read_weights."""
+    return sum(
+        math.prod(info.shape) * dtype.size if is_cast(info, dtype) else info.nbytes
+        for info in tensors
+    )
+
+
+def adopted_bytes(tensors: Iterable[TensorInfo], dtype: mx.Dtype | None) -> int:
+    """Return the bytes of tensors from which a model computes in place, as Metal can;
+    dtype: see read_weights."""
+    if not mx.metal.is_available() or mx.default_device() == mx.cpu:
+        return 0
+    in_place = [t for t in tensors if t.adoptable and not is_cast(t, dtype)]
+    return sum(info.nbytes for info in in_place)
+
+
+def cache_item_size(tensors: Mapping[str, TensorInfo], dtype: mx.Dtype | None) -> int:
+    """Return the bytes of a number in the cache, which is of the norms' dtype."""
+    return (dtype or DTYPES[tensors["model.norm.weight"].dtype]).size
+
+
+DEFAULT_CONTEXT = 8192  # tokens, of a model that can have as many
+
+
+def kv_bytes_per_token(args: ModelArgs, item_size: int) -> int:
+    """Return the bytes that one token takes in the cache: a key and a value a layer."""
+    heads = args.num_hidden_layers * args.num_key_value_heads
+    return 2 * heads * args.head_dim * item_size
+
+
+def machine_memory() -> int:
+    """Return the bytes that a model can use here."""
+    device = mx.device_info()
+    if mx.metal.is_available():
+        return device["max_recommended_working_set_size"]
+    physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return device.get("total_memory") or physical
+
+
+def wired_limit() -> int | None:
+    """Return the bytes that Metal recommends to keep on the GPU, None elsewhere."""
+    return machine_memory() if mx.metal.is_available() else None
+
+
+def gigabytes(nbytes: float) -> str:
+    """Return a size in GB, or in the first unit below that shows two digits of it."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if nbytes >= size / 10:
+            return f"{nbytes / size:.2f} {unit}"
+    return f"{nbytes:.0f} bytes"
+
+
+class MemoryTooSmall(ValueError):
+    """Weights and cache, in bytes, do not fit into `there`."""
+
+    def __init__(self, weights: int, cache: int, there: int):
+        self.weights, self.cache, self.there = weights, cache, there
+        parts = f"{gigabytes(weights)} of weights and {gigabytes(cache)} of cache"
+        super().__init__(f"{parts} do not fit {gigabytes(there)} of memory")
+
+
+def require_memory(weights: int, cache: int) -> str | None:
+    """Return a warning if weights and cache, in bytes, nearly fill what Metal allows.
+
+    Raises MemoryTooSmall if they do not fit this machine.
+    """
+    needed, there, limit = weights + cache, machine_memory(), wired_limit()
+    if needed > there:
+        raise MemoryTooSmall(weights, cache, there)
+    if limit is None or needed < 0.9 * limit:
+        return None
+    parts = f"{gigabytes(weights)} of weights and {gigabytes(cache)} of cache"
+    advice = f"sudo sysctl iogpu.wired_limit_mb={needed // 1_000_000 + 4000}"
+    return f"{parts}, of {gigabytes(limit)} that Metal recommends; if slow: {advice}"
+
+
+def choose_context(args: ModelArgs, wanted: int | None) -> tuple[int, str | None]:
+    """Return how many tokens of context a model gets, and a warning if these are more
+    than it was made for, or fewer because of its sliding window.
+
+    wanted: None is the longest, at most DEFAULT_CONTEXT.
+    Raises ValueError if a token could not see all of it.
+    """
+    longest, window = args.max_position_embeddings, args.sliding_window
+    context = min(args.longest_context, DEFAULT_CONTEXT) if wanted is None else wanted
+    most, reason = 2**31 - 1, ""
+    if window is not None:
+        most, reason = window, ", the model's sliding window"
+    if not hasattr(context, "__index__") or not 1 <= context <= most:
+        raise ValueError(f"the context must be in [1, {most}]{reason}, got {context!r}")
+    if context > longest:
+        return context, (
+            f"the context is {context} tokens; the model was made for {longest} "
+            "(max_position_embeddings)"
+        )
+    if wanted is None and context == window and window < longest:
+        return context, f"the context is {window} tokens{reason}"
+    return context, None
+
+
+# -----------------------------------------------------------------------------
+# 16. Checked loading
 # From a folder of anyone's making to a model that is ready to run. A folder is found,
 # its files are compared with each other, and what is wrong is said before a weight is
 # read. Model folders come from strangers, so everything is checked here, and trusted
 # after this.
-# uses: 1-7, 11-13
-# needs: Callable, Iterable, Iterator, Mapping, Path, ctypes, dataclass, difflib, math,
-#     mx, os, re, replace, safetensors, sys, tree_flatten
+# uses: 1-7, 11-13, 15
+# needs: Callable, Iterable, Iterator, Mapping, Path, dataclass, difflib, math, mx, os,
+#     re, replace, safetensors, tree_flatten
 # -----------------------------------------------------------------------------
 
 
@@ -4711,181 +4957,6 @@ def examine(folder: str | Path) -> tuple[Llama, dict[str, TensorInfo]]:
     return model, tensors
 
 
-def default_dtype() -> mx.Dtype | None:
-    """Return what to compute in: None, which is what the files hold, on a GPU. MLX's
-    CPU backend multiplies packed matrices many times faster in float32 than in 16 bits.
-    """
-    return mx.float32 if mx.default_device() == mx.cpu else None
-
-
-def chosen_dtype(wanted: mx.Dtype | None) -> mx.Dtype | None:
-    """Return what to compute in: what is wanted, or the default_dtype of this machine.
-    Raises ValueError for what is no dtype of floating-point numbers."""
-    if wanted is None:
-        return default_dtype()
-    if not isinstance(wanted, mx.Dtype) or not mx.issubdtype(wanted, mx.floating):
-        raise ValueError(f"dtype must be floating, as mlx.core.float16, got {wanted!r}")
-    return wanted
-
-
-def has_openblas() -> bool:
-    """Return whether OpenBLAS computes the matrix products of this CPU.
-
-    MLX's wheel for CPUs on Linux carries the reference BLAS, whose products take twenty
-    to a hundred times as long. MLX calls OpenBLAS instead if the names of this are
-    visible when MLX is loaded; the imports of this file see to it.
-    """
-    return hasattr(ctypes.CDLL(None), "openblas_get_config")
-
-
-def holds_dequantized(nbytes: int) -> bool:
-    """Return whether this machine is to hold a packed model dequantized: on a CPU where
-    OpenBLAS makes up for it, if its `nbytes` in float32 are a third of the memory.
-    """
-    on_cpu = mx.default_device() == mx.cpu
-    return on_cpu and has_openblas() and 3 * nbytes <= machine_memory()
-
-
-LARGE_FOR_CPU = 50_000_000  # parameters
-
-
-def slow_products(parameters: int) -> str | None:
-    """Return a warning if a large model runs on a CPU of Linux without OpenBLAS."""
-    if mx.default_device() != mx.cpu or sys.platform != "linux" or has_openblas():
-        return None
-    if parameters <= LARGE_FOR_CPU:
-        return None
-    return "slow without OpenBLAS, which MLX would use here: apt install libopenblas0"
-
-
-def default_prefill_step() -> int:
-    """Return how many tokens to read at a time here.
-
-    A step cannot be interrupted. On a CPU a long one takes seconds, and is no faster
-    per token, except that OpenBLAS needs some 128 rows to be at its fastest. On CUDA a
-    step costs some 25 ms of launches whatever its length, so long steps are faster.
-    """
-    if mx.default_device() == mx.cpu:
-        return 128 if has_openblas() else 32
-    return 2048 if mx.cuda.is_available() else 512
-
-
-def default_drafts() -> int:
-    """Return how many tokens to draft at a time here: none on a CPU, which takes 16
-    times as long for 16 tokens as for one. MLX's kernels for Metal that multiply a
-    matrix by a vector take up to 8 rows, a token and 7 drafts."""
-    if mx.default_device() == mx.cpu:
-        return 0
-    return 15 if mx.cuda.is_available() else 7
-
-
-def is_cast(info: TensorInfo, dtype: mx.Dtype | None) -> bool:
-    """Return whether a tensor is cast when it is read; dtype: see read_weights."""
-    kind = DTYPES[info.dtype]
-    return dtype is not None and kind != dtype and mx.issubdtype(kind, mx.floating)
-
-
-def memory_of(tensors: Iterable[TensorInfo], dtype: mx.Dtype | None) -> int:
-    """Return the bytes that tensors take loaded; dtype: see read_weights."""
-    return sum(
-        math.prod(info.shape) * dtype.size if is_cast(info, dtype) else info.nbytes
-        for info in tensors
-    )
-
-
-def adopted_bytes(tensors: Iterable[TensorInfo], dtype: mx.Dtype | None) -> int:
-    """Return the bytes of tensors from which a model computes in place, as Metal can;
-    dtype: see read_weights."""
-    if not mx.metal.is_available() or mx.default_device() == mx.cpu:
-        return 0
-    in_place = [t for t in tensors if t.adoptable and not is_cast(t, dtype)]
-    return sum(info.nbytes for info in in_place)
-
-
-def cache_item_size(tensors: Mapping[str, TensorInfo], dtype: mx.Dtype | None) -> int:
-    """Return the bytes of a number in the cache, which is of the norms' dtype."""
-    return (dtype or DTYPES[tensors["model.norm.weight"].dtype]).size
-
-
-DEFAULT_CONTEXT = 8192  # tokens, of a model that can have as many
-
-
-def kv_bytes_per_token(args: ModelArgs, item_size: int) -> int:
-    """Return the bytes that one token takes in the cache: a key and a value a layer."""
-    heads = args.num_hidden_layers * args.num_key_value_heads
-    return 2 * heads * args.head_dim * item_size
-
-
-def machine_memory() -> int:
-    """Return the bytes that a model can use here."""
-    device = mx.device_info()
-    if mx.metal.is_available():
-        return device["max_recommended_working_set_size"]
-    physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return device.get("total_memory") or physical
-
-
-def wired_limit() -> int | None:
-    """Return the bytes that Metal recommends to keep on the GPU, None elsewhere."""
-    return machine_memory() if mx.metal.is_available() else None
-
-
-def gigabytes(nbytes: float) -> str:
-    """Return a size in GB, or in the first unit below that shows two digits of it."""
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if nbytes >= size / 10:
-            return f"{nbytes / size:.2f} {unit}"
-    return f"{nbytes:.0f} bytes"
-
-
-class MemoryTooSmall(ValueError):
-    """Weights and cache, in bytes, do not fit into `there`."""
-
-    def __init__(self, weights: int, cache: int, there: int):
-        self.weights, self.cache, self.there = weights, cache, there
-        parts = f"{gigabytes(weights)} of weights and {gigabytes(cache)} of cache"
-        super().__init__(f"{parts} do not fit {gigabytes(there)} of memory")
-
-
-def require_memory(weights: int, cache: int) -> str | None:
-    """Return a warning if weights and cache, in bytes, nearly fill what Metal allows.
-
-    Raises MemoryTooSmall if they do not fit this machine.
-    """
-    needed, there, limit = weights + cache, machine_memory(), wired_limit()
-    if needed > there:
-        raise MemoryTooSmall(weights, cache, there)
-    if limit is None or needed < 0.9 * limit:
-        return None
-    parts = f"{gigabytes(weights)} of weights and {gigabytes(cache)} of cache"
-    advice = f"sudo sysctl iogpu.wired_limit_mb={needed // 1_000_000 + 4000}"
-    return f"{parts}, of {gigabytes(limit)} that Metal recommends; if slow: {advice}"
-
-
-def choose_context(args: ModelArgs, wanted: int | None) -> tuple[int, str | None]:
-    """Return how many tokens of context a model gets, and a warning if these are more
-    than it was made for, or fewer because of its sliding window.
-
-    wanted: None is the longest, at most DEFAULT_CONTEXT.
-    Raises ValueError if a token could not see all of it.
-    """
-    longest, window = args.max_position_embeddings, args.sliding_window
-    context = min(args.longest_context, DEFAULT_CONTEXT) if wanted is None else wanted
-    most, reason = 2**31 - 1, ""
-    if window is not None:
-        most, reason = window, ", the model's sliding window"
-    if not hasattr(context, "__index__") or not 1 <= context <= most:
-        raise ValueError(f"the context must be in [1, {most}]{reason}, got {context!r}")
-    if context > longest:
-        return context, (
-            f"the context is {context} tokens; the model was made for {longest} "
-            "(max_position_embeddings)"
-        )
-    if wanted is None and context == window and window < longest:
-        return context, f"the context is {window} tokens{reason}"
-    return context, None
-
-
 GROUP_SIZE = 64  # of what is quantized while it is read, as MLX's converter has it
 
 
@@ -5003,7 +5074,7 @@ def load(
 import copy
 
 # -----------------------------------------------------------------------------
-# 15. Prompt lookup
+# 17. Prompt lookup
 # A GPU that reads all weights for one token could compute 16 tokens in nearly the same
 # time, if it knew them. Much of writing is copying: names, code, what was asked. So
 # where the last tokens have occurred before, those that followed then are drafts of
@@ -5161,7 +5232,7 @@ def decode_with_lookup(
 
 
 # -----------------------------------------------------------------------------
-# 16. Faster steps
+# 18. Faster steps
 # Part One describes each step anew, launches it as a whole, and computes with packed
 # weights as they are. A GPU gains by something else in four places:
 #   - To decode, it waits for Python. So what is the same for every token is compiled.
@@ -5536,12 +5607,12 @@ def arrange_steps(model: Llama) -> None:
 
 
 # -----------------------------------------------------------------------------
-# 17. The CUDA kernel
+# 19. The CUDA kernel
 # Decoding a 4-bit model on CUDA, where MLX's matrix-vector product uses a fifth of the
 # memory's bandwidth. This one uses up to half, and also computes the norm that precedes
 # it, and the addition or SwiGLU that follows: so a layer is four launches and
 # attention. It is never used on Metal or on a CPU.
-# uses: 1-6, 16
+# uses: 1-6, 18
 # needs: Callable, itertools, mx, nn, tree_flatten
 # -----------------------------------------------------------------------------
 
@@ -5685,12 +5756,12 @@ def fuse(model: Llama) -> None:
 
 
 # -----------------------------------------------------------------------------
-# 18. Tensor parallel
+# 20. Tensor parallel
 # One model on several machines. Every rank, a process of the group, holds a share of
 # each layer, cut as in Megatron-LM [9]; two sums over all ranks a layer make it whole.
 # MLX's own mx.distributed carries them: nothing here opens a connection. mlx.launch
 # starts the ranks, and ends the others when one fails.
-# uses: 1-7, 11-14, 16, 17
+# uses: 1-7, 11-13, 15, 16, 18, 19
 # needs: Callable, Iterator, Mapping, Sequence, dataclass, json, mx, nn, os, replace
 # -----------------------------------------------------------------------------
 
@@ -5972,12 +6043,12 @@ import weakref
 import zlib
 
 # -----------------------------------------------------------------------------
-# 19. Sessions
+# 21. Sessions
 # A conversation on the disk: the cache, the ids that it holds, and notes of whoever
 # saves it. Reading the text anew would take as long as it took the first time; reading
 # the file takes as long as the disk. A file is replaced whole or not at all, is checked
 # for damage, and belongs to one model.
-# uses: 1-7, 11-14
+# uses: 1-7, 11-13, 15, 16
 # needs: Callable, Mapping, Path, contextlib, fcntl, hashlib, json, mx, os, shutil, zlib
 # -----------------------------------------------------------------------------
 
@@ -6118,12 +6189,12 @@ def restore_session(
 
 
 # -----------------------------------------------------------------------------
-# 20. Engine
+# 22. Engine
 # An actor: one thread owns everything of MLX, whose arrays and streams belong to the
 # thread that made them, and the outside exchanges ids and strings with it through
 # queues. So an interface never blocks, and any thread may ask. What the cache holds of
 # one conversation is kept: the next turn begins with the same ids, and reads its own.
-# uses: 1-9, 11-19
+# uses: 1-9, 11-21
 # needs: Callable, Collection, Iterable, Iterator, Mapping, NamedTuple, Path, Sequence,
 #     collections, contextlib, dataclass, field, mx, queue, threading, time, traceback,
 #     weakref
@@ -6344,27 +6415,6 @@ def wired_memory(nbytes: int) -> Iterator[None]:
             with contextlib.suppress(RuntimeError):  # which the caller has heard of
                 mx.synchronize()  # nothing may be running that counts on it
             mx.set_wired_limit(before)
-
-
-# What else generation_config.json may have, with the value that changes nothing; an
-# empty one never does. Lengths are left out: a chat has no limit of its own.
-WITHOUT_EFFECT = {"num_beams": 1, "guidance_scale": 1, "typical_p": 1}
-WITHOUT_EFFECT |= dict.fromkeys(("no_repeat_ngram_size", "penalty_alpha"), 0)
-WITHOUT_EFFECT |= dict.fromkeys(("min_new_tokens", "min_length"), 0)
-WITHOUT_EFFECT |= dict.fromkeys(("epsilon_cutoff", "eta_cutoff"), 0)
-WITHOUT_EFFECT |= dict.fromkeys(("suppress_tokens", "begin_suppress_tokens"))
-WITHOUT_EFFECT |= dict.fromkeys(("forced_bos_token_id", "forced_eos_token_id"))
-WITHOUT_EFFECT |= dict.fromkeys(("bad_words_ids", "sequence_bias", "stop_strings"))
-WITHOUT_EFFECT |= dict.fromkeys(("exponential_decay_length_penalty", "top_h"))
-
-
-def without_effect(folder: Path) -> list[str]:
-    """Return the keys of generation_config.json that would change what transformers
-    writes, and change nothing here."""
-    config = read_json(folder / "generation_config.json")
-    given = [(key, config.get(key)) for key in WITHOUT_EFFECT]
-    nothing = (None, "", [], {})
-    return [k for k, v in given if v not in nothing and v != WITHOUT_EFFECT[k]]
 
 
 TICK = 0.05  # seconds; how often ranks with nothing to do meet
@@ -6609,26 +6659,6 @@ class Worker(threading.Thread):
         return notes
 
 
-def default_sampling(folder: Path) -> dict[str, float | None]:
-    """Return make_sampler's options as generation_config.json has them.
-
-    Where it is silent: temperature 0.6 and top_p 0.9, as Meta's Llama 3 has it.
-    Raises ValueError naming the file if it has one out of range.
-    """
-    file = folder / "generation_config.json"
-    config = read_json(file)
-    given = {name: config[name] for name in INTERVALS if config.get(name) is not None}
-    if config.get("do_sample") is False:
-        given["temperature"] = 0.0
-    usual = {"temperature": Sampler.temperature, "top_p": Sampler.top_p}
-    options = usual | given
-    try:
-        check_sampling(**options)
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from None
-    return options
-
-
 class PromptTooLong(ValueError):
     """A prompt of `tokens` does not fit the context, which can be `longest` at most."""
 
@@ -6868,12 +6898,12 @@ from dataclasses import asdict
 from typing import TextIO
 
 # -----------------------------------------------------------------------------
-# 21. Info and inspect
+# 23. Info and inspect
 # What a model is, whether it fits this machine and how fast it is here; and what a
 # folder holds, with everything that is wrong with it. Answers go to stdout, notes and
 # progress to stderr, and escapes only to a terminal; what comes from a model or a file
 # is made printable first.
-# uses: 1-9, 11-20
+# uses: 1-9, 11-22
 # needs: Collection, Iterable, Iterator, Mapping, Path, TextIO, argparse, asdict,
 #     collections, contextlib, json, math, mx, nn, os, re, signal, statistics, sys,
 #     textwrap, time, tree_flatten, tree_unflatten
@@ -7667,10 +7697,10 @@ def cmd_inspect(options: argparse.Namespace) -> int:
 
 
 # -----------------------------------------------------------------------------
-# 22. Chat
+# 24. Chat
 # A conversation: on a terminal one that is typed, with commands that begin with a
 # slash; in a pipe one question and its answer.
-# uses: 1-9, 11-21
+# uses: 1-9, 11-23
 # needs: Callable, Iterator, Path, Sequence, TextIO, argparse, asdict, collections,
 #     contextlib, difflib, fields, functools, json, os, re, select, shlex, signal, sys,
 #     termios, unicodedata
@@ -8746,9 +8776,9 @@ class Chat(Conversation):
 
 
 # -----------------------------------------------------------------------------
-# 23. Main
+# 25. Main
 # The command line: its options, what they must be, and how a run ends.
-# uses: 1-9, 11-22
+# uses: 1-9, 11-24
 # needs: Callable, Path, Sequence, argparse, functools, mx, os, signal, sys, threading,
 #     time
 # -----------------------------------------------------------------------------

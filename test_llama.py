@@ -1797,40 +1797,6 @@ def test_sixteen_bit_logits_are_sampled_in_float32(monkeypatch):
     assert seen == [mx.float32]
 
 
-@pytest.mark.parametrize(
-    ("option", "value", "error"),
-    [
-        ("temperature", -0.1, r"temperature must be in \[0, 1e9\], got -0.1"),
-        ("temperature", math.inf, r"temperature must be in \[0, 1e9\], got inf"),
-        ("temperature", math.nan, r"got nan"),
-        ("temperature", 10**400, r"temperature must be in .*, got 1000"),
-        ("temperature", True, r"got True"),
-        ("temperature", "hot", r"got 'hot'"),
-        ("temperature", None, "temperature must be a number, got None"),
-        ("top_k", -2, r"top_k must be in \[-1, 1e9\], a whole number, got -2"),
-        ("top_k", True, "a whole number, got True"),
-        ("top_k", -0.5, "a whole number, got -0.5"),
-        ("top_k", math.inf, r"a whole number, got inf"),
-        ("top_k", 1.5, "a whole number, got 1.5"),
-        ("top_p", 1.5, r"top_p must be in \[0, 1\], got 1.5"),
-        ("top_p", math.nan, "got nan"),
-        ("top_p", True, "got True"),
-        ("top_p", False, "got False"),
-        ("top_p", "0", "got '0'"),
-        ("top_p", [0], r"got \[0\]"),
-        ("min_p", -1, r"min_p must be in \[0, 1\], got -1"),
-        (
-            "repetition_penalty",
-            -1,
-            r"repetition_penalty must be in \[0, 1e9\], got -1",
-        ),
-    ],
-)
-def test_options_out_of_range_are_refused(option, value, error):
-    with pytest.raises(ValueError, match=error):
-        llama.make_sampler(**{option: value})
-
-
 # -----------------------------------------------------------------------------
 # 9. Generation
 # -----------------------------------------------------------------------------
@@ -4636,7 +4602,134 @@ def test_a_space_between_two_replies_belongs_to_one_of_them():
 
 
 # -----------------------------------------------------------------------------
-# 14. Checked loading
+# 14. Sampling options
+# -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "error"),
+    [
+        ("temperature", -0.1, r"temperature must be in \[0, 1e9\], got -0.1"),
+        ("temperature", math.inf, r"temperature must be in \[0, 1e9\], got inf"),
+        ("temperature", math.nan, r"got nan"),
+        ("temperature", 10**400, r"temperature must be in .*, got 1000"),
+        ("temperature", True, r"got True"),
+        ("temperature", "hot", r"got 'hot'"),
+        ("temperature", None, "temperature must be a number, got None"),
+        ("top_k", -2, r"top_k must be in \[-1, 1e9\], a whole number, got -2"),
+        ("top_k", True, "a whole number, got True"),
+        ("top_k", -0.5, "a whole number, got -0.5"),
+        ("top_k", math.inf, r"a whole number, got inf"),
+        ("top_k", 1.5, "a whole number, got 1.5"),
+        ("top_p", 1.5, r"top_p must be in \[0, 1\], got 1.5"),
+        ("top_p", math.nan, "got nan"),
+        ("top_p", True, "got True"),
+        ("top_p", False, "got False"),
+        ("top_p", "0", "got '0'"),
+        ("top_p", [0], r"got \[0\]"),
+        ("min_p", -1, r"min_p must be in \[0, 1\], got -1"),
+        (
+            "repetition_penalty",
+            -1,
+            r"repetition_penalty must be in \[0, 1e9\], got -1",
+        ),
+    ],
+)
+def test_options_out_of_range_are_refused(option, value, error):
+    with pytest.raises(ValueError, match=error):
+        llama.make_sampler(**{option: value})
+
+
+def test_sampling_defaults_are_the_folders(tmp_path, folder):
+    settings = {"temperature": 1.5, "top_k": 7, "top_p": 0.5, "max_length": 20}
+    for given, wanted in (
+        (settings, without(settings, "max_length")),
+        ({"do_sample": False}, {"temperature": 0, "top_p": 0.9}),
+        ({"temperature": 0, "top_p": None}, {"temperature": 0, "top_p": 0.9}),
+        ({}, {"temperature": 0.6, "top_p": 0.9}),
+    ):
+        write_tokenizer(tmp_path, {}, generation_config=given)
+        assert llama.default_sampling(tmp_path) == wanted
+    (tmp_path / "generation_config.json").write_text('{"top_p": 7}')
+    with pytest.raises(ValueError, match=r"generation_config.json: top_p .* got 7"):
+        llama.default_sampling(tmp_path)
+    assert llama.default_sampling(folder) == {"temperature": 0.6, "top_p": 0.9}
+
+
+# What transformers obeys and this runner does not, and what changes nothing there.
+CHANGES = {"suppress_tokens": [5], "begin_suppress_tokens": [5], "stop_strings": "a"}
+CHANGES |= {"bad_words_ids": [[5]], "sequence_bias": [[[5], 1.0]], "min_length": 1}
+CHANGES |= {"no_repeat_ngram_size": 2, "min_new_tokens": 1, "guidance_scale": 1.5}
+CHANGES |= {"forced_bos_token_id": 0, "forced_eos_token_id": 0, "num_beams": 2}
+CHANGES |= {"exponential_decay_length_penalty": [1, 1.5], "penalty_alpha": 0.5}
+CHANGES |= {"typical_p": 0.5, "epsilon_cutoff": 0.1, "eta_cutoff": 0.1, "top_h": 0.5}
+NEUTRAL = dict.fromkeys(CHANGES) | {"max_length": 20, "max_new_tokens": 5}
+NEUTRAL |= {"num_beams": 1, "typical_p": 1.0, "guidance_scale": 1.0, "min_length": 0}
+NEUTRAL |= {"no_repeat_ngram_size": 0, "suppress_tokens": [], "sequence_bias": {}}
+
+
+def test_what_has_no_effect_in_generation_config_is_said(folder, tmp_path, capsys):
+    own = shutil.copytree(folder, tmp_path / "m")
+    for given, keys in ((CHANGES, {*CHANGES}), (NEUTRAL, set()), ({}, set())):
+        hostile(generation_config=given)(own)
+        assert {*llama.without_effect(own)} == keys
+    hostile(generation_config={"no_repeat_ngram_size": 2, "num_beams": 1})(own)
+    with llama.Engine(own) as engine:
+        told = "generation_config.json: no_repeat_ngram_size has no effect here"
+        assert engine.warnings == [told]
+    assert llama.main(["inspect", str(own)]) == 0
+    assert re.search(r"no effect +no_repeat_ngram_size\n", capsys.readouterr().out)
+    assert llama.main(["inspect", str(own), "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["without_effect"] == ["no_repeat_ngram_size"]
+
+
+def test_transformers_knows_what_has_no_effect_here():
+    transformers = peer("transformers")
+    known = transformers.GenerationConfig().to_dict().keys()
+    assert llama.WITHOUT_EFFECT.keys() == CHANGES.keys() <= known
+
+
+ON = {"top_k": 5, "top_p": 0.5, "min_p": 0.2, "repetition_penalty": 1.5}
+
+
+@pytest.mark.parametrize(("name", "off"), OFF)
+def test_what_the_field_writes_for_off_is_off(
+    name, off, folder, tmp_path, monkeypatch, capsys
+):
+    """In a folder's file, on the command line, typed, and to an engine, each of which
+    wins over the one before; also against the default of top_p."""
+    seen, make = [], llama.make_sampler
+    monkeypatch.setattr(
+        llama, "make_sampler", lambda **given: seen.append(given) or make(**given)
+    )
+    own = shutil.copytree(folder, tmp_path / "m")
+    hostile(generation_config={name: off})(own)
+    assert llama.default_sampling(own)[name] == off
+    assert llama.main(["inspect", str(own)]) == 0
+    assert f"{name} {off}" in capsys.readouterr().out
+    words = ["chat", str(own), "--prompt", "x", "--max-tokens", "1"]
+    option = ["--" + name.replace("_", "-"), str(off)]
+    for settings, more in (({name: off}, []), (ON, option)):
+        hostile(generation_config=settings)(own)
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"")))
+        assert llama.main([*words, *more]) == 0
+        assert seen.pop()[name] == off
+    with llama.Engine(own) as engine:
+        collections.deque(engine.chat(USER, max_tokens=1), 0)
+        assert seen.pop()[name] == ON[name]
+        collections.deque(engine.chat(USER, max_tokens=1, **{name: off}), 0)
+        assert seen.pop()[name] == off
+        chat = chat_with(engine)
+        for typed, number in ((off, off), ("off", 0)):
+            chat.take(f"/set {name} default")
+            chat.take(f"/set {name} {typed}")
+            chat.take("x")
+            assert seen.pop()[name] == number
+
+
+# -----------------------------------------------------------------------------
+# 16. Checked loading
 # -----------------------------------------------------------------------------
 
 
@@ -5552,7 +5645,7 @@ def test_a_folder_where_one_matrix_could_not_be_quantized_loads(tmp_path):
 
 
 # -----------------------------------------------------------------------------
-# 15. Prompt lookup
+# 17. Prompt lookup
 # -----------------------------------------------------------------------------
 
 
@@ -5801,7 +5894,7 @@ def test_the_device_decides_how_long_a_step_is(
 
 
 # -----------------------------------------------------------------------------
-# 20. Engine
+# 22. Engine
 # -----------------------------------------------------------------------------
 
 
@@ -6123,94 +6216,6 @@ def test_one_seed_gives_one_text_and_turns_without_one_differ(engine):
     assert text() != text()
 
 
-def test_sampling_defaults_are_the_folders(tmp_path, folder):
-    settings = {"temperature": 1.5, "top_k": 7, "top_p": 0.5, "max_length": 20}
-    for given, wanted in (
-        (settings, without(settings, "max_length")),
-        ({"do_sample": False}, {"temperature": 0, "top_p": 0.9}),
-        ({"temperature": 0, "top_p": None}, {"temperature": 0, "top_p": 0.9}),
-        ({}, {"temperature": 0.6, "top_p": 0.9}),
-    ):
-        write_tokenizer(tmp_path, {}, generation_config=given)
-        assert llama.default_sampling(tmp_path) == wanted
-    (tmp_path / "generation_config.json").write_text('{"top_p": 7}')
-    with pytest.raises(ValueError, match=r"generation_config.json: top_p .* got 7"):
-        llama.default_sampling(tmp_path)
-    assert llama.default_sampling(folder) == {"temperature": 0.6, "top_p": 0.9}
-
-
-# What transformers obeys and this runner does not, and what changes nothing there.
-CHANGES = {"suppress_tokens": [5], "begin_suppress_tokens": [5], "stop_strings": "a"}
-CHANGES |= {"bad_words_ids": [[5]], "sequence_bias": [[[5], 1.0]], "min_length": 1}
-CHANGES |= {"no_repeat_ngram_size": 2, "min_new_tokens": 1, "guidance_scale": 1.5}
-CHANGES |= {"forced_bos_token_id": 0, "forced_eos_token_id": 0, "num_beams": 2}
-CHANGES |= {"exponential_decay_length_penalty": [1, 1.5], "penalty_alpha": 0.5}
-CHANGES |= {"typical_p": 0.5, "epsilon_cutoff": 0.1, "eta_cutoff": 0.1, "top_h": 0.5}
-NEUTRAL = dict.fromkeys(CHANGES) | {"max_length": 20, "max_new_tokens": 5}
-NEUTRAL |= {"num_beams": 1, "typical_p": 1.0, "guidance_scale": 1.0, "min_length": 0}
-NEUTRAL |= {"no_repeat_ngram_size": 0, "suppress_tokens": [], "sequence_bias": {}}
-
-
-def test_what_has_no_effect_in_generation_config_is_said(folder, tmp_path, capsys):
-    own = shutil.copytree(folder, tmp_path / "m")
-    for given, keys in ((CHANGES, {*CHANGES}), (NEUTRAL, set()), ({}, set())):
-        hostile(generation_config=given)(own)
-        assert {*llama.without_effect(own)} == keys
-    hostile(generation_config={"no_repeat_ngram_size": 2, "num_beams": 1})(own)
-    with llama.Engine(own) as engine:
-        told = "generation_config.json: no_repeat_ngram_size has no effect here"
-        assert engine.warnings == [told]
-    assert llama.main(["inspect", str(own)]) == 0
-    assert re.search(r"no effect +no_repeat_ngram_size\n", capsys.readouterr().out)
-    assert llama.main(["inspect", str(own), "--json"]) == 0
-    shown = json.loads(capsys.readouterr().out)
-    assert shown["without_effect"] == ["no_repeat_ngram_size"]
-
-
-def test_transformers_knows_what_has_no_effect_here():
-    transformers = peer("transformers")
-    known = transformers.GenerationConfig().to_dict().keys()
-    assert llama.WITHOUT_EFFECT.keys() == CHANGES.keys() <= known
-
-
-ON = {"top_k": 5, "top_p": 0.5, "min_p": 0.2, "repetition_penalty": 1.5}
-
-
-@pytest.mark.parametrize(("name", "off"), OFF)
-def test_what_the_field_writes_for_off_is_off(
-    name, off, folder, tmp_path, monkeypatch, capsys
-):
-    """In a folder's file, on the command line, typed, and to an engine, each of which
-    wins over the one before; also against the default of top_p."""
-    seen, make = [], llama.make_sampler
-    monkeypatch.setattr(
-        llama, "make_sampler", lambda **given: seen.append(given) or make(**given)
-    )
-    own = shutil.copytree(folder, tmp_path / "m")
-    hostile(generation_config={name: off})(own)
-    assert llama.default_sampling(own)[name] == off
-    assert llama.main(["inspect", str(own)]) == 0
-    assert f"{name} {off}" in capsys.readouterr().out
-    words = ["chat", str(own), "--prompt", "x", "--max-tokens", "1"]
-    option = ["--" + name.replace("_", "-"), str(off)]
-    for settings, more in (({name: off}, []), (ON, option)):
-        hostile(generation_config=settings)(own)
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"")))
-        assert llama.main([*words, *more]) == 0
-        assert seen.pop()[name] == off
-    with llama.Engine(own) as engine:
-        collections.deque(engine.chat(USER, max_tokens=1), 0)
-        assert seen.pop()[name] == ON[name]
-        collections.deque(engine.chat(USER, max_tokens=1, **{name: off}), 0)
-        assert seen.pop()[name] == off
-        chat = chat_with(engine)
-        for typed, number in ((off, off), ("off", 0)):
-            chat.take(f"/set {name} default")
-            chat.take(f"/set {name} {typed}")
-            chat.take("x")
-            assert seen.pop()[name] == number
-
-
 def test_a_model_with_a_window_says_so_once_and_stays_inside(folder, tmp_path):
     own = shutil.copytree(folder, tmp_path / "m")
     hostile(config={"model_type": "mistral", "sliding_window": 300})(own)
@@ -6223,7 +6228,9 @@ def test_a_model_with_a_window_says_so_once_and_stays_inside(folder, tmp_path):
     line = refusal("chat", own, "--prompt", "x", "--ctx", "301")
     assert line.endswith("in [1, 300], the model's sliding window, got 301")
     told = command("chat", own, "--prompt", "x" * 400).stderr.decode()
-    assert re.search(r"1 to 300 tokens, got 4\d\d\n$", told)  # no option helps
+    assert re.search(
+        r"1 to 300 tokens, got 4\d\d; only a shorter prompt fits\n$", told
+    )  # no option helps
     with llama.Engine(own) as engine:
         assert engine.context == 300 and len(engine.warnings) == 1
     with llama.Engine(own, context=200) as engine:
@@ -6597,7 +6604,7 @@ def test_a_reply_cancelled_while_its_prompt_is_read_keeps_what_was_read(
 
 @on_the_cpu
 def test_on_a_cpu_a_reply_goes_through_the_functions_of_part_one(folder, monkeypatch):
-    """And through nothing of sections 15 to 17, but for what asks for the device, and
+    """And through nothing of sections 17 to 19, but for what asks for the device, and
     what brings the weights, as they are loaded, into the form that suits it."""
     entered = set()
 
@@ -6631,16 +6638,16 @@ def test_on_a_cpu_a_reply_goes_through_the_functions_of_part_one(folder, monkeyp
     ):
         assert function.__code__ in entered, function
     lines = SOURCE.splitlines()
-    first = lines.index(f"# 15. {SECTIONS[15].title}")
-    after = lines.index(f"# 18. {SECTIONS[18].title}")
+    first = lines.index(f"# 17. {SECTIONS[17].title}")
+    after = lines.index(f"# 20. {SECTIONS[20].title}")
     extras = {c.co_name for c in entered if first <= c.co_firstlineno < after}
-    asked = {"default_drafts", "default_prefill_step", "on_cuda"}
+    asked = {"on_cuda"}
     loading = {"lay_out_by_columns", "unpack_for_many", "dequantized_bytes"}
     assert {name for name in extras if name[0] != "<"} <= asked | loading
 
 
 # -----------------------------------------------------------------------------
-# 21. Info and inspect
+# 23. Info and inspect
 # -----------------------------------------------------------------------------
 
 
@@ -7321,7 +7328,7 @@ def test_inspect_finds_values_that_are_not_numbers(folder, tmp_path, capsys):
 
 
 # -----------------------------------------------------------------------------
-# 22. Chat
+# 24. Chat
 # -----------------------------------------------------------------------------
 
 
@@ -7491,7 +7498,7 @@ def test_control_tokens_that_a_user_types_are_text(folder, monkeypatch, capsys):
 
 
 # -----------------------------------------------------------------------------
-# 23. Main
+# 25. Main
 # -----------------------------------------------------------------------------
 
 
