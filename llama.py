@@ -253,8 +253,8 @@ MEMORYVIEW_FORMATS = {1: "B", 2: "H", 4: "I", 8: "Q"}
 def adopt(
     mapping: memoryview, start: int, item_size: int, count: int
 ) -> mx.array | None:
-    """Return `count` items from byte `start` on, in place, as whole numbers; None where
-    MLX cannot use memory in place. The array keeps the mapping alive.
+    """Return `count` items from byte `start` on, in place, as whole numbers. Return
+    None if MLX cannot use this memory in place. The array keeps the mapping alive.
 
     Metal adopts only whole pages. So the array begins at the page boundary before
     `start`, and ends at the page boundary behind the items. At the end of the file the
@@ -639,7 +639,8 @@ class KVCache:
 
 
 def trim_to(cache: list[KVCache], tokens: int) -> None:
-    """Forget all but the first tokens in every layer; one with fewer keeps them all."""
+    """Forget all but the first tokens in every layer. A layer that holds fewer keeps
+    all of them."""
     for layer_cache in cache:
         layer_cache.trim(max(layer_cache.offset - tokens, 0))
 
@@ -1076,9 +1077,9 @@ class ByteLevelTokenizer:
 # probabilities: after normalising they are 0.68, 0.25, 0.06 and 0.01. So below 1 the
 # likely becomes likelier.
 #
-# Each filter takes and returns the logarithms of probabilities, logprobs. They may all
-# be too large by the same number, since softmax gives the same then. A token that is
-# ruled out gets -inf. The order is that of Hugging Face's `generate`: repetition
+# Each filter takes and returns the logarithms of probabilities, logprobs. They need not
+# be normalised: adding one number to all of them changes nothing. A token that is ruled
+# out gets -inf. The order is that of Hugging Face's `generate`: repetition
 # penalty, temperature, top-k, top-p and min-p. The draw uses a key that is split for
 # every token, so the same seed draws the same tokens.
 # uses: none
@@ -1213,9 +1214,11 @@ class Sampler:
 #     Python   describe 2 | wait for 1, yield it | describe 3 | wait for 2, yield it |
 #     GPU        step 1             |         step 2          |         step 3
 #
-# Only these lines make the loaded model compute: mx.eval of the caches, after each step
-# of prefill; require_numbers, of the last logits of a prompt, and later now and then;
-# mx.async_eval, which starts each step of decode; and token.item(), which waits for it.
+# Only four lines make the loaded model compute:
+#     mx.eval, of the caches after each step of prefill
+#     require_numbers, of the last logits of a prompt, and later now and then
+#     mx.async_eval, which starts a step of decode
+#     token.item(), which waits for it
 #
 # Prefill and decode are generators, so whoever calls them can report progress, or stop,
 # between two steps. They work with any model that is called like the one of section 6,
@@ -1273,8 +1276,8 @@ def prefill(
     for start in range(0, len(prompt), step):
         tokens = mx.array(prompt[start : start + step])[None]
         logits = model(tokens, cache, logits_to_keep=1)[:, -1]
-        # This computes the caches only. What they do not need, the end of the last
-        # block and the output head, is computed only for logits that decode asks for.
+        # This computes the caches only. The end of the last block and the output head
+        # are not needed for that. They are computed if decode asks for the logits.
         mx.eval([layer_cache.state for layer_cache in cache])
         mx.clear_cache()  # frees MLX's spare buffers, and does not touch the KV cache
         done = min(start + step, len(prompt))
@@ -1839,8 +1842,8 @@ class Text(str):
     """A string that knows who wrote each of its characters.
 
     marks: a string of the same length; chr(2 + writer) stands for a writer. A method
-    that is not defined here is str's own. It returns a str, whose writer is unknown: an
-    operation that was forgotten loses trust, and never gains any.
+    that is not defined here is str's own, and returns a str, whose writer is unknown.
+    So a method that we forgot to define can only lose trust, never gain it.
     """
 
     __slots__ = ("marks",)
@@ -2205,7 +2208,7 @@ class Translation:
         if not words:
             raise self.error(at, "wanted a value")
         end = Word("end", "", words[-1].at + len(words[-1].value), [])
-        words = [*words, end, end]  # two: what follows a dot may be the first of them
+        words = [*words, end, end]  # two, since after a dot one is read as the name
         n, ifs, after_value, last = 0, 0, False, ""  # ifs: how many have no else
         while words[n].kind != "end":
             kind, value, at, inner = words[n]
@@ -3390,10 +3393,10 @@ class SpelledVocabulary(Vocabulary):
 class Merging:
     """The pieces that the merges of a tokenizer.json arrive at.
 
-    The file names pairs. tiktoken knows only pieces: it joins any two neighbours whose
-    concatenation is a piece, and takes a word that is a piece at once. Both do the same
-    if every piece is one that merging its own letters arrives at. For while no merge
-    crosses the ends of a stretch of letters, the stretch is merged as if it stood
+    The file names pairs that may be joined. tiktoken knows only pieces: it joins any
+    two neighbours that make one, and takes a word that is a piece at once. Both do the
+    same if every piece is one that merging its own letters arrives at. For while no
+    merge crosses the ends of a stretch of letters, the stretch is merged as if it stood
     alone; so two neighbours that make a piece are always those of its last merge.
 
     With the merges "b c", "a b" and "ab c", abc becomes a bc: nothing arrives at abc.
@@ -3422,8 +3425,8 @@ class Merging:
     def crossed(self, left: str, right: str) -> bool:
         """Return whether a merge across the boundary of two parts precedes theirs.
 
-        This goes back in time: what was made last is taken apart, and its half at the
-        boundary is what was there before.
+        It undoes the merges of both parts, the newest first. At each moment it looks at
+        the two pieces that touch at the boundary.
         """
         left_rank, _, left_half = self.made[left]
         right_rank, right_half, _ = self.made[right]
@@ -3601,7 +3604,7 @@ class AddedToken(NamedTuple):
     normalized: bool = False
 
 
-def has_a_sign(content: str) -> bool:
+def looks_like_control(content: str) -> bool:
     """Return whether some character of a word is no letter, digit, mark, underscore or
     blank: then a template may mean it as a control token, as it means <think>."""
     return any(
@@ -3728,7 +3731,8 @@ class TokenTable:
             at = start + max(len(name), 1)
             others = marks[start:at].lstrip(TEMPLATE_MARK)
             if name and self.tokens[name].content in control and others:
-                # A text that goes on where a control token ends must not hide it.
+                # If another text makes the template's token a longer one, the token
+                # that the template wrote still counts.
                 name = self.longest(plain, start, at - len(others))
                 if TEMPLATE_MARK in marks[start:at]:
                     at = start + max(len(name), 1)
@@ -3933,7 +3937,7 @@ class Tokenizer(ByteLevelTokenizer):
         words = [t for t in added if t.content not in names and t.id < rows]
         self.added_words = {token.content: token.id for token in words}
         self._text |= {token.id: text_of_word(token, vocabulary) for token in words}
-        # Of two that are normalised alike, the control token counts.
+        # If two have the same normalised form, the control token counts.
         known = words + control
         self._raw = TokenTable({t.content: t for t in known if not t.normalized})
         self._normalized = TokenTable(
@@ -4100,7 +4104,7 @@ class Tokenizer(ByteLevelTokenizer):
         """Return the contents of added words which a template wrote in a text: they are
         control tokens in it, whatever their fields say. White space and ordinary words
         stay text."""
-        signs = {*filter(has_a_sign, self.added_words)}
+        signs = {*filter(looks_like_control, self.added_words)}
         if not signs:
             return set()
         control = self.special_tokens.keys() | self.added_words.keys()
@@ -4222,7 +4226,7 @@ class Tokenizer(ByteLevelTokenizer):
         control = self.special_tokens.keys() | self.added_words.keys()
         for token, text, _ in self._parts(after, True, control):
             name = token.content if token else ""
-            if name in self.special_tokens or has_a_sign(name):
+            if name in self.special_tokens or looks_like_control(name):
                 return token
             if text.strip(" "):
                 break
@@ -5323,15 +5327,15 @@ def dequantize(model: Llama) -> None:
         model.update_modules(tree_unflatten([(path, dense)]))
 
 
-def dequantized_bytes(model: Llama) -> int:
-    """Return the bytes that weights take after `dequantize`, in float32."""
+def parameter_count(model: Llama) -> int:
+    """Return the number of a model's weights, whether they are packed or not."""
     numbers = sum(array.size for _, array in tree_flatten(model.parameters()))
     for layer in model.modules():
         if isinstance(layer, QuantizedMatrix):
             numbers += layer.scales.size * layer.group_size  # that it stands for
             numbers -= layer.weight.size + layer.scales.size
             numbers -= layer.biases.size if "biases" in layer else 0
-    return 4 * numbers
+    return numbers
 
 
 # Weights for each core. With 50,000 to 160,000 SmolLM2-135M was equally fast on two
@@ -5519,9 +5523,9 @@ LONG = 128  # tokens of a prompt, from which on each block is launched by itself
 def large_cache() -> int:
     """Return from how many bytes of a layer's cache on a step is launched in halves.
 
-    It is where copying begins to count beside reading the weights. On CUDA that was
-    measured; on Metal, which copies ten times slower, and of a small model reads a few
-    MB a layer, it is computed.
+    From this size on, copying the cache takes a noticeable part of the time of reading
+    the weights. On CUDA that was measured; on Metal, which copies ten times slower, and
+    of a small model reads a few MB a layer, it is computed.
     """
     return 32_000_000 if mx.cuda.is_available() else 1_000_000
 
@@ -5890,7 +5894,7 @@ def dequantizes(model: Llama, dtype: mx.Dtype | None, group: Group | None) -> bo
     packed = any(isinstance(module, QuantizedMatrix) for module in model.modules())
     if not (alone and packed) or dtype is None or dtype != mx.float32:
         return False
-    return holds_dequantized(dequantized_bytes(model))
+    return holds_dequantized(4 * parameter_count(model))  # in float32
 
 
 def accelerate(
@@ -5899,9 +5903,10 @@ def accelerate(
     """Put into a model whatever makes it faster on this device; to be called when the
     weights are in place.
 
-    Without this a whole model gives the same logits, but for rounding. A rank's share
-    needs it: the sums over all ranks, one after attention and one after the MLP, are
-    put in here, and take the place of the kernel.
+    A whole model gives the same logits without it, but for rounding.
+
+    A rank's share needs it: the sums over all ranks, one after attention and one after
+    the MLP, are put in here, and take the place of the kernel.
     keep_packed: packed weights stay so, even where `dequantizes` says otherwise.
     """
     shared = group is not None and group.size() > 1
@@ -5913,7 +5918,7 @@ def accelerate(
         if not keep_packed and dequantizes(model, model.model.norm.weight.dtype, group):
             dequantize(model)
         # The ranks of a CPU share its cores. In a small model other work counts more.
-        if not shared and dequantized_bytes(model) // 4 > LARGE_FOR_CPU:
+        if not shared and parameter_count(model) > LARGE_FOR_CPU:
             # OpenBLAS spreads products with dense matrices by itself.
             spread_products(model, dense=not has_openblas())
         lay_out_by_columns(model)
@@ -5949,10 +5954,10 @@ class Loading:
         self.group, self.dtype = group, chosen_dtype(dtype)
         self.model, self.tensors = rank_share(whole, tensors, group, bits)
         self.file_bytes = sum(info.nbytes for info in self.tensors.values())
-        # Whoever asks for few bits wants them in memory.
+        # If bits were asked for, the weights stay packed.
         self.unpacked = bits is None and dequantizes(self.model, self.dtype, group)
         if self.unpacked:
-            self.weights = dequantized_bytes(self.model)
+            self.weights = 4 * parameter_count(self.model)  # in float32
         else:
             self.weights = memory_of(self.tensors.values(), self.dtype)
         self.adopted = adopted_bytes(self.tensors.values(), self.dtype)
@@ -5965,7 +5970,7 @@ class Loading:
         cache = context * self.cache_per_token
         self.nbytes = self.weights + cache
         about_memory = require_memory(self.weights, cache)
-        about_speed = slow_products(dequantized_bytes(self.model) // 4)
+        about_speed = slow_products(parameter_count(self.model))
         return [text for text in (about_memory, about_speed) if text]
 
     def read(self) -> Iterator[int]:
@@ -6097,8 +6102,8 @@ def flush(descriptor: int) -> None:
 
 def replace_file(file: Path, write: Callable[[Path], None]) -> None:
     """Have `write` write a file under another name, and put it in the place of `file`,
-    or of what this links to, when it is on the disk: a crash leaves the old one. Who
-    may read the old one may read the new one."""
+    or of what this links to, when it is on the disk: a crash leaves the old one. The
+    new file keeps the permissions of the old one."""
     target = Path(os.path.realpath(file))
     if not target.parent.is_dir():
         raise FileNotFoundError(f"{target.parent}: no such folder")
@@ -6338,8 +6343,8 @@ class Request:
         return [*told, self.drop_space, self.stop]
 
     def finish(self, outcome: "Stats | Exception") -> None:
-        """Send the last event, twice: a Ctrl-C can strike whoever waits for it between
-        taking it and using it, and without a second one it would then wait for ever."""
+        """Send the last event, twice. If Ctrl-C comes between taking the event and
+        using it, whoever waits asks again, and the second one answers."""
         self.events.put(outcome)
         self.events.put(outcome)
 
@@ -6844,7 +6849,7 @@ class Engine(contextlib.AbstractContextManager["Engine"]):
 
     def __exit__(self, *_exception) -> None:
         self.close()
-        if self._worker.failure:  # which a rank other than 0 has no reply to tell
+        if self._worker.failure:  # a rank other than 0 has no reply to raise it
             raise self._worker.failure
 
     def _check_prompt(self, prompt: Iterable[int]) -> list[int]:
@@ -7426,8 +7431,8 @@ def info_rows(found: dict) -> list[tuple[str, str]]:
 
 
 def listed(name: str, entry: Path) -> dict:
-    """Return what the list of models tells of one. Of weights only headers are read,
-    and no tokenizer, so the list is quick; `inspect` finds everything.
+    """Return a row of the list of models. Of weights only headers are read, and no
+    tokenizer, so the list is quick; `inspect` finds everything.
 
     entry: a folder, or a model's entry in the Hugging Face cache.
     """
@@ -9050,8 +9055,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    # A rank is ended at once: it may be waiting in MLX for one that has gone, and no
-    # handler of Python's is called there.
+    # For a rank a signal keeps its usual action, which ends the process at once: the
+    # rank may be waiting in MLX for one that has gone, where Python handles no signal.
     alone = os.environ.keys().isdisjoint(RANK_VARIABLES)
     for signal_number in (signal.SIGHUP, signal.SIGTERM):
         if alone and signal.getsignal(signal_number) is signal.SIG_DFL:  # not nohup's

@@ -6642,7 +6642,7 @@ def test_on_a_cpu_a_reply_goes_through_the_functions_of_part_one(folder, monkeyp
     after = lines.index(f"# 20. {SECTIONS[20].title}")
     extras = {c.co_name for c in entered if first <= c.co_firstlineno < after}
     asked = {"on_cuda"}
-    loading = {"lay_out_by_columns", "unpack_for_many", "dequantized_bytes"}
+    loading = {"lay_out_by_columns", "unpack_for_many", "parameter_count"}
     assert {name for name in extras if name[0] != "<"} <= asked | loading
 
 

@@ -219,12 +219,12 @@ def test_an_unpacked_model_gives_what_the_packed_one_gives(form, tied):
     tokens = mx.array(random_tokens(WIDE))
     model = packed_model(*form, tie_word_embeddings=tied)
     wanted, names = np.array(model(tokens)), [*dict(model.named_modules())]
-    predicted = llama.dequantized_bytes(model)
+    predicted = 4 * llama.parameter_count(model)
     llama.dequantize(model)
     assert packed_layers(model) == []
     assert [*dict(model.named_modules())] == names
     assert {a.dtype for _, a in tree_flatten(model.parameters())} == {mx.float32}
-    assert nbytes(model) == predicted == llama.dequantized_bytes(model)
+    assert nbytes(model) == predicted == 4 * llama.parameter_count(model)
     assert_close(model(tokens), wanted, 1e-5)
     assert_close(in_parts(model, tokens, (1, 2, 9)), wanted, 1e-5)
 
@@ -468,7 +468,7 @@ def test_what_a_model_must_be_to_be_unpacked(monkeypatch, changes, wanted):
     given = {"dtype": mx.float32, "group": None, "packed": True, "spare": 0}
     given |= {"device": mx.cpu, "blas": True} | changes
     model = packed_model() if given["packed"] else filled(WIDE)
-    memory = 3 * llama.dequantized_bytes(model) + given["spare"]
+    memory = 12 * llama.parameter_count(model) + given["spare"]
     monkeypatch.setattr(llama, "machine_memory", lambda: memory)
     monkeypatch.setattr(llama, "has_openblas", lambda: given["blas"])
     monkeypatch.setattr(mx, "default_device", lambda: given["device"])
@@ -528,7 +528,7 @@ def test_an_engine_unpacks_and_says_so(packed_folder, monkeypatch):
     assert texts[0] == texts[1]
     model, tensors = llama.examine(packed_folder)
     packed = llama.memory_of(tensors.values(), mx.float32)
-    assert asked == [packed, llama.dequantized_bytes(model)]
+    assert asked == [packed, 4 * llama.parameter_count(model)]
     dense = filled_sizes(model)
     assert asked[1] == 4 * dense > 3 * packed
 
@@ -550,7 +550,7 @@ def test_an_engine_of_a_dense_model_has_nothing_unpacked(openblas, tmp_path):
 @pytest.mark.parametrize("there", [False, True])
 def test_info_counts_what_will_be_in_memory(packed_folder, monkeypatch, capsys, there):
     model, tensors = llama.examine(packed_folder)
-    size = llama.dequantized_bytes(model)
+    size = 4 * llama.parameter_count(model)
     monkeypatch.setattr(llama, "has_openblas", lambda: there)
     for memory, unpacked in ((3 * size, there), (3 * size - 1, False)):
         monkeypatch.setattr(llama, "machine_memory", functools.partial(int, memory))
@@ -629,4 +629,4 @@ def test_a_chat_with_a_large_model_says_that_openblas_is_missing(
 def test_the_built_in_model_is_too_small_for_it():
     done = command("chat", "--prompt", "Hi!", "--max-tokens", "2")
     assert done.returncode == 0 and b"apt" not in done.stderr
-    assert llama.dequantized_bytes(llama.examine(STORIES)[0]) < 4 * llama.LARGE_FOR_CPU
+    assert llama.parameter_count(llama.examine(STORIES)[0]) < llama.LARGE_FOR_CPU
