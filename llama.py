@@ -8322,6 +8322,23 @@ def version_of(file: str | None) -> tuple[int, int] | None:
     return status.st_ino, status.st_mtime_ns
 
 
+def session_settings(given: dict) -> dict:
+    """Return the settings that a session keeps; an older one lacks some.
+
+    Raises AttributeError, KeyError, TypeError or ValueError for what is none.
+    """
+    settings = {name: given[name] for name in INTERVALS}
+    check_sampling(**settings)
+    limit, stop = given.get("max_tokens"), given.get("stop", [])
+    if limit is not None:
+        require_count("max_tokens", limit, 0)
+    check_stop(stop)
+    thinking = given.get("variables", {}).get("enable_thinking")
+    variables = {} if thinking is None else {"enable_thinking": bool(thinking)}
+    more = {"max_tokens": limit, "stop": [*stop], "variables": variables}
+    return settings | more
+
+
 class Conversation:
     """The turns of a conversation, and their file if it is a session's."""
 
@@ -8385,7 +8402,8 @@ class Conversation:
         ]
         notes = {"system": self.system, "turns": turns, "seed": self.seed}
         notes["model"] = self.model_name()
-        notes["settings"] = {name: getattr(self.options, name) for name in INTERVALS}
+        names = (*INTERVALS, "max_tokens", "stop", "variables")  # what /set can change
+        notes["settings"] = {name: getattr(self.options, name) for name in names}
         used = self.turns[-1][2].context_used if self.turns else 0
         self.engine.save(file, notes, tokens=used)  # and nothing that was forgotten
         self.saved = [*self.turns]
@@ -8406,28 +8424,35 @@ class Conversation:
         return f", kept in {self.options.session}.bak"
 
     def load(self, file: Path) -> None:
-        """Resume the conversation of a session file. Options for instructions, seed and
-        sampling on the command line win over those of the file."""
+        """Resume the conversation of a session file. What the command line says of
+        instructions, seed and settings wins over what the file says."""
         notes = self.read_notes(file)
         try:
             turns = [
                 (str(user), rebuilt(Piece, piece), rebuilt(Stats, stats), int(seed))
                 for user, piece, stats, seed in notes["turns"]
             ]
-            settings = {name: notes["settings"][name] for name in INTERVALS}
-            check_sampling(**settings)
+            settings = session_settings(notes["settings"])
             system, seed = notes["system"], notes["seed"]
             if type(seed) is not int or not 0 <= seed < 2**64:
                 raise TypeError(f"seed: got {seed!r:.80}")
             system = system if system is None else str(system)
-        except (KeyError, OverflowError, TypeError, ValueError) as error:
+        except (
+            AttributeError,
+            KeyError,
+            OverflowError,
+            TypeError,
+            ValueError,
+        ) as error:
             raise ValueError(f"{file}: not a conversation: {error!r}") from None
         self.turns, self.saved = turns, [*turns]
         self.seed = seed if self.options.seed is None else self.seed
         self.system = system if self.options.system is None else self.system
         for name, value in settings.items():
-            if getattr(self.options, name) is None:
+            if getattr(self.options, name) in (None, [], {}):
                 setattr(self.options, name, value)
+                if name == "max_tokens" and value is not None:
+                    self.options.limit = "the session"
         for _, piece, *_ in turns:
             self.engine.remember(piece)
         note(f"{file}: {counted(turns)}")
@@ -8448,6 +8473,12 @@ class Conversation:
             if not agreed("Shall this model read the conversation again?"):
                 raise ValueError(f"{file} stays as it is") from None
             return notes
+
+
+def shown(name: str, value: float) -> float | str:
+    """Return how the value of a setting is written: a filter of 0 is off."""
+    filters = INTERVALS.keys() - {"temperature"}
+    return "off" if value == 0 and name in filters else value
 
 
 def typed_number(name: str, text: str, least: int = 0) -> float:
@@ -8728,7 +8759,7 @@ class Chat(Conversation):
         values = {}
         for n in usual:
             given = getattr(self.options, n)
-            values[n] = usual[n] if given is None else given
+            values[n] = usual[n] if given is None else shown(n, given)
         values["seed"] = self.seed
         values["stop"] = ", ".join(map(repr, self.options.stop)) or "off"
         words = {True: "on", False: "off", None: "default"}
@@ -8758,7 +8789,7 @@ class Chat(Conversation):
         setattr(self if name == "seed" else self.options, name, number)
         if name == "max_tokens":
             self.options.limit = "/set max_tokens"
-        note(f"{name} is {number}")
+        note(f"{name} is {shown(name, number)}")
 
     def set_thinking(self, value: str) -> None:
         on, off = {"enable_thinking": True}, {"enable_thinking": False}

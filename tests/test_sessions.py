@@ -26,6 +26,7 @@ from tests.support import (
     ON_A_GPU,
     PROMPT,
     SHELL,
+    THINKS,
     USER,
     Terminal,
     chat_with,
@@ -35,6 +36,7 @@ from tests.support import (
     places,
     random_folder,
     refusal,
+    thinking_folder,
     without,
 )
 
@@ -254,6 +256,25 @@ def test_a_session_is_resumed_with_its_settings_and_kept_up_to_date(folder, tmp_
     run("three", "--temperature", "0.5")
     notes = llama.read_session(tmp_path / "s")["notes"]
     assert notes["settings"]["temperature"] == 0.5
+
+
+def test_all_that_can_be_set_is_kept_in_a_session(tmp_path, capsys):
+    folder, file = thinking_folder(tmp_path / "m", THINKS), tmp_path / "s"
+    with llama.Engine(folder) as engine:
+        chat = chat_with(engine, "--session", str(file))
+        for name, value in (("max_tokens", 2), ("stop", "Tom"), ("thinking", "off")):
+            chat.take(f"/set {name} {value}")
+        words = llama.build_parser().parse_args(["chat", "--session", str(file)])
+        again = llama.Chat(engine, words)
+        assert (again.options.max_tokens, again.options.stop) == (2, ["Tom"])
+        assert again.options.variables == {"enable_thinking": False}
+        again.take("x")
+        assert "[stopped: 2 tokens, as the session says]" in capsys.readouterr().err
+        typed = ["chat", "--session", str(file), "--max-tokens", "3", "--stop", "Sue"]
+        other = llama.Chat(engine, llama.build_parser().parse_args(typed))
+        assert (other.options.max_tokens, other.options.stop) == (3, ["Sue"])
+        other.take("x")
+        assert "as --max-tokens says" in capsys.readouterr().err
 
 
 def test_what_is_forgotten_is_forgotten_in_the_session_file_too(engine, tmp_path):
