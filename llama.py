@@ -1467,7 +1467,7 @@ JSON_BYTES = 1_000_000  # of a file without a vocabulary; real ones have up to 3
 
 def refuse_pointer(path: Path, data: bytes) -> None:
     """Raise ValueError if a file begins as what git-lfs leaves in the place of one."""
-    if data.startswith(b"version https://git-lfs."):
+    if data.startswith(b"version https://git-lfs"):
         raise ValueError(f"{path}: a git-lfs pointer, not the file; run git lfs pull")
 
 
@@ -4605,6 +4605,15 @@ def missing_weights(folder: Path) -> str:
     return "wanted a folder with config.json, model.safetensors and tokenizer.json"
 
 
+def similar_models(name: str, hub: Path) -> str:
+    """Return up to three models of a cache that a name may mean; "" if none is like
+    it."""
+    there = [path.name[8:].replace("--", "/") for path in hub.glob("models--*")]
+    near = [known for known in there if name.lower() in known.lower()]
+    near = near or difflib.get_close_matches(name, there, 3, 0.5)
+    return ", ".join(sorted(near)[:3])
+
+
 class NoSuchModel(FileNotFoundError):
     """A name is neither a folder nor one of the Hugging Face cache."""
 
@@ -4622,9 +4631,13 @@ def find_folder(model: str | Path) -> Path:
         if suffix != ".safetensors" and (other := foreign_file([Path(model)])):
             what = f"this is {other}"
         raise FileNotFoundError(f"{model}: {what}")
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(model)):
-        raise NoSuchModel(f"{model}: no such folder, and not of the form org/name")
     hub = hub_folder()
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(model)):
+        near = similar_models(str(model), hub)
+        near = f"; {hub} has {near}" if near else ""
+        raise NoSuchModel(
+            f"{model}: no such folder, and not of the form org/name{near}"
+        )
     entry = hub / f"models--{str(model).replace('/', '--')}"
     found = snapshots_of(entry)
     if len(found) == 1:
@@ -4640,8 +4653,7 @@ def find_folder(model: str | Path) -> Path:
             f"{model}: {len(found)} revisions in {hub} and none is main, {some}; give "
             f"the folder of one: {found[0]}"
         )
-    there = [path.name[8:].replace("--", "/") for path in hub.glob("models--*")]
-    near = ", ".join(difflib.get_close_matches(str(model), there, 3, 0.5))
+    near = similar_models(str(model), hub)
     near = f", which has {near}" if near else ""
     raise FileNotFoundError(
         f"{model}: no such folder, and not in {hub}{near}; to get it: "

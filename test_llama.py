@@ -7544,6 +7544,8 @@ def test_org_name_is_found_in_the_hugging_face_cache(folder, tmp_path, monkeypat
     llama.load("org/name.v1")
     with pytest.raises(FileNotFoundError, match="which has org/name.v1; to get it: hf"):
         llama.find_folder("org/name.v2")
+    with pytest.raises(llama.NoSuchModel, match=r"form org/name; .* has org/name.v1$"):
+        llama.find_folder("Name")
     for bad in ("org", "a/b/c", "../name", "org/na me"):
         with pytest.raises(FileNotFoundError, match="not of the form org/name"):
             llama.find_folder(bad)
