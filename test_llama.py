@@ -4628,6 +4628,8 @@ def test_a_space_between_two_replies_belongs_to_one_of_them():
         ("top_p", "0", "got '0'"),
         ("top_p", [0], r"got \[0\]"),
         ("min_p", -1, r"min_p must be in \[0, 1\], got -1"),
+        ("seed", -1, r"seed must be a whole number in \[0, 2\*\*64\), got -1"),
+        ("seed", 1.5, r"seed must be a whole number in \[0, 2\*\*64\), got 1.5"),
         (
             "repetition_penalty",
             -1,

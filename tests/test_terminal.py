@@ -542,6 +542,8 @@ def test_options_are_set_and_shown_while_talking(engine, capsys):
     assert "temperature is 0.0\n" in shown  # which is greedy
     for text, told in (
         ("/set top_k", "top_k              3\n"),
+        ("/set top_p off", "top_p is off\n"),
+        ("/set top_p", "top_p              off\n"),
         ("/set max-tokens", "max_tokens         off\n"),
         ("/set seed", "seed               7\n"),
         ("/set stop red hat", "stop is 'red hat'\n"),
@@ -553,6 +555,10 @@ def test_options_are_set_and_shown_while_talking(engine, capsys):
         chat.take(text)
         assert capsys.readouterr().err == told
     assert not chat.system
+    chat.take("/?")
+    assert "\n/file PATH " in capsys.readouterr().err
+    chat.take("/clear")
+    assert capsys.readouterr().err == "0 turns forgotten\n"
 
 
 def test_a_stop_text_is_set_and_removed_while_talking(engine, capsys):
