@@ -558,7 +558,7 @@ def test_options_are_set_and_shown_while_talking(engine, capsys):
     chat.take("/?")
     assert "\n/file PATH " in capsys.readouterr().err
     chat.take("/clear")
-    assert capsys.readouterr().err == "0 turns forgotten\n"
+    assert capsys.readouterr().err == "1 turn forgotten\n"
 
 
 def test_a_stop_text_is_set_and_removed_while_talking(engine, capsys):
