@@ -1214,7 +1214,7 @@ class Sampler:
 #     Python   describe 2 | wait for 1, yield it | describe 3 | wait for 2, yield it |
 #     GPU        step 1             |         step 2          |         step 3
 #
-# Only four lines make the loaded model compute:
+# Only these calls make the loaded model compute:
 #     mx.eval, of the caches after each step of prefill
 #     require_numbers, of the last logits of a prompt, and later now and then
 #     mx.async_eval, which starts a step of decode
@@ -8337,7 +8337,7 @@ def version_of(file: str | None) -> tuple[int, int] | None:
 def session_settings(given: dict) -> dict:
     """Return the settings that a session keeps; an older one lacks some.
 
-    Raises AttributeError, KeyError, TypeError or ValueError for what is none.
+    Raises KeyError, TypeError or ValueError for what is none.
     """
     settings = {name: given[name] for name in INTERVALS}
     check_sampling(**settings)
@@ -8345,8 +8345,9 @@ def session_settings(given: dict) -> dict:
     if limit is not None:
         require_count("max_tokens", limit, 0)
     check_stop(stop)
-    thinking = given.get("variables", {}).get("enable_thinking")
-    variables = {} if thinking is None else {"enable_thinking": bool(thinking)}
+    variables = {}
+    if "enable_thinking" in given.get("variables", {}):
+        variables["enable_thinking"] = bool(given["variables"]["enable_thinking"])
     more = {"max_tokens": limit, "stop": [*stop], "variables": variables}
     return settings | more
 
@@ -8449,13 +8450,7 @@ class Conversation:
             if type(seed) is not int or not 0 <= seed < 2**64:
                 raise TypeError(f"seed: got {seed!r:.80}")
             system = system if system is None else str(system)
-        except (
-            AttributeError,
-            KeyError,
-            OverflowError,
-            TypeError,
-            ValueError,
-        ) as error:
+        except (KeyError, OverflowError, TypeError, ValueError) as error:
             raise ValueError(f"{file}: not a conversation: {error!r}") from None
         self.turns, self.saved = turns, [*turns]
         self.seed = seed if self.options.seed is None else self.seed
