@@ -3113,12 +3113,13 @@ def characters_of(escape: str, end: int = 0x110000) -> str:
     tiktoken's engine knows them: it drops what an expression does not match. Python's
     own Unicode is older.
     """
-    planes = [*range(0xD800), *range(0xE000, 0x40000), *range(0xE0000, 0xE1000)]
+    planes = range(0xD800), range(0xE000, 0x40000), range(0xE0000, 0xE1000)
     ranks = {bytes([byte]): byte for byte in range(256)}
     every = tiktoken.Encoding(
         "escape", pat_str=f"{escape}+", mergeable_ranks=ranks, special_tokens={}
     )
-    text = "".join(map(chr, planes[:end]))
+    codes = itertools.chain.from_iterable(planes)
+    text = "".join(map(chr, itertools.islice(codes, end)))
     ids = every.encode(text, disallowed_special=())
     spans, numbered = [], enumerate(map(ord, every.decode(ids)))
     for _, run in itertools.groupby(numbered, lambda item: item[1] - item[0]):
