@@ -1598,13 +1598,11 @@ def yarn_scaling(frequencies: list[float], scaling: dict) -> tuple[list[float], 
 ROPE_SCALINGS["linear"] = linear_scaling
 ROPE_SCALINGS["yarn"] = yarn_scaling
 
-LLAMA3_NUMBERS = "factor low_freq_factor high_freq_factor"
-YARN_NUMBERS = "factor beta_fast beta_slow rope_theta"
 # rope_type: the numbers that it must have.
 SCALING_NUMBERS = {
-    "linear": ["factor"],
-    "llama3": [*LLAMA3_NUMBERS.split(), ORIGINAL_CONTEXT],
-    "yarn": [*YARN_NUMBERS.split(), ORIGINAL_CONTEXT],
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", ORIGINAL_CONTEXT),
+    "yarn": ("factor", "beta_fast", "beta_slow", "rope_theta", ORIGINAL_CONTEXT),
 }
 OPTIONAL_NUMBERS = ("attention_factor", "mscale", "mscale_all_dim")  # of yarn
 ZERO_IS_ABSENT = ("beta_fast", "beta_slow", "mscale", "mscale_all_dim")
@@ -1655,11 +1653,9 @@ def rotary_settings(config: dict) -> dict:
         usual = scaling.get(ORIGINAL_CONTEXT, config.get("max_position_embeddings"))
         scaling[ORIGINAL_CONTEXT] = config.get(ORIGINAL_CONTEXT) or usual
     if kind == "yarn":
-        for name in ZERO_IS_ABSENT:
-            if not scaling.get(name):
-                scaling.pop(name, None)
-        usual = {"beta_fast": 32, "beta_slow": 1}
-        scaling = usual | scaling | {"rope_theta": theta or ModelArgs.rope_theta}
+        given = {k: v for k, v in scaling.items() if v or k not in ZERO_IS_ABSENT}
+        theta = theta or ModelArgs.rope_theta
+        scaling = {"beta_fast": 32, "beta_slow": 1} | given | {"rope_theta": theta}
     check_scaling(scaling)
     return settings | {"rope_scaling": scaling}
 
