@@ -3829,24 +3829,22 @@ def token_names(settings: dict) -> dict[str, str]:
     bos_token and the like to a token's text."""
     named = parts_of_tokens(settings).items()
     texts = {k: v["content"] if isinstance(v, dict) else v for k, v in named}
-    return {
-        name: text for name, text in texts.items() if text and isinstance(text, str)
-    }
+    return {k: text for k, text in texts.items() if text and isinstance(text, str)}
 
 
 def ends_of_texts(
-    folder: Path, settings: dict, prefix: list[int], ids_of: Mapping[str, int]
+    folder: Path, names: dict[str, str], prefix: list[int], ids_of: Mapping[str, int]
 ) -> tuple[int | None, list[int]]:
     """Return the id of the token that begins a text, or None, and the ids of those that
     end one. The tokenizer's files name them; the model's files have their ids.
 
-    prefix: see read_tokenizer. ids_of: from the contents of added tokens.
+    names: see token_names. prefix: see read_tokenizer. ids_of: from the contents of
+    added tokens.
     Raises ValueError for what is no id.
     """
     config = read_json(folder / "config.json")
     generation = read_json(folder / "generation_config.json")
-    named = settings.get("bos_token"), settings.get("eos_token")
-    bos, eos = (ids_of.get(t["content"] if isinstance(t, dict) else t) for t in named)
+    bos, eos = (ids_of.get(names.get(name)) for name in ("bos_token", "eos_token"))
     starts = [i for i in (bos, *prefix, config.get("bos_token_id")) if i is not None]
     bos, ends = starts[0] if starts else None, [eos]
     for ids in (config.get("eos_token_id"), generation.get("eos_token_id")):
@@ -3988,10 +3986,10 @@ class Tokenizer(ByteLevelTokenizer):
         # A vocabulary of another kind may have this class too; it lacks some of them.
         if ids_of.keys() >= {*usual.values()}:
             settings = usual | settings
-        bos, ends = ends_of_texts(folder, settings, prefix, ids_of)
+        names = token_names(settings)
+        bos, ends = ends_of_texts(folder, names, prefix, ids_of)
         if (adds_bos := settings.get("add_bos_token")) is not None:
             prefix = [bos] if adds_bos and bos is not None else []
-        names = token_names(settings)
         if template is None:
             template = read_template(folder, settings)
         else:  # which needs its tokens, also where a folder does not name them
