@@ -2349,19 +2349,16 @@ def filter_map(run, values, *args, attribute=None, default=None):
     return iter([change(item) for item in run.items(values or ())])
 
 
-def choosing(keep: bool, by_attribute: bool) -> Callable:
-    """Return the filter select or reject, or the same by an attribute."""
-
-    def choose(run, values, *args):
-        path, test = (args[0], args[1:]) if by_attribute else (None, args)
-
-        def passes(item) -> bool:
-            value = pick(run, item, path) if by_attribute else item
-            return bool(run.use(TESTS, test[0], value, *test[1:]) if test else value)
-
-        return iter([i for i in run.items(values or ()) if passes(i) is keep])
-
-    return choose
+def choose(run, values, path, test: tuple, keep: bool) -> Iterator:
+    """Return the values, or those with something at a path, that pass a test: its name
+    and arguments; without one, that are true. Return the others if not `keep`."""
+    chosen = []
+    for item in run.items(values or ()):
+        value = item if path is None else pick(run, item, path)
+        passes = run.use(TESTS, test[0], value, *test[1:]) if test else value
+        if bool(passes) is keep:
+            chosen.append(item)
+    return iter(chosen)
 
 
 def filter_join(run, values, separator=NOTHING, attribute=None):
@@ -2411,11 +2408,11 @@ FILTERS = {
     "list": lambda run, value: run.items(value),
     "lower": lambda run, value: run.text(value).lower(),
     "map": filter_map,
-    "reject": choosing(False, False),
-    "rejectattr": choosing(False, True),
+    "reject": lambda run, values, *test: choose(run, values, None, test, False),
+    "rejectattr": lambda run, values, at, *test: choose(run, values, at, test, False),
     "replace": filter_replace,
-    "select": choosing(True, False),
-    "selectattr": choosing(True, True),
+    "select": lambda run, values, *test: choose(run, values, None, test, True),
+    "selectattr": lambda run, values, at, *test: choose(run, values, at, test, True),
     "string": lambda run, value: run.text(value),
     "title": filter_title,
     "tojson": filter_tojson,
