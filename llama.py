@@ -2631,46 +2631,54 @@ class Rendering:
     def visit_Subscript(self, node: ast.Subscript):
         return self.item(self.visit(node.value), self.visit(node.slice))
 
-    def visit_Attribute(
-        self, node: ast.Attribute, args: Sequence = (), options: Sequence = ()
-    ):
+    def visit_Attribute(self, node: ast.Attribute):
         """Return value.name, or what a filter or a test gives for the value."""
-        value, prefix, name = self.visit(node.value), node.attr[:2], node.attr[2:]
-        if prefix == "v_":
-            return self.attribute(value, name)
-        args, options = self.arguments(args, options)
-        if prefix == "f_":
-            return self.use(FILTERS, name, value, *args, **options)
-        return self.use(TESTS, name, value, *args, **options) is (prefix == "t_")
+        value = self.visit(node.value)
+        if node.attr.startswith("v_"):
+            return self.attribute(value, node.attr[2:])
+        return self.filter_or_test(node.attr, value)
 
-    def arguments(self, args: Sequence, options: Sequence) -> tuple[list, dict]:
+    def visit_Call(self, node: ast.Call):
+        """Return what value.name(...), a filter, a test or a function gives."""
+        function = node.func
+        if not isinstance(function, ast.Attribute):
+            function = self.visit(function)
+            args, options = self.arguments(node)
+            return self.call(function, *args, **options)
+        value, name = self.visit(function.value), function.attr
+        args, options = self.arguments(node)
+        if not name.startswith("v_"):
+            return self.filter_or_test(name, value, *args, **options)
+        name = name[2:]
+        methods = METHODS.get(str if isinstance(value, str) else type(value), {})
+        if name in methods:
+            return self.method(methods[name], value, *args, **options)
+        return self.call(self.attribute(value, name), *args, **options)
+
+    def arguments(self, node: ast.Call) -> tuple[list, dict]:
         values = []
-        for arg in args:
+        for arg in node.args:
             if isinstance(arg, ast.Starred):
                 values += self.items(self.visit(arg.value))
             else:
                 values.append(self.visit(arg))
-        return values, {option.arg[2:]: self.visit(option.value) for option in options}
+        return values, {o.arg[2:]: self.visit(o.value) for o in node.keywords}
 
-    def visit_Call(self, node: ast.Call):
-        function, args, options = node.func, node.args, node.keywords
-        if not isinstance(function, ast.Attribute):
-            function = self.visit(function)
-        elif not function.attr.startswith("v_"):
-            return self.visit_Attribute(function, args, options)
-        else:
-            owner, name = self.visit(function.value), function.attr[2:]
-            methods = METHODS.get(str if isinstance(owner, str) else type(owner), {})
-            if name in methods:
-                args, options = self.arguments(args, options)
-                args = [self.items(a) if isinstance(a, Iterator) else a for a in args]
-                self.weigh([*args, *options.values()])
-                if isinstance(owner, str) and name in ("replace", "split"):
-                    sought = args[0] if args else options.get("sep")
-                    self.pay_for_pieces(owner, sought)
-                return methods[name](owner, *args, **options)
-            function = self.attribute(owner, name)
-        args, options = self.arguments(args, options)
+    def filter_or_test(self, word: str, value, /, *args, **options):
+        """word: f_ and a filter's name; t_ and a test's; n_ where `not` precedes it."""
+        prefix, name = word[:2], word[2:]
+        if prefix == "f_":
+            return self.use(FILTERS, name, value, *args, **options)
+        return self.use(TESTS, name, value, *args, **options) is (prefix == "t_")
+
+    def method(self, method: Callable, owner, /, *args, **options):
+        args = [self.items(a) if isinstance(a, Iterator) else a for a in args]
+        self.weigh([*args, *options.values()])
+        if method in (Text.replace, Text.split):
+            self.pay_for_pieces(owner, args[0] if args else options.get("sep"))
+        return method(owner, *args, **options)
+
+    def call(self, function, /, *args, **options):
         if not isinstance(defined(function), FunctionType):
             raise TypeError
         return function(self, *args, **options)
