@@ -1967,14 +1967,10 @@ def defined(value):
 
 
 class Fields:
-    """A value with named parts."""
+    """A value with named parts, as `loop`."""
 
     def __init__(self, /, **names):
         self.names = names
-
-
-class Loop(Fields):
-    """The value of `loop` in one round of a loop."""
 
 
 class Namespace(Fields):
@@ -2427,9 +2423,7 @@ TESTS = {
     "defined": lambda run, value: not isinstance(value, Undefined),
     "false": lambda run, value: value is False,
     "in": lambda run, value, other: run.compare(ast.In, value, other),
-    "iterable": lambda run, value: isinstance(
-        value, (*SIZED, Undefined, Iterator, Loop)
-    ),
+    "iterable": lambda run, value: isinstance(value, (*SIZED, Undefined, Iterator)),
     "mapping": lambda run, value: isinstance(value, dict),
     "none": lambda run, value: value is None,
     "number": lambda run, value: isinstance(value, (int, float)),
@@ -2833,7 +2827,7 @@ class Rendering:
         self.scope = scope
 
 
-def loop_fields(items: list, n: int) -> Loop:
+def loop_fields(items: list, n: int) -> Fields:
     """Return the value of `loop` in round n."""
     rest = len(items) - n - 1
     names = {"index": n + 1, "index0": n, "revindex": rest + 1, "revindex0": rest}
@@ -2841,7 +2835,7 @@ def loop_fields(items: list, n: int) -> Loop:
     names |= {"depth": 1, "depth0": 0}
     names |= {"previtem": items[n - 1]} if n > 0 else {}
     names |= {"nextitem": items[n + 1]} if rest > 0 else {}
-    return Loop(cycle=lambda run, *values: values[n % len(values)], **names)
+    return Fields(cycle=lambda run, *values: values[n % len(values)], **names)
 
 
 def macro(parameters: ast.arguments, body: list[ast.stmt], scope: ChainMap) -> Callable:
