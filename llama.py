@@ -4612,47 +4612,45 @@ class NoSuchModel(FileNotFoundError):
     """A name is neither a folder nor one of the Hugging Face cache."""
 
 
+def find_cached(name: str, hub: Path) -> Path:
+    """Return the folder of org/name in a Hugging Face cache; raises as find_folder."""
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
+        near = similar_models(name, hub)
+        near = f"; {hub} has {near}" if near else ""
+        raise NoSuchModel(f"{name}: no such folder, and not of the form org/name{near}")
+    entry = hub / f"models--{name.replace('/', '--')}"
+    found = snapshots_of(entry)
+    if len(found) == 1:
+        return found[0]
+    get = f"to get it: hf download {name}"
+    if found:
+        some = ", ".join(path.name for path in found[:4])
+        what = f"{len(found)} revisions in {hub} and none is main, {some}"
+        get = f"give the folder of one: {found[0]}"
+    elif entry.is_dir():
+        what = f"{entry} does not hold its branch main"
+    else:
+        near = similar_models(name, hub)
+        near = f", which has {near}" if near else ""
+        what = f"no such folder, and not in {hub}{near}"
+    raise FileNotFoundError(f"{name}: {what}; {get}")
+
+
 def find_folder(model: str | Path) -> Path:
     """Return the folder of a model: a path, or org/name in the Hugging Face cache.
 
     Nothing is fetched. Raises FileNotFoundError that says how to get it.
     """
-    if Path(model).is_dir():
-        found = snapshots_of(Path(model))  # if it is a model's entry in the cache
-        return found[0] if len(found) == 1 else Path(model)
-    if Path(model).exists():
-        what, suffix = "a file, wanted the folder that it is in", Path(model).suffix
-        if suffix != ".safetensors" and (other := foreign_file([Path(model)])):
-            what = f"this is {other}"
-        raise FileNotFoundError(f"{model}: {what}")
-    hub = hub_folder()
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(model)):
-        near = similar_models(str(model), hub)
-        near = f"; {hub} has {near}" if near else ""
-        raise NoSuchModel(
-            f"{model}: no such folder, and not of the form org/name{near}"
-        )
-    entry = hub / f"models--{str(model).replace('/', '--')}"
-    found = snapshots_of(entry)
-    if len(found) == 1:
-        return found[0]
-    if not found and entry.is_dir():
-        raise FileNotFoundError(
-            f"{model}: {entry} does not hold its branch main; to get it: hf download "
-            f"{model}"
-        )
-    if found:
-        some = ", ".join(path.name for path in found[:4])
-        raise FileNotFoundError(
-            f"{model}: {len(found)} revisions in {hub} and none is main, {some}; give "
-            f"the folder of one: {found[0]}"
-        )
-    near = similar_models(str(model), hub)
-    near = f", which has {near}" if near else ""
-    raise FileNotFoundError(
-        f"{model}: no such folder, and not in {hub}{near}; to get it: "
-        f"hf download {model}"
-    )
+    path = Path(model)
+    if not path.exists():
+        return find_cached(str(model), hub_folder())
+    if path.is_dir():
+        found = snapshots_of(path)  # if it is a model's entry in the cache
+        return found[0] if len(found) == 1 else path
+    what = "a file, wanted the folder that it is in"
+    if path.suffix != ".safetensors" and (other := foreign_file([path])):
+        what = f"this is {other}"
+    raise FileNotFoundError(f"{model}: {what}")
 
 
 def weight_files(folder: Path) -> list[Path]:
