@@ -4915,7 +4915,7 @@ def check_folder(
     None where it cannot be built. A problem is an OSError or a ValueError that names
     the file at fault.
     """
-    problems, tensors, model = [], {}, None
+    problems, tensors = [], {}
 
     def attempt(task: Callable, *arguments: object) -> object:
         try:
@@ -4934,21 +4934,22 @@ def check_folder(
         tensors |= found
     if settings is None:
         return None, tensors, problems
-    if settings[1].tie_word_embeddings and not any(EMBEDDING in n for n in tensors):
+    config, args = settings
+    if args.tie_word_embeddings and not any(EMBEDDING in name for name in tensors):
         # safetensors writes one of two that share their memory: the first by name.
         names = {name: name.replace("lm_head", EMBEDDING) for name in tensors}
         tensors = {names[n]: replace(t, name=names[n]) for n, t in tensors.items()}
-    sound, wrong = not problems, []
+    sound, tied, wrong = not problems, config.get("tie_word_embeddings"), []
     try:
-        model = checked_model(*settings, tensors)
+        model = checked_model(config, args, tensors)
     except ValueError as error:
-        wrong.append(str(error))
-    if model and sound:
-        differences = [*mismatches(model, tensors, wanted_extras(*settings))]
+        return None, tensors, [*problems, ValueError(f"{folder}: {error}")]
+    if sound:
+        differences = [*mismatches(model, tensors, wanted_extras(config, args))]
         wrong += ["; ".join(differences)] if differences else []
-        if settings[0].get("tie_word_embeddings") is False and "lm_head" not in model:
+        if tied is False and "lm_head" not in model:
             wrong.append("tie_word_embeddings is false, but there is no lm_head.weight")
-    if model and read and settings[0].get("tie_word_embeddings"):
+    if read and tied:
         wrong += untied_head(tensors)
     problems += [ValueError(f"{folder}: {text}") for text in wrong]
     return model, tensors, problems
