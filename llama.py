@@ -3258,14 +3258,13 @@ def read_normalizer(spec: dict) -> dict:
     """
     prepend, steps = "", []
     for step in leaves(spec.get("normalizer"), "normalizers"):
-        kind, pattern = step.get("type"), step.get("pattern") or {}
-        texts = [pattern.get("String"), step.get("content"), step.get("prepend")]
-        kinds = [type(text) for text in texts]
+        kind, before, new = step.get("type"), step.get("prepend"), step.get("content")
+        old = (step.get("pattern") or {}).get("String")
         # The oldest files leave the type out.
-        if kind in ("Prepend", None) and kinds[2] is str and not steps:
-            prepend = step["prepend"] + prepend
-        elif kind in ("Replace", None) and kinds[:2] == [str, str] and texts[0]:
-            steps.append(operator.methodcaller("replace", *texts[:2]))
+        if kind in ("Prepend", None) and isinstance(before, str) and not steps:
+            prepend = before + prepend
+        elif kind in ("Replace", None) and old and type(old) is type(new) is str:
+            steps.append(operator.methodcaller("replace", old, new))
         elif kind in ("NFC", "NFD", "NFKC", "NFKD"):
             steps.append(functools.partial(unicodedata.normalize, kind))
         else:
