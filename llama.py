@@ -4694,8 +4694,7 @@ def header_bytes(file: Path) -> bytes:
     if not file.is_file() and not file.is_dir():  # opening a pipe may never end
         raise ValueError(f"{file}: not a regular file")
     with open(file, "rb") as stream:
-        refuse_pointer(file, stream.read(100))
-        stream.seek(0)
+        refuse_pointer(file, stream.peek(100))
         prefix = stream.read(8)
         # A header may grow with the file, as that of a session does.
         length, limit = int.from_bytes(prefix, "little"), JSON_BYTES + size // 10
