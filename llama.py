@@ -1454,9 +1454,13 @@ import safetensors
 # means by that, settings must have the right type and range, and what cannot be
 # honoured is an error that names the key and the value. Some layers of these families
 # let a token see only a window, the tokens right before it; within the first window
-# that makes no difference, so the context is limited to it. The two layouts of rotary
-# settings are read as one, and two more scalings join those of section 4: linear, and
-# YaRN [7].
+# that makes no difference, so the context is limited to it. Two more scalings join
+# those of section 4: linear, and YaRN [7]. The two layouts of rotary settings are read
+# as one. Llama 3.1 has the first of these, and transformers 5 writes the second:
+#
+#     "rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3", "factor": 8, ...}
+#     "rope_parameters": {"rope_theta": 5e5, "rope_type": "llama3", "factor": 8, ...}
+#
 # uses: 1, 4
 # needs: Iterator, Path, difflib, fields, get_args, json, math
 # registers: ROPE_SCALINGS
@@ -1794,7 +1798,12 @@ def read_args(config: dict) -> ModelArgs:
 # What a template prints is more than text: <|user|> may be a control token above, but
 # must stay text if a user typed it. So each character of a Text knows who wrote it, the
 # template or one of the messages, through sums, slices, trim, split and the like. Only
-# what the template wrote may become a control token.
+# what the template wrote may become a control token. With the template above,
+#
+#     ChatTemplate(source).render([{"role": "user", "content": "<|user|>"}], {})
+#
+# gives a Text of three runs: <|user|> and a line break, which the template wrote; then
+# <|user|>, of message 0; then a line break, of the template again.
 # uses: none
 # needs: Callable, ChainMap, FunctionType, Iterator, Mapping, NamedTuple, Sequence, ast,
 #     contextlib, datetime, itertools, json, operator, re
@@ -4230,7 +4239,12 @@ class Tokenizer(ByteLevelTokenizer):
 # 14. Sampling options
 # What a user, or a folder's generation_config.json, may ask of the sampler: each option
 # has an interval, and what is outside of it is refused with both. What else a
-# generation_config.json may hold, and has no effect here, is named.
+# generation_config.json may hold, and has no effect here, is named. For example:
+#
+#     generation_config.json     {"temperature": 0.7, "top_k": 40, "num_beams": 4}
+#     options of the sampler     temperature 0.7, top_k 40, and the usual top_p 0.9
+#     named, without effect      num_beams
+#
 # uses: 1, 4, 8, 11
 # needs: Path
 # -----------------------------------------------------------------------------
@@ -4336,6 +4350,13 @@ def default_sampling(folder: Path) -> dict[str, float | None]:
 # What is best here: in which numbers to compute, how many tokens to read at a time, how
 # many to draft, how long a context to allow. And what there is: memory, and on a CPU a
 # fast library of matrix products, OpenBLAS.
+#
+#                           computes in           tokens at a time     drafts
+#     Metal                 what the files hold                512          7
+#     CUDA                  what the files hold               2048         15
+#     CPU, with OpenBLAS    float32                            128          0
+#     CPU, without          float32                             32          0
+#
 # uses: 1, 2
 # needs: Iterable, Mapping, ctypes, math, mx, os, sys
 # -----------------------------------------------------------------------------
@@ -4521,7 +4542,13 @@ def choose_context(args: ModelArgs, wanted: int | None) -> tuple[int, str | None
 # From a folder of anyone's making to a model that is ready to run. A folder is found,
 # its files are compared with each other, and what is wrong is said before a weight is
 # read. Model folders come from strangers, so everything is checked here, and trusted
-# after this.
+# after this. Read `load` first, at the end: it is the way through this section.
+#
+#     a header     "model.norm.weight": {"dtype": "BF16", "shape": [2048], ...}
+#     config.json  "hidden_size": 4096
+#     examine      raises: 1 tensors not as config.json says: model.norm.weight is BF16
+#                  [2048], wanted F32/F16/BF16 [4096]
+#
 # uses: 1-7, 11-13, 15
 # needs: Callable, Iterable, Iterator, Mapping, Path, dataclass, difflib, math, mx, os,
 #     re, replace, safetensors, tree_flatten

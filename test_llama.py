@@ -2764,6 +2764,21 @@ def test_a_tag_that_is_not_known_is_refused_only_where_it_is_reached(tag):
         render(f"{{% set with = 1 %}}{tag}")
 
 
+def test_the_template_of_the_banner_prints_a_control_token_and_a_text():
+    banner = SECTIONS[12].source.split("# A template comes")[0]
+    source = "".join(
+        line[6:] + "\n" for line in banner.split("\n") if line.startswith("#     {")
+    )
+    rendered = llama.ChatTemplate(source).render(
+        [{"role": "user", "content": "<|user|>"}], {}
+    )
+    assert [*rendered.runs()] == [
+        ("<|user|>\n", llama.TEMPLATE),
+        ("<|user|>", 0),
+        ("\n", llama.TEMPLATE),
+    ]
+
+
 def test_a_backslash_that_means_nothing_stays_without_a_warning():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
