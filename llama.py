@@ -5157,17 +5157,21 @@ class Step(NamedTuple):
     logits: mx.array  # (1, V) after the last
 
 
-def launch(
-    model: Callable,
-    token: mx.array,
-    drafts: list[int],
-    cache: list,
-    sampler: Callable[[mx.array], mx.array],
-) -> Step:
-    """Return the step that reads token (1, 1) and drafts, without waiting for it."""
-    tokens = token
+def step_after(
+    model: Callable, step: Step, kept: int, drafts: list[int], cache: list, limit: int
+) -> Step | None:
+    """Return the step that reads the last of the tokens that another keeps, and drafts;
+    launched, not waited for. None if the cache may not hold a token more.
+
+    kept: the number of these tokens. limit: the tokens that the cache may hold.
+    """
+    room = limit - cache[0].offset
+    if room <= 0:
+        return None
+    drafts, sampler = drafts[: room - 1], step.samplers[kept - 1]
+    tokens = step.sampled[:, kept - 1 : kept]
     if drafts:
-        tokens = mx.concatenate([token, mx.array([drafts], token.dtype)], axis=1)
+        tokens = mx.concatenate([tokens, mx.array([drafts], tokens.dtype)], axis=1)
     logits, sampled, samplers = model(tokens, cache), [], []
     for row in range(tokens.shape[1]):
         sampler = copy.copy(sampler)  # its state, for when later rows are rejected
@@ -5190,33 +5194,6 @@ def verify_drafts(step: Step, cache: list) -> list[int]:
     kept = values[: right + 1]
     trim_to(cache, cache[0].offset - len(values) + len(kept))
     return kept
-
-
-def step_after(
-    model: Callable,
-    step: Step,
-    kept: list[int],
-    cache: list,
-    lookup: Lookup,
-    limit: int,
-) -> Step | None:
-    """Return the step that follows another, launched; None if there is no room for it,
-    or if what the other keeps must be known first.
-
-    kept: what the other kept; [] if that is not known yet. A step without drafts keeps
-    its one token whatever it is, so the next is launched before the token is known.
-    limit: the tokens that the cache may hold.
-    """
-    room = limit - cache[0].offset
-    if room <= 0 or (step.drafts and not kept):
-        return None
-    drafts = lookup.drafts()[:room]
-    # If the last token is not known, the first draft is a guess of it, and those to be
-    # checked come after that.
-    drafts = drafts[: room - 1] if kept else drafts[1:]
-    last = max(len(kept), 1)
-    token, sampler = step.sampled[:, last - 1 : last], step.samplers[last - 1]
-    return launch(model, token, drafts, cache, sampler)
 
 
 def decode_with_lookup(
@@ -5242,7 +5219,12 @@ def decode_with_lookup(
     mx.async_eval(step.sampled)
     try:
         while step is not None:
-            ahead = step_after(model, step, [], cache, lookup, limit)
+            # A step without drafts keeps its one token whatever it is, so the next is
+            # launched before Python knows the token. The first draft is then a guess
+            # of it, and those to be checked come after that.
+            if not step.drafts:
+                guesses = lookup.drafts()[1:]
+                ahead = step_after(model, step, 1, guesses, cache, limit)
             kept = verify_drafts(step, cache)
             lookup.passes += 1
             for value in kept:
@@ -5255,7 +5237,8 @@ def decode_with_lookup(
             lookup.extend(kept)
             lookup.accepted += len(kept) - 1
             if step.drafts:
-                ahead = step_after(model, step, kept, cache, lookup, limit)
+                drafts = lookup.drafts()
+                ahead = step_after(model, step, len(kept), drafts, cache, limit)
             if lookup.passes % 256 == 0:
                 require_numbers(step.logits)
                 mx.clear_cache()
