@@ -5823,11 +5823,8 @@ def rank_args(args: ModelArgs, n: int) -> ModelArgs:
 
     Raises ValueError if n does not divide them.
     """
-    H, Hkv, F = (
-        args.num_attention_heads,
-        args.num_key_value_heads,
-        args.intermediate_size,
-    )
+    H, Hkv = args.num_attention_heads, args.num_key_value_heads
+    F = args.intermediate_size
     if H % n or Hkv % n or F % n:
         raise ValueError(
             f"{n} ranks cannot share {H} heads, {Hkv} key/value heads and an MLP of "
@@ -6094,10 +6091,6 @@ def checksum(arrays: Mapping[str, mx.array]) -> int:
 class SessionTooLong(ValueError):
     """A session file holds more tokens than the context."""
 
-    def __init__(self, file: Path, tokens: int, context: int):
-        sizes = f"{tokens} tokens, the context {context}"
-        super().__init__(f"{file}: the session has {sizes}")
-
 
 def are_ids(value: object) -> bool:
     return type(value) is list and all(type(i) is int and 0 <= i < 2**31 for i in value)
@@ -6185,7 +6178,8 @@ def restore_session(
     if session.get("fingerprint") != model:
         raise ValueError(f"{file}: the session is of another model, or of other bits")
     if len(ids) > capacity:
-        raise SessionTooLong(file, len(ids), capacity)
+        sizes = f"{len(ids)} tokens, the context {capacity}"
+        raise SessionTooLong(f"{file}: the session has {sizes}")
     if "checksum" not in session:
         raise ValueError(f"{file}: a session of an older llama.py")
     arrays = {info.name: array for info, array in read_tensors(infos.values())}
@@ -6682,8 +6676,7 @@ class PromptTooLong(ValueError):
 
     def __init__(self, tokens: int, context: int, longest: int):
         self.tokens, self.context, self.longest = tokens, context, longest
-        wanted = f"1 to {context} tokens, got {tokens}"
-        super().__init__(f"the prompt must have {wanted}")
+        super().__init__(f"the prompt must have 1 to {context} tokens, got {tokens}")
 
 
 def shut_down(worker: Worker) -> None:

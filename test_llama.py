@@ -6752,7 +6752,7 @@ FILE = Path("talk")
         ("chat", llama.PromptTooLong(500, 100, 512), ["--ctx"]),
         ("chat", llama.PromptTooLong(600, 100, 512), []),
         ("chat", llama.PromptTooLong(600, 512, 512), []),
-        ("chat", llama.SessionTooLong(FILE, 20, 16), ["--ctx"]),
+        ("chat", llama.SessionTooLong("s: 20 tokens"), ["--ctx"]),
         ("chat", llama.NotANumber("noise"), ["--check", "--dtype"]),
         ("info --measure", llama.NotANumber("noise"), ["--check"]),
         ("chat", llama.NoTemplate("a base model"), ["--raw", "--template"]),
