@@ -5201,9 +5201,10 @@ def decode_with_lookup(
     logits: mx.array,
     cache: list,
     sampler: Callable[[mx.array], mx.array],
-    lookup: Lookup,
     max_tokens: int | None = None,
     stop_tokens: Collection[int] = (),
+    *,
+    lookup: Lookup,
 ) -> Iterator[int]:
     """Yield and return what `decode` does, checking the drafts of a lookup meanwhile.
 
@@ -6207,9 +6208,9 @@ def restore_session(
 # queues. So an interface never blocks, and any thread may ask. What the cache holds of
 # one conversation is kept: the next turn begins with the same ids, and reads its own.
 # uses: 1-9, 11-21
-# needs: Callable, Collection, Iterable, Iterator, Mapping, NamedTuple, Path, Sequence,
-#     collections, contextlib, dataclass, field, mx, queue, threading, time, traceback,
-#     weakref
+# needs: Callable, Collection, Iterator, Mapping, NamedTuple, Path, Sequence,
+#     collections, contextlib, dataclass, field, functools, mx, queue, threading, time,
+#     traceback, weakref
 # -----------------------------------------------------------------------------
 
 
@@ -6460,22 +6461,10 @@ class Worker(threading.Thread):
         try:
             self.load()
             while (request := self.next_request()) is not None:
-                if not isinstance(request, Request):
+                if isinstance(request, Request):
+                    self.serve(request)
+                else:
                     request()
-                    continue
-                try:
-                    # Only now: while it waits it keeps memory from nobody.
-                    with wired_memory(self.loading.nbytes):
-                        self.serve(request)
-                except Exception as error:  # for whoever asked; the next may work
-                    # What the failed step made may be all the memory there is, and the
-                    # error refers to it as long as somebody keeps the error.
-                    traceback.clear_frames(error.__traceback__)
-                    self.forget()
-                    mx.clear_cache()
-                    request.finish(error)
-                    if self.group and not isinstance(error, ValueError):
-                        raise  # only a ValueError is the same on all ranks
                 request = None  # what it holds is not needed until the next
         except Exception as error:
             self.failure = error
@@ -6544,7 +6533,23 @@ class Worker(threading.Thread):
         return reused
 
     def serve(self, request: Request) -> None:
-        """Answer a request: Progress and Pieces as they come, then Stats."""
+        """Answer a request. An error is for whoever asked; the next may work."""
+        try:
+            # Only now: while the worker waits it keeps memory from nobody.
+            with wired_memory(self.loading.nbytes):
+                self.reply_to(request)
+        except Exception as error:
+            # What the failed step made may be all the memory there is, and the error
+            # refers to it as long as somebody keeps the error.
+            traceback.clear_frames(error.__traceback__)
+            self.forget()
+            mx.clear_cache()
+            request.finish(error)
+            if self.group and not isinstance(error, ValueError):
+                raise  # only a ValueError is the same on all ranks
+
+    def reply_to(self, request: Request) -> None:
+        """Send Progress and Pieces of a reply as they come, then its Stats."""
         request.times.append(time.perf_counter())
         mx.reset_peak_memory()
         ids = request.ids
@@ -6557,22 +6562,18 @@ class Worker(threading.Thread):
         reused = self.reuse(ids)
         lookup = Lookup(request.drafts, ids) if request.drafts else None
         logits = self.prefill_prompt(request, ids[reused:], cancelled)
-        if logits is None:
-            reason = "cancelled"
-        else:
-            sampler = make_sampler(**request.sampling, prompt=ids)
-            start = self.model, logits, self.cache, sampler
-            ends = request.max_tokens, self.tokenizer.stop_tokens
+        reason = "cancelled"
+        if logits is not None:
+            loop = decode
             if lookup:
-                reply = decode_with_lookup(*start, lookup, *ends)
-            else:
-                reply = decode(*start, *ends)
+                loop = functools.partial(decode_with_lookup, lookup=lookup)
+            sampler = make_sampler(**request.sampling, prompt=ids)
+            ends = request.max_tokens, self.tokenizer.stop_tokens
+            reply = loop(self.model, logits, self.cache, sampler, *ends)
             reason = self.write(request, reply, cancelled, lookup)
         self.cached = (ids + request.tokens)[: self.cache[0].offset]
-        stats = self.statistics(request, reused)
-        stats.accepted_tokens = lookup.accepted if lookup else 0
-        stats.finish_reason = reason
-        request.finish(stats)
+        accepted = lookup.accepted if lookup else 0
+        request.finish(self.stats_of(request, reused, accepted, reason))
 
     def prefill_prompt(
         self, request: Request, prompt: list[int], cancelled: Callable[[], bool]
@@ -6632,8 +6633,10 @@ class Worker(threading.Thread):
         text = waiting.text[:end]
         request.events.put(Piece(text, self.tokenizer.encode(text, first=False)))
 
-    def statistics(self, request: Request, reused: int) -> Stats:
-        """Return what a reply took; reused: how many of its ids the cache held."""
+    def stats_of(
+        self, request: Request, reused: int, accepted: int, reason: str
+    ) -> Stats:
+        """Return what a reply took; reused, accepted, reason: see Stats."""
         started, *times = request.times
         read = len(request.ids) - reused
         first, last = (times[0], times[-1]) if times else (started, started)
@@ -6641,6 +6644,7 @@ class Worker(threading.Thread):
             prompt_tokens=len(request.ids),
             reused_tokens=reused,
             generation_tokens=len(times),
+            accepted_tokens=accepted,
             time_to_first_token_s=first - request.submitted,
             prefill_tps=read / (first - started) if times else 0.0,
             decode_tps=(len(times) - 1) / (last - first) if last > first else 0.0,
@@ -6648,6 +6652,7 @@ class Worker(threading.Thread):
             context=self.context,
             peak_memory=mx.get_peak_memory(),
             adopted_memory=self.loading.adopted,
+            finish_reason=reason,
             ranks=self.group.size() if self.group else 1,
             unpacked=self.loading.unpacked,
         )
@@ -6805,7 +6810,9 @@ class Engine(contextlib.AbstractContextManager["Engine"]):
         Raises ValueError for options out of range or a prompt that does not fit,
         RuntimeError if the engine is closed.
         """
-        ids = self._check_prompt(ids)
+        ids = checked_ids(ids, self.args.vocab_size)
+        if not 0 < len(ids) <= self.context:
+            raise PromptTooLong(len(ids), self.context, self.args.longest_context)
         check_stop(stop)
         lookup = self._worker.drafts if lookup is None else lookup
         for name, value in (("max_tokens", max_tokens), ("lookup", lookup)):
@@ -6857,13 +6864,6 @@ class Engine(contextlib.AbstractContextManager["Engine"]):
         self.close()
         if self._worker.failure:  # a rank other than 0 has no reply to raise it
             raise self._worker.failure
-
-    def _check_prompt(self, prompt: Iterable[int]) -> list[int]:
-        ids = checked_ids(prompt, self.args.vocab_size)
-        if not 0 < len(ids) <= self.context:
-            longest = self.args.longest_context
-            raise PromptTooLong(len(ids), self.context, longest)
-        return ids
 
     def _require_worker(self) -> None:
         worker = self._worker

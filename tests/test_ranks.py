@@ -144,7 +144,7 @@ def said_by(model: llama.Llama, count: int) -> list:
     lookup, cache = llama.Lookup(3, tokens[:9]), model.make_cache(160)
     *_, (_, last) = llama.prefill(model, tokens[:9], cache)
     start = model, last, cache, llama.greedy
-    text = [*llama.decode_with_lookup(*start, lookup, count)]
+    text = [*llama.decode_with_lookup(*start, count, lookup=lookup)]
     return [mx.concatenate(logits).astype(mx.float32).tolist(), text, lookup.accepted]
 
 
