@@ -6183,14 +6183,14 @@ def restore_session(
         raise SessionTooLong(f"{file}: the session has {sizes}")
     if "checksum" not in session:
         raise ValueError(f"{file}: a session of an older llama.py")
-    arrays = {info.name: array for info, array in read_tensors(infos.values())}
     layers = range(len(cache) if ids else 0)
+    names = [f"{n}.{part}" for n in layers for part in ("keys", "values")]
     wanted = (1, args.num_key_value_heads, len(ids), args.head_dim)
-    for name in [f"{n}.{part}" for n in layers for part in ("keys", "values")]:
-        if name not in arrays or arrays[name].shape != wanted:
+    for name in names:
+        if name not in infos or infos[name].shape != wanted:
             raise ValueError(f"{file}: damaged: {name} is not {wanted}")
-    if any(array.ndim == 0 for array in arrays.values()):
-        raise ValueError(f"{file}: damaged: a tensor without a shape")
+    stored = [infos[name] for name in names]
+    arrays = {info.name: array for info, array in read_tensors(stored)}
     if checksum(arrays) != session["checksum"]:
         raise ValueError(f"{file}: the cache in it is damaged")
     trim_to(cache, 0)
