@@ -7513,6 +7513,25 @@ def print_models(models: list[dict]) -> None:
     print_table(rows)
 
 
+def add_measured(options: argparse.Namespace, found: dict, shown: bool) -> None:
+    """Measure a preset or a model, and add the result to what `describe` has found;
+    shown: print it too, each part as soon as it is known."""
+    if __name__ == "__main__":
+        # Python handles no signal within a step, which can take minutes, and there is
+        # nothing to be saved: Ctrl-C ends the process.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    mx.random.seed(0)  # all ranks read the same ids
+    ranks = options.group.size() if options.group else 1
+    found["measured"], name = {}, Path(found["model"]).name
+    for part in measured(options, found):
+        found["measured"] |= part
+        if shown:
+            print_table(measured_rows(name, found["device"], found["measured"]))
+    found["measured"]["ranks"] = ranks
+    if shown and ranks > 1:
+        print_table([("ranks", f"{ranks}; bytes are those of one")])
+
+
 def cmd_info(options: argparse.Namespace) -> int:
     """Print what a preset or a model is, what it needs, and what fits here; without
     MODEL, what models there are."""
@@ -7528,26 +7547,12 @@ def cmd_info(options: argparse.Namespace) -> int:
         else:
             print_models(found["models"])
         return 0
-    found, group = describe(options.model), options.group
-    ranks = group.size() if group else 1
-    shown = leads(group) and not options.json
+    found, shown = describe(options.model), leads(options.group) and not options.json
     if shown:
         print_table(info_rows(found))
     if options.measure:
-        if __name__ == "__main__":
-            # Python handles no signal within a step, which can take minutes, and there
-            # is nothing to be saved: Ctrl-C ends the process.
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
-        mx.random.seed(0)  # all ranks read the same ids
-        found["measured"], name = {}, Path(found["model"]).name
-        for part in measured(options, found):
-            found["measured"] |= part
-            if shown:
-                print_table(measured_rows(name, found["device"], found["measured"]))
-        found["measured"]["ranks"] = ranks
-        if shown and ranks > 1:
-            print_table([("ranks", f"{ranks}; bytes are those of one")])
-    if options.json and leads(group):
+        add_measured(options, found, shown)
+    if options.json and leads(options.group):
         print(json.dumps(found, indent=2))
     return 0
 
@@ -7663,26 +7668,25 @@ def inspection(folder: Path, check: bool) -> dict:
     }
 
 
-def cmd_inspect(options: argparse.Namespace) -> int:
-    """Print what a model folder holds, and all that is wrong with it."""
-    found = inspection(choose_folder(options.model), options.check)
-    status = 1 if found["problems"] else 0
-    if options.json:
-        print(json.dumps(found, indent=2))
-        return status
-    rows = [("folder", found["folder"])]
-    for name, size in found["files"].items():
-        rows.append(("files", f"{gigabytes(size):>9}  {name}"))
-    # The layers of a stack look alike: a row for all tensors that differ in its number.
+def tensor_rows(tensors: list[dict], total: int) -> Iterator[tuple[str, str]]:
+    """Yield a row for the tensors of a stack that differ only in the layer's number:
+    these look alike. total: the bytes of all, of which each row's share is a bar."""
     groups = collections.defaultdict(list)
-    for t in found["tensors"]:
+    for t in tensors:
         name = re.sub(r"^(model\.)?(layers\.\d+\.)?", "", t["name"])
         kind = f"{name.removesuffix('.weight')} {t['dtype']} {list(t['shape'])}"
         groups[kind].append(t["bytes"])
     for kind, sizes in sorted(groups.items(), key=lambda group: -sum(group[1])):
-        bar = round(8 * sum(sizes) / max(found["bytes"], 1)) * "#"
-        text = f"{gigabytes(sum(sizes)):>9} {bar:8} {len(sizes):3} {kind}"
-        rows.append(("tensors", text))
+        bar = round(8 * sum(sizes) / max(total, 1)) * "#"
+        yield "tensors", f"{gigabytes(sum(sizes)):>9} {bar:8} {len(sizes):3} {kind}"
+
+
+def inspection_rows(found: dict) -> list[tuple[str, str]]:
+    """Return what `inspection` has found, as rows of a table."""
+    rows = [("folder", found["folder"])]
+    for name, size in found["files"].items():
+        rows.append(("files", f"{gigabytes(size):>9}  {name}"))
+    rows += tensor_rows(found["tensors"], found["bytes"])
     share = 100 * found["adoptable_bytes"] // max(found["bytes"], 1)
     share = f"of which {share} % can be used in place on Metal"
     rows.append(("in all", f"{gigabytes(found['bytes']):>9}  {share}"))
@@ -7703,8 +7707,17 @@ def cmd_inspect(options: argparse.Namespace) -> int:
     if found["without_effect"]:
         rows.append(("no effect", ", ".join(found["without_effect"])))
     rows += [("problem", text) for text in found["problems"] or ["none found"]]
-    print_table(rows)
-    return status
+    return rows
+
+
+def cmd_inspect(options: argparse.Namespace) -> int:
+    """Print what a model folder holds, and all that is wrong with it."""
+    found = inspection(choose_folder(options.model), options.check)
+    if options.json:
+        print(json.dumps(found, indent=2))
+    else:
+        print_table(inspection_rows(found))
+    return 1 if found["problems"] else 0
 
 
 # -----------------------------------------------------------------------------
