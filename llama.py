@@ -5463,6 +5463,20 @@ class PaddedAttention(Attention):
         return self.merge(attended)
 
 
+NUMBERS = itertools.count()
+
+
+def compile_apart(function: Callable) -> Callable:
+    """Return a function of arrays, compiled, that is never taken for another.
+
+    subtle: MLX finds what it has compiled by a function's address. A thread may keep
+    the entry after the function is gone, and a new function may get the address. So
+    each gets a number as one more argument, which is never used again.
+    """
+    compiled = mx.compile(lambda _number, *arrays: function(*arrays))
+    return functools.partial(compiled, next(NUMBERS))
+
+
 class CompiledBlock(TransformerBlock):
     """A block that decodes through two compiled pieces; `of` makes it of another.
 
@@ -5472,30 +5486,22 @@ class CompiledBlock(TransformerBlock):
     its shapes grow, and each would be noted down anew.
     """
 
-    made = itertools.count()
-
     @classmethod
     def of(cls, block: TransformerBlock) -> "CompiledBlock":
         compiled = as_subclass(block, cls)
-        before, after = cls.pieces(block)
-        # subtle: MLX finds what it has compiled by a function's address. A thread may
-        # keep the entry after the function is gone, and a new function may get the
-        # address. So each gets a number, which is never used again.
-        number = next(cls.made)
-        compiled.before = functools.partial(mx.compile(before), number)
-        compiled.after = functools.partial(mx.compile(after), number)
+        compiled.before, compiled.after = map(compile_apart, cls.pieces(block))
         return compiled
 
     @staticmethod
     def pieces(block: TransformerBlock) -> tuple[Callable, Callable]:
-        """Return functions of (number, x, offset) and of (number, x, attended)."""
+        """Return functions of (x, offset) and of (x, attended)."""
         attention, mlp = block.self_attn, block.mlp
         norm, other_norm = block.input_layernorm, block.post_attention_layernorm
         H, Hkv = attention.n_heads, attention.n_kv_heads
 
         # The token is a row (1, D) here. Before a product MLX flattens what is no
         # matrix, and shapes the result back, and each time Python waits a little.
-        def before(_: int, x: mx.array, offset: mx.array) -> tuple[mx.array, ...]:
+        def before(x: mx.array, offset: mx.array) -> tuple[mx.array, ...]:
             row = norm(x).squeeze(0)
             queries = attention.q_proj(row).reshape(1, H, 1, -1)
             keys = attention.k_proj(row).reshape(1, Hkv, 1, -1)
@@ -5504,7 +5510,7 @@ class CompiledBlock(TransformerBlock):
                 queries, keys = attention.q_norm(queries), attention.k_norm(keys)
             return attention.rope(queries, offset), attention.rope(keys, offset), values
 
-        def after(_: int, x: mx.array, attended: mx.array) -> mx.array:
+        def after(x: mx.array, attended: mx.array) -> mx.array:
             row = x.squeeze(0) + attention.o_proj(attended.reshape(1, -1))
             return (row + mlp(other_norm(row)))[None]
 
@@ -5740,12 +5746,12 @@ class FusedBlock(CompiledBlock):
         gate_up = fused_linear(mlp.gate_proj, mlp.up_proj, norm=norm, parts=2)
         o, down = fused_linear(attention.o_proj), fused_linear(mlp.down_proj)
 
-        def before(_: int, x: mx.array, offset: mx.array) -> tuple[mx.array, ...]:
+        def before(x: mx.array, offset: mx.array) -> tuple[mx.array, ...]:
             heads = qkv(x).reshape(1, H + 2 * Hkv, 1, -1)
             turned, values = mx.split(heads, [H + Hkv], axis=1)
             return *mx.split(attention.rope(turned, offset), [H], axis=1), values
 
-        def after(_: int, x: mx.array, attended: mx.array) -> mx.array:
+        def after(x: mx.array, attended: mx.array) -> mx.array:
             x = o(attended, x)
             return down(gate_up(x), x)
 

@@ -256,7 +256,7 @@ def test_what_was_compiled_is_never_called_with_the_same_number_again(monkeypatc
     for _ in range(3):
         compile_all(tiny_model())(mx.array([[1]]))
     assert len(numbers) == 3 * 2 * 2
-    assert len({*numbers}) == 3 * 2  # one for the two pieces of a block
+    assert len({*numbers}) == 3 * 2 * 2
 
 
 @on_the_cpu
