@@ -5666,6 +5666,25 @@ def test_a_folder_where_one_matrix_could_not_be_quantized_loads(tmp_path):
 # -----------------------------------------------------------------------------
 
 
+def test_the_drafts_of_the_banner_are_kept_as_it_says():
+    drafts = llama.Lookup(3, [5, 6, 7, 8, 9, 4, 5, 6, 7]).drafts()
+    assert drafts == [8, 9, 4]
+    cache = [llama.KVCache(16)]
+    cache[0].update_and_fetch(*[mx.zeros((1, 1, 13, 1))] * 2)  # the text, 7, the drafts
+    step = llama.Step(drafts, mx.array([[8, 9, 2, 1]]), [], mx.zeros((1, 10)))
+    assert llama.verify_drafts(step, cache) == [8, 9, 2]
+    assert cache[0].offset == 12  # 7, 8 and 9 are read; 4 is forgotten
+
+
+def test_a_rank_of_two_has_of_8b_what_the_banner_says():
+    args = llama.rank_args(llama.PRESETS["8b"], 2)
+    assert (args.num_attention_heads, args.num_attention_heads * args.head_dim) == (
+        16,
+        2048,
+    )
+    assert llama.kv_bytes_per_token(llama.PRESETS["8b"], 2) == 131_072
+
+
 @pytest.mark.parametrize(
     ("ids", "n", "wanted"),
     [
