@@ -8104,45 +8104,38 @@ class LineEditor:
     """Reads messages from the terminal, with editing, completion and history.
 
     words: the commands. files: those that a path follows. Without readline, which is
-    not everywhere, it reads lines and does no more. On a Mac readline often is libedit,
-    which has other commands, and does not know where a paste ends.
+    not everywhere, it reads lines and does no more.
 
     A terminal that is asked to mark pastes sends PASTE_BEGINS and PASTE_ENDS around
     each. GNU readline asks for that while it reads a line. While a reply is printed we
-    ask, so that readline finds the marks later, or we do if it is libedit.
+    ask, so that readline finds the marks later.
     """
+
+    # What the terminal does not do with what is typed during a reply: show it, or wait
+    # for the end of a line, of which it would keep no more than 4095 bytes.
+    hidden = (termios.ECHO, termios.ICANON)
 
     def __init__(self, words: Sequence[str], files: Sequence[str] = ()):
         self.words, self.files = words, files
         self.terminal = termios.tcgetattr(sys.stdin) if sys.stdin.isatty() else None
-        self.readline, self.libedit, self.marks = None, False, False
-        self.ahead = [""]  # lines typed before their prompt; the last one is begun
-        with contextlib.suppress(ImportError):
-            import readline
-
-            self.readline = readline
-            self.libedit = bool(self.terminal) and edits_with_libedit()
-            # To ask the terminal for marks takes an escape sequence.
-            self.marks = bool(self.terminal) and styled(sys.stdout)
-            self.prepare()
-
-    def prepare(self) -> None:
-        """Set up readline, and its history."""
-        readline = self.readline
-        if self.libedit:
-            readline.parse_and_bind("bind ^I rl_complete")
-            for mark in (PASTE_BEGINS, PASTE_ENDS):  # of a paste during a reply
-                readline.parse_and_bind(f"bind {mark} ed-ignore")
-        else:
-            paste = "on" if self.marks else "off"
-            readline.parse_and_bind(f"set enable-bracketed-paste {paste}")
-            readline.parse_and_bind("tab: complete")
-        readline.set_completer_delims(" ")
-        readline.set_completer(self.complete)
-        readline.set_auto_history(False)
+        self.readline = sys.modules.get("readline")
+        # To ask the terminal for marks takes an escape sequence.
+        self.marks = bool(self.readline and self.terminal) and styled(sys.stdout)
+        if self.readline is None:
+            return
+        self.bind()
+        self.readline.set_completer_delims(" ")
+        self.readline.set_completer(self.complete)
+        self.readline.set_auto_history(False)
         with contextlib.suppress(OSError, TypeError, ValueError):  # none, or not ours
             for line in (state_folder() / "history").read_text("utf-8").splitlines():
-                readline.add_history(json.loads(line))
+                self.readline.add_history(json.loads(line))
+
+    def bind(self) -> None:
+        """Tell readline what its keys do."""
+        paste = "on" if self.marks else "off"
+        self.readline.parse_and_bind(f"set enable-bracketed-paste {paste}")
+        self.readline.parse_and_bind("tab: complete")
 
     def complete(self, text: str, state: int) -> str | None:
         """Return a completion of the word at the cursor, None after the last one."""
@@ -8186,12 +8179,9 @@ class LineEditor:
     @contextlib.contextmanager
     def typing_hidden(self) -> Iterator[None]:
         """Within the block what is typed is not shown. It waits for the next prompt."""
-        # Without ICANON the terminal keeps more than a line of 4095 bytes; libedit
-        # needs it, to tell a line that was ended from one that was begun.
-        hidden = (termios.ECHO,) if self.libedit else (termios.ECHO, termios.ICANON)
 
         def hide() -> None:
-            self.set_terminal(*hidden)
+            self.set_terminal(*self.hidden)
             self.mark_pastes(True)
 
         def show() -> None:
@@ -8218,93 +8208,32 @@ class LineEditor:
                 asked = b"\x1b[?2004h" if wanted else b"\x1b[?2004l"
                 os.write(sys.stdout.fileno(), asked)
 
-    def edit(self, prompt: str, text: str) -> str:
-        """Return a line that is typed after a prompt, and begins with a text; libedit
-        cannot change that part of it."""
-        first = prompt == ">>> "  # nothing is above
-        if coloured(sys.stdout) and self.readline and not self.libedit:
-            # For GNU readline, \x01 and \x02 enclose characters that take no space.
-            prompt = f"\x01\x1b[2m\x02{prompt}\x01\x1b[0m\x02"
-        while True:
-            shown, before = text if self.libedit else "", self.buffer()
-            if text and not self.libedit:
-                insert = functools.partial(self.readline.insert_text, text)
-                self.readline.set_startup_hook(insert)
-            try:
-                with on_stop(leave_prompt):
-                    return shown + read_line(prompt + shown)
-            except InterruptedError:
-                text = shown + self.typed(before)
-                suspend()
-            except KeyboardInterrupt:
-                cleared = not first or shown + self.typed(before)
-                note("" if cleared else "\n(Ctrl-D quits)")
-                raise
-            finally:
-                if self.readline:
-                    self.readline.set_startup_hook()
-
     def buffer(self) -> str:
         return self.readline.get_line_buffer() if self.readline else ""
-
-    def typed(self, before: str) -> str:
-        """Return what is typed on a line. before: the buffer when the line began, which
-        libedit empties only at the first key."""
-        text = self.buffer()
-        return "" if self.libedit and text == before else text
-
-    def waiting(self, seconds: float) -> str:
-        """Return what waits on the terminal, or comes within some seconds."""
-        data = b""
-        while select.select([sys.stdin], [], [], seconds)[0]:
-            part = os.read(sys.stdin.fileno(), 4096)
-            if not part:
-                break
-            data += part
-        text = data.decode("utf-8", "replace").replace("\r\n", "\n")
-        return text.replace("\r", "\n")
-
-    def pasted(self, seconds: float) -> str:
-        """Return, under libedit, what follows a line at once, ended or not."""
-        if not self.libedit:
-            return ""
-        self.set_terminal(termios.ECHO, termios.ICANON)
-        try:
-            return self.waiting(seconds)
-        finally:
-            self.set_terminal()
-
-    def take_ahead(self) -> None:
-        """Take, under libedit, the lines that were typed during a reply, and all of a
-        paste that began then. The rest of the last line is left to libedit."""
-        text = self.waiting(0) if self.libedit else ""
-        if text.rfind(PASTE_BEGINS) > text.rfind(PASTE_ENDS):
-            text += self.pasted(0.1)
-        first, *lines = typed_lines(text)
-        self.ahead[-1] += first
-        self.ahead += lines
 
     def line(self, prompt: str) -> str:
         """Return a line that is typed after a prompt, or lines that are pasted."""
         self.set_terminal()
-        self.take_ahead()
-        *above, last = self.ahead.pop(0).split("\n")
-        for line in above:
-            print(printable(prompt + line), file=sys.stderr)
-            prompt = "... "
-        if self.ahead:  # it was ended
-            print(printable(prompt + last), file=sys.stderr)
-            return "\n".join([*above, last])
-        self.ahead = [""]
-        lines = [*above, self.edit(prompt, last)]
-        while pasted := self.pasted(0.02):
-            *more, begun = pasted.split("\n")
-            for line in more:
-                print(printable(f"... {line}"), file=sys.stderr)
-            lines += more
-            if begun:
-                lines.append(self.edit("... ", begun))
-        return "\n".join(lines)
+        first, text = prompt == ">>> ", ""  # nothing is above; what was typed already
+        if coloured(sys.stdout) and self.readline:
+            # For GNU readline, \x01 and \x02 enclose characters that take no space.
+            prompt = f"\x01\x1b[2m\x02{prompt}\x01\x1b[0m\x02"
+        while True:
+            if text:
+                insert = functools.partial(self.readline.insert_text, text)
+                self.readline.set_startup_hook(insert)
+            try:
+                with on_stop(leave_prompt):
+                    return read_line(prompt)
+            except InterruptedError:
+                text = self.buffer()
+                suspend()
+            except KeyboardInterrupt:
+                note("" if not first or self.buffer() else "\n(Ctrl-D quits)")
+                raise
+            finally:
+                if self.readline:
+                    self.readline.set_startup_hook()
 
     def read(self) -> str | None:
         """Return a message, or None at Ctrl-D. Ctrl-C clears what was typed.
@@ -8331,6 +8260,102 @@ class LineEditor:
         if text.strip():
             self.remember(text)
         return text
+
+
+class LibeditEditor(LineEditor):
+    """A LineEditor for libedit, which is readline on many Macs. It has other commands,
+    does not know where a paste ends, and cannot begin a line with a text: what is
+    typed ahead or pasted is read here, and shown in front of what it edits."""
+
+    hidden = (termios.ECHO,)  # with ICANON the end of a line that is typed is known
+
+    def __init__(self, words: Sequence[str], files: Sequence[str] = ()):
+        super().__init__(words, files)
+        self.ahead = [""]  # lines typed before their prompt; the last one is begun
+
+    def bind(self) -> None:
+        self.readline.parse_and_bind("bind ^I rl_complete")
+        for mark in (PASTE_BEGINS, PASTE_ENDS):  # of a paste during a reply
+            self.readline.parse_and_bind(f"bind {mark} ed-ignore")
+
+    def edit(self, prompt: str, text: str) -> str:
+        """Return a line that is typed after a prompt, and begins with a text."""
+        while True:
+            before = self.buffer()
+            try:
+                with on_stop(leave_prompt):
+                    return text + read_line(prompt + text)
+            except InterruptedError:
+                text += self.typed(before)
+                suspend()
+            except KeyboardInterrupt:
+                cleared = prompt != ">>> " or text + self.typed(before)
+                note("" if cleared else "\n(Ctrl-D quits)")
+                raise
+
+    def typed(self, before: str) -> str:
+        """Return what is typed on a line. before: the buffer when the line began, which
+        libedit empties only at the first key."""
+        text = self.buffer()
+        return "" if text == before else text
+
+    def waiting(self, seconds: float) -> str:
+        """Return what waits on the terminal, or comes within some seconds."""
+        data = b""
+        while select.select([sys.stdin], [], [], seconds)[0]:
+            part = os.read(sys.stdin.fileno(), 4096)
+            if not part:
+                break
+            data += part
+        text = data.decode("utf-8", "replace").replace("\r\n", "\n")
+        return text.replace("\r", "\n")
+
+    def pasted(self, seconds: float) -> str:
+        """Return what follows a line at once, ended or not."""
+        self.set_terminal(termios.ECHO, termios.ICANON)
+        try:
+            return self.waiting(seconds)
+        finally:
+            self.set_terminal()
+
+    def take_ahead(self) -> None:
+        """Take the lines that were typed during a reply, and all of a paste that began
+        then. The rest of the last line is left to libedit."""
+        text = self.waiting(0)
+        if text.rfind(PASTE_BEGINS) > text.rfind(PASTE_ENDS):
+            text += self.pasted(0.1)
+        first, *lines = typed_lines(text)
+        self.ahead[-1] += first
+        self.ahead += lines
+
+    def line(self, prompt: str) -> str:
+        self.set_terminal()
+        self.take_ahead()
+        *above, last = self.ahead.pop(0).split("\n")
+        for line in above:
+            print(printable(prompt + line), file=sys.stderr)
+            prompt = "... "
+        if self.ahead:  # it was ended
+            print(printable(prompt + last), file=sys.stderr)
+            return "\n".join([*above, last])
+        self.ahead = [""]
+        lines = [*above, self.edit(prompt, last)]
+        while pasted := self.pasted(0.02):
+            *more, begun = pasted.split("\n")
+            for line in more:
+                print(printable(f"... {line}"), file=sys.stderr)
+            lines += more
+            if begun:
+                lines.append(self.edit("... ", begun))
+        return "\n".join(lines)
+
+
+def line_editor(words: Sequence[str], files: Sequence[str] = ()) -> LineEditor:
+    """Return the editor for this Python's readline; see LineEditor."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401
+    libedit = sys.stdin.isatty() and edits_with_libedit()
+    return (LibeditEditor if libedit else LineEditor)(words, files)
 
 
 def end_by_signal(number: int, _frame: object) -> None:
@@ -8596,7 +8621,7 @@ class Chat(Conversation):
         # A blank follows those that want something.
         ends = {f"/{name}": " " for name in COMMANDS if COMMANDS[name][0]}
         words = [f"/{name}" for name in names]
-        self.editor = LineEditor([w + ends.get(w, "") for w in words], files)
+        self.editor = line_editor([w + ends.get(w, "") for w in words], files)
 
     def run(self) -> None:
         """Read messages and commands, and answer them, until Ctrl-D."""

@@ -435,7 +435,7 @@ def test_a_reply_that_fails_in_mlx_does_not_end_the_conversation(
 
 
 def test_a_tab_completes_commands_and_is_text_elsewhere():
-    editor = llama.LineEditor(["/help", "/reset", "/retry"])
+    editor = llama.line_editor(["/help", "/reset", "/retry"])
     for typed, completed in (
         ("/h", ["/help"]),
         ("/re", ["/reset", "/retry"]),
@@ -703,7 +703,7 @@ def test_a_history_that_is_interrupted_keeps_what_it_had(state, monkeypatch):
         file.write_text(text[:3])
         raise KeyboardInterrupt
 
-    editor = llama.LineEditor([])
+    editor = llama.line_editor([])
     editor.remember("first")
     before = (state / "history").read_bytes()
     monkeypatch.setattr(llama, "write_privately", fail)
