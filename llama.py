@@ -5966,8 +5966,7 @@ class Loading:
     Attributes: model, this rank's share, without weights until they are read. tensors:
     where they lie, file_bytes in all. weights: the bytes that they take in memory, and
     adopted: of these, the ones that are not copied. unpacked: whether packed weights
-    are dequantized. cache_per_token: bytes. nbytes: what the weights take together with
-    the cache that there is room for.
+    are dequantized. cache_per_token: bytes.
     """
 
     def __init__(
@@ -5991,12 +5990,14 @@ class Loading:
         item_size = cache_item_size(self.tensors, self.dtype)
         self.cache_per_token = kv_bytes_per_token(self.model.args, item_size)
 
+    def nbytes(self, context: int) -> int:
+        """Return what the weights take together with a cache of so many tokens."""
+        return self.weights + context * self.cache_per_token
+
     def require_room(self, context: int) -> list[str]:
         """Return warnings about memory and speed, with a cache of so many tokens.
         Raises MemoryTooSmall."""
-        cache = context * self.cache_per_token
-        self.nbytes = self.weights + cache
-        about_memory = require_memory(self.weights, cache)
+        about_memory = require_memory(self.weights, context * self.cache_per_token)
         about_speed = slow_products(parameter_count(self.model))
         return [text for text in (about_memory, about_speed) if text]
 
@@ -6444,14 +6445,16 @@ def wired_memory(nbytes: int) -> Iterator[None]:
     is needed and 2 GB, at most what Metal recommends. Does nothing elsewhere.
     """
     limit = wired_limit()
-    before = limit and mx.set_wired_limit(min(limit, nbytes + 2_000_000_000))
+    if limit is None:
+        yield
+        return
+    before = mx.set_wired_limit(min(limit, nbytes + 2_000_000_000))
     try:
         yield
     finally:
-        if limit:
-            with contextlib.suppress(RuntimeError):  # which the caller has heard of
-                mx.synchronize()  # nothing may be running that counts on it
-            mx.set_wired_limit(before)
+        with contextlib.suppress(RuntimeError):  # which the caller has heard of
+            mx.synchronize()  # nothing may be running that counts on it
+        mx.set_wired_limit(before)
 
 
 TICK = 0.05  # seconds; how often ranks with nothing to do meet
@@ -6511,7 +6514,7 @@ class Worker(threading.Thread):
             if leads(self.group):
                 with contextlib.suppress(queue.Empty):
                     request = self.requests.get(timeout=TICK)
-                    message = [request and request.told()]
+                    message = [None if request is None else request.told()]
             else:
                 time.sleep(TICK)
             # Also when there is nothing to do: ranks that wait for one another in MLX
@@ -6560,7 +6563,7 @@ class Worker(threading.Thread):
         """Answer a request. An error is for whoever asked; the next may work."""
         try:
             # Only now: while the worker waits it keeps memory from nobody.
-            with wired_memory(self.loading.nbytes):
+            with wired_memory(self.loading.nbytes(self.context)):
                 self.reply_to(request)
         except Exception as error:
             # What the failed step made may be all the memory there is, and the error
@@ -7385,7 +7388,7 @@ def measured(options: argparse.Namespace, found: dict) -> Iterator[dict[str, flo
     else:
         loading = Loading(*examine(found["folder"]), group, bits=options.bits)
         loading.require_room(total)
-        model, nbytes = loading.model, loading.nbytes
+        model, nbytes = loading.model, loading.nbytes(total)
         progress = ProgressLine("loading")
         for done in loading.read():
             progress(done, loading.file_bytes)
