@@ -3660,30 +3660,37 @@ def read_added(
     vocabulary, {} if its tokens have no spelling.
     """
     entries = {token["content"]: token for token in declared}
+    others = read_json(folder / "added_tokens.json")
+    others = {content: {"id": i} for content, i in others.items()}
     for i, token in (settings.get("added_tokens_decoder") or {}).items():
-        there = entries.get(token["content"], {"id": int(i) if i.isdecimal() else i})
-        entries[token["content"]] = token | {"id": there["id"]}
-    for content, i in read_json(folder / "added_tokens.json").items():
-        entries.setdefault(content, {"id": i})
+        content = token["content"]
+        if content in entries:
+            entries[content] = token | {"id": entries[content]["id"]}
+        else:
+            others[content] = token | {"id": int(i)}
+    for content, token in sorted(others.items(), key=lambda item: item[1]["id"]):
+        entries.setdefault(content, token)
     named = named_tokens(settings)
-    following = max([len(vocab), *(1 + entry["id"] for entry in entries.values())])
     for content, token in named.items():
-        if content not in entries and vocab:
-            entries[content] = token | {"id": vocab.get(content, following)}
-            following += content not in vocab
-    found, pieces = [], {i: piece for piece, i in vocab.items()}
+        if vocab:
+            entries.setdefault(content, token)
+    found, following = [], len(vocab)
     for content, entry in entries.items():
+        if not content:
+            continue
         special = bool(entry.get("special")) or content in named
         flags = [bool(entry.get(key)) for key in ("lstrip", "rstrip", "single_word")]
         normalized = bool(entry.get("normalized", not special))
-        token_id = vocab.get(content, entry["id"])
-        if (other := pieces.setdefault(token_id, content)) != content:
-            raise ValueError(
-                f"each token needs an id of its own, got {token_id!r:.80} for "
-                f"{other!r:.80} and {content!r:.80}"
-            )
-        if content:
-            found.append(AddedToken(content, token_id, special, *flags, normalized))
+        token_id = vocab.get(content, entry.get("id", following))
+        if vocab and content not in vocab:
+            # Hugging Face counts on behind the vocabulary, whatever id the files have.
+            if token_id != following:
+                raise ValueError(
+                    f"the added token {content!r:.80} has the id {token_id!r:.80}, "
+                    f"wanted the next one, {following}"
+                )
+            following += 1
+        found.append(AddedToken(content, token_id, special, *flags, normalized))
     return found
 
 

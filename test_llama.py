@@ -3273,12 +3273,12 @@ FOUND = [
 def added_spec() -> dict:
     """A tokenizer.json with the tokens above, which normalises to NFD."""
     spec = small_spec(normalizer={"type": "NFD"})
-    size = len(spec["model"]["vocab"]) + 1
+    vocab = spec["model"]["vocab"]
+    vocab["?!"] = vocab.pop("</s>")  # which is to be added
     spec["added_tokens"] = [
-        {"id": size + n, "content": content} | fields
+        {"id": len(vocab) + n, "content": content} | fields
         for n, (content, fields) in enumerate(ADDED.items())
     ]
-    spec["model"]["vocab"]["?!"] = 0  # so that Hugging Face counts on from here
     return spec
 
 
@@ -3456,6 +3456,30 @@ def test_transformers_reads_the_same_added_tokens(tmp_path):
         for text in ("x <a> y", "a <b><c>  <d> z"):
             wanted = theirs.encode(text, add_special_tokens=False)
             assert own.encode(by_template(text)) == wanted
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_ids_of_added_tokens_are_those_that_hugging_face_counts(seed, tmp_path):
+    """Or the folder is refused. Hugging Face counts on behind the vocabulary."""
+    rng = random.Random(seed)
+    spec = small_spec(added_tokens=[])
+    vocab, alike = spec["model"]["vocab"], []
+    for _ in range(60):
+        words = {f"<{n}>": 258 + n for n in rng.sample(range(6), rng.randint(2, 3))}
+        in_vocab = dict(rng.sample(sorted(words.items()), rng.randint(0, 1)))
+        added = [{"id": i, "content": t} for t, i in rng.sample([*words.items()], 2)]
+        changed = spec | {"added_tokens": added}
+        changed["model"] = spec["model"] | {"vocab": vocab | in_vocab}
+        theirs = reference_of(changed)
+        alike.append(all(theirs.token_to_id(t["content"]) == t["id"] for t in added))
+        folder = write_tokenizer(tmp_path, changed)
+        if alike[-1]:
+            own = llama.Tokenizer.from_folder(folder)
+            assert own.added_words == {t["content"]: t["id"] for t in added}
+        else:
+            with pytest.raises(ValueError, match="wanted the next one"):
+                llama.Tokenizer.from_folder(folder)
+    assert 0 < sum(alike) < 60
 
 
 NAMES = (
@@ -3809,11 +3833,14 @@ def test_known_names_end_a_reply_where_they_are_control_tokens(tmp_path):
         "<|end_of_turn|> <|EOT|> <|end|> <｜end▁of▁sentence｜> <|im_end|> <|eot_id|>"
     )
     names = [*names.split(" "), "<end_of_turn>", "</s>", "<|eot|>"]
-    added = [{"id": 300 + n, "content": name} for n, name in enumerate(names)]
-    added += [{"id": 400, "content": "<|start|>", "special": True}]
-    folder = write_tokenizer(tmp_path, small_spec(added_tokens=added))
+    spec = small_spec()
+    vocab = spec["model"]["vocab"]
+    vocab |= {name: len(vocab) + n for n, name in enumerate([*names[:-2], names[-1]])}
+    added = [{"id": vocab[name], "content": name} for name in names]
+    added += [{"id": len(vocab), "content": "<|start|>", "special": True}]
+    folder = write_tokenizer(tmp_path, spec | {"added_tokens": added})
     own = llama.Tokenizer.from_folder(folder)
-    assert own.stop_tokens == {300 + n for n in range(len(names))}
+    assert own.stop_tokens == {vocab[name] for name in names}
     assert own.special_tokens.keys() == {*names, "<|start|>"}
 
 
@@ -3829,12 +3856,12 @@ def test_known_names_end_a_reply_where_they_are_control_tokens(tmp_path):
         ({"model": {"end_of_word_suffix": "</w>"}}, "got end_of_word_suffix '</w>'"),
         ({"model": {"continuing_subword_prefix": "##"}}, "got continuing_subword_pre"),
         (
-            {"added_tokens": [{"id": 300, "content": c} for c in ("<a>", "<b>")]},
-            "each token needs an id of its own, got 300 for '<a>' and '<b>'",
+            {"added_tokens": [{"id": 258, "content": c} for c in ("<a>", "<b>")]},
+            "the added token '<b>' has the id 258, wanted the next one, 259",
         ),
         (
             {"added_tokens": [{"id": 1, "content": "<a>"}]},
-            "each token needs an id of its own, got 1 for '!' and '<a>'",
+            "the added token '<a>' has the id 1, wanted the next one, 258",
         ),
         ({"model": {"merges": []}}, "wanted merges, each once"),
         ({"model": {"merges": ["a b", ["a", "b"]]}}, "wanted merges, each once"),
@@ -4335,9 +4362,8 @@ def test_templates_are_found_in_either_file_and_by_name(tmp_path):
     own = llama.Tokenizer.from_folder(folder, template="zephyr")
     assert own.template == llama.BUILT_IN["zephyr"]
     # A built-in template gets the token whose id config.json alone has.
-    end = {"id": 300, "content": "</s>", "special": True}
-    spec = small_spec() | {"added_tokens": [end]}
-    config = {"vocab_size": 301, "eos_token_id": [300]}
+    config = {"vocab_size": 258, "eos_token_id": [0]}
+    spec = small_spec()
     bare = write_tokenizer(tmp_path / "bare", spec, config=config)
     own = llama.Tokenizer.from_folder(bare, template="zephyr")
     assert own.token_names == {"eos_token": "</s>"}
@@ -7315,8 +7341,11 @@ def test_inspect_finds_control_tokens_that_the_model_has_no_row_for(
 ):
     own = shutil.copytree(folder, tmp_path / "m")
     spec = json.loads((own / "tokenizer.json").read_text())
-    for added in spec["added_tokens"]:
-        added["id"] = 260 if added["content"] == token else added["id"]
+    vocab, added = spec["model"]["vocab"], spec["added_tokens"]
+    vocab["?!"] = vocab.pop("</s>")
+    added.sort(key=lambda one: one["content"] == token)
+    for n, one in enumerate(added):
+        one["id"] = len(vocab) + n
     hostile(
         tokenizer=spec, tokenizer_config={"bos_token": "</s>", "add_bos_token": True}
     )(own)

@@ -253,7 +253,7 @@ def small_spec(**changes) -> dict:
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [b for b in range(256) if b not in printable]
     letters = [chr(b) for b in printable] + [chr(256 + n) for n in range(len(others))]
-    vocab = {letter: n + 1 for n, letter in enumerate([*letters, "ab"])}
+    vocab = {piece: n for n, piece in enumerate(["</s>", *letters, "ab"])}
     model = {"type": "BPE", "vocab": vocab, "merges": [["a", "b"]]}
     step = {"type": "ByteLevel", "add_prefix_space": False}
     added = [{"id": 0, "content": "</s>", "special": True}]
