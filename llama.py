@@ -42,22 +42,29 @@ Part One: the model                      uses
 Part Two: every Llama
     11 Families                          1, 4
     12 Chat templates                    none
-    13 Other vocabularies                1, 4, 7, 11, 12
-    14 Sampling options                  1, 4, 8, 11
-    15 This machine                      1, 2
-    16 Checked loading                   1-7, 11-13, 15
+    13 Other vocabularies                1, 4, 7, 11
+    14 The tokenizer of a folder         1, 4, 7, 11-13
+    15 Sampling options                  1, 4, 8, 11
+    16 This machine                      1, 2
+    17 Checked loading                   1-7, 11-14, 16
 Part Three: faster
-    17 Prompt lookup                     5, 9
-    18 Faster steps                      1-6
-    19 The CUDA kernel                   1-6, 18
-    20 Tensor parallel                   1-7, 11-13, 15, 16, 18, 19
+    18 Prompt lookup                     5, 9
+    19 Faster on a CPU                   1-6
+    20 Faster on a GPU                   1-6, 19
+    21 The CUDA kernel                   1-6, 19, 20
+    22 Tensor parallel                   1-7, 11-14, 16, 17
+    23 A model made ready                1-7, 11-14, 16, 17, 19-22
 Part Four: streaming
-    21 Sessions                          1-7, 11-13, 15, 16
-    22 Engine                            1-9, 11-21
+    24 Sessions                          1-7, 11-14, 16, 17
+    25 Pieces of a reply                 7, 12
+    26 Engine                            1-9, 11-25
 Part Five: command line
-    23 Info and inspect                  1-9, 11-22
-    24 Chat                              1-9, 11-23
-    25 Main                              1-9, 11-24
+    27 On a terminal                     none
+    28 Info                              1-9, 11-27
+    29 Inspect                           1-9, 11-28
+    30 Typing                            1-7, 11-14, 16, 17, 24, 27
+    31 Chat                              1-9, 11-28, 30
+    32 Main                              1-9, 11-31
 
 How to lift a piece. Copy the section, the sections on its "uses:" line, and the imports
 on their "needs:" lines; nothing else is needed. "registers:" names tables of sections
@@ -3021,45 +3028,106 @@ Today Date: {{ strftime_now('%d %b %Y') }}
 # 13. Other vocabularies
 # Section 7 reads Llama 3's kind of vocabulary. Others cut a text into words in another
 # way, or in several steps; merge characters instead of bytes (SentencePiece [8], Llama
-# 2 and Mistral); put a space before a text; or lack some bytes. And every folder adds
-# tokens to its vocabulary: control tokens, and whole words. A text goes this way, and
-# gets the ids that Hugging Face's tokenizers give it:
+# 2 and Mistral); put a space before a text; or lack some bytes. A text gets the ids
+# that Hugging Face's tokenizers give it:
 #
-#     added tokens are found -> the text between them is normalised -> it is cut into
-#     words -> the letters of each word are merged, by section 7
+#     it is normalised -> it is cut into words -> the letters of each word are merged
 #
-# So with Mistral 7B, whose template wrote <s> and whose user typed "Hi <s>":
-#
-#     parts     <s>    which the template wrote      Hi <s>    which is text
-#     words                                          ▁Hi▁<s>   a space is a letter
-#     merged                                         ▁Hi  ▁<  s  >
-#     ids       1                                    15359, 523, 28713, 28767
+# In Mistral's letters a space is one of them, so "Hi <s>" is the word ▁Hi▁<s>. Its
+# merges give ▁Hi, ▁<, s and >.
 #
 # A byte-level vocabulary writes each byte as a letter, so its words have letters like
 # any other's, and one way of merging serves all. What a file asks for is read exactly,
 # or refused by its name: a wrong split would only show as slightly worse text.
-# uses: 1, 4, 7, 11, 12
-# needs: Callable, Collection, Iterable, Iterator, Mapping, NamedTuple, Path, Sequence,
-#     base64, dataclass, field, functools, itertools, json, operator, re, tiktoken,
-#     unicodedata
-# registers: STOP_NAMES
+# uses: 1, 4, 7, 11
+# needs: Callable, Iterable, Mapping, NamedTuple, Path, Sequence, base64, dataclass,
+#     field, functools, itertools, json, operator, re, tiktoken, unicodedata
 # -----------------------------------------------------------------------------
 
-# Of other families, and of other Llamas.
-STOP_NAMES += [
-    "<|eot|>",
-    "<|eom|>",
-    "<|EOT|>",
-    "<|end|>",
-    "<|im_end|>",
-    "<|end_of_turn|>",
-    "<|endofturn|>",
-    "[|endofturn|]",
-    "<end_of_turn>",
-    "<|endoftext|>",
-    "<｜end▁of▁sentence｜>",
-    "</s>",
-]
+# First, what a vocabulary is: how a text becomes words of letters, and pieces text.
+
+SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # SentencePiece writes a space as this
+ANY_TEXT = "(?s:.+)"  # a text as one word
+NO_RANK = 2**31
+
+# A step of a pre_tokenizer makes smaller pieces of a piece of a text.
+Cut = Callable[[str], list[str]]
+
+BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")
+
+
+class Decoder(NamedTuple):
+    """How pieces become text again."""
+
+    letters: Mapping[str, int]  # the byte that each stands for; {}: they are characters
+    replaced: Sequence[tuple[str, str]] = ((SPACE, " "),)
+    byte_tokens: bool = True  # <0x0A> is a byte
+    # Which spaces are taken away at the start of a text: "one"; "all" of the first
+    # token; or none.
+    drops: str | None = None
+
+    def text(self, piece: str) -> bytes:
+        """Return the text of a piece."""
+        if self.letters:  # a byte-level vocabulary may spell a control token as it is
+            known = self.letters.keys() >= {*piece}
+            return bytes(map(self.letters.get, piece)) if known else piece.encode()
+        for old, new in self.replaced:
+            piece = piece.replace(old, new)
+        byte = BYTE_TOKEN.fullmatch(piece) if self.byte_tokens else None
+        return bytes.fromhex(byte[1]) if byte else piece.encode()
+
+
+BYTE_LEVEL = Decoder(byte_letters())
+
+
+@dataclass(frozen=True)
+class SpelledVocabulary(Vocabulary):
+    """A vocabulary of words of letters, and how a text becomes such words."""
+
+    prepend: str = ""  # what the normalizer puts before it
+    normalizer: Sequence[Callable[[str], str]] = ()  # its other steps
+    steps: Sequence[Cut] = ()  # how it is cut into words
+    space: str = " "  # what a space is written as
+    # Where a space is put before a text: "missing": unless the text begins with one;
+    # "start": as "missing", but only at the start of a document; None: nowhere.
+    adds_space: str | None = None
+    letters: frozenset[str] = frozenset()
+    # Other letters become the tokens of their bytes. Without such tokens they are left
+    # out, so that what stands beside them is merged.
+    byte_ids: Sequence[int] = ()
+    # Words that are not merged, with their ids.
+    at_once: Mapping[str, int] = field(default_factory=dict)
+    lacking: bytes = b""  # of a byte-level vocabulary: the bytes without a letter
+    decoder: Decoder = BYTE_LEVEL
+
+    def normalize(self, text: str, prefix: bool = True) -> str:
+        """Return a text in the form that the vocabulary was made from.
+
+        prefix: whether to put before it what the normalizer puts before a text.
+        """
+        text = self.prepend + text if text and prefix else text
+        for step in self.normalizer:
+            text = step(text)
+        return text
+
+    def cut(self, text: str, add_space: bool) -> list[str]:
+        """Return the words of a normalised text.
+
+        add_space: whether one may be put before it, if it begins with none.
+        """
+        # Half of a character that UTF-16 writes as two is no character.
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        text = text.replace(" ", self.space)
+        missing = add_space and not text.startswith(self.space)
+        if missing and self.adds_space is not None:
+            text = self.space + text
+        words = [text]
+        for step in self.steps:
+            words = [part for word in words for part in step(word) if part]
+        return words
+
+
+# Second, from a tokenizer.json to a vocabulary: how it splits, and what it merges.
 
 # How a text is cut into words: GPT-2's way, Llama 3's, and SentencePiece's, which
 # writes a space as a letter of its own. PUNCTUATION is one character.
@@ -3068,21 +3136,13 @@ LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
 SPACE_SPLIT = f"{SPACE}[^{SPACE}]*|[^{SPACE}]+"
 PUNCTUATION = r"[\p{P}$+<=>^`|~]"
 
 MOST_TOKENS = 262_144  # a larger vocabulary is not read
 BYTES_PER_TOKEN = 200  # in a tokenizer.json; Llama 3's has 60 to 160
 LONGEST_SPLIT, MOST_STEPS = 1_000, 20  # characters of an expression, and steps
-ANY_TEXT = "(?s:.+)"  # a text as one word
-LONGEST_WORD = 100  # of those whose ids are remembered
-NO_RANK = 2**31
 MOST_WORK = 10_000_000  # steps to merge pieces one by one; Llama 3 needs 100,000
-
-# What Unicode calls white space. Python takes \x1c to \x1f for blanks as well.
-WHITE_SPACE = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000"
-WHITE_SPACE += "".join(map(chr, range(0x2000, 0x200B)))
 
 # The regular expressions that are read: up to twelve rows of characters. They mean the
 # same to `re` and to Hugging Face's tokenizers; and since only the last two of a row
@@ -3204,10 +3264,6 @@ def leaves(whole: dict | None, key: str) -> list[dict]:
     return steps
 
 
-# A step of a pre_tokenizer makes smaller pieces of a piece of a text.
-Cut = Callable[[str], list[str]]
-
-
 def read_step(step: dict) -> list[Cut]:
     """Return what a step of a pre_tokenizer does. Raises ValueError for what is not
     known."""
@@ -3281,32 +3337,6 @@ def read_normalizer(spec: dict) -> dict:
     return {"prepend": prepend, "normalizer": steps}
 
 
-BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")
-
-
-class Decoder(NamedTuple):
-    """How pieces become text again."""
-
-    letters: Mapping[str, int]  # the byte that each stands for; {}: they are characters
-    replaced: Sequence[tuple[str, str]] = ((SPACE, " "),)
-    byte_tokens: bool = True  # <0x0A> is a byte
-    # Which spaces are taken away at the start of a text: "one"; "all" of the first
-    # token; or none.
-    drops: str | None = None
-
-    def text(self, piece: str) -> bytes:
-        """Return the text of a piece."""
-        if self.letters:  # a byte-level vocabulary may spell a control token as it is
-            known = self.letters.keys() >= {*piece}
-            return bytes(map(self.letters.get, piece)) if known else piece.encode()
-        for old, new in self.replaced:
-            piece = piece.replace(old, new)
-        byte = BYTE_TOKEN.fullmatch(piece) if self.byte_tokens else None
-        return bytes.fromhex(byte[1]) if byte else piece.encode()
-
-
-BYTE_LEVEL = Decoder(byte_letters())
-
 # The types of the steps of a decoder, in their order: of a byte-level vocabulary, and
 # of another. Fuse makes one text of all pieces, and Strip takes a space from it.
 BYTE_DECODER = re.compile("ByteLevel (Fuse )?(Strip )?")
@@ -3345,53 +3375,6 @@ def read_decoder(spec: dict, letters: Mapping[str, int], spaced: bool) -> Decode
             f"unknown decoder for this vocabulary: {json.dumps(whole):.300}"
         )
     return Decoder(letters, replaced, "ByteFallback" in kinds, drops)
-
-
-@dataclass(frozen=True)
-class SpelledVocabulary(Vocabulary):
-    """A vocabulary of words of letters, and how a text becomes such words."""
-
-    prepend: str = ""  # what the normalizer puts before it
-    normalizer: Sequence[Callable[[str], str]] = ()  # its other steps
-    steps: Sequence[Cut] = ()  # how it is cut into words
-    space: str = " "  # what a space is written as
-    # Where a space is put before a text: "missing": unless the text begins with one;
-    # "start": as "missing", but only at the start of a document; None: nowhere.
-    adds_space: str | None = None
-    letters: frozenset[str] = frozenset()
-    # Other letters become the tokens of their bytes. Without such tokens they are left
-    # out, so that what stands beside them is merged.
-    byte_ids: Sequence[int] = ()
-    # Words that are not merged, with their ids.
-    at_once: Mapping[str, int] = field(default_factory=dict)
-    lacking: bytes = b""  # of a byte-level vocabulary: the bytes without a letter
-    decoder: Decoder = BYTE_LEVEL
-
-    def normalize(self, text: str, prefix: bool = True) -> str:
-        """Return a text in the form that the vocabulary was made from.
-
-        prefix: whether to put before it what the normalizer puts before a text.
-        """
-        text = self.prepend + text if text and prefix else text
-        for step in self.normalizer:
-            text = step(text)
-        return text
-
-    def cut(self, text: str, add_space: bool) -> list[str]:
-        """Return the words of a normalised text.
-
-        add_space: whether one may be put before it, if it begins with none.
-        """
-        # Half of a character that UTF-16 writes as two is no character.
-        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        text = text.replace(" ", self.space)
-        missing = add_space and not text.startswith(self.space)
-        if missing and self.adds_space is not None:
-            text = self.space + text
-        words = [text]
-        for step in self.steps:
-            words = [part for word in words for part in step(word) if part]
-        return words
 
 
 class Merging:
@@ -3591,6 +3574,46 @@ def rank_file(file: Path, tokens: int) -> tuple[SpelledVocabulary, list[dict]]:
     return vocabulary, added
 
 
+# -----------------------------------------------------------------------------
+# 14. The tokenizer of a folder
+# Every folder adds tokens to its vocabulary: control tokens, and whole words. They are
+# found first, and the text between them goes through section 13. So with Mistral 7B,
+# whose template (section 12) wrote <s> and whose user typed "Hi <s>":
+#
+#     parts     <s>    which the template wrote      Hi <s>    which is text
+#     words                                          ▁Hi▁<s>   a space is a letter
+#     merged                                         ▁Hi  ▁<  s  >
+#     ids       1                                    15359, 523, 28713, 28767
+#
+# With them a folder's tokenizer is whole: `Tokenizer`, at the end, makes ids of texts
+# and conversations, and texts of ids.
+# uses: 1, 4, 7, 11-13
+# needs: Collection, Iterable, Iterator, Mapping, NamedTuple, Path, Sequence, functools,
+#     itertools, re, unicodedata
+# registers: STOP_NAMES
+# -----------------------------------------------------------------------------
+
+# Of other families, and of other Llamas.
+STOP_NAMES += [
+    "<|eot|>",
+    "<|eom|>",
+    "<|EOT|>",
+    "<|end|>",
+    "<|im_end|>",
+    "<|end_of_turn|>",
+    "<|endofturn|>",
+    "[|endofturn|]",
+    "<end_of_turn>",
+    "<|endoftext|>",
+    "<｜end▁of▁sentence｜>",
+    "</s>",
+]
+
+# What Unicode calls white space. Python takes \x1c to \x1f for blanks as well.
+WHITE_SPACE = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000"
+WHITE_SPACE += "".join(map(chr, range(0x2000, 0x200B)))
+
+
 class AddedToken(NamedTuple):
     """A token that is found in a text before the text is cut into words.
 
@@ -3764,6 +3787,11 @@ class TokenTable:
             done = end
         if done < len(plain):
             yield None, done, len(plain)
+
+
+# The tokenizer of a folder.
+
+LONGEST_WORD = 100  # of those whose ids are remembered
 
 
 class SpacedStream(TextStream):
@@ -4243,7 +4271,7 @@ class Tokenizer(ByteLevelTokenizer):
 
 
 # -----------------------------------------------------------------------------
-# 14. Sampling options
+# 15. Sampling options
 # What a user, or a folder's generation_config.json, may ask of the sampler: each option
 # has an interval, and what is outside of it is refused with both. What else a
 # generation_config.json may hold, and has no effect here, is named. For example:
@@ -4353,7 +4381,7 @@ def default_sampling(folder: Path) -> dict[str, float | None]:
 
 
 # -----------------------------------------------------------------------------
-# 15. This machine
+# 16. This machine
 # What is best here: in which numbers to compute, how many tokens to read at a time, how
 # many to draft, how long a context to allow. And what there is: memory, and on a CPU a
 # fast library of matrix products, OpenBLAS.
@@ -4545,7 +4573,7 @@ def choose_context(args: ModelArgs, wanted: int | None) -> tuple[int, str | None
 
 
 # -----------------------------------------------------------------------------
-# 16. Checked loading
+# 17. Checked loading
 # From a folder of anyone's making to a model that is ready to run. A folder is found,
 # its files are compared with each other, and what is wrong is said before a weight is
 # read. Model folders come from strangers, so everything is checked here, and trusted
@@ -4556,7 +4584,7 @@ def choose_context(args: ModelArgs, wanted: int | None) -> tuple[int, str | None
 #     examine      raises: 1 tensors not as config.json says: model.norm.weight is BF16
 #                  [2048], wanted F32/F16/BF16 [4096]
 #
-# uses: 1-7, 11-13, 15
+# uses: 1-7, 11-14, 16
 # needs: Callable, Iterable, Iterator, Mapping, Path, dataclass, difflib, math, mx, os,
 #     re, replace, safetensors, tree_flatten
 # -----------------------------------------------------------------------------
@@ -5115,7 +5143,7 @@ def load(
 import copy
 
 # -----------------------------------------------------------------------------
-# 17. Prompt lookup
+# 18. Prompt lookup
 # A GPU that reads all weights for one token could compute 16 tokens in nearly the same
 # time, if it knew them. Much of writing is copying: names, code, what was asked. So
 # where the last tokens have occurred before, those that followed then are drafts of
@@ -5264,24 +5292,14 @@ def decode_with_lookup(
 
 
 # -----------------------------------------------------------------------------
-# 18. Faster steps
-# Part One describes each step anew, launches it as a whole, and computes with packed
-# weights as they are. A GPU gains by something else in four places:
-#   - To decode, it waits for Python. So what is the same for every token is compiled.
-#   - A prompt has many rows. So a packed matrix is unpacked once for all of them.
-#   - cuDNN plans attention anew for every shape. So a few drafts attend over a round
-#     number of slots.
-#   - A launched step holds the arrays that it makes, and that it reads, until it is
-#     through. So a long prompt would take memory for all its layers at once, and over a
-#     large cache a step would copy what the last step still reads: they are launched in
-#     pieces.
+# 19. Faster on a CPU
 # A CPU gains by how weights lie in memory, by matrices that are not packed, and by
-# products that all its cores share.
-# All of this is put into a model by exchanging parts of it, each for one that holds
-# the same weights; the loop over the blocks stays as it is.
+# products that all its cores share: of a matrix with 2048 rows each of four cores
+# multiplies 512. All of this, as what a GPU gains by, is put into a model by exchanging
+# parts of it, each for one that holds the same weights; the loop over the blocks stays
+# as it is.
 # uses: 1-6
-# needs: Callable, copy, functools, itertools, math, mx, nn, os, sys, tree_flatten,
-#     tree_unflatten
+# needs: Callable, copy, mx, nn, os, sys, tree_flatten, tree_unflatten
 # -----------------------------------------------------------------------------
 
 
@@ -5449,6 +5467,23 @@ def lay_out_by_columns(model: nn.Module) -> None:
             layer.weight = mx.contiguous(layer.weight.T).T
             mx.eval(layer.weight)
 
+
+# -----------------------------------------------------------------------------
+# 20. Faster on a GPU
+# Part One describes each step anew, launches it as a whole, and computes with packed
+# weights as they are. A GPU gains by something else in four places:
+#   - To decode, it waits for Python. So what is the same for every token is compiled.
+#   - A prompt has many rows. So a packed matrix is unpacked once for all of them.
+#   - cuDNN plans attention anew for every shape. So a few drafts attend over a round
+#     number of slots.
+#   - A launched step holds the arrays that it makes, and that it reads, until it is
+#     through. So a long prompt would take memory for all its layers at once, and over a
+#     large cache a step would copy what the last step still reads: they are launched in
+#     pieces.
+# `arrange_steps`, at the end, says what becomes of a block.
+# uses: 1-6, 19
+# needs: Callable, functools, itertools, math, mx
+# -----------------------------------------------------------------------------
 
 FEW_ROWS = 16  # of drafts, at most
 
@@ -5645,12 +5680,12 @@ def arrange_steps(model: Llama) -> None:
 
 
 # -----------------------------------------------------------------------------
-# 19. The CUDA kernel
+# 21. The CUDA kernel
 # Decoding a 4-bit model on CUDA, where MLX's matrix-vector product uses a fifth of the
 # memory's bandwidth. This one uses up to half, and also computes the norm that precedes
 # it, and the addition or SwiGLU that follows: so a layer is four launches and
 # attention. It is never used on Metal or on a CPU.
-# uses: 1-6, 18
+# uses: 1-6, 19, 20
 # needs: Callable, itertools, mx, nn, tree_flatten
 # -----------------------------------------------------------------------------
 
@@ -5794,7 +5829,7 @@ def fuse(model: Llama) -> None:
 
 
 # -----------------------------------------------------------------------------
-# 20. Tensor parallel
+# 22. Tensor parallel
 # One model on several machines. Every rank, a process of the group, holds a share of
 # each layer, cut as in Megatron-LM [9]; two sums over all ranks a layer make it whole.
 # MLX's own mx.distributed carries them: nothing here opens a connection. mlx.launch
@@ -5802,8 +5837,8 @@ def fuse(model: Llama) -> None:
 # has 16 of the 32 heads, so 2048 of the 4096 rows of q_proj, and the 2048 columns of
 # o_proj that meet these heads. What it computes with them is x W^T over half of the
 # columns: added to that of the other, it is the whole.
-# uses: 1-7, 11-13, 15, 16, 18, 19
-# needs: Callable, Iterator, Mapping, Sequence, dataclass, json, mx, nn, os, replace
+# uses: 1-7, 11-14, 16, 17
+# needs: Callable, Mapping, Sequence, dataclass, json, mx, nn, os, replace
 # -----------------------------------------------------------------------------
 
 Group = mx.distributed.Group
@@ -5922,6 +5957,69 @@ def rank_share(
     return to_quantize(part, share, bits)
 
 
+def broadcast(group: Group, message: list) -> list:
+    """Return on every rank the list, for JSON, that rank 0 gives."""
+    data = json.dumps(message).encode() if message and group.rank() == 0 else b""
+    length = mx.distributed.all_sum(mx.array([len(data)]), group=group).item()
+    if length == 0:  # usually the list is empty: one sum is enough
+        return []
+    data = mx.array(list(data or bytes(length)), mx.uint8)
+    return json.loads(bytes(mx.distributed.all_sum(data, group=group).tolist()))
+
+
+def cancelled_by_any(
+    group: Group, stop: Callable[[], bool], tokens: Sequence[int]
+) -> Callable[[], bool]:
+    """Return a function that tells whether a rank wants to stop, alike on all ranks.
+
+    tokens: those sampled so far. A call starts a sum over the ranks, and returns the
+    result of the sum before, so that nobody waits for the step that is in flight.
+    It raises RuntimeError if the ranks have sampled different tokens.
+    """
+    asked = []  # the sums over all ranks on their way, and the token of this one
+
+    def cancelled() -> bool:
+        last = tokens[-1] if tokens else 0
+        answer = mx.distributed.all_sum(mx.array([int(stop()), last]), group=group)
+        mx.async_eval(answer)
+        asked.append((answer, last))
+        if len(asked) == 1:
+            return False
+        answer, last = asked.pop(0)
+        wanted, total = answer.tolist()
+        if total != last * group.size():
+            raise RuntimeError(f"not all ranks have sampled the token {last}")
+        return wanted > 0
+
+    return cancelled
+
+
+def leads(group: Group | None) -> bool:
+    """Return whether this is the rank that is asked, and that shows what comes of it: a
+    rank alone, or rank 0. The others follow it."""
+    return group is None or group.rank() == 0
+
+
+RANK_VARIABLES = ("MLX_RANK", "OMPI_COMM_WORLD_RANK")  # set for a rank of a group
+
+
+def join_ranks() -> Group | None:
+    """Return the group of ranks that mlx.launch, or mpirun, has started this process
+    as one of, when all are there; None for a process of its own."""
+    if os.environ.keys().isdisjoint(RANK_VARIABLES):
+        return None
+    return mx.distributed.init(strict=True)
+
+
+# -----------------------------------------------------------------------------
+# 23. A model made ready
+# What is to be loaded here, whether there is room for it, and which of the ways above
+# make it faster. Loading is how the engine, and `info --measure`, come to a model.
+# uses: 1-7, 11-14, 16, 17, 19-22
+# needs: Iterator, Mapping, mx
+# -----------------------------------------------------------------------------
+
+
 def dequantizes(model: Llama, dtype: mx.Dtype | None, group: Group | None) -> bool:
     """Return whether `accelerate` unpacks a model that computes in this dtype."""
     alone = group is None or group.size() == 1
@@ -6014,60 +6112,6 @@ class Loading:
         accelerate(self.model, self.group, keep_packed=not self.unpacked)
 
 
-def broadcast(group: Group, message: list) -> list:
-    """Return on every rank the list, for JSON, that rank 0 gives."""
-    data = json.dumps(message).encode() if message and group.rank() == 0 else b""
-    length = mx.distributed.all_sum(mx.array([len(data)]), group=group).item()
-    if length == 0:  # usually the list is empty: one sum is enough
-        return []
-    data = mx.array(list(data or bytes(length)), mx.uint8)
-    return json.loads(bytes(mx.distributed.all_sum(data, group=group).tolist()))
-
-
-def cancelled_by_any(
-    group: Group, stop: Callable[[], bool], tokens: Sequence[int]
-) -> Callable[[], bool]:
-    """Return a function that tells whether a rank wants to stop, alike on all ranks.
-
-    tokens: those sampled so far. A call starts a sum over the ranks, and returns the
-    result of the sum before, so that nobody waits for the step that is in flight.
-    It raises RuntimeError if the ranks have sampled different tokens.
-    """
-    asked = []  # the sums over all ranks on their way, and the token of this one
-
-    def cancelled() -> bool:
-        last = tokens[-1] if tokens else 0
-        answer = mx.distributed.all_sum(mx.array([int(stop()), last]), group=group)
-        mx.async_eval(answer)
-        asked.append((answer, last))
-        if len(asked) == 1:
-            return False
-        answer, last = asked.pop(0)
-        wanted, total = answer.tolist()
-        if total != last * group.size():
-            raise RuntimeError(f"not all ranks have sampled the token {last}")
-        return wanted > 0
-
-    return cancelled
-
-
-def leads(group: Group | None) -> bool:
-    """Return whether this is the rank that is asked, and that shows what comes of it: a
-    rank alone, or rank 0. The others follow it."""
-    return group is None or group.rank() == 0
-
-
-RANK_VARIABLES = ("MLX_RANK", "OMPI_COMM_WORLD_RANK")  # set for a rank of a group
-
-
-def join_ranks() -> Group | None:
-    """Return the group of ranks that mlx.launch, or mpirun, has started this process
-    as one of, when all are there; None for a process of its own."""
-    if os.environ.keys().isdisjoint(RANK_VARIABLES):
-        return None
-    return mx.distributed.init(strict=True)
-
-
 # -----------------------------------------------------------------------------
 # Part Four: streaming. A model that answers in the background, and remembers.
 # -----------------------------------------------------------------------------
@@ -6083,13 +6127,13 @@ import weakref
 import zlib
 
 # -----------------------------------------------------------------------------
-# 21. Sessions
+# 24. Sessions
 # A conversation on the disk: the cache, the ids that it holds, and notes of whoever
 # saves it. Reading the text anew would take as long as it took the first time; reading
 # the file takes as long as the disk: Llama 3 8B keeps 131,072 bytes a token, so 8000
 # tokens are 1.05 GB. A file is replaced whole or not at all, is checked for damage, and
 # belongs to one model.
-# uses: 1-7, 11-13, 15, 16
+# uses: 1-7, 11-14, 16, 17
 # needs: Callable, Mapping, Path, contextlib, fcntl, hashlib, json, mx, os, shutil, zlib
 # -----------------------------------------------------------------------------
 
@@ -6227,51 +6271,18 @@ def restore_session(
 
 
 # -----------------------------------------------------------------------------
-# 22. Engine
-# An actor: one thread owns everything of MLX, whose arrays and streams belong to the
-# thread that made them, and the outside exchanges ids and strings with it through
-# queues. So an interface never blocks, and any thread may ask. What the cache holds of
-# one conversation is kept: the next turn begins with the same ids, and reads its own.
+# 25. Pieces of a reply
+# A reply is shown as it is written, but whole characters only, and nothing of a text
+# that ends it. So tokens wait while what they end with may go on to such a text. If
+# "END" ends the reply, tokens become pieces so:
 #
-#     with Engine("stories") as engine:
-#         for piece in engine.chat([{"role": "user", "content": "Hi!"}]):
-#             print(piece, end="", flush=True)
+#     tokens      "The "   "E"      "nd"     " E"     "N"      "D!"
+#     pieces      "The "   waits    "End"    waits    waits    " ", and it is the end
 #
-# There `chat` puts a Request into the worker's queue and returns a Reply; the worker
-# prefills and decodes, and puts Pieces into the request's queue; the loop takes them.
-# uses: 1-9, 11-21
-# needs: Callable, Collection, Iterator, Mapping, NamedTuple, Path, Sequence,
-#     collections, contextlib, dataclass, field, functools, mx, queue, threading, time,
-#     traceback, weakref
+# What a model thinks before it answers, between <think> and </think>, is told apart.
+# uses: 7, 12
+# needs: Collection, Sequence, dataclass, field
 # -----------------------------------------------------------------------------
-
-
-@dataclass
-class Stats:
-    """What a reply took. Speeds in tokens/s, memory in bytes."""
-
-    prompt_tokens: int = 0  # of the whole conversation
-    reused_tokens: int = 0  # of these, already in the cache
-    generation_tokens: int = 0
-    accepted_tokens: int = 0  # of these, drafts of prompt lookup that were right
-    time_to_first_token_s: float = 0.0  # from the request on
-    prefill_tps: float = 0.0
-    decode_tps: float = 0.0
-    context_used: int = 0  # tokens in the cache
-    context: int = 0  # tokens it can hold
-    peak_memory: int = 0
-    adopted_memory: int = 0  # weights that are used where the file is mapped
-    finish_reason: str = ""  # stop, length, context, cancelled or error
-    ranks: int = 1  # processes that share the model
-    unpacked: bool = False  # packed weights, when they were loaded
-
-
-class Progress(NamedTuple):
-    """How far the worker is: bytes of weights, or tokens of a prompt."""
-
-    done: int
-    total: int
-
 
 THINK, THOUGHT = "<think>", "</think>"  # what encloses the thinking before an answer
 
@@ -6357,6 +6368,53 @@ class PieceMaker:
         """Return the Piece of the tokens that wait, which then wait no longer."""
         piece, self.waiting = self.waiting, Piece()
         return piece
+
+
+# -----------------------------------------------------------------------------
+# 26. Engine
+# An actor: one thread owns everything of MLX, whose arrays and streams belong to the
+# thread that made them, and the outside exchanges ids and strings with it through
+# queues. So an interface never blocks, and any thread may ask. What the cache holds of
+# one conversation is kept: the next turn begins with the same ids, and reads its own.
+#
+#     with Engine("stories") as engine:
+#         for piece in engine.chat([{"role": "user", "content": "Hi!"}]):
+#             print(piece, end="", flush=True)
+#
+# There `chat` puts a Request into the worker's queue and returns a Reply; the worker
+# prefills and decodes, and puts Pieces into the request's queue; the loop takes them.
+# uses: 1-9, 11-25
+# needs: Callable, Collection, Iterator, Mapping, NamedTuple, Path, collections,
+#     contextlib, dataclass, field, functools, mx, queue, threading, time, traceback,
+#     weakref
+# -----------------------------------------------------------------------------
+
+
+@dataclass
+class Stats:
+    """What a reply took. Speeds in tokens/s, memory in bytes."""
+
+    prompt_tokens: int = 0  # of the whole conversation
+    reused_tokens: int = 0  # of these, already in the cache
+    generation_tokens: int = 0
+    accepted_tokens: int = 0  # of these, drafts of prompt lookup that were right
+    time_to_first_token_s: float = 0.0  # from the request on
+    prefill_tps: float = 0.0
+    decode_tps: float = 0.0
+    context_used: int = 0  # tokens in the cache
+    context: int = 0  # tokens it can hold
+    peak_memory: int = 0
+    adopted_memory: int = 0  # weights that are used where the file is mapped
+    finish_reason: str = ""  # stop, length, context, cancelled or error
+    ranks: int = 1  # processes that share the model
+    unpacked: bool = False  # packed weights, when they were loaded
+
+
+class Progress(NamedTuple):
+    """How far the worker is: bytes of weights, or tokens of a prompt."""
+
+    done: int
+    total: int
 
 
 @dataclass
@@ -6943,15 +7001,16 @@ from dataclasses import asdict
 from typing import TextIO
 
 # -----------------------------------------------------------------------------
-# 23. Info and inspect
-# What a model is, whether it fits this machine and how fast it is here; and what a
-# folder holds, with everything that is wrong with it. Answers go to stdout, notes and
-# progress to stderr, and escapes only to a terminal; what comes from a model or a file
-# is made printable first.
-# uses: 1-9, 11-22
-# needs: Collection, Iterable, Iterator, Mapping, Path, TextIO, argparse, asdict,
-#     collections, contextlib, json, math, mx, nn, os, re, signal, statistics, sys,
-#     textwrap, time, tree_flatten, tree_unflatten
+# 27. On a terminal
+# What is written to a person: escapes and colours only to a terminal, what comes from a
+# model or a file made printable first. A reply comes in pieces, and a word that crosses
+# the edge is not to be broken, nor anything shown twice. So a word is held back until
+# its end has come. On 12 columns, with what is written after each piece:
+#
+#     "a quick" -> "a"    " bro" -> " quick"    "wn fox\n" -> "\nbrown fox\n"
+#
+# uses: none
+# needs: Iterable, TextIO, os, sys, textwrap, time, unicodedata
 # -----------------------------------------------------------------------------
 
 # Characters that move the cursor, repaint lines or reorder text: the C0 and C1 controls
@@ -6989,6 +7048,159 @@ def note(text: str) -> None:
     if coloured(sys.stderr):
         text = f"\x1b[2m{text}\x1b[0m"
     print(text, file=sys.stderr, flush=True)
+
+
+class ProgressLine:
+    """A line on a terminal that says how far something is, if it takes a moment, and
+    how long the rest will take, if all of it takes more than two seconds."""
+
+    def __init__(self, label: str, patience: float = 0.5):
+        self.label, self.patience, self.shown = label, patience, False
+        self.started = time.monotonic()
+
+    def __call__(self, done: int, total: int) -> None:
+        passed = time.monotonic() - self.started
+        if styled(sys.stderr) and passed >= self.patience:
+            line = f"\r{self.label} {100 * done // max(total, 1)} %"
+            left = passed * (total - done) / max(done, 1)
+            if done and passed + left > 2:
+                rest = f"{left / 60:.0f} min" if left > 99 else f"{left:.0f} s"
+                line += f", {rest} left"
+            print(f"{line}\x1b[K", end="", file=sys.stderr, flush=True)
+            self.shown = True
+
+    def clear(self) -> None:
+        if self.shown:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+            self.shown = False
+
+
+def print_table(rows: Iterable[tuple[str, str]]) -> None:
+    """Print rows of a name and a text, aligned; a name only where it changes."""
+    before = None
+    for name, text in rows:
+        row = f"{'' if name == before else name:11} {text}"
+        print(printable(row), flush=True)
+        before = name
+
+
+def columns_of(character: str) -> int:
+    """Return how many columns a terminal gives a character."""
+    if unicodedata.category(character) in ("Mn", "Me", "Cf"):  # part of the one before
+        return 0
+    return 2 if unicodedata.east_asian_width(character) in "WF" else 1
+
+
+def is_breakable(character: str) -> bool:
+    """Return whether a line may end next to a character wherever it stands: it takes
+    two columns, or is of a script without blanks (Thai to Burmese, and Khmer)."""
+    columns = columns_of(character)
+    if "\u0e00" <= character < "\u10a0" or "\u1780" <= character < "\u1800":
+        return columns == 1  # not a mark above or below a letter
+    return columns == 2
+
+
+class WordWrap:
+    """Writes text to a terminal, and begins a new line before a word that would cross
+    its edge; a word that is longer than a line is broken by the terminal itself.
+
+    A word is held back until its end has come, and so are the blanks before it, which
+    a new line replaces. So nothing that was shown has ever to be moved. To what is no
+    terminal it writes the text as it is.
+    """
+
+    def __init__(self, stream: TextIO):
+        self.stream, self.columns, self.column = stream, 0, 0
+        self.blanks, self.word, self.crosses = "", "", False
+        self.dim = False
+        self.taken = 0  # characters that were to be shown
+
+    def write(self, text: str, *, dim: bool = False) -> None:
+        """Show text, dim where colour is wanted."""
+        self.taken += len(text)  # before Ctrl-C can come between
+        if text and dim != self.dim:
+            self.end_word()
+            self.dim = dim
+        if self.stream.isatty():
+            # Asked each time, as it may be resized; 0 if the terminal does not tell.
+            columns = os.get_terminal_size(self.stream.fileno()).columns
+            self.columns = columns or sys.maxsize
+            if self.column > self.columns:
+                self.column %= self.columns  # made narrower, it has broken the line
+            for character in printable(text):
+                self.add(character)
+        else:
+            self.stream.write(text)
+        self.stream.flush()
+
+    def add(self, character: str) -> None:
+        if character in " \t\n" or is_breakable(character):
+            self.end_word()
+        joins = columns_of(character) == 0 and not self.blanks + self.word
+        if character == "\n":
+            self.end_line()
+            self.put(character)
+        elif character in " \t":
+            self.blanks += character
+        elif self.crosses or joins:
+            self.put(character)
+        else:
+            self.word += character
+            if is_breakable(character):
+                self.end_word()
+            elif not self.fits(self.blanks + self.word):
+                self.end_word()
+                self.crosses = True
+
+    def end_word(self) -> None:
+        """Show the word that is held, on a new line if it does not fit on this one."""
+        blanks, word, self.crosses = self.blanks, self.word, False
+        if word:
+            self.blanks = self.word = ""
+            begun = self.column and (blanks or not is_breakable(word[0]))
+            if begun and not self.fits(blanks + word):
+                blanks = "\n"
+            self.put(blanks + word)
+
+    def end_line(self) -> None:
+        """Show all that is held, except blanks that do not fit."""
+        self.end_word()
+        if self.fits(self.blanks):
+            self.put(self.blanks)
+        self.blanks = ""
+
+    def put(self, text: str) -> None:
+        # Each text by itself, so that the terminal is never left dim.
+        dim = self.dim and coloured(self.stream) and not text.isspace()
+        self.stream.write(f"\x1b[2m{text}\x1b[0m" if dim else text)
+        for character in text:
+            self.column = self.after(self.column, character)
+            if self.column > self.columns:  # the terminal has begun a new line
+                self.column = columns_of(character)
+
+    def after(self, column: int, character: str) -> int:
+        """Return the column that follows a character at a column."""
+        if character == "\n":
+            return 0
+        if character == "\t":
+            return min(column + 8 - column % 8, self.columns)
+        return column + columns_of(character)
+
+    def fits(self, text: str) -> bool:
+        column = self.column
+        for character in text:
+            column = self.after(column, character)
+        return column <= self.columns
+
+
+# -----------------------------------------------------------------------------
+# 28. Info
+# What a model is, whether it fits this machine and how fast it is here; or which models
+# there are. Answers go to stdout, notes and progress to stderr.
+# uses: 1-9, 11-27
+# needs: Iterator, Mapping, Path, argparse, asdict, collections, contextlib, json, math,
+#     mx, nn, signal, statistics, sys, textwrap, time, tree_flatten, tree_unflatten
+# -----------------------------------------------------------------------------
 
 
 def larger_context(tokens: int, context: int, longest: int) -> str:
@@ -7038,40 +7250,6 @@ def complain(error: Exception, who: str = "", command: str = "chat") -> None:
     """Print the error that ends the program. who: the rank whose it is."""
     line = f"llama.py: error: {who}{error_line(error, command)}"
     print(line, file=sys.stderr, flush=True)
-
-
-class ProgressLine:
-    """A line on a terminal that says how far something is, if it takes a moment, and
-    how long the rest will take, if all of it takes more than two seconds."""
-
-    def __init__(self, label: str, patience: float = 0.5):
-        self.label, self.patience, self.shown = label, patience, False
-        self.started = time.monotonic()
-
-    def __call__(self, done: int, total: int) -> None:
-        passed = time.monotonic() - self.started
-        if styled(sys.stderr) and passed >= self.patience:
-            line = f"\r{self.label} {100 * done // max(total, 1)} %"
-            left = passed * (total - done) / max(done, 1)
-            if done and passed + left > 2:
-                rest = f"{left / 60:.0f} min" if left > 99 else f"{left:.0f} s"
-                line += f", {rest} left"
-            print(f"{line}\x1b[K", end="", file=sys.stderr, flush=True)
-            self.shown = True
-
-    def clear(self) -> None:
-        if self.shown:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
-            self.shown = False
-
-
-def print_table(rows: Iterable[tuple[str, str]]) -> None:
-    """Print rows of a name and a text, aligned; a name only where it changes."""
-    before = None
-    for name, text in rows:
-        row = f"{'' if name == before else name:11} {text}"
-        print(printable(row), flush=True)
-        before = name
 
 
 def llama3_args(
@@ -7591,6 +7769,15 @@ def cmd_info(options: argparse.Namespace) -> int:
     return 0
 
 
+# -----------------------------------------------------------------------------
+# 29. Inspect
+# What a folder holds, with everything that is wrong with it, and what the model will
+# read of a conversation.
+# uses: 1-9, 11-28
+# needs: Collection, Iterator, Path, argparse, collections, json, mx, nn, re
+# -----------------------------------------------------------------------------
+
+
 def not_finite(tensors: Collection[TensorInfo]) -> Iterator[ValueError]:
     """Yield an error for each tensor that holds NaN or infinity; reads all data."""
     progress, done = ProgressLine("checking"), 0
@@ -7755,221 +7942,13 @@ def cmd_inspect(options: argparse.Namespace) -> int:
 
 
 # -----------------------------------------------------------------------------
-# 24. Chat
-# A conversation: on a terminal one that is typed, with commands that begin with a
-# slash; in a pipe one question and its answer.
-# uses: 1-9, 11-23
-# needs: Callable, Iterator, Path, Sequence, TextIO, argparse, asdict, collections,
-#     contextlib, difflib, fields, functools, json, os, re, select, shlex, signal, sys,
-#     termios, unicodedata
+# 30. Typing
+# A message that is typed: lines with editing, history and completion, by readline, and
+# what is pasted as one message. What is typed during a reply waits for its prompt.
+# uses: 1-7, 11-14, 16, 17, 24, 27
+# needs: Callable, Iterator, Path, Sequence, contextlib, functools, json, os, re,
+#     select, signal, sys, termios
 # -----------------------------------------------------------------------------
-
-CHOICES = "/undo and /reset make room"
-
-
-def early_end(stats: Stats, limit: str, longest: int) -> str | None:
-    """Return why a reply ended before the model ended it, None if it did not.
-
-    limit: how the length was limited. longest: the model's longest context."""
-    if stats.finish_reason == "length":
-        return f"{stats.generation_tokens} tokens, as {limit} says"
-    if stats.finish_reason == "context":
-        more = larger_context(stats.context + 1, stats.context, longest)
-        return f"the context of {stats.context} tokens is full{more}"
-    return "Ctrl-C" if stats.finish_reason == "cancelled" else None
-
-
-def stats_lines(stats: Stats, seed: int) -> str:
-    """Return statistics as lines that fit a terminal, without what is not known of a
-    reply that was stopped early."""
-    copied = f", {stats.accepted_tokens} looked up" if stats.accepted_tokens else ""
-    adopted = f", {gigabytes(stats.adopted_memory)} of the weights not copied"
-    read = f" at {stats.prefill_tps:.0f} tokens/s" if stats.prefill_tps else ""
-    wrote = f" at {stats.decode_tps:.1f} tokens/s" if stats.decode_tps else ""
-    first = f"first token after {stats.time_to_first_token_s:.2f} s, "
-    return (
-        f"prompt {stats.prompt_tokens} (reused {stats.reused_tokens}){read}, reply "
-        f"{stats.generation_tokens}{wrote}{copied}\n"
-        f"{first if stats.generation_tokens else ''}context {stats.context_used} of "
-        f"{stats.context}, peak {gigabytes(stats.peak_memory)}, seed {seed}"
-        + (f", {stats.ranks} ranks" if stats.ranks > 1 else "")
-        + (adopted if stats.adopted_memory else "")
-        + (", weights unpacked" if stats.unpacked else "")
-    )
-
-
-def columns_of(character: str) -> int:
-    """Return how many columns a terminal gives a character."""
-    if unicodedata.category(character) in ("Mn", "Me", "Cf"):  # part of the one before
-        return 0
-    return 2 if unicodedata.east_asian_width(character) in "WF" else 1
-
-
-def is_breakable(character: str) -> bool:
-    """Return whether a line may end next to a character wherever it stands: it takes
-    two columns, or is of a script without blanks (Thai to Burmese, and Khmer)."""
-    columns = columns_of(character)
-    if "\u0e00" <= character < "\u10a0" or "\u1780" <= character < "\u1800":
-        return columns == 1  # not a mark above or below a letter
-    return columns == 2
-
-
-class WordWrap:
-    """Writes text to a terminal, and begins a new line before a word that would cross
-    its edge; a word that is longer than a line is broken by the terminal itself.
-
-    A word is held back until its end has come, and so are the blanks before it, which
-    a new line replaces. So nothing that was shown has ever to be moved. To what is no
-    terminal it writes the text as it is.
-    """
-
-    def __init__(self, stream: TextIO):
-        self.stream, self.columns, self.column = stream, 0, 0
-        self.blanks, self.word, self.crosses = "", "", False
-        self.dim = False
-        self.taken = 0  # characters that were to be shown
-
-    def write(self, text: str, *, dim: bool = False) -> None:
-        """Show text, dim where colour is wanted."""
-        self.taken += len(text)  # before Ctrl-C can come between
-        if text and dim != self.dim:
-            self.end_word()
-            self.dim = dim
-        if self.stream.isatty():
-            # Asked each time, as it may be resized; 0 if the terminal does not tell.
-            columns = os.get_terminal_size(self.stream.fileno()).columns
-            self.columns = columns or sys.maxsize
-            if self.column > self.columns:
-                self.column %= self.columns  # made narrower, it has broken the line
-            for character in printable(text):
-                self.add(character)
-        else:
-            self.stream.write(text)
-        self.stream.flush()
-
-    def add(self, character: str) -> None:
-        if character in " \t\n" or is_breakable(character):
-            self.end_word()
-        joins = columns_of(character) == 0 and not self.blanks + self.word
-        if character == "\n":
-            self.end_line()
-            self.put(character)
-        elif character in " \t":
-            self.blanks += character
-        elif self.crosses or joins:
-            self.put(character)
-        else:
-            self.word += character
-            if is_breakable(character):
-                self.end_word()
-            elif not self.fits(self.blanks + self.word):
-                self.end_word()
-                self.crosses = True
-
-    def end_word(self) -> None:
-        """Show the word that is held, on a new line if it does not fit on this one."""
-        blanks, word, self.crosses = self.blanks, self.word, False
-        if word:
-            self.blanks = self.word = ""
-            begun = self.column and (blanks or not is_breakable(word[0]))
-            if begun and not self.fits(blanks + word):
-                blanks = "\n"
-            self.put(blanks + word)
-
-    def end_line(self) -> None:
-        """Show all that is held, except blanks that do not fit."""
-        self.end_word()
-        if self.fits(self.blanks):
-            self.put(self.blanks)
-        self.blanks = ""
-
-    def put(self, text: str) -> None:
-        # Each text by itself, so that the terminal is never left dim.
-        dim = self.dim and coloured(self.stream) and not text.isspace()
-        self.stream.write(f"\x1b[2m{text}\x1b[0m" if dim else text)
-        for character in text:
-            self.column = self.after(self.column, character)
-            if self.column > self.columns:  # the terminal has begun a new line
-                self.column = columns_of(character)
-
-    def after(self, column: int, character: str) -> int:
-        """Return the column that follows a character at a column."""
-        if character == "\n":
-            return 0
-        if character == "\t":
-            return min(column + 8 - column % 8, self.columns)
-        return column + columns_of(character)
-
-    def fits(self, text: str) -> bool:
-        column = self.column
-        for character in text:
-            column = self.after(column, character)
-        return column <= self.columns
-
-
-def print_piece(screen: WordWrap, piece: Piece) -> None:
-    """Show what has come of a piece, with its thinking dim: nothing of a beginning that
-    may become a tag, nor the blanks and ends of lines that nothing follows yet."""
-    shown, end, last = screen.taken, piece.thinking_end(), len(piece.text.rstrip())
-    if end is not None:
-        screen.write(piece.text[shown : min(end, last)], dim=True)
-        screen.write(piece.text[max(shown, end) : last])
-
-
-def print_end(screen: WordWrap, piece: Piece) -> None:
-    """Show what `print_piece` has not shown, and end the line; on a terminal no more
-    than one empty line follows the text."""
-    text = piece.text[screen.taken :]
-    if screen.stream.isatty():
-        ended = text.rstrip()
-        empty = text.count("\n", len(ended)) > 1
-        text = ended + ("\n\n" if empty else "\n")
-    elif not text.endswith("\n"):
-        text += "\n"
-    if piece.text:
-        screen.write(text)
-
-
-def print_reply(
-    engine: Engine, messages: list[dict], options: argparse.Namespace, seed: int
-) -> Reply:
-    """Print the reply to a conversation as it comes, and return it.
-
-    Ctrl-C stops it; what was printed by then is the reply.
-    """
-    screen, progress = WordWrap(sys.stdout), ProgressLine("reading the prompt")
-    names = (*INTERVALS, "max_tokens", "lookup", "stop")
-    settings = {name: getattr(options, name) for name in names}
-    settings |= {"seed": seed, "progress": progress}
-    if options.raw:
-        text = "".join(message["content"] for message in messages)
-        reply = engine.complete(text, **settings)
-    else:
-        reply = engine.chat(messages, variables=options.variables, **settings)
-    try:
-        for _piece in reply:
-            progress.clear()
-            if not options.json:
-                print_piece(screen, reply.taken)
-    except KeyboardInterrupt:
-        reply.cancel()
-        collections.deque(reply, 0)  # no more text: waits until the worker has stopped
-    finally:
-        progress.clear()
-        if not options.json:
-            print_end(screen, reply.taken)
-    if options.json:
-        found = {"text": reply.text, "thinking": reply.thinking}
-        found |= {"finish_reason": reply.stats.finish_reason}
-        found |= {"seed": seed, "stats": asdict(reply.stats)}
-        print(json.dumps(found), flush=True)
-    else:
-        longest = engine.args.longest_context
-        if reason := early_end(reply.stats, options.limit, longest):
-            note(f"[stopped: {reason}]")
-    if options.stats:
-        note(stats_lines(reply.stats, seed))
-    return reply
 
 
 def state_folder() -> Path:
@@ -7980,10 +7959,36 @@ def state_folder() -> Path:
     return folder
 
 
+def write_privately(text: str, file: Path) -> None:
+    """Write a text to a new file, which only its owner can read."""
+    private = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with open(private, "w", encoding="utf-8") as stream:
+        stream.write(text)
+
+
+def paths_beginning(path: str) -> list[str]:
+    """Return the paths there are that begin so, folders with a slash at their end."""
+    folder, name = os.path.split(path)
+    found = []
+    with contextlib.suppress(OSError):
+        for entry in os.scandir(os.path.expanduser(folder) or "."):
+            hidden = entry.name.startswith(".") and not name.startswith(".")
+            if entry.name.startswith(name) and not hidden:
+                slash = "/" if entry.is_dir() else ""
+                found.append(os.path.join(folder, entry.name) + slash)
+    return sorted(found)
+
+
 def edits_with_libedit() -> bool:
     """Return whether lines are edited by libedit, which is readline on many Macs."""
     readline = sys.modules.get("readline")
     return readline is not None and "libedit" in (readline.__doc__ or "")
+
+
+def end_by_signal(number: int, _frame: object) -> None:
+    """Handle a signal: unwind, so that the worker stops and the terminal is restored,
+    and exit with the status that a shell gives it."""
+    raise SystemExit(128 + number)
 
 
 def read_line(prompt: str) -> str:
@@ -8015,59 +8020,6 @@ def agreed(question: str) -> bool:
         if answer in ("y", "yes", "n", "no", ""):
             return answer in ("y", "yes")
         note("y is yes, n is no")
-
-
-def read_text(path: str) -> str:
-    """Return the text in a file. Raises ValueError if it is not UTF-8, or too long for
-    any template: a device need not end."""
-    try:
-        with open(Path(path).expanduser(), encoding="utf-8-sig") as stream:
-            text = stream.read(LONGEST_TEXT + 1)
-    except UnicodeDecodeError:
-        raise ValueError(f"{path}: not a text in UTF-8") from None
-    if len(text) > LONGEST_TEXT:
-        raise ValueError(f"{path}: more than {LONGEST_TEXT:,} characters")
-    return text
-
-
-def read_system(text: str | None) -> str | None:
-    """Return the instructions that a text names: @FILE is what the file holds, and @@
-    begins a text with @."""
-    if text is None or not text.startswith("@"):
-        return text
-    if text.startswith("@@"):
-        return text[1:]
-    return read_text(text[1:]).removesuffix("\n")
-
-
-def write_privately(text: str, file: Path) -> None:
-    """Write a text to a new file, which only its owner can read."""
-    private = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with open(private, "w", encoding="utf-8") as stream:
-        stream.write(text)
-
-
-def typed_path(text: str) -> str:
-    """Return the path that is typed: as it is, or as a terminal writes one that is
-    dropped on it, with quotes or backslashes for a shell."""
-    with contextlib.suppress(OSError, ValueError):
-        words = shlex.split(text)
-        if len(words) == 1 and not Path(text).expanduser().exists():
-            return words[0]
-    return text
-
-
-def paths_beginning(path: str) -> list[str]:
-    """Return the paths there are that begin so, folders with a slash at their end."""
-    folder, name = os.path.split(path)
-    found = []
-    with contextlib.suppress(OSError):
-        for entry in os.scandir(os.path.expanduser(folder) or "."):
-            hidden = entry.name.startswith(".") and not name.startswith(".")
-            if entry.name.startswith(name) and not hidden:
-                slash = "/" if entry.is_dir() else ""
-                found.append(os.path.join(folder, entry.name) + slash)
-    return sorted(found)
 
 
 def suspend() -> None:
@@ -8368,10 +8320,145 @@ def line_editor(words: Sequence[str], files: Sequence[str] = ()) -> LineEditor:
     return (LibeditEditor if libedit else LineEditor)(words, files)
 
 
-def end_by_signal(number: int, _frame: object) -> None:
-    """Handle a signal: unwind, so that the worker stops and the terminal is restored,
-    and exit with the status that a shell gives it."""
-    raise SystemExit(128 + number)
+# -----------------------------------------------------------------------------
+# 31. Chat
+# A conversation: on a terminal one that is typed, with commands that begin with a
+# slash; in a pipe one question and its answer.
+# uses: 1-9, 11-28, 30
+# needs: Path, Sequence, argparse, asdict, collections, contextlib, difflib, fields,
+#     json, os, shlex, signal, sys
+# -----------------------------------------------------------------------------
+
+CHOICES = "/undo and /reset make room"
+
+
+def early_end(stats: Stats, limit: str, longest: int) -> str | None:
+    """Return why a reply ended before the model ended it, None if it did not.
+
+    limit: how the length was limited. longest: the model's longest context."""
+    if stats.finish_reason == "length":
+        return f"{stats.generation_tokens} tokens, as {limit} says"
+    if stats.finish_reason == "context":
+        more = larger_context(stats.context + 1, stats.context, longest)
+        return f"the context of {stats.context} tokens is full{more}"
+    return "Ctrl-C" if stats.finish_reason == "cancelled" else None
+
+
+def stats_lines(stats: Stats, seed: int) -> str:
+    """Return statistics as lines that fit a terminal, without what is not known of a
+    reply that was stopped early."""
+    copied = f", {stats.accepted_tokens} looked up" if stats.accepted_tokens else ""
+    adopted = f", {gigabytes(stats.adopted_memory)} of the weights not copied"
+    read = f" at {stats.prefill_tps:.0f} tokens/s" if stats.prefill_tps else ""
+    wrote = f" at {stats.decode_tps:.1f} tokens/s" if stats.decode_tps else ""
+    first = f"first token after {stats.time_to_first_token_s:.2f} s, "
+    return (
+        f"prompt {stats.prompt_tokens} (reused {stats.reused_tokens}){read}, reply "
+        f"{stats.generation_tokens}{wrote}{copied}\n"
+        f"{first if stats.generation_tokens else ''}context {stats.context_used} of "
+        f"{stats.context}, peak {gigabytes(stats.peak_memory)}, seed {seed}"
+        + (f", {stats.ranks} ranks" if stats.ranks > 1 else "")
+        + (adopted if stats.adopted_memory else "")
+        + (", weights unpacked" if stats.unpacked else "")
+    )
+
+
+def print_piece(screen: WordWrap, piece: Piece) -> None:
+    """Show what has come of a piece, with its thinking dim: nothing of a beginning that
+    may become a tag, nor the blanks and ends of lines that nothing follows yet."""
+    shown, end, last = screen.taken, piece.thinking_end(), len(piece.text.rstrip())
+    if end is not None:
+        screen.write(piece.text[shown : min(end, last)], dim=True)
+        screen.write(piece.text[max(shown, end) : last])
+
+
+def print_end(screen: WordWrap, piece: Piece) -> None:
+    """Show what `print_piece` has not shown, and end the line; on a terminal no more
+    than one empty line follows the text."""
+    text = piece.text[screen.taken :]
+    if screen.stream.isatty():
+        ended = text.rstrip()
+        empty = text.count("\n", len(ended)) > 1
+        text = ended + ("\n\n" if empty else "\n")
+    elif not text.endswith("\n"):
+        text += "\n"
+    if piece.text:
+        screen.write(text)
+
+
+def print_reply(
+    engine: Engine, messages: list[dict], options: argparse.Namespace, seed: int
+) -> Reply:
+    """Print the reply to a conversation as it comes, and return it.
+
+    Ctrl-C stops it; what was printed by then is the reply.
+    """
+    screen, progress = WordWrap(sys.stdout), ProgressLine("reading the prompt")
+    names = (*INTERVALS, "max_tokens", "lookup", "stop")
+    settings = {name: getattr(options, name) for name in names}
+    settings |= {"seed": seed, "progress": progress}
+    if options.raw:
+        text = "".join(message["content"] for message in messages)
+        reply = engine.complete(text, **settings)
+    else:
+        reply = engine.chat(messages, variables=options.variables, **settings)
+    try:
+        for _piece in reply:
+            progress.clear()
+            if not options.json:
+                print_piece(screen, reply.taken)
+    except KeyboardInterrupt:
+        reply.cancel()
+        collections.deque(reply, 0)  # no more text: waits until the worker has stopped
+    finally:
+        progress.clear()
+        if not options.json:
+            print_end(screen, reply.taken)
+    if options.json:
+        found = {"text": reply.text, "thinking": reply.thinking}
+        found |= {"finish_reason": reply.stats.finish_reason}
+        found |= {"seed": seed, "stats": asdict(reply.stats)}
+        print(json.dumps(found), flush=True)
+    else:
+        longest = engine.args.longest_context
+        if reason := early_end(reply.stats, options.limit, longest):
+            note(f"[stopped: {reason}]")
+    if options.stats:
+        note(stats_lines(reply.stats, seed))
+    return reply
+
+
+def read_text(path: str) -> str:
+    """Return the text in a file. Raises ValueError if it is not UTF-8, or too long for
+    any template: a device need not end."""
+    try:
+        with open(Path(path).expanduser(), encoding="utf-8-sig") as stream:
+            text = stream.read(LONGEST_TEXT + 1)
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: not a text in UTF-8") from None
+    if len(text) > LONGEST_TEXT:
+        raise ValueError(f"{path}: more than {LONGEST_TEXT:,} characters")
+    return text
+
+
+def read_system(text: str | None) -> str | None:
+    """Return the instructions that a text names: @FILE is what the file holds, and @@
+    begins a text with @."""
+    if text is None or not text.startswith("@"):
+        return text
+    if text.startswith("@@"):
+        return text[1:]
+    return read_text(text[1:]).removesuffix("\n")
+
+
+def typed_path(text: str) -> str:
+    """Return the path that is typed: as it is, or as a terminal writes one that is
+    dropped on it, with quotes or backslashes for a shell."""
+    with contextlib.suppress(OSError, ValueError):
+        words = shlex.split(text)
+        if len(words) == 1 and not Path(text).expanduser().exists():
+            return words[0]
+    return text
 
 
 def counted(turns: list) -> str:
@@ -8885,9 +8972,9 @@ class Chat(Conversation):
 
 
 # -----------------------------------------------------------------------------
-# 25. Main
+# 32. Main
 # The command line: its options, what they must be, and how a run ends.
-# uses: 1-9, 11-24
+# uses: 1-9, 11-31
 # needs: Callable, Path, Sequence, argparse, functools, mx, os, signal, sys, threading,
 #     time
 # -----------------------------------------------------------------------------

@@ -2956,7 +2956,7 @@ def spoken_reference(name: str):
 
 
 # -----------------------------------------------------------------------------
-# 13. Other vocabularies
+# 13. Other vocabularies, and 14. The tokenizer of a folder
 # -----------------------------------------------------------------------------
 
 
@@ -4643,7 +4643,7 @@ def test_a_space_between_two_replies_belongs_to_one_of_them():
 
 
 # -----------------------------------------------------------------------------
-# 14. Sampling options
+# 15. Sampling options
 # -----------------------------------------------------------------------------
 
 
@@ -4772,7 +4772,7 @@ def test_what_the_field_writes_for_off_is_off(
 
 
 # -----------------------------------------------------------------------------
-# 16. Checked loading
+# 16. This machine, and 17. Checked loading
 # -----------------------------------------------------------------------------
 
 
@@ -5688,7 +5688,7 @@ def test_a_folder_where_one_matrix_could_not_be_quantized_loads(tmp_path):
 
 
 # -----------------------------------------------------------------------------
-# 17. Prompt lookup
+# 18. Prompt lookup
 # -----------------------------------------------------------------------------
 
 
@@ -5956,7 +5956,7 @@ def test_the_device_decides_how_long_a_step_is(
 
 
 # -----------------------------------------------------------------------------
-# 22. Engine
+# 25. Pieces of a reply, and 26. Engine
 # -----------------------------------------------------------------------------
 
 
@@ -6666,7 +6666,7 @@ def test_a_reply_cancelled_while_its_prompt_is_read_keeps_what_was_read(
 
 @on_the_cpu
 def test_on_a_cpu_a_reply_goes_through_the_functions_of_part_one(folder, monkeypatch):
-    """And through nothing of sections 17 to 19, but for what asks for the device, and
+    """And through nothing of sections 18 to 21, but for what asks for the device, and
     what brings the weights, as they are loaded, into the form that suits it."""
     entered = set()
 
@@ -6700,8 +6700,8 @@ def test_on_a_cpu_a_reply_goes_through_the_functions_of_part_one(folder, monkeyp
     ):
         assert function.__code__ in entered, function
     lines = SOURCE.splitlines()
-    first = lines.index(f"# 17. {SECTIONS[17].title}")
-    after = lines.index(f"# 20. {SECTIONS[20].title}")
+    first = lines.index(f"# 18. {SECTIONS[18].title}")
+    after = lines.index(f"# 22. {SECTIONS[22].title}")
     extras = {c.co_name for c in entered if first <= c.co_firstlineno < after}
     asked = {"on_cuda"}
     loading = {"lay_out_by_columns", "unpack_for_many", "parameter_count"}
@@ -6709,7 +6709,7 @@ def test_on_a_cpu_a_reply_goes_through_the_functions_of_part_one(folder, monkeyp
 
 
 # -----------------------------------------------------------------------------
-# 23. Info and inspect
+# 28. Info, and 29. Inspect
 # -----------------------------------------------------------------------------
 
 
@@ -6859,7 +6859,7 @@ def test_no_message_above_part_five_names_an_option_or_a_command_of_the_chat():
     commands = "|".join(llama.COMMANDS)
     named = re.compile(rf"--[a-z]|(?<![\w/.])/(?:{commands})\b")
     checked = 0
-    for number in range(1, 21):
+    for number in range(1, 27):
         tree = ast.parse(SECTIONS[number].source)
         texts = {
             node.value
@@ -7398,7 +7398,7 @@ def test_inspect_finds_values_that_are_not_numbers(folder, tmp_path, capsys):
 
 
 # -----------------------------------------------------------------------------
-# 24. Chat
+# 31. Chat
 # -----------------------------------------------------------------------------
 
 
@@ -7568,7 +7568,7 @@ def test_control_tokens_that_a_user_types_are_text(folder, monkeypatch, capsys):
 
 
 # -----------------------------------------------------------------------------
-# 25. Main
+# 32. Main
 # -----------------------------------------------------------------------------
 
 

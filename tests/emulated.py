@@ -1,4 +1,4 @@
-"""The CUDA kernel of section 19, compiled as C++ and run on the CPU."""
+"""The CUDA kernel of section 21, compiled as C++ and run on the CPU."""
 
 import ctypes
 import functools

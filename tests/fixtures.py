@@ -15,7 +15,7 @@ from tests.support import DEVICE, libedit, random_folder
 
 @pytest.fixture
 def kernels(monkeypatch):
-    """What section 19 takes for a CUDA device: one, or its kernel compiled as C++."""
+    """What section 21 takes for a CUDA device: one, or its kernel compiled as C++."""
     if not mx.cuda.is_available():
         monkeypatch.setattr(mx.cuda, "is_available", lambda: True)
         monkeypatch.setattr(mx, "default_device", lambda: mx.gpu)

@@ -1,4 +1,4 @@
-"""Tests of section 18: what a GPU gains by is built directly, and runs on any device.
+"""Tests of section 20: what a GPU gains by is built directly, and runs on any device.
 
 Each part must give what the part gives that it takes the place of. What a CPU gains by
 is in test_cpu.py.
