@@ -49,8 +49,8 @@ Part Two: every Llama
     17 Checked loading                   1-7, 11-14, 16
 Part Three: faster
     18 Prompt lookup                     5, 9
-    19 Faster on a CPU                   1-6
-    20 Faster on a GPU                   1-6, 19
+    19 Faster products                   1-6
+    20 Faster steps                      1-6, 19
     21 The CUDA kernel                   1-6, 19, 20
     22 Tensor parallel                   1-7, 11-14, 16, 17
     23 A model made ready                1-7, 11-14, 16, 17, 19-22
@@ -5292,12 +5292,13 @@ def decode_with_lookup(
 
 
 # -----------------------------------------------------------------------------
-# 19. Faster on a CPU
-# A CPU gains by how weights lie in memory, by matrices that are not packed, and by
-# products that all its cores share: of a matrix with 2048 rows each of four cores
-# multiplies 512. All of this, as what a GPU gains by, is put into a model by exchanging
-# parts of it, each for one that holds the same weights; the loop over the blocks stays
-# as it is.
+# 19. Faster products
+# Nearly all time goes into products with the weights. Where many rows of x meet a
+# packed matrix, it is unpacked once for all of them; on a CPU once and for good, where
+# there is room. A CPU also gains by how weights lie in memory, and by products that all
+# its cores share: of a matrix with 2048 rows each of four cores multiplies 512. All of
+# this is put into a model by exchanging parts of it, each for one that holds the same
+# weights; the loop over the blocks stays as it is.
 # uses: 1-6
 # needs: Callable, copy, mx, nn, os, sys, tree_flatten, tree_unflatten
 # -----------------------------------------------------------------------------
@@ -5469,11 +5470,10 @@ def lay_out_by_columns(model: nn.Module) -> None:
 
 
 # -----------------------------------------------------------------------------
-# 20. Faster on a GPU
-# Part One describes each step anew, launches it as a whole, and computes with packed
-# weights as they are. A GPU gains by something else in four places:
+# 20. Faster steps
+# Part One describes each step anew, and launches it as a whole. A GPU gains by
+# something else in three places:
 #   - To decode, it waits for Python. So what is the same for every token is compiled.
-#   - A prompt has many rows. So a packed matrix is unpacked once for all of them.
 #   - cuDNN plans attention anew for every shape. So a few drafts attend over a round
 #     number of slots.
 #   - A launched step holds the arrays that it makes, and that it reads, until it is

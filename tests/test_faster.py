@@ -1,4 +1,4 @@
-"""Tests of section 20: what a GPU gains by is built directly, and runs on any device.
+"""Tests of sections 19 and 20: what a GPU gains by is built directly, on any device.
 
 Each part must give what the part gives that it takes the place of. What a CPU gains by
 is in test_cpu.py.
