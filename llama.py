@@ -4030,8 +4030,6 @@ class Tokenizer(ByteLevelTokenizer):
             settings = usual | settings
         names = token_names(settings)
         bos, ends = ends_of_texts(folder, names, prefix, ids_of)
-        if (adds_bos := settings.get("add_bos_token")) is not None:
-            prefix = [bos] if adds_bos and bos is not None else []
         if template is None:
             template = read_template(folder, settings)
         else:  # which needs its tokens, also where a folder does not name them

@@ -4310,13 +4310,25 @@ def in_sequence(*processors: dict) -> dict:
 LETTERS_POST = BYTES | {"trim_offsets": False}
 
 
+@pytest.mark.parametrize("kind", [None, "LlamaTokenizer", "PreTrainedTokenizerFast"])
 @pytest.mark.parametrize("add", [True, False, None])
-def test_bos_goes_before_a_text_where_the_tokenizer_says_so(add, tmp_path):
-    spec = small_spec(post_processor=written_as("</s> $A", {"</s>": [0]}))
-    settings = {"bos_token": "</s>", "add_bos_token": add}
-    folder = write_tokenizer(tmp_path, spec, tokenizer_config=settings)
-    wanted = [] if add is False else [0]
-    assert llama.Tokenizer.from_folder(folder).bos_prefix == wanted
+@pytest.mark.parametrize("goes_before", [True, False])
+def test_the_post_processor_alone_says_whether_bos_goes_before_a_text(
+    goes_before, add, kind, tmp_path
+):
+    """Whatever add_bos_token is, as transformers 5 has it."""
+    spec = json.loads((STORIES / "tokenizer.json").read_bytes())
+    bos = spec["added_tokens"][0]
+    post = written_as(f"{bos['content']} $A", {bos["content"]: [bos["id"]]})
+    spec["post_processor"] = post if goes_before else None
+    values = {"bos_token": bos["content"], "add_bos_token": add, "tokenizer_class": kind}
+    settings = {key: value for key, value in values.items() if value is not None}
+    config = {"model_type": "llama"}
+    write_tokenizer(tmp_path, spec, tokenizer_config=settings, config=config)
+    theirs = peer("transformers").AutoTokenizer.from_pretrained(tmp_path)
+    own = llama.Tokenizer.from_folder(tmp_path)
+    assert own.bos_prefix == ([bos["id"]] if goes_before else [])
+    assert own.bos_prefix + own.encode("a") == theirs.encode("a")
 
 
 @needs_data
@@ -7346,9 +7358,9 @@ def test_inspect_finds_control_tokens_that_the_model_has_no_row_for(
     added.sort(key=lambda one: one["content"] == token)
     for n, one in enumerate(added):
         one["id"] = len(vocab) + n
-    hostile(
-        tokenizer=spec, tokenizer_config={"bos_token": "</s>", "add_bos_token": True}
-    )(own)
+        if one["content"] == "</s>":
+            spec["post_processor"] = written_as("</s> $A", {"</s>": [one["id"]]})
+    hostile(tokenizer=spec)(own)
     assert llama.main(["inspect", str(own)]) == 1
     assert told in capsys.readouterr().out
 
