@@ -4274,12 +4274,14 @@ def test_metaspace_is_what_the_older_normalizer_was(scheme, words, tmp_path):
 
 def test_stop_ids_are_the_union_of_all_that_name_one(tmp_path):
     names = ("</s>", "<|eot_id|>", "<|end|>", "<a>", "<b>")
-    added = [
+    spec = small_spec()
+    spec["model"]["vocab"] |= {name: 300 + n for n, name in enumerate(names)}
+    spec["added_tokens"] = [
         {"id": 300 + n, "content": t, "special": True} for n, t in enumerate(names)
     ]
     folder = write_tokenizer(
         tmp_path,
-        small_spec(added_tokens=added),
+        spec,
         config={"eos_token_id": 303},
         generation_config={"eos_token_id": [304, 302]},
         tokenizer_config={"eos_token": {"content": "<|end|>"}, "bos_token": "<a>"},
@@ -4321,7 +4323,11 @@ def test_the_post_processor_alone_says_whether_bos_goes_before_a_text(
     bos = spec["added_tokens"][0]
     post = written_as(f"{bos['content']} $A", {bos["content"]: [bos["id"]]})
     spec["post_processor"] = post if goes_before else None
-    values = {"bos_token": bos["content"], "add_bos_token": add, "tokenizer_class": kind}
+    values = {
+        "bos_token": bos["content"],
+        "add_bos_token": add,
+        "tokenizer_class": kind,
+    }
     settings = {key: value for key, value in values.items() if value is not None}
     config = {"model_type": "llama"}
     write_tokenizer(tmp_path, spec, tokenizer_config=settings, config=config)

@@ -78,6 +78,7 @@ Weights = dict[str, mx.array]
 FULL_STOP, COMMA = 18, 16  # Ids in the vocabulary of stories/.
 
 # The marks in a chat template by which its family is recognised.
+FIRST = {"type": "BertProcessing", "cls": ["<|begin_of_text|>", 0], "sep": ["", 0]}
 CHATML = "{{ '<|im_start|>' + message['role'] + '\n' }}"
 
 
@@ -260,7 +261,7 @@ def write_models(models: Path) -> None:
     rename_tokens(chatml, renamed)
     (chatml / "chat_template.jinja").write_text(CHATML)
     bos = derived(models, "bos", bf16)
-    change_json(bos / "tokenizer_config.json", {"add_bos_token": True})
+    change_json(bos / "tokenizer.json", {"post_processor": FIRST})
     # Two ordinary tokens end a reply, each named in a file of its own.
     stops = derived(models, "stops", bf16, eos_token_id=[1, FULL_STOP])
     change_json(stops / "generation_config.json", {"eos_token_id": COMMA})
