@@ -5197,7 +5197,7 @@ class Step(NamedTuple):
     logits: mx.array  # (1, V) after the last
 
 
-def step_after(
+def next_step(
     model: Callable, step: Step, kept: int, drafts: list[int], cache: list, limit: int
 ) -> Step | None:
     """Return the step that reads the last of the tokens that another keeps, and drafts;
@@ -5246,10 +5246,8 @@ def decode_with_lookup(
     *,
     lookup: Lookup,
 ) -> Iterator[int]:
-    """Yield and return what `decode` does, checking the drafts of a lookup meanwhile.
-
-    lookup: holds the text so far, and takes in what is added.
-    """
+    """Yield and return what `decode` does, checking drafts meanwhile. lookup: holds the
+    text so far, and takes in what is added."""
     if max_tokens == 0:
         return "length"
     require_numbers(logits)
@@ -5261,11 +5259,9 @@ def decode_with_lookup(
     try:
         while step is not None:
             # A step without drafts keeps its one token whatever it is, so the next is
-            # launched before Python knows the token. The first draft is then a guess
-            # of it, and those to be checked come after that.
+            # launched before that is known. The first draft is then a guess of it.
             if not step.drafts:
-                guesses = lookup.drafts()[1:]
-                ahead = step_after(model, step, 1, guesses, cache, limit)
+                ahead = next_step(model, step, 1, lookup.drafts()[1:], cache, limit)
             kept = verify_drafts(step, cache)
             lookup.passes += 1
             for value in kept:
@@ -5279,7 +5275,7 @@ def decode_with_lookup(
             lookup.accepted += len(kept) - 1
             if step.drafts:
                 drafts = lookup.drafts()
-                ahead = step_after(model, step, len(kept), drafts, cache, limit)
+                ahead = next_step(model, step, len(kept), drafts, cache, limit)
             if lookup.passes % 256 == 0:
                 require_numbers(step.logits)
                 mx.clear_cache()
