@@ -5197,7 +5197,7 @@ class Step(NamedTuple):
     logits: mx.array  # (1, V) after the last
 
 
-def next_step(
+def launch(
     model: Callable, step: Step, kept: int, drafts: list[int], cache: list, limit: int
 ) -> Step | None:
     """Return the step that reads the last of the tokens that another keeps, and drafts;
@@ -5237,20 +5237,18 @@ def verify_drafts(step: Step, cache: list) -> list[int]:
 
 
 def decode_with_lookup(
+    lookup: Lookup,
     model: Callable,
     logits: mx.array,
     cache: list,
     sampler: Callable[[mx.array], mx.array],
     max_tokens: int | None = None,
     stop_tokens: Collection[int] = (),
-    *,
-    lookup: Lookup,
 ) -> Iterator[int]:
     """Yield and return what `decode` does, checking drafts meanwhile. lookup: holds the
     text so far, and takes in what is added."""
     if max_tokens == 0:
         return "length"
-    require_numbers(logits)
     held = cache[0].offset
     last = held + (math.inf if max_tokens is None else max_tokens)
     limit = min(cache[0].capacity, last - 1)  # the last token is not read
@@ -5258,10 +5256,13 @@ def decode_with_lookup(
     mx.async_eval(step.sampled)
     try:
         while step is not None:
+            if lookup.passes % 256 == 0:
+                require_numbers(step.logits)
+                mx.clear_cache()
             # A step without drafts keeps its one token whatever it is, so the next is
             # launched before that is known. The first draft is then a guess of it.
             if not step.drafts:
-                ahead = next_step(model, step, 1, lookup.drafts()[1:], cache, limit)
+                ahead = launch(model, step, 1, lookup.drafts()[1:], cache, limit)
             kept = verify_drafts(step, cache)
             lookup.passes += 1
             for value in kept:
@@ -5274,11 +5275,7 @@ def decode_with_lookup(
             lookup.extend(kept)
             lookup.accepted += len(kept) - 1
             if step.drafts:
-                drafts = lookup.drafts()
-                ahead = next_step(model, step, len(kept), drafts, cache, limit)
-            if lookup.passes % 256 == 0:
-                require_numbers(step.logits)
-                mx.clear_cache()
+                ahead = launch(model, step, len(kept), lookup.drafts(), cache, limit)
             step = ahead
         return "context"
     finally:
@@ -6652,7 +6649,7 @@ class Worker(threading.Thread):
         if logits is not None:
             loop = decode
             if lookup:
-                loop = functools.partial(decode_with_lookup, lookup=lookup)
+                loop = functools.partial(decode_with_lookup, lookup)
             sampler = make_sampler(**request.sampling, prompt=ids)
             ends = request.max_tokens, self.tokenizer.stop_tokens
             reply = loop(self.model, logits, self.cache, sampler, *ends)

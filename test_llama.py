@@ -5770,8 +5770,8 @@ def generate_with_lookup(
     cache = cache or model.make_cache(len(prompt) + max_tokens)
     for _read, logits in llama.prefill(model, prompt, cache):
         pass
-    ends |= {"max_tokens": max_tokens, "lookup": lookup}
-    return llama.decode_with_lookup(model, logits, cache, sampler, **ends)
+    start = lookup, model, logits, cache, sampler, max_tokens
+    return llama.decode_with_lookup(*start, **ends)
 
 
 class Repeating(CountingModel):

@@ -122,7 +122,7 @@ def ours(model, ids, count, cache=None, others=(), sampler=llama.greedy, lookup=
         start = model, logits, cache, sampler
         if lookup is None:
             return llama.decode(*start, count)
-        return llama.decode_with_lookup(*start, count, lookup=lookup)
+        return llama.decode_with_lookup(lookup, *start, count)
 
     return timed(generation, others)
 

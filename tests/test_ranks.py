@@ -143,8 +143,8 @@ def said_by(model: llama.Llama, count: int) -> list:
     logits = [model(part, cache, logits_to_keep=1)[0] for part in parts]
     lookup, cache = llama.Lookup(3, tokens[:9]), model.make_cache(160)
     *_, (_, last) = llama.prefill(model, tokens[:9], cache)
-    start = model, last, cache, llama.greedy
-    text = [*llama.decode_with_lookup(*start, count, lookup=lookup)]
+    start = lookup, model, last, cache, llama.greedy
+    text = [*llama.decode_with_lookup(*start, count)]
     return [mx.concatenate(logits).astype(mx.float32).tolist(), text, lookup.accepted]
 
 
