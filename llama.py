@@ -3680,7 +3680,7 @@ def read_added(
     declared: those of tokenizer.json. As transformers has it, their fields may be
     others in tokenizer_config.json, added_tokens.json has only ids, and a token that
     has a part without being declared is added behind all others. vocab: the ids of the
-    vocabulary, {} if its tokens have no spelling.
+    vocabulary, {} if its tokens have no spelling; then the ids of the files are taken.
     """
     entries = {token["content"]: token for token in declared}
     others = read_json(folder / "added_tokens.json")
@@ -3704,15 +3704,12 @@ def read_added(
         special = bool(entry.get("special")) or content in named
         flags = [bool(entry.get(key)) for key in ("lstrip", "rstrip", "single_word")]
         normalized = bool(entry.get("normalized", not special))
-        token_id = vocab.get(content, entry.get("id", following))
-        if vocab and content not in vocab:
-            # Hugging Face counts on behind the vocabulary, whatever id the files have.
-            if token_id != following:
-                raise ValueError(
-                    f"the added token {content!r:.80} has the id {token_id!r:.80}, "
-                    f"wanted the next one, {following}"
-                )
-            following += 1
+        if not vocab:
+            token_id = entry["id"]
+        elif content in vocab:
+            token_id = vocab[content]
+        else:  # whatever id the files have: Hugging Face counts on behind the vocabulary
+            token_id, following = following, following + 1
         found.append(AddedToken(content, token_id, special, *flags, normalized))
     return found
 

@@ -3460,10 +3460,10 @@ def test_transformers_reads_the_same_added_tokens(tmp_path):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_ids_of_added_tokens_are_those_that_hugging_face_counts(seed, tmp_path):
-    """Or the folder is refused. Hugging Face counts on behind the vocabulary."""
+    """Whatever ids the file has: Hugging Face counts on behind the vocabulary."""
     rng = random.Random(seed)
     spec = small_spec(added_tokens=[])
-    vocab, alike = spec["model"]["vocab"], []
+    vocab, counted = spec["model"]["vocab"], 0
     for _ in range(60):
         words = {f"<{n}>": 258 + n for n in rng.sample(range(6), rng.randint(2, 3))}
         in_vocab = dict(rng.sample(sorted(words.items()), rng.randint(0, 1)))
@@ -3471,15 +3471,12 @@ def test_ids_of_added_tokens_are_those_that_hugging_face_counts(seed, tmp_path):
         changed = spec | {"added_tokens": added}
         changed["model"] = spec["model"] | {"vocab": vocab | in_vocab}
         theirs = reference_of(changed)
-        alike.append(all(theirs.token_to_id(t["content"]) == t["id"] for t in added))
-        folder = write_tokenizer(tmp_path, changed)
-        if alike[-1]:
-            own = llama.Tokenizer.from_folder(folder)
-            assert own.added_words == {t["content"]: t["id"] for t in added}
-        else:
-            with pytest.raises(ValueError, match="wanted the next one"):
-                llama.Tokenizer.from_folder(folder)
-    assert 0 < sum(alike) < 60
+        own = llama.Tokenizer.from_folder(write_tokenizer(tmp_path, changed))
+        ids = {t["content"]: theirs.token_to_id(t["content"]) for t in added}
+        assert own.added_words == ids
+        assert all(own.decode([i]) == theirs.decode([i]) for i in ids.values())
+        counted += any(ids[t["content"]] != t["id"] for t in added)
+    assert 0 < counted < 60
 
 
 NAMES = (
@@ -3855,14 +3852,6 @@ def test_known_names_end_a_reply_where_they_are_control_tokens(tmp_path):
         ({"model": {"dropout": 0.1}}, "wanted plain BPE, got dropout 0.1"),
         ({"model": {"end_of_word_suffix": "</w>"}}, "got end_of_word_suffix '</w>'"),
         ({"model": {"continuing_subword_prefix": "##"}}, "got continuing_subword_pre"),
-        (
-            {"added_tokens": [{"id": 258, "content": c} for c in ("<a>", "<b>")]},
-            "the added token '<b>' has the id 258, wanted the next one, 259",
-        ),
-        (
-            {"added_tokens": [{"id": 1, "content": "<a>"}]},
-            "the added token '<a>' has the id 1, wanted the next one, 258",
-        ),
         ({"model": {"merges": []}}, "wanted merges, each once"),
         ({"model": {"merges": ["a b", ["a", "b"]]}}, "wanted merges, each once"),
         ({"model": {"merges": [["a", "?!"]]}}, r"all known, got \['a', '\?!'\]"),

@@ -385,7 +385,7 @@ HUGE = 10**400
         hostile(tokenizer={"pre_tokenizer": {"type": "Sequence", "pretokenizers": []}}),
         hostile(tokenizer={"pre_tokenizer": [1]}),
         hostile(tokenizer={"added_tokens": "x"}),
-        hostile(tokenizer={"added_tokens": [{"id": None, "content": "<x>"}]}),
+        hostile(tokenizer={"added_tokens": [{"id": 300, "content": 5}]}),
         hostile(tokenizer={"model": {}}),
         hostile(tokenizer={"post_processor": {"processors": [1]}}),
         lambda folder: (folder / "config.json").write_text("[" * 100_000),
