@@ -3708,7 +3708,7 @@ def read_added(
             token_id = entry["id"]
         elif content in vocab:
             token_id = vocab[content]
-        else:  # whatever id the files have: Hugging Face counts on behind the vocabulary
+        else:  # Hugging Face counts on behind the vocabulary, whatever the files say
             token_id, following = following, following + 1
         found.append(AddedToken(content, token_id, special, *flags, normalized))
     return found
@@ -7184,11 +7184,49 @@ class WordWrap:
 # -----------------------------------------------------------------------------
 # 28. Info
 # What a model is, whether it fits this machine and how fast it is here; or which models
-# there are. Answers go to stdout, notes and progress to stderr.
+# there are. Answers go to stdout, notes and progress to stderr. No reply is faster than
+# the weights are read: the 8.03 billion of the 8b, in 4.5 bits each, are 4.52 GB, so
+# memory of 100 GB/s gives at most 22 tokens/s. First stand the published shapes, and
+# what is said of an error of any command.
 # uses: 1-9, 11-27
 # needs: Iterator, Mapping, Path, argparse, asdict, collections, contextlib, json, math,
 #     mx, nn, signal, statistics, sys, textwrap, time, tree_flatten, tree_unflatten
 # -----------------------------------------------------------------------------
+
+
+def llama3_args(
+    D: int, F: int, layers: int, H: int, *, scaling: float = 8.0, tied: bool = False
+) -> ModelArgs:
+    """Return the shape of a Llama 3.x: the values that all sizes share, with these."""
+    return ModelArgs(
+        hidden_size=D,
+        intermediate_size=F,
+        num_hidden_layers=layers,
+        num_attention_heads=H,
+        vocab_size=128_256,
+        num_key_value_heads=8,
+        rms_norm_eps=1e-5,
+        max_position_embeddings=131_072,
+        rope_theta=500_000.0,
+        rope_scaling={
+            "rope_type": "llama3",
+            "factor": scaling,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+        tie_word_embeddings=tied,
+    )
+
+
+# The published shapes: 8b, 70b and 405b of Llama 3.1 [1, table 3], 1b and 3b of 3.2.
+PRESETS = {
+    "1b": llama3_args(2048, 8192, 16, 32, scaling=32.0, tied=True),
+    "3b": llama3_args(3072, 8192, 28, 24, scaling=32.0, tied=True),
+    "8b": llama3_args(4096, 14336, 32, 32),
+    "70b": llama3_args(8192, 28672, 80, 64),
+    "405b": llama3_args(16384, 53248, 126, 128),
+}
 
 
 def larger_context(tokens: int, context: int, longest: int) -> str:
@@ -7238,41 +7276,6 @@ def complain(error: Exception, who: str = "", command: str = "chat") -> None:
     """Print the error that ends the program. who: the rank whose it is."""
     line = f"llama.py: error: {who}{error_line(error, command)}"
     print(line, file=sys.stderr, flush=True)
-
-
-def llama3_args(
-    D: int, F: int, layers: int, H: int, *, scaling: float = 8.0, tied: bool = False
-) -> ModelArgs:
-    """Return the shape of a Llama 3.x: the values that all sizes share, with these."""
-    return ModelArgs(
-        hidden_size=D,
-        intermediate_size=F,
-        num_hidden_layers=layers,
-        num_attention_heads=H,
-        vocab_size=128_256,
-        num_key_value_heads=8,
-        rms_norm_eps=1e-5,
-        max_position_embeddings=131_072,
-        rope_theta=500_000.0,
-        rope_scaling={
-            "rope_type": "llama3",
-            "factor": scaling,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 8192,
-        },
-        tie_word_embeddings=tied,
-    )
-
-
-# The published shapes: 8b, 70b and 405b of Llama 3.1 [1, table 3], 1b and 3b of 3.2.
-PRESETS = {
-    "1b": llama3_args(2048, 8192, 16, 32, scaling=32.0, tied=True),
-    "3b": llama3_args(3072, 8192, 28, 24, scaling=32.0, tied=True),
-    "8b": llama3_args(4096, 14336, 32, 32),
-    "70b": llama3_args(8192, 28672, 80, 64),
-    "405b": llama3_args(16384, 53248, 126, 128),
-}
 
 
 def choose_folder(model: str | None) -> Path:
@@ -7760,7 +7763,8 @@ def cmd_info(options: argparse.Namespace) -> int:
 # -----------------------------------------------------------------------------
 # 29. Inspect
 # What a folder holds, with everything that is wrong with it, and what the model will
-# read of a conversation.
+# read of a conversation. `load` raises the first problem, `inspect` lists all, so it
+# finds some wherever a chat would be refused.
 # uses: 1-9, 11-28
 # needs: Collection, Iterator, Path, argparse, collections, json, mx, nn, re
 # -----------------------------------------------------------------------------
@@ -7932,7 +7936,12 @@ def cmd_inspect(options: argparse.Namespace) -> int:
 # -----------------------------------------------------------------------------
 # 30. Typing
 # A message that is typed: lines with editing, history and completion, by readline, and
-# what is pasted as one message. What is typed during a reply waits for its prompt.
+# what is pasted as one message. What is typed during a reply waits for its prompt:
+#
+#     typed during a reply    one <Return> two
+#     then                    "one" is the next message, and "two" stands at the prompt
+#                             after it, to be edited
+#
 # uses: 1-7, 11-14, 16, 17, 24, 27
 # needs: Callable, Iterator, Path, Sequence, contextlib, functools, json, os, re,
 #     select, signal, sys, termios
@@ -8312,6 +8321,11 @@ def line_editor(words: Sequence[str], files: Sequence[str] = ()) -> LineEditor:
 # 31. Chat
 # A conversation: on a terminal one that is typed, with commands that begin with a
 # slash; in a pipe one question and its answer.
+#
+#     >>> Hello!           Chat.take: `ask` for a reply, print it, `keep` the turn
+#     >>> /set seed 7      Chat.obey: do_set("seed 7")
+#     >>> /undo            Chat.obey: do_undo(""), which drops the turn
+#
 # uses: 1-9, 11-28, 30
 # needs: Path, Sequence, argparse, asdict, collections, contextlib, difflib, fields,
 #     json, os, shlex, signal, sys
@@ -8961,7 +8975,14 @@ class Chat(Conversation):
 
 # -----------------------------------------------------------------------------
 # 32. Main
-# The command line: its options, what they must be, and how a run ends.
+# The command line: its options, what they must be, and how a run ends. `main` returns
+# the status that a process ends with:
+#
+#     0    main(["info", "8b"])
+#     1    main(["info", "nowhere"])                  a model, a file or input at fault
+#     2    main(["chat", "--temperature", "cold"])    usage
+#     130  Ctrl-C, where one answer was asked for
+#
 # uses: 1-9, 11-31
 # needs: Callable, Path, Sequence, argparse, functools, mx, os, signal, sys, threading,
 #     time
