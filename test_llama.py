@@ -355,6 +355,41 @@ def test_the_header_and_the_readme_list_the_sections(text):
     }
 
 
+def test_the_readme_names_sections_by_their_numbers():
+    """In the picture of a message's path, and where it says what to change."""
+    titles = {str(n): section.title for n, section in SECTIONS.items()}
+    flags = re.MULTILINE | re.DOTALL
+    [picture] = re.findall(r"^  what you type.*?^  what you read.*?$", README, flags)
+    rows = [
+        [titles[n] for n in row.split(", ")]
+        for row in re.findall(r" {2,}(\d+(?:, \d+)*)$", picture, re.MULTILINE)
+    ]
+    assert rows == [
+        ["Typing", "Chat", "Main"],
+        ["Chat templates"],
+        ["Tokenizer", "Other vocabularies", "The tokenizer of a folder"],
+        ["Engine"],
+        ["Generation"],
+        ["Transformer"],
+        ["Transformer"],
+        ["KV cache"],
+        ["Rotary embedding"],
+        ["Quantized layers"],
+        ["Safetensors"],
+        ["Transformer"],
+        ["Sampling"],
+        ["Generation", "Prompt lookup"],
+        ["Tokenizer", "Pieces of a reply"],
+        ["Engine"],
+        ["On a terminal", "Chat"],
+    ]
+    changed = re.findall(r"\bsection (\d+)\b", README.split("## Change it")[1])
+    assert [titles[n] for n in changed] == [
+        *("Sampling", "Sampling options", "Main", "Families", "Families", "Chat"),
+        *("KV cache", "Sampling", "Safetensors"),
+    ]
+
+
 def test_the_header_lists_the_parts():
     listed = re.findall(r"^(Part \w+: \w+(?: \w+)*)", HEADER, re.MULTILINE)
     assert re.findall(r"^# (Part \w+: .+?)\. ", SOURCE, re.MULTILINE) == listed
