@@ -5491,15 +5491,27 @@ def test_metal_computes_in_place_from_tensors_that_are_aligned_and_not_cast(
 
 
 @pytest.mark.parametrize(
-    ("device", "cuda", "drafts", "large"),
-    [("cpu", False, 0, 10**6), ("gpu", True, 15, 32 * 10**6), ("gpu", False, 7, 10**6)],
+    ("name", "device", "cuda", "openblas", "large"),
+    [
+        ("Metal", "gpu", False, True, 10**6),
+        ("CUDA", "gpu", True, True, 32 * 10**6),
+        ("CPU, with OpenBLAS", "cpu", False, True, 10**6),
+        ("CPU, without", "cpu", True, False, 32 * 10**6),
+    ],
 )
-def test_each_kind_of_device_has_its_own_thresholds(
-    device, cuda, drafts, large, monkeypatch
+def test_what_is_best_on_a_device_is_what_the_section_says(
+    name, device, cuda, openblas, large, monkeypatch
 ):
     monkeypatch.setattr(mx, "default_device", lambda: getattr(mx, device))
     monkeypatch.setattr(mx.cuda, "is_available", lambda: cuda)
-    assert (llama.default_drafts(), llama.large_cache()) == (drafts, large)
+    monkeypatch.setattr(llama, "has_openblas", lambda: openblas)
+    [row] = re.findall(rf"^# +{name}  +(.+)$", SECTIONS[16].source, re.MULTILINE)
+    in_what, tokens, drafts = re.split("  +", row)
+    assert in_what == ("what the files hold" if device == "gpu" else "float32")
+    assert llama.default_dtype() == (None if device == "gpu" else mx.float32)
+    assert llama.default_prefill_step() == int(tokens)
+    assert llama.default_drafts() == int(drafts)
+    assert llama.large_cache() == large
 
 
 def test_memory_is_refused_or_warned_of_before_anything_is_read(monkeypatch):
@@ -5977,24 +5989,6 @@ def test_lookup_copies_a_real_text():
     plain = run(llama.generate(model, ids, **options))
     assert run(generate_with_lookup(model, ids, lookup, **options)) == plain
     assert lookup.accepted > 5
-
-
-@pytest.mark.parametrize(
-    ("device", "cuda", "openblas", "step"),
-    [
-        (mx.cpu, True, False, 32),
-        (mx.cpu, False, True, 128),
-        (mx.gpu, False, True, 512),
-        (mx.gpu, True, True, 2048),
-    ],
-)
-def test_the_device_decides_how_long_a_step_is(
-    monkeypatch, device, cuda, openblas, step
-):
-    monkeypatch.setattr(mx, "default_device", lambda: device)
-    monkeypatch.setattr(mx.cuda, "is_available", lambda: cuda)
-    monkeypatch.setattr(llama, "has_openblas", lambda: openblas)
-    assert llama.default_prefill_step() == step
 
 
 # -----------------------------------------------------------------------------
