@@ -4311,6 +4311,27 @@ def check_sampling(**options: float | None) -> None:
             )
 
 
+def typed_number(name: str, text: str, least: int = 0) -> float:
+    """Return the number that is typed for an option. Those of sampling have intervals,
+    the others are whole numbers of at least `least`.
+
+    Raises ValueError for any other text.
+    """
+    if name in INTERVALS:
+        try:
+            number = float(text)
+        except ValueError:
+            raise ValueError(f"{name} must be a number, got {text!r}") from None
+        if name == "top_k" and number.is_integer():
+            number = int(number)
+        check_sampling(**{name: number})
+        return number
+    if not text.isdecimal() or not least <= int(text) < 2**63:
+        wanted = f"a whole number in [{least}, 2**63)"
+        raise ValueError(f"{name} must be {wanted}, got {text!r}")
+    return int(text)
+
+
 def check_seed(seed: int) -> None:
     """Raise ValueError for a seed that MLX makes no key of random numbers from."""
     if not hasattr(seed, "__index__") or not 0 <= seed < 2**64:
@@ -8641,27 +8662,6 @@ def shown(name: str, value: float) -> float | str:
     """Return how the value of a setting is written: a filter of 0 is off."""
     filters = INTERVALS.keys() - {"temperature"}
     return "off" if value == 0 and name in filters else value
-
-
-def typed_number(name: str, text: str, least: int = 0) -> float:
-    """Return the number that is typed for an option. Those of sampling have intervals,
-    the others are whole numbers of at least `least`.
-
-    Raises ValueError for any other text.
-    """
-    if name in INTERVALS:
-        try:
-            number = float(text)
-        except ValueError:
-            raise ValueError(f"{name} must be a number, got {text!r}") from None
-        if name == "top_k" and number.is_integer():
-            number = int(number)
-        check_sampling(**{name: number})
-        return number
-    if not text.isdecimal() or not least <= int(text) < 2**63:
-        wanted = f"a whole number in [{least}, 2**63)"
-        raise ValueError(f"{name} must be {wanted}, got {text!r}")
-    return int(text)
 
 
 # command: (what it takes, what it does); each is the method of Chat named do_
