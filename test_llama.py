@@ -6548,10 +6548,17 @@ def test_a_reply_that_fails_on_the_way_leaves_nothing_to_the_next(
         yield from itertools.islice(real(*args, **settings), steps)
         raise FloatingPointError("injected")
 
+    def synchronize():
+        waited.append(loop)
+        raise RuntimeError("of the device")
+
+    waited = []
     with monkeypatch.context() as patch:
         patch.setattr(llama, loop, fail)
+        patch.setattr(mx, "synchronize", synchronize)
         with pytest.raises(FloatingPointError):
             list(engine.complete("one promise", **options))
+    assert waited  # for what still ran; that this failed too is not told
     reply = engine.complete("one prompt", **options)
     # The cache held these ids, and might have been left in the middle of a step.
     assert "".join(reply) == wanted and reply.stats.reused_tokens == 0
@@ -6797,11 +6804,21 @@ def test_the_verdict_says_whether_a_model_fits(weights, cache, wanted, monkeypat
         ("reading_speed", 500.0),
     ):
         monkeypatch.setattr(llama, name, lambda *_, value=value: value)
-    args = llama.ModelArgs.from_dict(CONFIG | {"max_position_embeddings": 50})
-    monkeypatch.setitem(llama.PRESETS, "tiny", args)
-    found = llama.describe("tiny")
-    for bits in (16, 8, 4):
-        assert (found["longest_context"][bits], found["verdict"][bits]) == wanted
+    settings = CONFIG | {"max_position_embeddings": 50, "tie_word_embeddings": True}
+    for tied in (True, False):
+        args = llama.ModelArgs.from_dict(settings | {"tie_word_embeddings": tied})
+        monkeypatch.setitem(llama.PRESETS, "tiny", args)
+        found = llama.describe("tiny")
+        for bits in (16, 8, 4):
+            context, verdict = wanted
+            if not tied and context:  # of an embedding a token reads one row
+                read = 1 - CONFIG["vocab_size"] * 48 / found["parameters"]
+                fastest = round(500 / (weights * read), 1)
+                verdict = re.sub(r"[\d.]+ tokens", f"{fastest} tokens", verdict)
+            assert (found["longest_context"][bits], found["verdict"][bits]) == (
+                context,
+                verdict,
+            )
 
 
 @pytest.mark.parametrize("words", [("info", "405b"), ("inspect",)])
@@ -7275,6 +7292,20 @@ def test_measuring_refuses_what_does_not_fit(monkeypatch, capsys):
         assert "--generation-tokens need --measure" in capsys.readouterr().err
     assert llama.main(["info", str(STORIES), "--measure", "--bits", "4"]) == 1
     assert "the weights are packed already, in 8 bits" in capsys.readouterr().err
+
+
+@on_the_cpu
+@pytest.mark.parametrize("preset", [True, False])
+def test_measuring_warns_as_a_chat_does(preset, folder, monkeypatch, capsys):
+    monkeypatch.setattr(llama, "require_memory", lambda *_: "nearly full")
+    monkeypatch.setattr(llama, "slow_products", lambda parameters: f"{parameters} slow")
+    args = llama.examine(folder)[0].args
+    monkeypatch.setitem(llama.PRESETS, "1b", args)
+    words = ["--measure", "--prompt-tokens", "2", "--generation-tokens", "2", "--json"]
+    assert llama.main(["info", "1b" if preset else str(folder), *words]) == 0
+    out, error = capsys.readouterr()
+    slow = f"{json.loads(out)['parameters']} slow"
+    assert error.splitlines() == ["nearly full", slow]
 
 
 def test_inspect_lists_what_a_folder_holds(folder, capsys):
