@@ -4689,6 +4689,16 @@ def test_a_space_between_two_replies_belongs_to_one_of_them():
 # -----------------------------------------------------------------------------
 
 
+def test_the_options_of_the_banner_are_what_its_file_gives(tmp_path):
+    banner = SECTIONS[15].source.split("# uses:")[0]
+    [text] = re.findall(r"generation_config\.json +(\{.*\})$", banner, re.MULTILINE)
+    (tmp_path / "generation_config.json").write_text(text)
+    found = llama.default_sampling(tmp_path)
+    assert found == {"temperature": 0.7, "top_k": 40, "top_p": 0.9}
+    assert all(f"{name} {value}" in banner for name, value in found.items())
+    assert [*llama.without_effect(tmp_path)] == ["num_beams"]
+
+
 @pytest.mark.parametrize(
     ("option", "value", "error"),
     [
@@ -5246,27 +5256,6 @@ def test_a_layer_is_what_its_own_entry_and_its_tensors_say(tmp_path, own, said, 
     assert_logits(model, WIDE, dense)
 
 
-@on_a_gpu
-@pytest.mark.parametrize("accelerated", [False, True])
-@pytest.mark.parametrize("settings", [None, FOUR])
-def test_a_gpu_gives_the_logits_of_numpy_in_parts_of_any_length(
-    tmp_path, monkeypatch, settings, accelerated
-):
-    """To its own tolerance, which is not that of a wrong kernel, mask or position."""
-    tensors, dense = packed_and_dense(lambda path: settings)
-    model = load_model(write_model(tmp_path, WIDE, tensors))
-    if accelerated:
-        llama.accelerate(model)
-    tokens = random_tokens(WIDE, length=200)
-    wanted, tokens = numpy_llama(WIDE, dense, tokens[0]), mx.array(tokens)
-    assert_close(model(tokens)[0], wanted, GPU_TOLERANCE)
-    for large in (llama.large_cache(), 1):  # from which a token is launched in halves
-        monkeypatch.setattr(llama, "large_cache", lambda n=large: n)
-        # 150 layer by layer, 20 at once, 13 in few rows, and one by one
-        got = in_parts(model, tokens, (150, 170, 183, *range(184, 200)))
-        assert_close(got[0], wanted, GPU_TOLERANCE)
-
-
 @pytest.mark.parametrize(
     ("quantization", "words"),
     [
@@ -5431,43 +5420,6 @@ def test_packed_weights_are_counted_as_they_are(tmp_path):
     others = sum(v.size for v in packed.values() if v.dtype != mx.uint32)
     assert llama.memory_of(tensors.values(), mx.float16) == words + 2 * others
     assert llama.memory_of(tensors.values(), None) == words + 4 * others
-
-
-def test_wired_memory_is_what_is_needed_and_2_gb_and_is_given_back(monkeypatch):
-    """On Metal, which is not at hand: what MLX would be asked for."""
-    asked = []
-    monkeypatch.setattr(mx, "set_wired_limit", lambda n: asked.append(n) or 77)
-    with llama.wired_memory(10**9):
-        assert asked == []  # elsewhere, nothing
-    monkeypatch.setattr(llama, "wired_limit", lambda: 8 * 10**9)
-    with pytest.raises(KeyError), llama.wired_memory(10**9):
-        raise KeyError
-    with llama.wired_memory(7 * 10**9):
-        pass
-    assert asked == [3 * 10**9, 77, 8 * 10**9, 77]
-
-
-def test_wired_memory_is_held_only_while_something_is_generated(
-    folder, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(llama, "wired_limit", lambda: 8 * 10**9)
-    asked, held = [], []
-    monkeypatch.setattr(mx, "set_wired_limit", lambda n: asked.append(n) or 77)
-    prefill = llama.prefill
-
-    def noting(*args):
-        held.append(asked[-1])
-        return prefill(*args)
-
-    monkeypatch.setattr(llama, "prefill", noting)
-    with llama.Engine(folder) as engine:
-        assert asked == []
-        "".join(engine.chat(USER, max_tokens=2))
-        engine.save(tmp_path / "talk", {})  # after what the worker does with a reply
-        assert asked[1:] == [77] and held == asked[:1] and asked[0] > 2 * 10**9
-    few = ["--prompt-tokens", "4", "--generation-tokens", "2"]
-    assert llama.main(["info", str(folder), "--measure", *few]) == 0
-    assert asked[3:] == [77] and set(held[1:]) == {asked[2]}
 
 
 def test_metal_computes_in_place_from_tensors_that_are_aligned_and_not_cast(
@@ -5741,6 +5693,62 @@ def test_a_folder_where_one_matrix_could_not_be_quantized_loads(tmp_path):
     assert mx.array_equal(again(tokens), model(tokens))
 
 
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {},
+        {"HF_HOME": "~/hf"},
+        {"HF_HOME": "$HOME/hf"},
+        {"HF_HOME": "${HOME}/$PLACE/hf"},
+        {"HF_HOME": "/absolute/$ABSENT/hf"},
+        {"HF_HUB_CACHE": "~/hub"},
+        {"HF_HUB_CACHE": "$PLACE"},
+        {"HUGGINGFACE_HUB_CACHE": "~/$PLACE"},
+        {"HUGGINGFACE_HUB_CACHE": "/old", "HF_HUB_CACHE": "/new"},
+        {"HUGGINGFACE_HUB_CACHE": "/old", "HF_HOME": "/new"},
+        {"XDG_CACHE_HOME": "~/x"},
+        {"XDG_CACHE_HOME": "$PLACE", "HF_HOME": "$HOME/hf"},
+    ],
+)
+def test_the_cache_lies_where_huggingface_hub_has_it(
+    variables, cache_home, monkeypatch
+):
+    peer("huggingface_hub")
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    code = "from huggingface_hub.constants import HF_HUB_CACHE; print(HF_HUB_CACHE)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+    assert llama.hub_folder() == Path(done.stdout.decode().removesuffix("\n"))
+
+
+def test_a_revision_is_found_by_its_branch_or_alone(cache_home):
+    """With --revision and a commit, hf download writes no refs."""
+    repo = cache_home / ".cache/huggingface/hub/models--org--name"
+    for name in ("abc", "def"):
+        (repo / "snapshots" / name).mkdir(parents=True)
+    (repo / "refs").mkdir()
+    for text in ("abc", " abc\n", "abc\r\n"):
+        (repo / "refs" / "main").write_text(text)
+        assert llama.find_folder("org/name") == repo / "snapshots" / "abc"
+    for text in ("none", "../../x", "/", "*", "\0"):
+        (repo / "refs" / "main").write_text(text + "x")
+        words = "org--name does not hold its branch main; to get it: hf download org/n"
+        with pytest.raises(FileNotFoundError, match=words):
+            llama.find_folder("org/name")
+    shutil.rmtree(repo / "refs")
+    with pytest.raises(
+        FileNotFoundError, match="2 revisions .* none is main, abc, def"
+    ):
+        llama.find_folder("org/name")
+    shutil.rmtree(repo / "snapshots" / "abc")
+    (repo / "snapshots" / ".DS_Store").write_text("")
+    assert llama.find_folder("org/name") == repo / "snapshots" / "def"
+    assert llama.find_folder(repo) == repo / "snapshots" / "def"
+    shutil.rmtree(repo / "snapshots" / "def")
+    with pytest.raises(FileNotFoundError, match="to get it: hf download org/name"):
+        llama.find_folder("org/name")
+
+
 # -----------------------------------------------------------------------------
 # 18. Prompt lookup
 # -----------------------------------------------------------------------------
@@ -5754,15 +5762,6 @@ def test_the_drafts_of_the_banner_are_kept_as_it_says():
     step = llama.Step(drafts, mx.array([[8, 9, 2, 1]]), [], mx.zeros((1, 10)))
     assert llama.verify_drafts(step, cache) == [8, 9, 2]
     assert cache[0].offset == 12  # 7, 8 and 9 are read; 4 is forgotten
-
-
-def test_a_rank_of_two_has_of_8b_what_the_banner_says():
-    args = llama.rank_args(llama.PRESETS["8b"], 2)
-    assert (args.num_attention_heads, args.num_attention_heads * args.head_dim) == (
-        16,
-        2048,
-    )
-    assert llama.kv_bytes_per_token(llama.PRESETS["8b"], 2) == 131_072
 
 
 @pytest.mark.parametrize(
@@ -5992,6 +5991,46 @@ def test_lookup_copies_a_real_text():
 
 
 # -----------------------------------------------------------------------------
+# 20. Faster steps
+# -----------------------------------------------------------------------------
+
+
+@on_a_gpu
+@pytest.mark.parametrize("accelerated", [False, True])
+@pytest.mark.parametrize("settings", [None, FOUR])
+def test_a_gpu_gives_the_logits_of_numpy_in_parts_of_any_length(
+    tmp_path, monkeypatch, settings, accelerated
+):
+    """To its own tolerance, which is not that of a wrong kernel, mask or position."""
+    tensors, dense = packed_and_dense(lambda path: settings)
+    model = load_model(write_model(tmp_path, WIDE, tensors))
+    if accelerated:
+        llama.accelerate(model)
+    tokens = random_tokens(WIDE, length=200)
+    wanted, tokens = numpy_llama(WIDE, dense, tokens[0]), mx.array(tokens)
+    assert_close(model(tokens)[0], wanted, GPU_TOLERANCE)
+    for large in (llama.large_cache(), 1):  # from which a token is launched in halves
+        monkeypatch.setattr(llama, "large_cache", lambda n=large: n)
+        # 150 layer by layer, 20 at once, 13 in few rows, and one by one
+        got = in_parts(model, tokens, (150, 170, 183, *range(184, 200)))
+        assert_close(got[0], wanted, GPU_TOLERANCE)
+
+
+# -----------------------------------------------------------------------------
+# 22. Tensor parallel, and 24. Sessions
+# -----------------------------------------------------------------------------
+
+
+def test_a_rank_of_two_has_of_8b_what_the_banner_says():
+    args = llama.rank_args(llama.PRESETS["8b"], 2)
+    assert (args.num_attention_heads, args.num_attention_heads * args.head_dim) == (
+        16,
+        2048,
+    )
+    assert llama.kv_bytes_per_token(llama.PRESETS["8b"], 2) == 131_072
+
+
+# -----------------------------------------------------------------------------
 # 25. Pieces of a reply, and 26. Engine
 # -----------------------------------------------------------------------------
 
@@ -6080,6 +6119,12 @@ def test_a_cancelled_reply_counts_as_far_as_it_was_taken(engine, folder, taken):
         (["x", b"\xc3", "", b"\xa9!"], ["!"], ["x", "", "", ""], "xé"),
         (["x", b"\xc3", b"\xa9", "!"], ["!"], ["x", "", "é", ""], "xé"),
         (["x", b"\xc3"], [], ["x", ""], None),  # the character is never finished
+        (  # as in the banner of the section
+            ["The ", "E", "nd", " E", "N", "D!"],
+            ["END"],
+            ["The ", "", "End", "", "", ""],
+            "The End ",
+        ),
     ],
 )
 def test_pieces_are_whole_tokens_and_nothing_that_may_begin_a_stop_text(
@@ -6749,6 +6794,43 @@ def test_on_a_cpu_a_reply_goes_through_the_functions_of_part_one(folder, monkeyp
     asked = {"on_cuda"}
     loading = {"lay_out_by_columns", "unpack_for_many", "parameter_count"}
     assert {name for name in extras if name[0] != "<"} <= asked | loading
+
+
+def test_wired_memory_is_what_is_needed_and_2_gb_and_is_given_back(monkeypatch):
+    """On Metal, which is not at hand: what MLX would be asked for."""
+    asked = []
+    monkeypatch.setattr(mx, "set_wired_limit", lambda n: asked.append(n) or 77)
+    with llama.wired_memory(10**9):
+        assert asked == []  # elsewhere, nothing
+    monkeypatch.setattr(llama, "wired_limit", lambda: 8 * 10**9)
+    with pytest.raises(KeyError), llama.wired_memory(10**9):
+        raise KeyError
+    with llama.wired_memory(7 * 10**9):
+        pass
+    assert asked == [3 * 10**9, 77, 8 * 10**9, 77]
+
+
+def test_wired_memory_is_held_only_while_something_is_generated(
+    folder, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(llama, "wired_limit", lambda: 8 * 10**9)
+    asked, held = [], []
+    monkeypatch.setattr(mx, "set_wired_limit", lambda n: asked.append(n) or 77)
+    prefill = llama.prefill
+
+    def noting(*args):
+        held.append(asked[-1])
+        return prefill(*args)
+
+    monkeypatch.setattr(llama, "prefill", noting)
+    with llama.Engine(folder) as engine:
+        assert asked == []
+        "".join(engine.chat(USER, max_tokens=2))
+        engine.save(tmp_path / "talk", {})  # after what the worker does with a reply
+        assert asked[1:] == [77] and held == asked[:1] and asked[0] > 2 * 10**9
+    few = ["--prompt-tokens", "4", "--generation-tokens", "2"]
+    assert llama.main(["info", str(folder), "--measure", *few]) == 0
+    assert asked[3:] == [77] and set(held[1:]) == {asked[2]}
 
 
 # -----------------------------------------------------------------------------
@@ -7697,62 +7779,6 @@ def cache_home(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("PLACE", "a place")
     return tmp_path
-
-
-@pytest.mark.parametrize(
-    "variables",
-    [
-        {},
-        {"HF_HOME": "~/hf"},
-        {"HF_HOME": "$HOME/hf"},
-        {"HF_HOME": "${HOME}/$PLACE/hf"},
-        {"HF_HOME": "/absolute/$ABSENT/hf"},
-        {"HF_HUB_CACHE": "~/hub"},
-        {"HF_HUB_CACHE": "$PLACE"},
-        {"HUGGINGFACE_HUB_CACHE": "~/$PLACE"},
-        {"HUGGINGFACE_HUB_CACHE": "/old", "HF_HUB_CACHE": "/new"},
-        {"HUGGINGFACE_HUB_CACHE": "/old", "HF_HOME": "/new"},
-        {"XDG_CACHE_HOME": "~/x"},
-        {"XDG_CACHE_HOME": "$PLACE", "HF_HOME": "$HOME/hf"},
-    ],
-)
-def test_the_cache_lies_where_huggingface_hub_has_it(
-    variables, cache_home, monkeypatch
-):
-    peer("huggingface_hub")
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    code = "from huggingface_hub.constants import HF_HUB_CACHE; print(HF_HUB_CACHE)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
-    assert llama.hub_folder() == Path(done.stdout.decode().removesuffix("\n"))
-
-
-def test_a_revision_is_found_by_its_branch_or_alone(cache_home):
-    """With --revision and a commit, hf download writes no refs."""
-    repo = cache_home / ".cache/huggingface/hub/models--org--name"
-    for name in ("abc", "def"):
-        (repo / "snapshots" / name).mkdir(parents=True)
-    (repo / "refs").mkdir()
-    for text in ("abc", " abc\n", "abc\r\n"):
-        (repo / "refs" / "main").write_text(text)
-        assert llama.find_folder("org/name") == repo / "snapshots" / "abc"
-    for text in ("none", "../../x", "/", "*", "\0"):
-        (repo / "refs" / "main").write_text(text + "x")
-        words = "org--name does not hold its branch main; to get it: hf download org/n"
-        with pytest.raises(FileNotFoundError, match=words):
-            llama.find_folder("org/name")
-    shutil.rmtree(repo / "refs")
-    with pytest.raises(
-        FileNotFoundError, match="2 revisions .* none is main, abc, def"
-    ):
-        llama.find_folder("org/name")
-    shutil.rmtree(repo / "snapshots" / "abc")
-    (repo / "snapshots" / ".DS_Store").write_text("")
-    assert llama.find_folder("org/name") == repo / "snapshots" / "def"
-    assert llama.find_folder(repo) == repo / "snapshots" / "def"
-    shutil.rmtree(repo / "snapshots" / "def")
-    with pytest.raises(FileNotFoundError, match="to get it: hf download org/name"):
-        llama.find_folder("org/name")
 
 
 MARK = b"\xef\xbb\xbf"  # the byte-order mark, in UTF-8

@@ -280,7 +280,8 @@ def capacity(options):
     llama.large_cache = large_cache
     for slots, way in ways:
         _, decode, peak = zip(*runs[slots, way][1:])
-        ratio = median(a[1] / b[1] for a, b in zip(runs[slots, way], runs[ways[0]]))
+        pairs = zip(runs[slots, way][1:], runs[ways[0]][1:])
+        ratio = median(one[1] / first[1] for one, first in pairs)
         nbytes = slots * 2 * model.args.num_key_value_heads * model.args.head_dim
         print(
             f"| {options.name} | {way} | {slots:,} | {nbytes * 2 / 1e6:,.1f} | "
@@ -441,7 +442,9 @@ def main():
     parser.add_argument("--bits", type=int, choices=(4, 8), help="of a preset; else 16")
     parser.add_argument("--prompt-tokens", type=int, nargs="+", default=[512])
     parser.add_argument("--generation-tokens", type=int, default=128)
-    parser.add_argument("--context", type=int, default=8192, help="tokens, of memory")
+    parser.add_argument(
+        "--context", type=int, default=8192, help="tokens, of memory and capacity"
+    )
     parser.add_argument("--trials", type=int, default=3)
     parser.add_argument("--peer", action="store_true", help="mlx-lm, of alone")
     text = "of mlx-lm's prompt and reply, of blas, if others would take it minutes"

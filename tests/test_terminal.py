@@ -159,6 +159,18 @@ def test_words_wrap_by_their_width(text, rows, monkeypatch):
         assert screen.rows() == rows
 
 
+def test_what_is_shown_after_each_piece_is_what_the_banner_says(monkeypatch):
+    screen = Screen(12, monkeypatch)
+    wrap, before = llama.WordWrap(screen), ""
+    example = [("a quick", "a"), (" bro", " quick"), ("wn fox\n", "\nbrown fox\n")]
+    for piece, shown in example:
+        wrap.write(piece)
+        assert screen.getvalue() == before + shown
+        before += shown
+        told = " -> ".join(map(json.dumps, (piece, shown)))
+        assert told in (HERE / "llama.py").read_text("utf-8")
+
+
 def test_a_new_size_is_honoured_within_a_reply(monkeypatch):
     text = "The quick brown fox jumps over the lazy dog again and again. "
     screen, rows = Screen(30, monkeypatch), []
