@@ -92,6 +92,7 @@ from tests.support import (
     refusal,
     run,
     small_spec,
+    speed_once,
     start,
     thinking_folder,
     tiny_model,
@@ -6810,6 +6811,7 @@ def test_wired_memory_is_what_is_needed_and_2_gb_and_is_given_back(monkeypatch):
     assert asked == [3 * 10**9, 77, 8 * 10**9, 77]
 
 
+@speed_once
 def test_wired_memory_is_held_only_while_something_is_generated(
     folder, tmp_path, monkeypatch
 ):
@@ -6838,15 +6840,20 @@ def test_wired_memory_is_held_only_while_something_is_generated(
 # -----------------------------------------------------------------------------
 
 
-def test_info_and_inspect_take_the_built_in_model():
-    found = json.loads(command("info", STORIES, "--json").stdout)
+@speed_once
+def test_info_and_inspect_take_the_built_in_model(capsys):
+    def printed(*words: str) -> str:
+        assert llama.main([*words]) == 0
+        return capsys.readouterr().out
+
+    found = json.loads(printed("info", str(STORIES), "--json"))
     assert found["parameters"] == 3_476_224 and found["folder"] == str(STORIES)
     cache = 10.49 if ITEM_SIZE == 4 else 5.24
-    assert b"%.2f MB for 2,048" % cache in command("info", STORIES).stdout
-    few = ("--prompt-tokens", 4, "--generation-tokens", 2)
-    found = json.loads(command("info", "--measure", *few, "--json").stdout)
+    assert f"{cache:.2f} MB for 2,048" in printed("info", str(STORIES))
+    few = ("--prompt-tokens", "4", "--generation-tokens", "2")
+    found = json.loads(printed("info", "--measure", *few, "--json"))
     assert found["model"] == "stories" and found["measured"]["decode_tps"] > 0
-    found = json.loads(command("inspect", "--json", "--check").stdout)
+    found = json.loads(printed("inspect", "--json", "--check"))
     assert found["problems"] == []
     assert "Be brief.<|eot_id|><|start_header_id|>user" in found["exchange"]
     size = sum(f.stat().st_size for f in STORIES.iterdir() if f.is_file())
@@ -6903,6 +6910,7 @@ def test_the_verdict_says_whether_a_model_fits(weights, cache, wanted, monkeypat
             )
 
 
+@speed_once
 @pytest.mark.parametrize("words", [("info", "405b"), ("inspect",)])
 def test_tables_fit_80_columns(words, folder, monkeypatch, capsys):
     monkeypatch.setattr(llama, "choose_folder", lambda _: folder)
@@ -6983,6 +6991,7 @@ def test_a_size_is_told_in_a_unit_that_shows_two_digits(size, text):
         assert str(llama.MemoryTooSmall(size, size, size)) == parts
 
 
+@speed_once
 def test_no_row_of_a_table_is_a_size_of_zero(capsys):
     for words in (["inspect"], ["info"], ["info", "stories"]):
         assert llama.main([*words]) == 0
@@ -7213,6 +7222,7 @@ def test_a_broken_folder_never_breaks_the_list(damage, folder, hub, capsys):
     assert problems == dict.fromkeys(problems) and len(problems) >= 3
 
 
+@speed_once
 def test_info_tells_why_fewer_bits_are_not_faster_on_a_cpu(capsys):
     assert llama.main(["info", "8b"]) == 0
     last = capsys.readouterr().out.splitlines()[-1]
@@ -7222,6 +7232,7 @@ def test_info_tells_why_fewer_bits_are_not_faster_on_a_cpu(capsys):
         assert ("on a CPU" in rows) == (device == "cpu")
 
 
+@speed_once
 def test_info_shows_where_the_bytes_are(capsys):
     assert llama.main(["info", "8b"]) == 0
     shares = re.findall(r"(\S+) +(\d+) % (#+)\n", capsys.readouterr().out)
@@ -7242,6 +7253,7 @@ def test_memory_is_predicted_from_the_files(tmp_path):
         assert llama.memory_of(tensors.values(), chosen) == loaded
 
 
+@speed_once
 def test_info_predicts_the_bytes_of_a_quantized_folder(tmp_path, capsys):
     folder = random_folder(tmp_path / "m", width=128)
     model, _ = llama.load(folder, dtype=mx.bfloat16)
@@ -7274,6 +7286,7 @@ def test_random_models_are_made_in_no_more_than_their_own_memory(bits, monkeypat
     assert 0.01 < mx.std(logits).item() < 10  # neither nothing nor noise
 
 
+@speed_once
 @pytest.mark.parametrize("what", ["preset", "folder", "folder in 4 bits"])
 def test_measuring_tells_the_speed_of_this_machine(what, tmp_path, monkeypatch, capsys):
     folder = random_folder(tmp_path / "m", width=64)
@@ -7347,6 +7360,7 @@ def test_what_is_measured_is_the_median_of_three_runs_after_one(monkeypatch):
     assert "25 % of what copying reaches" in dict(rows)["reads"]
 
 
+@speed_once
 def test_info_tells_of_a_window_and_measures_inside_it(folder, tmp_path, capsys):
     own = shutil.copytree(folder, tmp_path / "m")
     hostile(config={"model_type": "mistral", "sliding_window": 300})(own)
@@ -7359,6 +7373,7 @@ def test_info_tells_of_a_window_and_measures_inside_it(folder, tmp_path, capsys)
     assert "in [1, 300], the model's sliding window, got 310" in capsys.readouterr().err
 
 
+@speed_once
 @on_the_cpu
 def test_measuring_refuses_what_does_not_fit(monkeypatch, capsys):
     monkeypatch.setattr(llama, "machine_memory", lambda: 10**9)
@@ -7376,6 +7391,7 @@ def test_measuring_refuses_what_does_not_fit(monkeypatch, capsys):
     assert "the weights are packed already, in 8 bits" in capsys.readouterr().err
 
 
+@speed_once
 @on_the_cpu
 @pytest.mark.parametrize("preset", [True, False])
 def test_measuring_warns_as_a_chat_does(preset, folder, monkeypatch, capsys):
@@ -8053,7 +8069,7 @@ AT_FAULT = [
 
 @pytest.mark.parametrize(("typed", "piped", "wanted"), AT_FAULT)
 def test_input_at_fault_is_one_line_and_status_1(
-    typed, piped, wanted, folder, tmp_path
+    typed, piped, wanted, folder, tmp_path, monkeypatch, capsys
 ):
     for name in ("base", "foreign", "silent"):
         shutil.copytree(folder, tmp_path / name)
@@ -8063,7 +8079,13 @@ def test_input_at_fault_is_one_line_and_status_1(
     (tmp_path / "foreign" / "config.json").write_text(red)
     (tmp_path / "empty").mkdir()
     words = [word.format(model=folder, tmp=tmp_path) for word in typed.split()]
-    line = refusal(*words, text=piped, HOME="/")
+    monkeypatch.setenv("HOME", "/")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(piped)))
+    assert llama.main(words) == 1
+    shown = capsys.readouterr()
+    [line] = shown.err.splitlines()
+    assert line.startswith("llama.py: error: ") and shown.out == ""
+    line = line.removeprefix("llama.py: error: ")
     assert re.search(wanted.replace("{tmp}", re.escape(str(tmp_path))), line), line
     assert "\x1b" not in line
 

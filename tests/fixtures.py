@@ -1,5 +1,6 @@
 """Fixtures that several test files ask for."""
 
+import functools
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,6 +34,16 @@ def folder(tmp_path_factory) -> Path:
 def engine(folder):
     with llama.Engine(folder) as engine:
         yield engine
+
+
+reading_speed_once = functools.cache(llama.reading_speed)
+
+
+@pytest.fixture
+def speed_once(monkeypatch) -> None:
+    """The speed of memory that `info` tells is measured once for all tests that ask for
+    this, since each time takes a quarter of a second, and is for none what it tests."""
+    monkeypatch.setattr(llama, "reading_speed", reading_speed_once)
 
 
 state_numbers = itertools.count()

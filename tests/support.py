@@ -72,6 +72,7 @@ ON_A_GPU = DEVICE != mx.cpu
 
 
 on_the_cpu = pytest.mark.usefixtures("cpu")
+speed_once = pytest.mark.usefixtures("speed_once")
 # MLX's build for CUDA rounds what small arrays take.
 needs_exact_counts = pytest.mark.skipif(
     mx.cuda.is_available(), reason="a build for CUDA does not count memory to the byte"

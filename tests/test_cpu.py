@@ -33,6 +33,7 @@ from tests.support import (
     quantize,
     random_folder,
     random_tokens,
+    speed_once,
     with_extras,
 )
 
@@ -546,6 +547,7 @@ def test_an_engine_of_a_dense_model_has_nothing_unpacked(openblas, tmp_path):
     assert not stats.unpacked and "unpacked" not in llama.stats_lines(stats, 0)
 
 
+@speed_once
 @on_the_cpu
 @pytest.mark.parametrize("there", [False, True])
 def test_info_counts_what_will_be_in_memory(packed_folder, monkeypatch, capsys, there):
@@ -562,6 +564,7 @@ def test_info_counts_what_will_be_in_memory(packed_folder, monkeypatch, capsys, 
         assert llama.listed("m", packed_folder)["context"] == room
 
 
+@speed_once
 @on_the_cpu
 @pytest.mark.parametrize("there", [False, True])
 def test_a_measured_model_is_held_as_a_chat_holds_it(

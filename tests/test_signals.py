@@ -155,9 +155,8 @@ def test_output_that_goes_nowhere_is_told_in_one_line_or_not_at_all(
     words, out, status, error, folder
 ):
     line = f"'{sys.executable}' -m llama {words.format(folder)} {out}"
-    shell = f"set -o pipefail; {line.replace('| true', '| (sleep 0.5; true)')}"
     done = subprocess.run(
-        ["bash", "-c", shell],
+        ["bash", "-c", f"set -o pipefail; {line}"],
         cwd=HERE,
         env=os.environ | {"PYTHONUNBUFFERED": ""},
         capture_output=True,
@@ -318,7 +317,8 @@ CODE = "def f(x):\n\treturn x\n\nWhat does this do?"
 def test_what_is_pasted_during_a_reply_is_one_message(
     steps, messages, line_editor, state, tmp_path
 ):
-    slow = random_folder(tmp_path / "m", context=16384, width=128)
+    # In a second layer, the prompt's 4,400 tokens would take most of the time.
+    slow = random_folder(tmp_path / "m", context=16384, width=64, num_hidden_layers=1)
     chat = Terminal("chat", slow, "--temperature", 0, "--ctx", 16384, **line_editor)
     chat.wait_for(">>> ")
     chat.type("Hello!\r")
