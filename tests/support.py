@@ -577,15 +577,16 @@ class Terminal:
         before, _, self.screen = self.screen.partition(text)
         return before
 
-    def type(self, text: str) -> None:
-        """Type as soon as it makes no difference that no person is as fast."""
+    def type(self, text: str, *, edited: bool = True) -> None:
+        """Type as soon as it makes no difference that no person is as fast; what no
+        line editor reads, as soon as a signal is heard."""
         if text in (CTRL_C, CTRL_Z):
             # Between printing its prompt and waiting for input, readline does not
             # notice a signal until the next key.
             time.sleep(0.2)
         # Where no line editor reads single keys yet, Ctrl-D would be lost.
         ends = time.monotonic() + (2 if text == CTRL_D else 0.2)
-        while self.takes_lines() and time.monotonic() < ends:
+        while edited and self.takes_lines() and time.monotonic() < ends:
             time.sleep(0.01)
         os.write(self.master, text.encode())
 

@@ -407,7 +407,7 @@ def test_a_session_with_another_model_offers_its_text(folder, tmp_path):
     for no in ("\r", CTRL_C, CTRL_D):  # and no reply takes the place of what is there
         chat = Terminal("chat", folder, *words)
         chat.wait_for("[y/N] ")
-        chat.type(no)
+        chat.type(no, edited=False)
         chat.wait_for(f"llama.py: error: {session} stays as it is")
         assert chat.status() == 1 and session.read_bytes() == before
     chat = Terminal("chat", folder, *words)
@@ -415,7 +415,7 @@ def test_a_session_with_another_model_offers_its_text(folder, tmp_path):
     chat.wait_for("It is a conversation with the model m.")
     for typed in ("Hello!\r", "y\r"):  # it asks again
         chat.wait_for("Shall this model read the conversation again? [y/N] ")
-        chat.type(typed)
+        chat.type(typed, edited=False)
     chat.wait_for("s: 1 turn\x1b")
     chat.wait_for(PROMPT)
     chat.type("and?\r")
@@ -443,7 +443,7 @@ def test_a_session_whose_cache_cannot_be_used_offers_its_text(spoilt, folder, tm
     chat = Terminal("chat", folder, *words, "--stats")
     chat.wait_for(told)
     chat.wait_for("Shall this model read the conversation again? [y/N] ")
-    chat.type("y\r")
+    chat.type("y\r", edited=False)
     chat.wait_for("s: 1 turn\x1b")
     if spoilt != "too long":
         chat.wait_for(PROMPT)

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import textwrap
 import types
+from pathlib import Path
 
 import pytest
 
@@ -22,6 +23,7 @@ from tests.support import (
     HERE,
     PASTES_ARE_MARKED,
     PASTES_ARE_PLAIN,
+    STORIES,
     THINKS,
     Terminal,
     chat_with,
@@ -44,26 +46,51 @@ def test_a_prompt_on_the_screen_stays_out_of_a_file(folder, tmp_path):
     script.write_text(f"import sys; sys.path.insert(0, {str(HERE)!r}); {program}")
     chat = Terminal(program=script)
     chat.wait_for(">>> ")
-    chat.type("x\r")
+    chat.type("x\r", edited=False)
     chat.wait_for("[stopped")
     chat.wait_for(">>> ")
-    chat.type(CTRL_D)
+    chat.type(CTRL_D, edited=False)
     assert chat.status() == 0
     assert ">>>" not in out.read_text() and out.read_text()
 
 
-STORY = ("--prompt", "Tell me a story about a dog.", "--temperature", 0)
+def says(text: str, path: Path) -> Path:
+    """A program that is llama.py but for its model, which always says a text."""
+    script = path / "script.py"
+    script.write_text(
+        f"import sys; sys.path.insert(0, {str(HERE)!r}); import llama\n"
+        "def decode(*_):\n"
+        f"    yield from llama.Tokenizer.from_folder(sys.argv[2]).encode({text!r})\n"
+        "    return 'stop'\n"
+        "llama.decode = decode\n"
+        "sys.exit(llama.main(sys.argv[1:]))"
+    )
+    return script
 
 
-def test_a_reply_wraps_at_the_edge_of_the_terminal_and_in_a_pipe_it_does_not():
+STORY = """One day, a little dog named Max went to the park with his mom. He saw a big \
+ball in the tree, and he was very happy. \
+"I want the ball!" said Max, and jumped as high as a little dog can.
+
+His mom smiled and shook the tree. The ball fell down, and the two of them played with \
+it until the sun went down behind the houses."""
+
+
+def test_a_reply_wraps_at_the_edge_of_the_terminal_and_in_a_pipe_it_does_not(tmp_path):
     """A chat honours a new size, and nothing is gained: no blanks, no other words."""
-    text = command("chat", *STORY).stdout.decode()
-    assert max(map(len, text.splitlines())) > 100
-    chat = Terminal("chat", "--temperature", 0, columns=41)
+    words, script = ("chat", STORIES, "--lookup", 0), says(STORY, tmp_path)
+    text = subprocess.run(
+        [sys.executable, script, *map(str, words), "--prompt", "Hi!"],
+        capture_output=True,
+        stdin=subprocess.DEVNULL,
+        check=True,
+    ).stdout.decode()
+    assert text == STORY + "\n" and max(map(len, text.splitlines())) > 100
+    chat = Terminal(*words, program=script, columns=41)
     for columns in (41, 60, 27):
         chat.wait_for(">>> ")
         chat.resize(columns)
-        chat.type(STORY[1] + "\r")
+        chat.type("Hi!\r")
         chat.wait_for(PASTES_ARE_PLAIN)  # readline has read the message
         chat.wait_for(PASTES_ARE_MARKED)  # as long as the reply is printed
         shown = without_progress(chat.wait_for(PASTES_ARE_PLAIN).strip("\r\n"))
@@ -251,16 +278,7 @@ def test_thinking_is_dim_on_a_terminal_and_text_in_a_pipe(
     text = text.removeprefix("<think>\n") if opened else text
     opens = THINKS.replace("{% if enable", "<think>\n{% if enable")
     model = thinking_folder(tmp_path / "m", opens if opened else THINKS)
-    script = tmp_path / "script.py"
-    script.write_text(
-        f"import sys; sys.path.insert(0, {str(HERE)!r}); import llama\n"
-        "def decode(*_):\n"
-        f"    yield from llama.Tokenizer.from_folder(sys.argv[2]).encode({text!r})\n"
-        "    return 'stop'\n"
-        "llama.decode = decode\n"
-        "sys.exit(llama.main(sys.argv[1:]))"
-    )
-    words = ("chat", model, "--lookup", 0)
+    script, words = says(text, tmp_path), ("chat", model, "--lookup", 0)
     chat = Terminal(*words, program=script, columns=40, **environment)
     chat.wait_for(">>> ")
     for typed in ("Hi!\r", "/history\r"):
