@@ -6860,10 +6860,9 @@ def test_info_and_inspect_take_the_built_in_model(capsys):
     assert size <= 4_000_000
 
 
+@speed_once
 @pytest.mark.parametrize("name", llama.PRESETS)
-def test_info_describes_a_preset(name, capsys, monkeypatch):
-    if name != "8b":  # the speed of this machine is measured once
-        monkeypatch.setattr(llama, "reading_speed", lambda _: 1e10)
+def test_info_describes_a_preset(name, capsys):
     assert llama.main(["info", name, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     args = llama.PRESETS[name]

@@ -61,7 +61,7 @@ def test_the_commands_of_the_readme_work_in_order(tmp_path):
         if not_run(line) or launches or without:
             continue
         if " chat" in line and "--max-tokens" not in line:
-            line = f"{line} --max-tokens 20"  # or a small model might go on and on
+            line = f"{line} --max-tokens 4"  # or a small model might go on and on
         run = subprocess.run(
             ["bash", "-c", line],
             cwd=tmp_path,

@@ -56,13 +56,14 @@ def test_requests_from_many_threads_are_all_answered_with_their_own(engine):
 
 
 @pytest.mark.parametrize("requests", [int(os.environ.get("LLAMA_TEST_SOAK", "120"))])
-def test_every_one_of_many_requests_gets_its_own_reply(folder, requests, monkeypatch):
+def test_every_one_of_many_requests_gets_its_own_reply(requests, tmp_path, monkeypatch):
     """From eight threads; a third are cancelled or dropped, some fail in the worker.
 
     LLAMA_TEST_SOAK sets how many there are.
     """
     prompts = [f"{'prompt ' * (n % 7)}{n}" for n in range(24)]
     real, failures = llama.prefill, itertools.count()
+    folder = random_folder(tmp_path / "m", num_hidden_layers=1)
 
     def prefill(*args):
         if next(failures) % 29 == 28:
