@@ -556,7 +556,7 @@ def test_the_launcher_of_mlx_ends_all_ranks_when_one_dies(killed, tmp_path):
     words = HERE / "llama.py", "chat", slow, "--prompt", "x", "--temperature", 0
     launch = subprocess.Popen(
         launcher(tmp_path, program, tmp_path, *words),
-        stdin=subprocess.PIPE,  # of one that has ended, the launcher reads on and on
+        stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
     )
