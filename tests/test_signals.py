@@ -318,8 +318,8 @@ CODE = "def f(x):\n\treturn x\n\nWhat does this do?"
 def test_what_is_pasted_during_a_reply_is_one_message(
     steps, messages, line_editor, state, tmp_path
 ):
-    # In a second layer, the prompt's 4,400 tokens would take most of the time.
-    slow = random_folder(tmp_path / "m", context=16384, width=64, num_hidden_layers=1)
+    # Narrow, and yet not through with 4,400 tokens when the rest of what is typed comes.
+    slow = random_folder(tmp_path / "m", context=16384, width=32)
     chat = Terminal("chat", slow, "--temperature", 0, "--ctx", 16384, **line_editor)
     chat.wait_for(">>> ")
     chat.type("Hello!\r")
