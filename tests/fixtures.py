@@ -41,8 +41,8 @@ reading_speed_once = functools.cache(llama.reading_speed)
 
 @pytest.fixture
 def speed_once(monkeypatch) -> None:
-    """The speed of memory that `info` tells is measured once for all tests that ask for
-    this, since each time takes a quarter of a second, and is for none what it tests."""
+    """The speed of memory, of which `info` tells, is measured once for all tests that
+    ask for this. Each time takes a quarter of a second, and none of them is about it."""
     monkeypatch.setattr(llama, "reading_speed", reading_speed_once)
 
 
