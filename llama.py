@@ -100,6 +100,7 @@ import json
 import math
 import mmap
 import os
+import signal
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -111,6 +112,9 @@ __all__ += ["ChatTemplate", "KVCache", "Llama", "ModelArgs", "TensorInfo", "acce
 __all__ += ["join_ranks", "read_header", "read_tensors"]
 
 if __name__ == "__main__":
+    # A Ctrl-C while the imports are under way ends the program without a traceback.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     for package in ("mlx", "safetensors", "tiktoken"):
         if importlib.util.find_spec(package) is None:
             sys.exit(
@@ -4408,7 +4412,7 @@ def default_sampling(folder: Path) -> dict[str, float | None]:
 #     Metal                 what the files hold                512          7
 #     CUDA                  what the files hold               2048         15
 #     CPU, with OpenBLAS    float32                            128          0
-#     CPU, without          float32                             32          0
+#     CPU, without          float32                             24          0
 #
 # uses: 1, 2
 # needs: Iterable, Mapping, ctypes, math, mx, os, sys
@@ -4470,7 +4474,7 @@ def default_prefill_step() -> int:
     step costs some 25 ms of launches whatever its length, so long steps are faster.
     """
     if mx.default_device() == mx.cpu:
-        return 128 if has_openblas() else 32
+        return 128 if has_openblas() else 24
     return 2048 if mx.cuda.is_available() else 512
 
 
@@ -7017,7 +7021,6 @@ class Engine(contextlib.AbstractContextManager["Engine"]):
 import argparse
 import select
 import shlex
-import signal
 import statistics
 import termios
 import textwrap
@@ -7983,7 +7986,7 @@ def cmd_inspect(options: argparse.Namespace) -> int:
 #
 # uses: 1-7, 11-14, 16, 17, 24, 27
 # needs: Callable, Iterator, Path, Sequence, contextlib, functools, json, os, re,
-#     select, signal, sys, termios
+#     select, signal, sys, termios, threading
 # -----------------------------------------------------------------------------
 
 
@@ -8085,6 +8088,19 @@ def on_stop(handler: Callable) -> Iterator[None]:
 PASTE_BEGINS, PASTE_ENDS = "\x1b[200~", "\x1b[201~"
 
 
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Within the block Ctrl-C does nothing."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread is interrupted
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def typed_lines(text: str) -> list[str]:
     """Return the lines of what was typed. What is between the marks of a paste is in
     one of them, with its own ends of lines."""
@@ -8125,8 +8141,14 @@ class LineEditor:
         self.readline.set_completer_delims(" ")
         self.readline.set_completer(self.complete)
         self.readline.set_auto_history(False)
-        with contextlib.suppress(OSError, TypeError, ValueError):  # none, or not ours
-            for line in (state_folder() / "history").read_text("utf-8").splitlines():
+        lines = []
+        with contextlib.suppress(
+            OSError, ValueError
+        ):  # there is none, or it is no text
+            lines = (state_folder() / "history").read_text("utf-8").splitlines()
+        for line in lines:
+            # What other programs wrote there is passed over.
+            with contextlib.suppress(RecursionError, TypeError, ValueError):
                 self.readline.add_history(json.loads(line))
 
     def bind(self) -> None:
@@ -8594,12 +8616,18 @@ class Conversation:
         file = self.options.session
         if not file:
             return
+        self.require_own(file)
+        # If Ctrl-C ended the wait for the worker, which writes the file all the same,
+        # that would be taken for what another program wrote.
+        with uninterrupted():
+            self.save(Path(file))
+            self.version = version_of(file)
+
+    def require_own(self, file: str) -> None:
         if version_of(file) not in (None, self.version):
             raise ValueError(
                 f"{file}: another program has written it meanwhile; it stays as it is"
             )
-        self.save(Path(file))
-        self.version = version_of(file)
 
     def save(self, file: Path) -> None:
         """Write a session file."""
@@ -8627,6 +8655,7 @@ class Conversation:
         place: an earlier FILE.bak goes. Return where the turns are then, in words."""
         if not self.options.session or not Path(self.options.session).exists():
             return ""
+        self.require_own(self.options.session)
         os.replace(self.options.session, f"{self.options.session}.bak")
         return f", kept in {self.options.session}.bak"
 
@@ -9285,4 +9314,6 @@ if __name__ == "__main__":
     for signal_number in (signal.SIGHUP, signal.SIGTERM):
         if alone and signal.getsignal(signal_number) is signal.SIG_DFL:  # not nohup's
             signal.signal(signal_number, end_by_signal)
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # see the first imports
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main())

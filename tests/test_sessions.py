@@ -9,6 +9,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import time
 import zlib
 from pathlib import Path
@@ -582,12 +583,35 @@ def test_a_session_that_another_program_has_written_is_left_to_it(
     with pytest.raises(ValueError, match="talk: another program has written it"):
         second.take("two")
     assert session.read_bytes() == whole and len(second.turns) == 1
+    with pytest.raises(ValueError, match="talk: another program has written it"):
+        second.take("/reset")  # which would move it away
+    assert session.read_bytes() == whole and len(second.turns) == 1
     second.take(f"/save {tmp_path / 'other'}")
     first.take("three")
     session.unlink()  # by hand: then it is written again
     first.take("four")
     turns = [len(llama.read_session(f)["notes"]["turns"]) for f in tmp_path.iterdir()]
     assert sorted(turns) == [1, 3]
+
+
+def test_ctrl_c_while_a_session_is_saved_is_not_another_program(
+    engine, tmp_path, monkeypatch
+):
+    """It would be, if it ended the wait for the worker, which writes all the same."""
+    session, real = tmp_path / "talk", llama.Engine.save
+    chat = chat_with(engine, "--session", str(session))
+
+    def save(*args, **settings):
+        real(*args, **settings)
+        signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(llama.Engine, "save", save)
+        chat.take("one")
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)  # from then on it counts
+    chat.take("two")
+    assert len(llama.read_session(session)["notes"]["turns"]) == 2
 
 
 def test_a_session_that_is_loaded_again_is_not_set_aside(engine, tmp_path):

@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import functools
 import gc
 import itertools
 import json
@@ -36,6 +37,26 @@ from tests.support import (
 )
 
 pytest_plugins = ["tests.fixtures"]
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_ctrl_c_during_the_imports_ends_it_without_a_word(ignored, tmp_path):
+    """Unless whoever started it had it ignore Ctrl-C, as a shell does behind `&`."""
+    package = tmp_path / "tiktoken"
+    package.mkdir()
+    program = "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nexit(3)"
+    (package / "__init__.py").write_text(program)
+    action = signal.SIG_IGN if ignored else signal.SIG_DFL
+    done = subprocess.run(
+        [sys.executable, HERE / "llama.py", "--version"],
+        env=os.environ
+        | {"PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"},
+        preexec_fn=functools.partial(signal.signal, signal.SIGINT, action),
+        capture_output=True,
+        check=False,
+    )
+    assert (done.stdout, done.stderr) == (b"", b"")
+    assert done.returncode == (3 if ignored else -signal.SIGINT)
 
 
 def test_requests_from_many_threads_are_all_answered_with_their_own(engine):

@@ -698,12 +698,19 @@ def test_a_message_that_begins_with_a_blank_is_sent_and_not_kept(folder, state):
     assert [json.loads(line) for line in lines] == ["open", "/context"] * 2
 
 
-@pytest.mark.parametrize("content", [b"{", b"[1]", b"\xff", b'1\n"x"'])
-def test_a_history_that_is_not_ours_is_no_obstacle(folder, state, content):
+@pytest.mark.parametrize(
+    ("content", "known"),
+    [(b"\xff", ""), (b'ls\n1\n[1]\n"a\\u0000"\n"known"\n' + b"[" * 100_000, "known")],
+)
+def test_a_history_that_is_not_ours_is_no_obstacle(folder, state, content, known):
+    """What is ours in it can be brought back."""
     state.mkdir(parents=True)
     (state / "history").write_bytes(content)
     chat = Terminal("chat", folder, "--max-tokens", 2)
     chat.wait_for(">>> ")
+    if known:
+        chat.type("\x1b[A")
+        chat.wait_for(known)
     chat.type("x\r")
     chat.wait_for("[stopped")
     chat.wait_for(">>> ")
