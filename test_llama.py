@@ -3481,7 +3481,7 @@ def test_transformers_reads_the_same_added_tokens(tmp_path):
             }
         },
         {
-            "added_tokens": {"<a>": size, "<b>": size + 1},
+            "added_tokens": {"<a>": size + 1, "<b>": size},  # by name, as in old files
             "special_tokens_map": {"additional_special_tokens": named[:1]},
         },
     ]:
@@ -3504,7 +3504,8 @@ def test_ids_of_added_tokens_are_those_that_hugging_face_counts(seed, tmp_path):
         words = {f"<{n}>": 258 + n for n in rng.sample(range(6), rng.randint(2, 3))}
         in_vocab = dict(rng.sample(sorted(words.items()), rng.randint(0, 1)))
         added = [{"id": i, "content": t} for t, i in rng.sample([*words.items()], 2)]
-        changed = spec | {"added_tokens": added}
+        nothing = {"id": 258, "content": ""}  # which is passed over
+        changed = spec | {"added_tokens": [nothing, *added]}
         changed["model"] = spec["model"] | {"vocab": vocab | in_vocab}
         theirs = reference_of(changed)
         own = llama.Tokenizer.from_folder(write_tokenizer(tmp_path, changed))
@@ -5808,6 +5809,19 @@ def generate_with_lookup(
         pass
     start = lookup, model, logits, cache, sampler, max_tokens
     return llama.decode_with_lookup(*start, **ends)
+
+
+@pytest.mark.parametrize("after", [0, 300])
+def test_with_lookup_output_that_is_not_a_number_ends_the_generation(after):
+    class Failing(CountingModel):
+        def __call__(self, tokens, cache, logits_to_keep=None):
+            logits = super().__call__(tokens, cache, logits_to_keep)
+            return logits if len(self.calls) <= after else logits * math.nan
+
+    model, lookup = Failing(), llama.Lookup(3)
+    with pytest.raises(llama.NotANumber):
+        run(generate_with_lookup(model, [1], lookup, max_tokens=6000))
+    assert len(model.calls) < after + 260
 
 
 class Repeating(CountingModel):

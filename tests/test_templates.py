@@ -494,6 +494,8 @@ REACHES = [
         "{% set ns.x = ns.x.replace('x','xxxx') %}",
         "{% set ns.x = ns.x|replace('x','xxxx') %}",
         "{% set ns.x = ns.x.replace('xx','x') + ns.x %}",
+        "{% set ns.y = ns.x.split('x') %}{% set ns.x = ns.x + ns.x %}",
+        "{% set ns.y = ns.x.split(sep='x') %}{% set ns.x = ns.x + ns.x %}",
     ],
 )
 @pytest.mark.parametrize("size", [200, 20_000, 100_000])
