@@ -1,6 +1,7 @@
 """Chat templates: published ones and made-up ones against jinja2, and hostile ones."""
 
 import functools
+import gc
 import itertools
 import json
 import random
@@ -502,12 +503,16 @@ REACHES = [
 def test_many_pieces_of_a_long_message_are_paid_for(step, size):
     """A long message allows many steps, and so much work."""
     template = "{% set ns = namespace(x=messages[0].content) %}" + step * 60
+    gc.collect()
+    gc.freeze()  # what other tests hold is not to be looked through meanwhile
     began = time.process_time()
     with pytest.raises(llama.TemplateError, match="too long|characters, not"):
         llama.ChatTemplate(template).render(
             [{"role": "user", "content": "x" * size}], {}
         )
-    assert time.process_time() - began < 1  # seen: at most 0.4
+    seconds = time.process_time() - began
+    gc.unfreeze()
+    assert seconds < 1  # seen: at most 0.4
 
 
 @pytest.mark.parametrize("name", ATTACKS)
