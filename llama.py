@@ -6661,8 +6661,9 @@ class Worker(threading.Thread):
             # What the failed step made may be all the memory there is, and the error
             # refers to it as long as somebody keeps the error.
             traceback.clear_frames(error.__traceback__)
-            with contextlib.suppress(RuntimeError):  # what still runs may fail too
-                mx.synchronize()
+            if not self.group:  # a rank might wait for one that has gone
+                with contextlib.suppress(RuntimeError):  # what still runs may fail too
+                    mx.synchronize()
             self.forget()
             mx.clear_cache()
             request.finish(error)
