@@ -3701,8 +3701,8 @@ def read_added(
     for content, token in sorted(others.items(), key=lambda item: item[1]["id"]):
         entries.setdefault(content, token)
     named = named_tokens(settings)
-    for content, token in named.items():
-        if vocab:
+    if vocab:
+        for content, token in named.items():
             entries.setdefault(content, token)
     found, following = [], len(vocab)
     for content, entry in entries.items():
@@ -8143,10 +8143,8 @@ class LineEditor:
         self.readline.set_completer_delims(" ")
         self.readline.set_completer(self.complete)
         self.readline.set_auto_history(False)
-        lines = []
-        with contextlib.suppress(
-            OSError, ValueError
-        ):  # there is none, or it is no text
+        lines = []  # of a history that is not there, or is no text
+        with contextlib.suppress(OSError, ValueError):
             lines = (state_folder() / "history").read_text("utf-8").splitlines()
         for line in lines:
             # What other programs wrote there is passed over.

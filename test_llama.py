@@ -907,6 +907,17 @@ def test_a_turned_dot_product_depends_on_the_distance_alone():
     assert round(turns[63] / 1e6, 1) == 2.6
 
 
+@on_the_cpu
+def test_angles_are_as_exact_as_the_rotation_says():
+    """The angle to which (1, 0) is turned, against one of twice the digits."""
+    ones = mx.concatenate([mx.ones((1, 1, 1, 64)), mx.zeros((1, 1, 1, 64))], axis=-1)
+    x, y = np.split(np.array(llama.RoPE(128, 500000.0)(ones, 131_071))[0, 0, 0], 2)
+    angles = 131_071 * 500000.0 ** (-np.arange(64, dtype=np.float64) / 64)
+    wrong = np.arctan2(y, x) - angles
+    wrong = np.abs((wrong + np.pi) % (2 * np.pi) - np.pi).max()
+    assert round(wrong, 3) == 0.005 and round(math.degrees(wrong), 1) == 0.3
+
+
 @pytest.mark.parametrize("traditional", [False, True])
 @pytest.mark.parametrize("position", [0, 1, 1000, 8191, 65537, 131071])
 def test_pairs_turn_as_complex_numbers(position, traditional):
